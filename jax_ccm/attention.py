@@ -1,0 +1,71 @@
+"""Attention over a row's own tokens and a memory: the one door to every implementation."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jax_ccm.layout import visible
+from jax_ccm.types import Rule, Slots
+
+IMPLEMENTATIONS = ("xla",)
+
+
+def memory_attention(
+    q,
+    k,
+    v,
+    memory_k=None,
+    memory_v=None,
+    *,
+    rule: Rule,
+    slots: Slots,
+    memory_slots: Slots | None = None,
+    implementation: str | None = None,
+):
+    """Softmax attention of each token to the visible ones among its row and the memory.
+
+    Args:
+      q: ``[B, T, N, H]`` queries, rotated.
+      k, v: ``[B, T, K, H]`` keys (rotated) and values of the same tokens; N is a multiple of K.
+      memory_k, memory_v: ``[B, M, K, H]`` keys and values of the memory, or None.
+      rule: who sees whom.
+      slots: `Slots` of ``[B, T]``.
+      memory_slots: `Slots` of ``[B, M]``.
+      implementation: "xla" (the default).
+
+    Returns:
+      ``[B, T, N, H]``; zeros for a query that sees nothing.
+
+    Raises:
+      ValueError: for shapes that do not fit or an unknown implementation.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if q.shape[2] % k.shape[2] or q.shape[:2] != k.shape[:2] or k.shape != v.shape:
+        raise ValueError(
+            f"queries {q.shape}, keys {k.shape} and values {v.shape} do not fit together: expected [B, T, N, H] and "
+            "twice [B, T, K, H] with N a multiple of K"
+        )
+    batch, length, heads, size = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, size) * size**-0.5
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    mask = visible(rule, slots, slots)
+    if memory_k is not None and memory_slots is not None:
+        past = jnp.einsum("btkgh,bskh->bkgts", q, memory_k, preferred_element_type=jnp.float32)
+        scores = jnp.concatenate([past, scores], axis=-1)
+        mask = jnp.concatenate([visible(rule, slots, memory_slots), mask], axis=-1)
+    mask = mask[:, None, None]
+    # A query that sees nothing (padding) must give zeros and finite gradients, not NaN.
+    scores = jnp.where(mask, scores, -1e30)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
+    weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+    weights = weights.astype(v.dtype)
+    if memory_k is None:
+        out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    else:
+        split = memory_k.shape[1]
+        out = jnp.einsum("bkgts,bskh->btkgh", weights[..., :split], memory_v)
+        out = out + jnp.einsum("bkgts,bskh->btkgh", weights[..., split:], v)
+    return out.reshape(batch, length, heads, size)

@@ -1,0 +1,257 @@
+"""The cache: a fixed-shape state of many sessions, and the ways it changes.
+
+Live slots stand in front, ordered by `Slots.index`: sinks, memory from old to new, raw text. Raw text is appended
+behind; when a chunk is closed its memory is written and everything that the rule hides from then on is removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_ccm.errors import UserError
+from jax_ccm.layout import is_in, reachable
+from jax_ccm.nn.config import ModelConfig
+from jax_ccm.types import RAW, Kind, MemoryCache, Method, Slots
+
+FORMAT = "jax_ccm.memory/1"
+
+
+def init_cache(
+    config: ModelConfig,
+    method: Method,
+    batch: int,
+    *,
+    memory_capacity: int,
+    raw_capacity: int,
+    dtype=jnp.float32,
+    overflow: Literal["error", "evict"] = "error",
+) -> MemoryCache:
+    """An empty cache.
+
+    Args:
+      config: the base model.
+      method: the compression method.
+      batch: B, number of sessions.
+      memory_capacity: most memory slots of a session; the sink has a place of its own.
+      raw_capacity: most raw text tokens of a session: the open chunk, or all text that the method keeps.
+      dtype: of keys and values.
+      overflow: when memory is full, make the session invalid ("error"; `check` raises) or drop its oldest ("evict").
+
+    Raises:
+      UserError: for capacities that cannot hold one chunk's memory.
+    """
+    if overflow not in ("error", "evict"):
+        raise UserError(f"overflow is {overflow!r}; allowed: 'error' (refuse) or 'evict' (drop the oldest memory)")
+    if memory_capacity < method.memory_slots(1):
+        raise UserError(
+            f"memory_capacity is {memory_capacity}, but method {method.name!r} writes {method.memory_slots(1)} "
+            f"slots for a chunk; give at least that, times the number of chunks to remember"
+        )
+    if raw_capacity < 1:
+        raise UserError(f"raw_capacity is {raw_capacity}; it must hold at least the longest chunk")
+    size = memory_capacity + raw_capacity + int(method.sink)
+    shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
+    # Every array is its own buffer, so that a cache may be donated.
+    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+    return MemoryCache(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        slots=Slots(*(zeros(batch, size) for _ in range(4))),
+        tokens=zeros(batch),
+        chunks=zeros(batch),
+        logits=jnp.zeros((batch, config.vocab_size), jnp.float32),
+        lost=zeros(batch),
+        memory_capacity=memory_capacity,
+        overflow=overflow,
+    )
+
+
+def raw_capacity(cache: MemoryCache) -> int:
+    """Places that raw text may take."""
+    return cache.k.shape[2] - cache.memory_capacity
+
+
+def append(cache: MemoryCache, k, v, slots: Slots) -> MemoryCache:
+    """Appends entries behind the live ones.
+
+    Args:
+      cache: the state.
+      k, v: ``[L, B, C, K, H]``.
+      slots: `Slots` of ``[B, C]``; those of kind PAD are left out.
+
+    Returns:
+      The cache. Entries that find no room are counted in `MemoryCache.lost`.
+    """
+    chex.assert_equal_shape_prefix([cache.k[:, :, 0], k[:, :, 0]], 2)
+    used = jnp.sum(cache.slots.live, axis=1, keepdims=True)
+    raw = jnp.sum(cache.slots.live & (cache.slots.kind != Kind.MEMORY), axis=1, keepdims=True)
+    rank = jnp.cumsum(slots.live, axis=1) - 1
+    fits = slots.live & (raw + rank < raw_capacity(cache))
+    place = jnp.where(fits, used + rank, cache.k.shape[2])
+    rows = jnp.arange(place.shape[0])[:, None]
+    put = lambda old, new: old.at[rows, place].set(new, mode="drop")
+    # [L, B, S] is indexed through a leading slice, so that the scatter can be done in place.
+    put_layers = lambda old, new: old.at[:, rows, place].set(new.astype(old.dtype), mode="drop")
+    return dataclasses.replace(
+        cache,
+        k=put_layers(cache.k, k),
+        v=put_layers(cache.v, v),
+        slots=Slots(*(put(old, new) for old, new in zip(_fields(cache.slots), _fields(slots), strict=True))),
+        lost=cache.lost + jnp.sum(slots.live & ~fits, axis=1),
+    )
+
+
+def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing) -> MemoryCache:
+    """Closes a chunk in some rows: enters its memory and removes what the rule hides from now on.
+
+    Appending methods add the entries as slots; mixtures blend them into the memory slot by slot,
+    ``memory = (1 - a) memory + a new`` with ``a = mix.rate(number of this chunk)`` (CCM, equation 3).
+
+    Args:
+      cache: the state, its raw slots labelled with the segment that they belong to after this.
+      method: the compression method.
+      k, v: ``[L, B, n, K, H]`` keys and values of the closing tokens that write memory; n may be 0.
+      slots: `Slots` of ``[B, n]`` for them, kind MEMORY.
+      closing: ``bool [B]``, rows that close a chunk; the others keep their memory.
+    """
+    old = cache.slots
+    count = k.shape[2]
+    if method.mix is not None:
+        is_memory = old.kind == Kind.MEMORY
+        rank = jnp.cumsum(is_memory, axis=1) - 1
+        pick = (is_memory[:, None] & (rank[:, None] == jnp.arange(count)[:, None])).astype(jnp.float32)
+        rate = method.mix.rate(cache.chunks + 1).astype(jnp.float32)[None, :, None, None, None]
+        blend = lambda memory, new: (
+            (1 - rate) * jnp.einsum("bns,lbskh->lbnkh", pick, memory.astype(jnp.float32)) + rate * new
+        )
+        k, v = blend(cache.k, k), blend(cache.v, v)
+    join = lambda a, b: jnp.concatenate([a, b], axis=1)
+    all_slots = Slots(*(join(a, b) for a, b in zip(_fields(old), _fields(slots), strict=True)))
+    kept = reachable(method.rule, all_slots, cache.chunks + 1, cache.tokens) & all_slots.live
+    is_new = jnp.arange(all_slots.kind.shape[1]) >= old.kind.shape[1]
+    kept = jnp.where(closing[:, None], kept, all_slots.live & ~is_new)
+    memory = kept & (all_slots.kind == Kind.MEMORY)
+    excess = jnp.maximum(jnp.sum(memory, axis=1) - cache.memory_capacity, 0)
+    # Memory stands in order of age, so the oldest are those of the lowest rank.
+    kept = kept & ~(memory & (jnp.cumsum(memory, axis=1) <= excess[:, None]))
+    cache = compact(cache, join_layers(cache.k, k), join_layers(cache.v, v), all_slots, kept)
+    lost = excess if cache.overflow == "error" else jnp.zeros_like(excess)
+    return dataclasses.replace(cache, chunks=cache.chunks + closing, lost=cache.lost + lost)
+
+
+def join_layers(memory, new):
+    """``[L, B, S + n, K, H]``: entries of a cache and new ones behind, in the cache's dtype."""
+    return jnp.concatenate([memory, new.astype(memory.dtype)], axis=2)
+
+
+def compact(cache: MemoryCache, k, v, slots: Slots, kept) -> MemoryCache:
+    """The cache with just the entries ``kept`` (bool ``[B, S']``) of longer arrays, in order of index, in front."""
+    size = cache.k.shape[2]
+    order = jnp.argsort(jnp.where(kept, slots.index, jnp.iinfo(jnp.int32).max), axis=1, stable=True)[:, :size]
+    take = lambda x: jnp.take_along_axis(x, order, axis=1)
+    live = take(kept)
+    kind = jnp.where(live, take(slots.kind), Kind.PAD)
+    new = Slots(kind, *(jnp.where(live, take(x), 0) for x in (slots.segment, slots.index, slots.position)))
+    place = order[None, :, :, None, None]
+    gather = lambda x: jnp.where(live[None, :, :, None, None], jnp.take_along_axis(x, place, axis=2), 0)
+    return dataclasses.replace(cache, k=gather(k), v=gather(v), slots=new)
+
+
+def open_raw(cache: MemoryCache):
+    """``bool [B, S]``: raw text (and a sink) of the segment that is open in each row."""
+    return is_in(cache.slots.kind, (*RAW, Kind.SINK)) & (cache.slots.segment == cache.chunks[:, None])
+
+
+def check(cache: MemoryCache) -> None:
+    """Raises if a session lost something for want of room. Reads the arrays back to the host.
+
+    Raises:
+      UserError: naming the rows and the remedies.
+    """
+    lost = np.asarray(cache.lost)
+    if not lost.any():
+        return
+    rows = np.flatnonzero(lost)
+    raise UserError(
+        f"sessions {rows.tolist()} needed {lost[rows].tolist()} more slots than the cache has (memory "
+        f"{cache.memory_capacity}, raw text {raw_capacity(cache)}). Use a larger memory_capacity for more chunks, a "
+        "larger raw_capacity for longer chunks, or overflow='evict' to drop the oldest memory"
+    )
+
+
+def select(cache: MemoryCache, rows) -> MemoryCache:
+    """Sessions ``rows`` (int32 ``[R]``) of the cache, in that order: a row named twice is forked."""
+    take = lambda path, x: jnp.take(x, rows, axis=1 if x.ndim == 5 else 0)
+    return jax.tree_util.tree_map_with_path(take, cache)
+
+
+def reset(cache: MemoryCache, rows) -> MemoryCache:
+    """The cache with the sessions ``rows`` (bool ``[B]``) made empty."""
+
+    def clear(x):
+        mask = rows[None] if x.ndim == 5 else rows
+        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), 0, x)
+
+    return jax.tree.map(clear, cache)
+
+
+def save(cache: MemoryCache, path: str | Path, *, fingerprint: str, method: Method) -> None:
+    """Writes sessions to a safetensors file.
+
+    Args:
+      cache: the sessions; valid ones (`check`).
+      path: the file.
+      fingerprint: names the base model and the adapter; `load` compares it.
+      method: the method that wrote the memory.
+    """
+    from safetensors.flax import save_file
+
+    check(cache)
+    meta = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "method": repr(method),
+        "memory_capacity": cache.memory_capacity,
+        "overflow": cache.overflow,
+    }
+    arrays = {name: getattr(cache, name) for name in ("k", "v", "tokens", "chunks", "logits", "lost")}
+    arrays |= {f"slots.{f.name}": getattr(cache.slots, f.name) for f in dataclasses.fields(Slots)}
+    save_file(arrays, str(path), metadata={"jax_ccm": json.dumps(meta)})
+
+
+def load(path: str | Path, *, fingerprint: str, method: Method) -> MemoryCache:
+    """Reads sessions that `save` wrote.
+
+    Raises:
+      UserError: if the file is not one of ours, or of another model, adapter or method.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.flax import load_file
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            meta = json.loads((file.metadata() or {}).get("jax_ccm", "{}"))
+        arrays = load_file(str(path))
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path} cannot be read as a memory file: {e}") from e
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{path} is not a memory file of this library (expected format {FORMAT!r})")
+    for name, ours in (("fingerprint", fingerprint), ("method", repr(method))):
+        if meta[name] != ours:
+            raise UserError(
+                f"{path} was written with {name} {meta[name]!r}; this session uses {ours!r}. Use the same one"
+            )
+    slots = Slots(*(arrays.pop(f"slots.{f.name}") for f in dataclasses.fields(Slots)))
+    return MemoryCache(slots=slots, **arrays, memory_capacity=meta["memory_capacity"], overflow=meta["overflow"])
+
+
+def _fields(slots: Slots) -> tuple:
+    return slots.kind, slots.segment, slots.index, slots.position

@@ -1,0 +1,46 @@
+"""The methods, as data: an explicit table from name to builder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from jax_ccm.errors import UserError, unknown
+from jax_ccm.methods import baselines, ccm
+from jax_ccm.types import Method
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "full": baselines.full,
+    "none": baselines.none,
+    "window": baselines.window,
+    "streaming_llm": baselines.streaming_llm,
+    "gist": ccm.gist,
+    "ccm_concat": ccm.concat,
+    "ccm_merge": ccm.merge,
+    "ccm_ema": ccm.ema,
+}
+
+
+def build(name: str, **options: Any) -> Method:
+    """Builds a method by name.
+
+    Args:
+      name: a key of `METHODS`.
+      **options: what that builder takes.
+
+    Raises:
+      UserError: for an unknown name or an option that the method does not have.
+    """
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    builder = METHODS[name]
+    allowed = inspect.signature(builder).parameters
+    for option in options:
+        if option not in allowed:
+            raise (
+                unknown(f"option of method {name!r}:", option, allowed)
+                if allowed
+                else UserError(f"method {name!r} takes no options, but {option!r} was given")
+            )
+    return builder(**options)

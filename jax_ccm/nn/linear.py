@@ -1,0 +1,74 @@
+"""Linear layers, and the conditional LoRA that fires only on some tokens."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_ccm.nn.config import AdapterConfig
+
+
+class Linear(nnx.Module):
+    """``y = x W + b``, with an optional gated low-rank branch.
+
+    With an adapter (CCM, section 3.2; equation 5)::
+
+        y = x W + b + gate * (alpha / r) * dropout(x) A B
+
+    where the gate is one number per token. Gate 0 leaves ``x W + b`` bit for bit as it was.
+
+    Attributes:
+      kernel: ``[in, out]``.
+      bias: ``[out]`` or None.
+      lora_a, lora_b: float32 ``[in, r]`` and ``[r, out]``, or None.
+    """
+
+    def __init__(
+        self,
+        key,
+        in_features: int,
+        out_features: int,
+        *,
+        bias=False,
+        adapter: AdapterConfig | None = None,
+        dtype=jnp.float32,
+    ):
+        key, key_a = jax.random.split(key)
+        init = jax.random.normal(key, (in_features, out_features), jnp.float32) * in_features**-0.5
+        self.kernel = nnx.Param(init.astype(dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
+        if adapter is not None and adapter.rank:
+            # Kaiming-uniform with a = sqrt(5), as in the LoRA and CCM code: U(-1/sqrt(in), 1/sqrt(in)).
+            bound = in_features**-0.5
+            self.lora_a = nnx.LoRAParam(
+                jax.random.uniform(key_a, (in_features, adapter.rank), jnp.float32, -bound, bound)
+            )
+            self.lora_b = nnx.LoRAParam(jnp.zeros((adapter.rank, out_features), jnp.float32))
+        else:
+            self.lora_a = self.lora_b = None
+        self.scale = adapter.scale if adapter is not None else 0.0
+        self.dropout = adapter.dropout if adapter is not None else 0.0
+
+    def __call__(self, x, gate=None, dropout_key=None):
+        """Applies the layer.
+
+        Args:
+          x: ``[B, T, in]``.
+          gate: ``float32 [B, T]``, 1 where the LoRA acts; None for nowhere.
+          dropout_key: PRNG key of the dropout on the LoRA's input, or None for no dropout.
+
+        Returns:
+          ``[B, T, out]`` in the dtype of ``x``.
+        """
+        y = x @ self.kernel[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        if self.lora_a is None or gate is None:
+            return y
+        h = x.astype(jnp.float32)
+        if dropout_key is not None and self.dropout:
+            keep = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, h.shape)
+            h = jnp.where(keep, h / (1.0 - self.dropout), 0.0)
+        delta = (h @ self.lora_a[...]) @ self.lora_b[...]
+        return y + (gate[..., None] * self.scale * delta).astype(y.dtype)

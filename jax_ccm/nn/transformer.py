@@ -1,0 +1,236 @@
+"""A Llama-like decoder that attends to its own tokens and to a memory.
+
+It knows no compression method: visibility comes from slots and a rule, the LoRA gate is an array, and the
+memory is either packed out of the tokens themselves (`Packed`, parallel) or given (`MemoryCache`, recurrent).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_ccm.attention import memory_attention
+from jax_ccm.layout import with_window
+from jax_ccm.nn import rope
+from jax_ccm.nn.config import AdapterConfig, ModelConfig
+from jax_ccm.nn.linear import Linear
+from jax_ccm.types import MemoryCache, Packed, Rule, Slots
+
+
+class RMSNorm(nnx.Module):
+    """``x / rms(x) * scale`` over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float, dtype):
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x):
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...] * h.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections, rotation and output of one attention layer."""
+
+    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, dtype):
+        keys = jax.random.split(key, 4)
+        heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+        lora = lambda name: adapter if adapter is not None and name in adapter.targets else None
+        make = lambda name, key, i, o, bias: Linear(key, i, o, bias=bias, adapter=lora(name), dtype=dtype)
+        self.q_proj = make("q_proj", keys[0], config.hidden_size, heads * size, config.qkv_bias)
+        self.k_proj = make("k_proj", keys[1], config.hidden_size, kv_heads * size, config.qkv_bias)
+        self.v_proj = make("v_proj", keys[2], config.hidden_size, kv_heads * size, config.qkv_bias)
+        self.o_proj = make("o_proj", keys[3], heads * size, config.hidden_size, config.o_bias)
+        self.q_norm = RMSNorm(size, config.norm_eps, dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, config.norm_eps, dtype) if config.qk_norm else None
+        self.head_dim = size
+
+    def project(self, x, gate, keys):
+        """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``, not yet rotated."""
+        heads = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
+        q = heads(self.q_proj(x, gate, keys[0]))
+        k = heads(self.k_proj(x, gate, keys[1]))
+        v = heads(self.v_proj(x, gate, keys[2]))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+
+class MLP(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, key, config: ModelConfig, dtype):
+        keys = jax.random.split(key, 3)
+        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(keys[0], d, f, bias=bias, dtype=dtype)
+        self.up_proj = Linear(keys[1], d, f, bias=bias, dtype=dtype)
+        self.down_proj = Linear(keys[2], f, d, bias=bias, dtype=dtype)
+
+    def __call__(self, x):
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, dtype):
+        key_attn, key_mlp = jax.random.split(key)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.self_attn = Attention(key_attn, config, adapter, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.mlp = MLP(key_mlp, config, dtype)
+
+
+class Embedding(nnx.Module):
+    """The vocabulary's table, and beside it the adapter's table of compression tokens.
+
+    Attributes:
+      embedding: ``[V, D]``.
+      comp: float32 ``[n, D]`` for ids V .. V + n - 1, or None.
+    """
+
+    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, dtype):
+        table = jax.random.normal(key, (config.vocab_size, config.hidden_size), jnp.float32) * 0.02
+        self.embedding = nnx.Param(table.astype(dtype))
+        rows = adapter.tokens if adapter is not None else 0
+        self.comp = nnx.LoRAParam(initial_comp_embeddings(table, rows)) if rows else None
+
+    def __call__(self, tokens):
+        """``[B, T, D]`` for ids ``int32 [B, T]``."""
+        table = self.embedding[...]
+        vocab = table.shape[0]
+        x = table[jnp.minimum(tokens, vocab - 1)]
+        if self.comp is None:
+            return x
+        comp = self.comp[...]
+        extra = comp[jnp.clip(tokens - vocab, 0, comp.shape[0] - 1)].astype(x.dtype)
+        return jnp.where((tokens >= vocab)[..., None], extra, x)
+
+
+def initial_comp_embeddings(table, rows: int):
+    """Initial embeddings of compression tokens, float32 ``[rows, D]``.
+
+    Row ``rows - 1 - k`` is the mean of the vocabulary rows ``k, k + rows, k + 2 rows, ...``: the reference's
+    initialisation, reversed order included.
+    """
+    table = jnp.asarray(table, jnp.float32)
+    return jnp.stack([table[rows - 1 - row :: rows].mean(axis=0) for row in range(rows)])
+
+
+class Transformer(nnx.Module):
+    """The decoder. Layers are stacked along a leading axis and run by one `jax.lax.scan`."""
+
+    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None = None, dtype=jnp.float32):
+        key_embed, key_layers, key_head = jax.random.split(key, 3)
+        self.config = config
+        self.adapter = adapter
+        self.embed_tokens = Embedding(key_embed, config, adapter, dtype)
+        make = lambda key: Block(key, config, adapter, dtype)
+        self.layers = jax.vmap(make)(jax.random.split(key_layers, config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(key_head, config.hidden_size, config.vocab_size, dtype=dtype)
+
+    def __call__(
+        self,
+        tokens,
+        slots: Slots,
+        gate,
+        *,
+        rule: Rule,
+        memory: Packed | MemoryCache | None = None,
+        places=None,
+        dropout_key=None,
+        remat: bool = False,
+        collect: bool = False,
+        implementation: str | None = None,
+    ):
+        """Runs the decoder over a row of tokens and a memory.
+
+        Args:
+          tokens: ``int32 [B, T]``.
+          slots: `Slots` of ``[B, T]``.
+          gate: ``float32 [B, T]``, 1 where the adapter's LoRA acts.
+          rule: who sees whom.
+          memory: keys and values besides the tokens' own.
+          places: ``int32 [B, T]`` or None. If given, RoPE goes by the place in the cache and not by `Slots.position`:
+            the tokens take these, the entries of a `MemoryCache` their index, and keys are returned unrotated.
+          dropout_key: PRNG key, or None to run without dropout.
+          remat: recompute each layer in the backward pass instead of keeping its activations.
+          collect: also return the hidden state before each layer and after the final norm.
+          implementation: passed on to `memory_attention`.
+
+        Returns:
+          ``hidden [B, T, D]`` after the final norm; keys and values ``[L, B, T, K, H]`` of the tokens; and
+          ``[L + 1, B, T, D]`` hidden states if asked for, else None.
+        """
+        rule = with_window(rule, self.config.sliding_window)
+        freqs = rope.frequencies(self.config)
+        by_place = places is not None
+        cos, sin = rope.angles(freqs, places if by_place else slots.position)
+        past = (memory.k, memory.v) if isinstance(memory, MemoryCache) else None
+        memory_slots = memory.slots if memory is not None else None
+        past_angles = rope.angles(freqs, jnp.arange(past[0].shape[2])[None]) if by_place and past is not None else None
+
+        def body(x, scanned):
+            block, past, key = scanned
+            keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+            q, k, v = block.self_attn.project(block.input_layernorm(x), gate, keys)
+            rotated = rope.rotate(k, cos, sin)
+            if past is not None:
+                mk, mv = past
+                if past_angles is not None:
+                    mk = rope.rotate(mk, *past_angles)
+            elif memory is not None:
+                mk, mv = pack(memory, rotated), pack(memory, v)
+            else:
+                mk = mv = None
+            y = memory_attention(
+                rope.rotate(q, cos, sin),
+                rotated,
+                v,
+                mk,
+                mv,
+                rule=rule,
+                slots=slots,
+                memory_slots=memory_slots,
+                implementation=implementation,
+            )
+            x = x + block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), gate, keys[3])
+            out = x + block.mlp(block.post_attention_layernorm(x))
+            return out, (k if by_place else rotated, v, out if collect else None)
+
+        if remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        x = self.embed_tokens(tokens)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+        hidden, (k, v, states) = jax.lax.scan(body, x, (self.layers, past, keys))
+        hidden = self.norm(hidden)
+        if collect:
+            # The last entry is taken after the final norm, as Hugging Face does.
+            states = jnp.concatenate([x[None], states[:-1], hidden[None]])
+        return hidden, (k, v), states
+
+    def logits(self, hidden):
+        """``float32 [..., V]`` for hidden states ``[..., D]``. Compression tokens have no column."""
+        if self.config.tie_embeddings:
+            out = hidden @ self.embed_tokens.embedding[...].T
+        else:
+            out = self.lm_head(hidden)
+        return out.astype(jnp.float32)
+
+
+def pack(memory: Packed, x):
+    """Memory entries ``[B, M, K, H]`` out of the tokens' keys or values ``[B, T, K, H]``."""
+    source = jnp.take_along_axis(x, memory.source[:, :, None, None], axis=1)
+    if memory.mix is None:
+        return source
+    mixed = jnp.einsum("bmp,bpkh->bmkh", memory.mix, source.astype(jnp.float32))
+    return mixed.astype(x.dtype)
+
+
+def abstract_transformer(config: ModelConfig, adapter: AdapterConfig | None = None, dtype=jnp.float32) -> Transformer:
+    """A `Transformer` whose arrays are `jax.ShapeDtypeStruct`: shapes without memory."""
+    return jax.eval_shape(lambda key: Transformer(key, config, adapter, dtype), jax.random.key(0))

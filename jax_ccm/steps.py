@@ -1,0 +1,234 @@
+"""The heart: one parallel forward for training, and the same computation as a recurrence for inference.
+
+In the notation of CCM (Kim et al., ICLR 2024, section 3), for time step t::
+
+    h(t)   = g_comp(Mem(t-1), c(t))        compress: run the compression tokens on the memory and the chunk
+    Mem(t) = g_update(Mem(t-1), h(t))      memory.write: append, or (1 - a_t) Mem(t-1) + a_t h(t)
+    O(t)   = f(I(t) | Mem(t))              read: run the input on the memory
+
+All functions are pure; model, cache and batch are pytrees, `method` is static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jax_ccm import memory
+from jax_ccm.errors import UserError
+from jax_ccm.layout import gate, is_in
+from jax_ccm.nn.transformer import Transformer
+from jax_ccm.types import RAW, Array, Batch, Chunk, Kind, MemoryCache, Method, Slots
+
+
+def parallel_forward(
+    model: Transformer,
+    batch: Batch,
+    *,
+    method: Method,
+    dropout_key=None,
+    remat: bool = False,
+    implementation: str | None = None,
+):
+    """All chunks of a session at once: what the recurrence computes, in one causal pass.
+
+    Args:
+      model: the decoder with its adapter.
+      batch: laid out by `layout.batch` for the same method.
+      method: static.
+      dropout_key: PRNG key for the dropout on the LoRA's input; None in evaluation.
+      remat: recompute layers in the backward pass.
+      implementation: of the attention.
+
+    Returns:
+      Hidden states after the final norm, ``[B, T, D]``.
+    """
+    hidden, _, _ = model(
+        batch.tokens,
+        batch.slots,
+        gate(method, batch.slots),
+        rule=method.rule,
+        memory=batch.memory,
+        dropout_key=dropout_key,
+        remat=remat,
+        implementation=implementation,
+    )
+    return hidden
+
+
+def read(
+    model: Transformer,
+    cache: MemoryCache,
+    chunk: Chunk,
+    *,
+    method: Method,
+    query: bool = False,
+    implementation: str | None = None,
+):
+    """Appends raw text to each session; it attends to the memory and to the raw text before it.
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions.
+      chunk: the text; rows without a valid token are left as they are.
+      method: static.
+      query: the text is the input to answer, or the answer, not context (they differ in methods whose chunks do not
+        see memory).
+      implementation: of the attention.
+
+    Returns:
+      The cache, with the pending logits of each row's last token; and logits ``float32 [B, C, V]`` after each token
+      (not computed under jit if unused).
+
+    Raises:
+      UserError: for a chunk longer than the region of raw text.
+    """
+    length = chunk.tokens.shape[1]
+    if length > memory.raw_capacity(cache):
+        raise UserError(
+            f"a chunk of {length} tokens does not fit the region of {memory.raw_capacity(cache)} raw tokens; split it, "
+            "or make the cache with a larger raw_capacity"
+        )
+    rank = jnp.cumsum(chunk.valid, axis=1) - 1
+    position = cache.tokens[:, None] + rank
+    kind = jnp.where(chunk.valid, Kind.QUERY if query else Kind.TEXT, Kind.PAD)
+    if method.sink:
+        kind = jnp.where(chunk.valid & (position == 0), Kind.SINK, kind)
+    segment = jnp.broadcast_to(cache.chunks[:, None], position.shape)
+    slots = Slots(kind, segment, position, position)
+    places = None
+    if method.rope == "cache":
+        places = jnp.sum(cache.slots.live, axis=1, keepdims=True) + rank
+    hidden, (k, v), _ = model(
+        chunk.tokens,
+        slots,
+        gate(method, slots),
+        rule=method.rule,
+        memory=cache,
+        places=places,
+        implementation=implementation,
+    )
+    cache = memory.append(cache, k, v, slots)
+    last = jnp.argmax(jnp.where(chunk.valid, rank, -1), axis=1)
+    final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    some = jnp.any(chunk.valid, axis=1)
+    cache = dataclasses.replace(
+        cache,
+        tokens=cache.tokens + jnp.sum(chunk.valid, axis=1),
+        logits=jnp.where(some[:, None], model.logits(final), cache.logits),
+    )
+    return cache, model.logits(hidden)
+
+
+def compress(
+    model: Transformer,
+    cache: MemoryCache,
+    which=None,
+    *,
+    method: Method,
+    implementation: str | None = None,
+) -> MemoryCache:
+    """Closes a chunk: one pass of the method's tokens over raw text, write, drop it, compact.
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions.
+      which: ``bool [B]``, the rows to compress, or ``bool [B, S]``, the slots of raw text that make the chunk (the
+        oldest of each row; the rest stays raw, in the next segment); None for all. Rows with no such text pass through.
+      method: static.
+      implementation: of the attention.
+    """
+    raw = memory.open_raw(cache)
+    if which is None:
+        selected = raw
+    else:
+        selected = raw & (which if which.ndim == 2 else which[:, None])
+    closing = jnp.any(selected, axis=1)
+    rest = raw & ~selected & closing[:, None]
+    slots = dataclasses.replace(cache.slots, segment=cache.slots.segment + rest)
+    cache = dataclasses.replace(cache, slots=slots)
+    # Positions and order of what is written follow the chunk's last token.
+    last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
+    count = len(method.closes)
+    if not count:
+        nothing = jnp.zeros((*cache.k.shape[:2], 0, *cache.k.shape[3:]), cache.k.dtype)
+        empty = jnp.zeros((cache.k.shape[1], 0), jnp.int32)
+        return memory.write(cache, method, nothing, nothing, Slots(empty, empty, empty, empty), closing)
+    row = lambda values: jnp.asarray(values, jnp.int32)[None]
+    kind = jnp.where(closing[:, None], row(method.closes), Kind.PAD)
+    segment = jnp.broadcast_to(cache.chunks[:, None], kind.shape)
+    # The tokens themselves come after everything raw; the segment hides what is not selected.
+    comp = Slots(kind, segment, cache.tokens[:, None] + row(range(count)), last + 1 + row(method.offsets))
+    places = None
+    if method.rope == "cache":
+        places = jnp.sum(slots.live & ~rest, axis=1, keepdims=True) + row(method.offsets)
+    tokens = jnp.broadcast_to(model.config.vocab_size + row(range(count)), kind.shape)
+    _, (k, v), _ = model(
+        tokens, comp, gate(method, comp), rule=method.rule, memory=cache, places=places, implementation=implementation
+    )
+    written = [i for i, kind in enumerate(method.closes) if kind in method.writes]
+    pick = lambda x, axis: jnp.take(x, jnp.asarray(written), axis=axis)
+    entry = Slots(
+        jnp.where(closing[:, None], jnp.full((1, len(written)), Kind.MEMORY), Kind.PAD),
+        pick(comp.segment, 1),
+        jnp.broadcast_to(last, (kind.shape[0], len(written))),
+        pick(comp.position, 1),
+    )
+    return memory.write(cache, method, pick(k, 2), pick(v, 2), entry, closing)
+
+
+def compress_step(
+    model: Transformer, cache: MemoryCache, chunk: Chunk, *, method: Method, implementation: str | None = None
+) -> MemoryCache:
+    """Reads a chunk and closes it: ``Mem(t-1), c(t) -> Mem(t)``. Rows without a valid token pass through."""
+    cache, _ = read(model, cache, chunk, method=method, implementation=implementation)
+    some = jnp.any(chunk.valid, axis=1)
+    return compress(model, cache, some, method=method, implementation=implementation)
+
+
+def compress_scan(
+    model: Transformer, cache: MemoryCache, chunks: Chunk, *, method: Method, implementation: str | None = None
+) -> MemoryCache:
+    """`compress_step` over chunks stacked in front, ``[time, B, C]``, as one `jax.lax.scan`."""
+    step = lambda cache, chunk: (
+        compress_step(model, cache, chunk, method=method, implementation=implementation),
+        None,
+    )
+    return jax.lax.scan(step, cache, chunks)[0]
+
+
+def stream_step(
+    model: Transformer,
+    cache: MemoryCache,
+    chunk: Chunk,
+    *,
+    method: Method,
+    window: int,
+    closes: Array,
+    implementation: str | None = None,
+):
+    """Reads text into endless sessions; where the cache was full before, its oldest raw text is then compressed.
+
+    CCM's streaming (section 4.3): keep a window of live slots (sink, memory and raw text together); once it is full,
+    the oldest raw tokens become memory, and memory beyond the capacity (``overflow="evict"``) loses its oldest.
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions.
+      chunk: the text, usually one token a row.
+      method: static.
+      window: live slots at which a row compresses.
+      closes: how many of the oldest raw tokens are then compressed, an integer or ``int32 [B]``.
+      implementation: of the attention.
+
+    Returns:
+      The cache, and the logits as `read` returns them.
+    """
+    full = jnp.sum(cache.slots.live, axis=1) >= window
+    cache, logits = read(model, cache, chunk, method=method, implementation=implementation)
+    raw = is_in(cache.slots.kind, RAW)
+    oldest = raw & (jnp.cumsum(raw, axis=1) <= jnp.reshape(jnp.asarray(closes), (-1, 1))) & full[:, None]
+    shrink = lambda cache: compress(model, cache, oldest, method=method, implementation=implementation)
+    return jax.lax.cond(jnp.any(oldest), shrink, lambda cache: cache, cache), logits

@@ -1,0 +1,290 @@
+"""The vocabulary of the library: slots, rules, methods, and the pytrees that pass between them.
+
+Axis letters, used in every docstring and einsum of the package:
+
+    B  batch rows (sessions)          L  layers
+    T  query tokens                   N  query heads
+    S  key slots of a cache           K  key/value heads
+    P  tokens that write memory       G  query heads per key/value head (N = K G)
+    M  memory slots                   H  head dimension
+    C  tokens of a chunk              D  model dimension
+    Q  scored tokens                  V  vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from typing import Any, Literal, Protocol
+
+import jax
+import numpy as np
+
+Array = Any  # a numpy array on the host, a jax array under jit
+INF = int(np.iinfo(np.int32).max)
+
+
+class Kind(enum.IntEnum):
+    """What the token or cache entry in a slot is."""
+
+    PAD = 0  # nothing: seen by nobody, a free place in a cache
+    TEXT = 1  # raw text of a context chunk
+    QUERY = 2  # raw text of the tail: the input that is answered, and the answer
+    COMP = 3  # a compression token while its group is being run
+    OPEN = 4  # a token that marks where a span begins
+    REPEAT = 5  # text that is reconstructed from memory
+    SINK = 6  # the first token of a session, kept for good
+    MEMORY = 7  # a key/value pair that a method wrote
+
+
+RAW = (Kind.TEXT, Kind.QUERY, Kind.REPEAT)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Four integers for each place of a sequence or of a cache, ``int32 [..., S]`` each.
+
+    Attributes:
+      kind: a `Kind`.
+      segment: which chunk of the session the place belongs to, from 0. For `Kind.MEMORY`
+        the last chunk that went into it.
+      index: order in the session; a key may be seen only from places with an equal or larger
+        one (but see `Rule.both_ways`).
+      position: position for RoPE. Data, never derived from a length.
+    """
+
+    kind: Array
+    segment: Array
+    index: Array
+    position: Array
+
+    @property
+    def live(self) -> Array:
+        """``bool [..., S]``: True where the place holds something."""
+        return self.kind != Kind.PAD
+
+    def map(self, fn) -> Slots:
+        """Applies ``fn`` to each of the four arrays."""
+        return Slots(fn(self.kind), fn(self.segment), fn(self.index), fn(self.position))
+
+
+@dataclasses.dataclass(frozen=True)
+class Clause:
+    """One line of a rule: these kinds see those kinds, this far back.
+
+    Attributes:
+      query: kinds that look.
+      key: kinds that are seen.
+      nearest: smallest distance in segments, ``query.segment - key.segment``.
+      farthest: largest distance in segments; `INF` for no limit.
+    """
+
+    query: tuple[Kind, ...]
+    key: tuple[Kind, ...]
+    nearest: int
+    farthest: int
+
+
+def see(query: Kind | tuple[Kind, ...], key: Kind | tuple[Kind, ...], nearest: int, farthest: int) -> Clause:
+    """Builds a `Clause`; single kinds need no tuple."""
+    as_tuple = lambda kinds: (kinds,) if isinstance(kinds, Kind) else tuple(kinds)
+    return Clause(as_tuple(query), as_tuple(key), nearest, farthest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Who sees whom: the union of clauses, each causal by `Slots.index`.
+
+    Attributes:
+      sees: the clauses.
+      both_ways: kinds that see each other regardless of order.
+      window: if set, raw text farther back than this many positions is hidden
+        (``query.position - key.position < window`` remains visible). Sinks and memory are exempt.
+    """
+
+    sees: tuple[Clause, ...]
+    both_ways: tuple[Kind, ...] = ()
+    window: int | None = None
+
+
+class Mix(Protocol):
+    """A memory that is a mixture: ``memory_t = (1 - rate(t)) memory_(t-1) + rate(t) new_t``."""
+
+    def rate(self, step: Array) -> Array:
+        """Weight of chunk number ``step`` (from 1; numpy or jax integers) in the new memory."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """Running arithmetic mean, ``rate(t) = 1 / t`` (CCM-merge, ICLR 2024, section 3.1)."""
+
+    def rate(self, step: Array) -> Array:
+        return 1.0 / step
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """Exponential moving average, ``rate(1) = 1`` and ``rate(t) = decay`` after (CCM, table 16)."""
+
+    decay: float = 0.5
+
+    def __post_init__(self):
+        if not 0.0 < self.decay <= 1.0:
+            raise ValueError(f"decay is {self.decay}; it must lie in (0, 1]: it is the weight of the newest chunk")
+
+    def rate(self, step: Array) -> Array:
+        return 1.0 * (step <= 1) + self.decay * (step > 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A compression method, as data. The Transformer, the attention and the trainer read it.
+
+    Attributes:
+      name: what configs and files call it.
+      rule: who sees whom.
+      closes: kinds of the tokens that are run to close a chunk, in order; empty if the method
+        compresses nothing. Their ids are ``V, V + 1, ...``, beyond the vocabulary, with embeddings
+        in the adapter's own table and no row in the head.
+      offsets: position of each closing token, relative to the position of the text token that will
+        follow. CCM: 0, 1, ... (shared with the text that follows).
+      writes: kinds, of those in `closes`, whose keys and values become memory.
+      mix: how written keys and values enter the memory: `None` appends them as new slots, a `Mix`
+        blends them slot by slot into a memory of constant size.
+      gate: kinds on which the adapter's LoRA acts.
+      sink: whether the first token of a session is of kind `Kind.SINK`, which the rule lets everybody see.
+      context: what training and evaluation feed before the tail: its "chunks", each closed by itself;
+        all of them "joined" into one chunk; or nothing ("dropped").
+      rope: keys in the cache are rotated once by their "running" position, or stored unrotated and
+        rotated at each use by their place in the "cache" (streaming; recurrent only).
+    """
+
+    name: str
+    rule: Rule
+    closes: tuple[Kind, ...] = ()
+    offsets: tuple[int, ...] = ()
+    writes: tuple[Kind, ...] = (Kind.COMP,)
+    mix: Mix | None = None
+    gate: tuple[Kind, ...] = ()
+    sink: bool = False
+    context: Literal["chunks", "joined", "dropped"] = "chunks"
+    rope: Literal["running", "cache"] = "running"
+
+    def __post_init__(self):
+        if len(self.closes) != len(self.offsets):
+            raise ValueError(
+                f"method {self.name!r} closes a chunk with {len(self.closes)} tokens but gives {len(self.offsets)} "
+                "position offsets; give one offset for each"
+            )
+
+    @property
+    def slots_per_chunk(self) -> int:
+        """Memory slots that one closed chunk writes."""
+        return sum(kind in self.writes for kind in self.closes)
+
+    @property
+    def sees_memory_in_context(self) -> bool:
+        """Whether context chunks see earlier memory; if not, only the tail does (independent chunks)."""
+        return any(Kind.TEXT in c.query and Kind.MEMORY in c.key for c in self.rule.sees)
+
+    def memory_slots(self, chunks: int) -> int:
+        """Memory slots after ``chunks`` closed chunks, the sink not counted."""
+        if self.mix is not None:
+            return self.slots_per_chunk * min(chunks, 1)
+        return self.slots_per_chunk * chunks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The memory of a parallel forward: which tokens write it, how, and its slots.
+
+    Attributes:
+      source: ``int32 [B, P]``, places in the row of the tokens that write memory; unused entries are 0
+        and reach only slots of kind PAD.
+      slots: `Slots` of ``[B, M]``, kind MEMORY or PAD.
+      mix: ``float32 [B, M, P]``, weights of the sources in each memory slot, or None where memory slot
+        j is source j (M = P). Rows of dead slots are zero.
+    """
+
+    source: Array
+    slots: Slots
+    mix: Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Fixed-shape arrays of a parallel forward with loss. Made on the host by `layout.batch`.
+
+    Attributes:
+      tokens: ``int32 [B, T]``; ids of compression tokens are V, V + 1, ...; 0 on padding.
+      slots: `Slots` of ``[B, T]``.
+      memory: `Packed`, or None for a method that writes no memory.
+      places: ``int32 [B, Q]``, place of the token whose hidden state predicts each scored token.
+      targets: ``int32 [B, Q]``, the scored tokens.
+      weights: ``float32 [B, Q]``, 1 where scored, 0 on padding.
+      steps: ``int32 [B, Q]``, number of chunks that were closed before each scored token.
+    """
+
+    tokens: Array
+    slots: Slots
+    memory: Packed | None
+    places: Array
+    targets: Array
+    weights: Array
+    steps: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of text for each session.
+
+    Attributes:
+      tokens: ``int32 [B, C]``.
+      valid: ``bool [B, C]``; False on padding, which may stand on either side. A row with no valid
+        token takes no part: its session is left as it is.
+    """
+
+    tokens: Array
+    valid: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MemoryCache:
+    """The state of B sessions, of fixed shape: the carry of the recurrence.
+
+    Live slots (kind other than PAD) stand in front, ordered by `Slots.index`.
+
+    Attributes:
+      k: ``[L, B, S, K, H]`` keys; rotated, unless the method's `rope` is "cache".
+      v: ``[L, B, S, K, H]`` values.
+      slots: `Slots` of ``[B, S]``.
+      tokens: ``int32 [B]``, text tokens read so far: the next one's position and index.
+      chunks: ``int32 [B]``, chunks closed so far: the segment of text that is read next.
+      logits: ``float32 [B, V]``, pending: they predict the token after the last text token.
+      lost: ``int32 [B]``, slots for which there was no room. Not zero means that the session is
+        invalid; `memory.check` raises.
+      memory_capacity: static, most memory slots of a session (sinks included).
+      overflow: static, what happens when a session's memory is full: "error", or "evict" the oldest.
+    """
+
+    k: Array
+    v: Array
+    slots: Slots
+    tokens: Array
+    chunks: Array
+    logits: Array
+    lost: Array
+    memory_capacity: int = dataclasses.field(metadata=dict(static=True))
+    overflow: Literal["error", "evict"] = dataclasses.field(default="error", metadata=dict(static=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays of the state."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))

