@@ -278,7 +278,7 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
         "steps": sizes.scored,
         "weights": sizes.scored,
     }
-    pad = lambda x, size: np.pad(x, (0, size - len(x)))
+    pad = lambda x, size: np.concatenate([x, np.zeros(size - len(x), x.dtype)])  # np.pad is ten times slower
     return {
         name: x
         if name == "mix"

@@ -146,7 +146,7 @@ def compress(
     else:
         selected = raw & (which if which.ndim == 2 else which[:, None])
     closing = jnp.any(selected, axis=1)
-    rest = raw & ~selected & closing[:, None]
+    rest = raw & ~selected & closing[:, None] & (cache.slots.kind != Kind.SINK)
     slots = dataclasses.replace(cache.slots, segment=cache.slots.segment + rest)
     cache = dataclasses.replace(cache, slots=slots)
     # Positions and order of what is written follow the chunk's last token.

@@ -26,10 +26,11 @@ from jax_ccm.generate import generate
 from jax_ccm.layout import Example, Segment, Sizes
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
-from jax_ccm.nn.merge import merge_lora
 from jax_ccm.types import Batch, Chunk, Kind, Method
 from jax_ccm.weights import load_model
-from jax_ccm.weights.adapters import open_adapter
+from jax_ccm.weights.adapters import load_adapter, merge_adapter
+from jax_ccm.weights.identity import describe_method
+from jax_ccm.weights.lora import extract
 from jax_ccm.weights.reference import reference_tensors
 
 TOLERANCE = 1e-4
@@ -68,7 +69,7 @@ def parse(name: str) -> Case:
             method = build("gist", **options)
         else:
             method = build(f"ccm_{kind}", independent=match["chunks"] == "norecur", **options)
-        adapter = f"{'concat' if kind == 'gist' else kind}_n{n}"
+        adapter = f"{kind}_n{n}"
         merged = "full_lora" if "_loadpath" in match["flags"] else None
     elif match := PLAIN.fullmatch(name):
         adapter, merged = "full_lora", None
@@ -89,13 +90,17 @@ def load(folder: Path, case: Case) -> Transformer:
     """The case's model: the base, a merged first adapter, the adapter."""
     model = load_model(str(folder / case.base))
     for name in filter(None, (case.merged, case.adapter)):
-        found = [path for path in (folder / "adapters" / name, folder / "adapters_safetensors" / name) if path.exists()]
+        # Gisting has the same tokens as concat, and may come without an adapter of its own.
+        named = (name, name.replace("gist", "concat"))
+        found = [
+            path for n in named for kind in ("", "_safetensors") if (path := folder / f"adapters{kind}" / n).exists()
+        ]
         if not found:
             raise ValueError(f"adapter {name!r} is not in {folder}/adapters")
-        stage_one = name == case.merged
-        model = open_adapter(found[0], model, build("full") if stage_one else case.method)
-        if stage_one:
-            model = merge_lora(model)
+        if name == case.merged:
+            model = merge_adapter(found[0], model)
+        else:
+            model = load_adapter(found[0], model, method=case.method)
     return model
 
 
@@ -170,6 +175,9 @@ def check_parallel(model: Transformer, method: Method, data: dict) -> dict[str, 
     # The reference's rows are arranged already.
     batch = layout.batch(dataclasses.replace(method, context="chunks"), examples, sizes, vocab, pad="left")
     states, logits, loss, gradients = jax.device_get(forward(model, batch, method))
+    graphdef, _, base = nnx.split(model, nnx.LoRAParam, ...)
+    described = dict(method=describe_method(method))
+    as_adapter = dataclasses.replace(extract(nnx.merge(graphdef, gradients, base)), **described)
 
     valid = data["attention_mask"] > 0
     own = layout.visible(method.rule, batch.slots, batch.slots)
@@ -222,7 +230,7 @@ def check_parallel(model: Transformer, method: Method, data: dict) -> dict[str, 
         "logits": difference(logits[live], data["logits"][text]),
         "loss": difference(loss, data["loss"]),
     }
-    for name, gradient in reference_tensors(gradients, method).items():
+    for name, gradient in reference_tensors(as_adapter).items():
         found[f"grad/{name}"] = difference(gradient, data.get(f"grad/{name}", np.zeros(0)))
     return found
 
@@ -297,18 +305,18 @@ def check_recurrent(model: Transformer, method: Method, data: dict) -> dict[str,
         found[f"{row}/query_target_logits"] = difference(logits[b, : len(ids[b])], data[f"{row}/query_target_logits"])
     query = [data[f"{row}/query_target_ids"][: data[f"{row}/n_query"]] for row in rows]
     cache, _ = read(model, cache, chunk(query), method=method, query=True)
-    longest = max(len(data[f"{row}/{name}"]) for row in rows for name in ("greedy16", "official_generated"))
-    _, tokens, _ = generate(model, cache, method=method, max_tokens=longest)
-    for b, row in enumerate(rows):
-        for name in ("greedy16", "official_generated"):
-            theirs = data[f"{row}/{name}"]
-            found[f"{row}/{name}"] = difference(tokens[b, : len(theirs)], theirs)
+    recorded = {f"{row}/{name}": b for b, row in enumerate(rows) for name in ("greedy16", "official_generated")}
+    recorded = {name: b for name, b in recorded.items() if name in data}
+    _, tokens, _ = generate(model, cache, method=method, max_tokens=max(len(data[name]) for name in recorded))
+    for name, b in recorded.items():
+        found[name] = difference(tokens[b, : len(data[name])], data[name])
     return found
 
 
 def check_stream(model: Transformer, method: Method, data: dict) -> dict[str, float]:
     """Losses, compressions and caches of a stream that is fed token by token."""
-    ids = data["ids"]
+    # The last token is only a target.
+    ids, last = data["ids"][:-1], data["ids"][-1:]
     events = data["events"]
     # A compressed stream closes the same number each time; the baseline drops so many that its size is the same.
     closes = np.full(len(events), CLOSES)
@@ -320,15 +328,15 @@ def check_stream(model: Transformer, method: Method, data: dict) -> dict[str, fl
         model.config, method, 1, memory_capacity=CAPACITY, raw_capacity=WINDOW + 1, overflow="evict"
     )
     snapshots = {f"cache_after_comp{i}": i for i in range(len(events)) if f"cache_after_comp{i}_k" in data}
+    snapshots["last_cache"] = len(events) - 1
     found, nll, ours_events, done = {"ids": 0.0}, [], [], 0
     step = jax.jit(functools.partial(stream, method=method, window=WINDOW))
     # Between events the stream runs in one scan; the boundaries are the recorded ones and are checked below.
     position = 0
-    lengths = []
     while position < len(ids):
         size = WINDOW + 1 - int(cache.slots.live.sum())
         piece = ids[position : position + size]
-        targets = np.append(ids, 0)[position + 1 : position + 1 + size]
+        targets = np.append(ids, last)[position + 1 : position + 1 + size]
         padded = lambda x: np.pad(x, (0, WINDOW + 1 - len(x)))[None]
         valid = padded(np.ones(len(piece), bool))
         before = int(cache.slots.live.sum()) + len(piece)
@@ -341,17 +349,15 @@ def check_stream(model: Transformer, method: Method, data: dict) -> dict[str, fl
         if full:
             after = int(cache.slots.live.sum())
             ours_events.append((done, before, after, before - 1))
-            state = jax.device_get(cache)
             for name, i in snapshots.items():
                 if i == done:
-                    found |= _cache_difference(name, state, data)
+                    found |= _cache_difference(name, jax.device_get(cache), data)
             done += 1
             if done >= len(closes):
                 closes = np.append(closes, closes[-1])
-    lengths = np.concatenate(nll)[: len(ids) - 1]
-    found["nll"] = difference(lengths, data["nll"])
+    found["nll"] = difference(np.concatenate(nll), data["nll"])
     found["events"] = difference(np.array(ours_events), events)
-    return found | _cache_difference("last_cache", jax.device_get(cache), data)
+    return found
 
 
 def _cache_difference(name: str, state, data: dict) -> dict[str, float]:

@@ -1,0 +1,368 @@
+"""Experiments as frozen dataclasses, read from YAML and overridden on the command line.
+
+A config names everything that a run depends on. Unknown keys, wrong types and repeated keys are errors that give the
+path of the key; nothing is coerced except whole numbers where a float is meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jax_ccm.data.config import DataConfig
+from jax_ccm.errors import UserError, unknown
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScratchConfig:
+    """Sizes of a tiny Llama-like decoder that is trained from scratch (used where `model.source` is empty)."""
+
+    layers: int = 2
+    """Number of layers."""
+    hidden: int = 64
+    """Model dimension."""
+    intermediate: int = 128
+    """Inner dimension of the MLP."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 2
+    """Key/value heads."""
+    vocab_size: int = 0
+    """Vocabulary; 0 takes that of the tokenizer or of the generated data."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """The base model."""
+
+    source: str = ""
+    """Local folder, hub id "org/name", a .gguf file, or "package:NAME/FILE.gguf" inside an installed Python package;
+    empty for a decoder from scratch."""
+    tokenizer: str = ""
+    """Where the tokenizer comes from; empty for the same place as the model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the base weights and of the computation; adapters are always float32."""
+    scratch: ScratchConfig = ScratchConfig()
+    """Sizes of the decoder from scratch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """The compression method. Only what is given is passed on, so a method's own defaults hold for the rest."""
+
+    name: str = "ccm_concat"
+    """A key of `jax_ccm.methods.METHODS`."""
+    comp_tokens: int | None = None
+    """Compression tokens after each chunk."""
+    sink: bool | None = None
+    """Keep the first token of the session visible to all."""
+    independent: bool | None = None
+    """Chunks do not see earlier memory; only the tail does."""
+    conditional: bool | None = None
+    """The LoRA acts on compression tokens only; false lets it act on all tokens."""
+    decay: float | None = None
+    """Weight of the newest chunk in a moving average."""
+    size: int | None = None
+    """Text tokens that a sliding window keeps."""
+    streaming: bool | None = None
+    """Positions are places in the cache (recurrent only)."""
+
+    def options(self) -> dict[str, Any]:
+        """What was given besides the name, for `jax_ccm.methods.build`."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name"}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSource:
+    """The adapter: its sizes, and what it starts from."""
+
+    rank: int = 8
+    """LoRA rank; 0 trains the compression embeddings alone."""
+    alpha: float = 16.0
+    """The LoRA branch is scaled by alpha / rank."""
+    dropout: float = 0.05
+    """On the input of the LoRA branch, in training only."""
+    targets: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Projections with a LoRA."""
+    load: str = ""
+    """An adapter of the same sizes to start from; empty for a fresh one."""
+    merge: str = ""
+    """A plain LoRA of an earlier stage that is merged into the base weights first (the paper's two stages)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float = 3e-4
+    """At its highest."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: down to zero along a half cosine, or constant."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """Decoupled; not applied to norm scales and biases."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 for no clipping."""
+    accumulation: int = 1
+    """Micro-batches of `data.batch_size` rows for one step; their mean losses are averaged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The run."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 42
+    """Of fresh weights, data order and dropout."""
+    trainable: Literal["adapter", "all"] = "adapter"
+    """Train the adapter on a frozen base, or everything (a model from scratch)."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    eval_every: int = 100
+    """Steps between evaluations on validation data; 0 for none. The last step is evaluated, too."""
+    eval_examples: int = 64
+    """Validation examples; the same ones every time."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last step and an interrupt are saved, too."""
+    keep: int = 2
+    """Newest checkpoints that are kept. The best adapter is kept beside them."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well; empty for none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Quality by time step."""
+
+    steps: tuple[int, ...] = (1, 2, 4, 8, 12)
+    """Time steps (closed chunks before the target) to report."""
+    batch_size: int = 4
+    """Rows of a batch."""
+    max_examples: int = 0
+    """Examples for each time step; 0 for all."""
+    methods: tuple[str, ...] = ("none", "full", "memory")
+    """What stands side by side: "none", "full" and "memory" (the config's method)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """The recurrent cache."""
+
+    memory_capacity: int = 64
+    """Most memory slots of a session."""
+    raw_capacity: int = 512
+    """Most raw text tokens of a session."""
+    overflow: Literal["error", "evict"] = "error"
+    """When memory is full: refuse, or drop the oldest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    model: ModelSource = ModelSource()
+    method: MethodConfig = MethodConfig()
+    adapter: AdapterSource = AdapterSource()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    cache: CacheConfig = CacheConfig()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config.
+
+    Args:
+      path: a YAML file.
+      overrides: command-line arguments such as ``["--optimizer.learning_rate", "3e-4"]``.
+
+    Raises:
+      UserError: for a file that cannot be read, bad YAML, an unknown key or a wrong type.
+    """
+    config = from_mapping(read_yaml(path))
+    if overrides:
+        import tyro
+
+        config = tyro.cli(Config, args=list(overrides), default=config, prog=str(path))
+    check(config)
+    return config
+
+
+def from_mapping(tree: Mapping[str, Any]) -> Config:
+    """Builds a config from nested dicts, strictly.
+
+    Raises:
+      UserError: naming the path of the offending key.
+    """
+    return _convert(Config, tree, "")
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of plain values (tuples become lists): what `from_mapping` reads."""
+    plain = lambda x: (
+        {name: plain(value) for name, value in x.items()} if isinstance(x, dict)
+        else [plain(value) for value in x] if isinstance(x, (list, tuple)) else x
+    )  # fmt: skip
+    return plain(dataclasses.asdict(config))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes the whole config, defaults included, as YAML that `load_config` reads back to an equal one."""
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Paths of the keys in which two nested dicts differ, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found[f"{prefix}{name}"] = (a, b)
+    return found
+
+
+def check(config: Config) -> None:
+    """Refuses values that no run could use.
+
+    Raises:
+      UserError: naming the key, its value and what is allowed.
+    """
+    at_least = {
+        "adapter.rank": 0, "optimizer.accumulation": 1, "optimizer.clip_norm": 0, "optimizer.weight_decay": 0,
+        "train.steps": 1, "train.log_every": 1, "train.eval_every": 0, "train.eval_examples": 1,
+        "train.checkpoint_every": 1, "train.keep": 1, "train.seed": 0, "eval.batch_size": 1, "eval.max_examples": 0,
+        "cache.memory_capacity": 1, "cache.raw_capacity": 1,
+    }  # fmt: skip
+    for path, least in at_least.items():
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        if not value >= least:
+            raise UserError(f"{path} is {value}; it must be at least {least}")
+    if not config.optimizer.learning_rate > 0:
+        raise UserError(f"optimizer.learning_rate is {config.optimizer.learning_rate}; it must be above 0")
+    if not 0 <= config.optimizer.warmup_ratio < 1:
+        raise UserError(f"optimizer.warmup_ratio is {config.optimizer.warmup_ratio}; it must lie in [0, 1)")
+    if not 0 <= config.adapter.dropout < 1:
+        raise UserError(f"adapter.dropout is {config.adapter.dropout}; it must lie in [0, 1)")
+    if config.train.trainable == "all" and config.model.dtype != "float32":
+        raise UserError(
+            f"train.trainable is 'all' with model.dtype {config.model.dtype!r}: small updates would be lost in "
+            "rounding. Use model.dtype: float32, or train the adapter (always float32) on a bfloat16 base"
+        )
+    if config.data.buckets and config.optimizer.accumulation > 1:
+        raise UserError(
+            f"optimizer.accumulation={config.optimizer.accumulation} needs micro-batches of one shape, and data.buckets "
+            "gives several; use a larger data.batch_size, or leave data.buckets empty"
+        )
+    if config.adapter.merge and not config.model.source:
+        raise UserError("adapter.merge needs a pretrained base (model.source); a model from scratch has no first stage")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping; 3e-4 is a number, and a key that stands twice is an error.
+
+    Raises:
+      UserError: for a file that is missing, not YAML, or not a mapping.
+    """
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    line = key_node.start_mark.line + 1
+                    raise UserError(f"{path}, line {line}: the key {key!r} stands twice; keep one")
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    # YAML 1.1 reads 3e-4 as text, because it has no dot.
+    number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there is no config file {path}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read as a config: {e}") from e
+    try:
+        tree = yaml.load(text, Loader)
+    except yaml.YAMLError as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds a {type(tree).__name__}; a config is a mapping of sections such as 'model:'")
+    return tree
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    """``value`` as ``kind``, a type hint built of dataclasses, tuples, unions, literals and plain types."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path or 'the config'} is {_show(value)}; it must be a mapping of keys")
+        hints = typing.get_type_hints(kind)
+        under = lambda name: f"{path}.{name}" if path else str(name)
+        names = [field.name for field in dataclasses.fields(kind)]
+        for name in value:
+            if name not in names:
+                raise unknown("config key", under(name), map(under, names))
+        return kind(**{name: _convert(hints[name], given, under(name)) for name, given in value.items()})
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (kind,) = (arg for arg in args if arg is not type(None))
+        return _convert(kind, value, path)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{path} is {_show(value)}; it must be one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{path} is {_show(value)}; it must be a list")
+        if args[-1] is Ellipsis:
+            args = (args[0],) * len(value)
+        if len(args) != len(value):
+            raise UserError(f"{path} has {len(value)} entries; it must have {len(args)}")
+        return tuple(_convert(arg, v, f"{path}[{i}]") for i, (arg, v) in enumerate(zip(args, value, strict=True)))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{path} is {_show(value)}; it must be {_article(kind)}")
+    return value
+
+
+def _article(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+
+
+def _show(value: Any) -> str:
+    return f"{value!r} ({'nothing' if value is None else type(value).__name__})"

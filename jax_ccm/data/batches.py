@@ -1,0 +1,192 @@
+"""The training pipeline: shuffled, drawn anew each epoch, batched to one shape, resumable by index (grain)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jax_ccm import layout
+from jax_ccm.data import documents, sources
+from jax_ccm.data.config import DataConfig
+from jax_ccm.data.formats import Format, Report, Unit
+from jax_ccm.errors import UserError
+from jax_ccm.types import Batch, Method
+
+
+def caps(config: DataConfig, method: Method) -> layout.Sizes:
+    """The static sizes of a training batch."""
+    return layout.Sizes(config.tokens, config.max_chunks * method.slots_per_chunk, config.scored)
+
+
+def joined(example: layout.Example, join: float, uncompressed: float, rng: np.random.Generator) -> layout.Example:
+    """Joins neighbouring context chunks at random; sometimes the whole context, into the tail.
+
+    Args:
+      example: the session.
+      join: probability for each pair of neighbouring context chunks. The tail stays by itself.
+      uncompressed: probability of joining everything into the tail instead.
+      rng: draws; the same number of them for every choice.
+    """
+    count = len(example.segments)
+    whole, cuts = rng.random() < uncompressed, rng.random(max(count - 2, 0)) >= join
+    if count == 1 or (cuts.all() and not whole):
+        return example
+    if whole:
+        return layout.join(example, [count])
+    bounds = np.flatnonzero(np.concatenate([[True], cuts, [True]]))
+    return layout.join(example, [*(int(size) for size in np.diff(bounds)), 1])
+
+
+def buckets(config: DataConfig, method: Method) -> list[layout.Sizes]:
+    """The sizes that batches of a config may have, from small to large; the last is `caps`."""
+    most = caps(config, method)
+    scored = lambda tokens: -(-config.scored * tokens // config.tokens)
+    return [layout.Sizes(tokens, most.memory, scored(tokens)) for tokens in (*sorted(config.buckets), config.tokens)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSet:
+    """Tokenised training data of a config, all of which fits the static sizes.
+
+    Attributes:
+      config: the data config.
+      method: the method that the rows are laid out for.
+      vocab_size: V.
+      format: draws examples.
+      units: what it draws from.
+      report: how many records are used, how many were dropped and why.
+    """
+
+    config: DataConfig
+    method: Method
+    vocab_size: int
+    format: Format
+    units: list[Unit]
+    report: Report
+
+    def draw(self, unit: Unit, rng: np.random.Generator) -> layout.Example:
+        """A training example, joined at random as the config says."""
+        return joined(self.format.draw(unit, rng), self.config.join, self.config.uncompressed, rng)
+
+    def iterator(self, *, seed: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+        """An endless iterator over numpy batches of ``batch_size / process_count`` rows.
+
+        It is a grain iterator: ``get_state()`` gives a small dict for JSON and ``set_state()`` takes it back, after
+        which the same batches follow. Each epoch has its own order and its own draws. Processes take the rows of a
+        global batch in turn, so that the data do not depend on their number.
+
+        Args:
+          seed: of order and draws, unless the config has its own.
+          process_index: this process, ``jax.process_index()``.
+          process_count: ``jax.process_count()``.
+
+        Raises:
+          UserError: if the batch cannot be split evenly among the processes.
+        """
+        import grain
+
+        rows, rest = divmod(self.config.batch_size, process_count)
+        if rest:
+            raise UserError(
+                f"data.batch_size={self.config.batch_size} rows cannot be split evenly among {process_count} processes"
+            )
+        seed = seed if self.config.shuffle_seed is None else self.config.shuffle_seed
+        # Everything is in memory already: threads would only fight for the interpreter lock.
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        # A repeated MapDataset counts on: index // len is the epoch for the shuffle, and the index seeds the draw.
+        if self.config.buckets:
+            mine = slice(process_index, None, process_count)
+            data = grain.MapDataset.source(self.groups(seed)).seed(seed).shuffle()
+            data = data.random_map(lambda group, rng: self.draw_group(group, rng)[mine]).repeat()
+            return iter(data.map(self.batch).to_iter_dataset(options))
+        data = grain.MapDataset.source(self.units).seed(seed).shuffle().random_map(self.draw).repeat()
+        data = data[process_index::process_count].to_iter_dataset(options)
+        return iter(data.batch(rows, batch_fn=self.batch))
+
+    def groups(self, seed: int) -> list[list[Unit]]:
+        """Units in batches of similar length: sorted, ties by chance, and cut; the last overlaps the one before."""
+        lengths = np.array([self.format.needs(unit, self.method).tokens for unit in self.units])
+        order = np.lexsort((np.random.default_rng(seed).random(len(lengths)), lengths))
+        size = self.config.batch_size
+        if len(order) < size:
+            order = np.resize(order, size)
+        starts = [*range(0, len(order) - size + 1, size), *([len(order) - size] if len(order) % size else [])]
+        return [[self.units[i] for i in order[start : start + size]] for start in starts]
+
+    def draw_group(self, group: list[Unit], rng: np.random.Generator) -> list[layout.Example]:
+        """Examples of a batch, each from draws of its own."""
+        return [self.draw(unit, draws) for unit, draws in zip(group, rng.spawn(len(group)), strict=True)]
+
+    def batch(self, examples: list[layout.Example]) -> Batch:
+        """The rows as arrays of the smallest sizes allowed that hold them."""
+        needs = [layout.measure(self.method, example) for example in examples]
+        tokens, scored = max(need.tokens for need in needs), max(need.scored for need in needs)
+        allowed = buckets(self.config, self.method)
+        sizes = next((b for b in allowed if b.tokens >= tokens and b.scored >= scored), allowed[-1])
+        return layout.batch(self.method, examples, sizes, self.vocab_size)
+
+
+def prepare(config: DataConfig, method: Method, tokenizer: Any, vocab_size: int) -> TrainingSet:
+    """Opens and tokenises the training data, and drops what does not fit the static sizes.
+
+    Args:
+      config: the data config.
+      method: the method to lay rows out for.
+      tokenizer: a fast tokenizer of transformers; None for the recall task.
+      vocab_size: V of the model.
+
+    Raises:
+      UserError: for unreadable data, a token outside the vocabulary, data of which nothing fits, or joining with a
+        method that has no chunks to join.
+    """
+    for name in ("join", "uncompressed"):
+        if getattr(config, name) and (method.context != "chunks" or not method.closes):
+            raise UserError(
+                f"data.{name}={getattr(config, name)} has no effect with method {method.name!r}, "
+                "which compresses no chunks; set it to 0"
+            )
+    format = documents.build(config, tokenizer)
+    units, report = format.load(sources.open_sources(config.train, config.format))
+    most = caps(config, method)
+    kept = []
+    for unit in units:
+        top = max(int(piece.max()) for piece in unit.pieces)
+        if top >= vocab_size:
+            raise UserError(
+                f"{unit.id}: token id {top} is outside the model's vocabulary (0..{vocab_size - 1}); "
+                f"ids from {vocab_size} on are compression tokens, which the method places itself. "
+                "Is this the model's own tokenizer?"
+            )
+        need = format.needs(unit, method)
+        if need.tokens > most.tokens:
+            report.drop(f"of more than data.tokens={config.tokens} places")
+        elif need.memory > most.memory:
+            report.drop(f"of more than data.max_chunks={config.max_chunks} chunks")
+        elif need.scored > most.scored:
+            report.drop(f"with more than data.scored={config.scored} scored tokens")
+        else:
+            kept.append(unit)
+    report.kept = len(kept)
+    if not kept:
+        raise UserError(f"no training data is left: {report}. Raise the limits that are named")
+    return TrainingSet(config, method, vocab_size, format, kept, report)
+
+
+def train_iterator(
+    config: DataConfig,
+    method: Method,
+    tokenizer: Any,
+    vocab_size: int,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    log: Callable[[str], None] = print,
+) -> Iterator[Batch]:
+    """`prepare`, a line on what is used and what was dropped through ``log``, and `TrainingSet.iterator`."""
+    data = prepare(config, method, tokenizer, vocab_size)
+    log(f"training data: {data.report}")
+    return data.iterator(seed=seed, process_index=process_index, process_count=process_count)

@@ -1,0 +1,103 @@
+"""Formats without turns: plain text and the recall task. And the table of all formats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_ccm.data import recall
+from jax_ccm.data.config import DataConfig
+from jax_ccm.data.formats import Dialogue, FewShot, Format, Online, Report, Unit, filled
+from jax_ccm.data.pieces import Pieces
+from jax_ccm.data.sources import Source
+from jax_ccm.layout import Example, Sizes, measure
+from jax_ccm.types import Method
+
+
+class Text:
+    """``{"text"}``: a text is cut into windows of ``max_chunks + 1`` chunks of ``chunk`` tokens; the last is the tail.
+
+    What remains at the end of a text is a shorter window, used if it has at least two chunks.
+    """
+
+    def __init__(self, config: DataConfig, pieces: Pieces):
+        self.config, self.pieces = config, pieces
+
+    def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
+        report, units = Report("windows"), []
+        chunk, chunks = self.config.option("chunk"), self.config.max_chunks + 1
+        for source in sources:
+            for index in range(len(source)):
+                report.records += 1
+                (tokens,) = self.pieces.plain([source[index]["text"]])
+                for first in range(0, len(tokens), chunk * chunks):
+                    window = tokens[first : first + chunk * chunks]
+                    report.units += 1
+                    if len(window) <= chunk:
+                        report.drop("with fewer than 2 chunks")
+                        continue
+                    cut = [window[place : place + chunk] for place in range(0, len(window), chunk)]
+                    units.append(Unit(f"{source.where(index)} from token {first}", tuple(cut)))
+        report.kept = len(units)
+        return units, report
+
+    def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
+        return self.build(unit, self.config.loss == "every")
+
+    def build(self, unit: Unit, every: bool) -> Example:
+        """The window as an example: with ``every`` all chunks but the first are scored, otherwise the tail."""
+        last = len(unit.pieces) - 1
+        segments = [filled(piece, number == last or (every and number > 0)) for number, piece in enumerate(unit.pieces)]
+        return Example(self.pieces.start, self.pieces.separator[:0], tuple(segments), unit.id)
+
+    def needs(self, unit: Unit, method: Method) -> Sizes:
+        return measure(method, self.build(unit, self.config.loss == "every"))
+
+
+@dataclasses.dataclass(frozen=True)
+class RecallUnit(Unit):
+    """A recall record, with the ids of its tokens as its one piece."""
+
+    record: dict[str, Any]
+
+
+class RecallTask:
+    """The generated recall task of `jax_ccm.data.recall`; needs no tokenizer."""
+
+    def __init__(self, config: DataConfig, pieces: Pieces | None = None):
+        self.config = config
+
+    def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
+        units: list[Unit] = []
+        for source in sources:
+            for index in range(len(source)):
+                record = source[index]
+                units.append(
+                    RecallUnit(source.where(index), (np.array(record["facts"], np.int32).reshape(-1),), record)
+                )
+        return units, Report("sequences", len(units), len(units), len(units))
+
+    def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
+        assert isinstance(unit, RecallUnit)
+        return recall.example(unit.record, unit.id)
+
+    def needs(self, unit: Unit, method: Method) -> Sizes:
+        assert isinstance(unit, RecallUnit)
+        return measure(method, recall.example(unit.record))
+
+
+FORMATS = {"dialogue": Dialogue, "online": Online, "fewshot": FewShot, "text": Text, "recall": RecallTask}
+
+
+def build(config: DataConfig, tokenizer: Any) -> Format:
+    """The format of a config.
+
+    Args:
+      config: the data of the experiment.
+      tokenizer: a fast tokenizer of transformers; the recall task needs none and ignores it.
+    """
+    pieces = None if config.format == "recall" else Pieces.of(config, tokenizer)
+    return FORMATS[config.format](config, pieces)

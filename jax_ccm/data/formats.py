@@ -1,0 +1,350 @@
+"""How records become sessions: dialogue, online and few-shot; `documents` has plain text and the recall task.
+
+A format tokenises all records once, drops those beyond the limits and counts them, and then draws examples. What it
+keeps is read-only, and an example is put together anew at each draw.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from jax_ccm.data.config import DataConfig
+from jax_ccm.data.pieces import Pieces
+from jax_ccm.data.sources import Source
+from jax_ccm.errors import UserError
+from jax_ccm.layout import Example, Segment, Sizes, measure
+from jax_ccm.types import Method
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of the records.
+
+    Attributes:
+      noun: what a unit is called, in the plural.
+      records: records read.
+      units: sessions made of them; fewer or more than records, if records are short or are cut.
+      kept: sessions within the limits.
+      dropped: reason -> how many were dropped for it.
+    """
+
+    noun: str
+    records: int = 0
+    units: int = 0
+    kept: int = 0
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def drop(self, reason: str) -> None:
+        """Counts a dropped unit."""
+        self.dropped[reason] += 1
+
+    def __str__(self) -> str:
+        made = "" if self.units == self.records else f" (made of {self.records:,} records)"
+        text = f"{self.kept:,} of {self.units:,} {self.noun}{made} are used"
+        if self.dropped:
+            text += "; dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A tokenised session from which examples are drawn.
+
+    Attributes:
+      id: names the record.
+      pieces: read-only int32 tokens of its turns, contexts or chunks, in order; the last is the target (or tail).
+    """
+
+    id: str
+    pieces: tuple[np.ndarray, ...]
+
+    def __post_init__(self):
+        for piece in self.pieces:
+            piece.setflags(write=False)
+
+
+class Format(Protocol):
+    """What the training pipeline asks of a format. Loaded units stay as they are; draws copy."""
+
+    def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
+        """Tokenises all records, and drops those beyond the limits of training or of evaluation."""
+        ...
+
+    def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
+        """A training example."""
+        ...
+
+    def needs(self, unit: Unit, method: Method) -> Sizes:
+        """The largest sizes that any draw of the unit needs."""
+        ...
+
+
+def filled(tokens: np.ndarray, scored: bool = False) -> Segment:
+    """A segment that is scored everywhere or nowhere."""
+    return Segment(tokens, np.full(len(tokens), scored))
+
+
+def glued(*segments: Segment) -> Segment:
+    """One segment of several."""
+    return Segment(np.concatenate([s.tokens for s in segments]), np.concatenate([s.scored for s in segments]))
+
+
+def session(
+    pieces: Pieces, turns: Sequence[np.ndarray], *, every: bool, score_end: bool = True, id: str = ""
+) -> Example:
+    """A dialogue as an example: each turn a chunk, up to the tail ``query answer target end``.
+
+    Args:
+      pieces: the fixed pieces.
+      turns: int32 tokens of the context turns, the query and the target.
+      every: score all turns but the first; if false only the target.
+      score_end: whether the end-of-sequence token is scored (in training, not in evaluation).
+      id: names the record in messages.
+    """
+    *context, query, target = turns
+    tail = glued(
+        filled(query, every and bool(context)),
+        filled(pieces.answer),
+        filled(target, True),
+        filled(pieces.end, score_end),
+    )
+    chunks = [filled(turn, every and number > 0) for number, turn in enumerate(context)]
+    return Example(pieces.start, pieces.separator, (*chunks, tail), id)
+
+
+def despace(text: str) -> str:
+    """Undoes the spacing of tokenised corpora: no space before punctuation and in contractions, one after a stop.
+
+    Unlike the reference implementation, it leaves numbers ("3.5"), ellipses and quoted words alone.
+    """
+    text = text.replace("\u2019", "'").replace("\u3002", ".")
+    text = re.sub(r"\s+([,.?!;])", r"\1", text)
+    text = re.sub(r"(?<=\w)\s*'\s*(?=(?:s|t|m|d|re|ve|ll)\b)", "'", text)
+    text = re.sub(r"\.(?=[A-Za-z])", ". ", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def most_tokens(config: DataConfig, evaluation: bool) -> int:
+    """The limit on a session's tokens."""
+    return config.option("max_tokens_evaluation" if evaluation else "max_tokens")
+
+
+class Dialogue:
+    """``{"turns"}``: every turn is a time step (CCM, section 4.1; the reference's DailyDialog protocol).
+
+    With ``loss="last"`` a draw takes the first k turns, k uniform from ``min_turns`` to all, and scores the last of
+    them; ``loss="every"`` takes all turns.
+    """
+
+    def __init__(self, config: DataConfig, pieces: Pieces):
+        self.config, self.pieces = config, pieces
+
+    def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
+        report, ids, dialogues = Report("dialogues"), [], []
+        longest = None if evaluation else self.config.max_turns
+        for source in sources:
+            for index in range(len(source)):
+                turns = source[index]["turns"]
+                if self.config.clean:
+                    turns = [despace(turn) for turn in turns]
+                count = -(-len(turns) // longest) if longest else 1
+                bounds = np.linspace(0, len(turns), count + 1).astype(int)
+                for number in range(count):
+                    ids.append(source.where(index) + (f" piece {number}" if count > 1 else ""))
+                    dialogues.append(turns[bounds[number] : bounds[number + 1]])
+                report.records += 1
+        first = self.pieces.first([turns[0] if turns else "" for turns in dialogues])
+        later = iter(self.pieces.later([turn for turns in dialogues for turn in turns[1:]]))
+        tokens = [(head, *(next(later) for _ in turns[1:])) for head, turns in zip(first, dialogues, strict=True)]
+        return limited(self.config, ids, tokens, evaluation, report, self.config.option("min_turns"), "turns"), report
+
+    def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
+        every = self.config.loss == "every"
+        count = len(unit.pieces)
+        if not every:
+            count = int(rng.integers(self.config.option("min_turns"), count + 1))
+        return session(self.pieces, unit.pieces[:count], every=every, id=unit.id)
+
+    def needs(self, unit: Unit, method: Method) -> Sizes:
+        every, least = self.config.loss == "every", self.config.option("min_turns")
+        whole = measure(method, session(self.pieces, unit.pieces, every=every))
+        if every:
+            return whole
+        scored = max(len(turn) for turn in unit.pieces[least - 1 :]) + len(self.pieces.end)
+        if method.context != "dropped":
+            return Sizes(whole.tokens, whole.memory, scored)
+        counts = range(least, len(unit.pieces) + 1)
+        tokens = max(measure(method, session(self.pieces, unit.pieces[:k], every=False)).tokens for k in counts)
+        return Sizes(tokens, 0, scored)
+
+
+class Online:
+    """``{"contexts", "query", "target"}``: each context is a time step; the whole record is always used."""
+
+    def __init__(self, config: DataConfig, pieces: Pieces):
+        self.config, self.pieces = config, pieces
+
+    def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
+        report, ids, records = Report("records"), [], []
+        for source in sources:
+            for index in range(len(source)):
+                ids.append(source.where(index))
+                records.append(source[index])
+        report.records = len(records)
+        inputs = [[*record["contexts"], record["query"]] for record in records]
+        first = self.pieces.first([texts[0] for texts in inputs])
+        later = iter(self.pieces.later([text for texts in inputs for text in texts[1:]]))
+        targets = self.pieces.target([record["target"] for record in records])
+        tokens = [
+            (head, *(next(later) for _ in texts[1:]), target)
+            for head, texts, target in zip(first, inputs, targets, strict=True)
+        ]
+        return limited(self.config, ids, tokens, evaluation, report, 2, "pieces"), report
+
+    def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
+        return session(self.pieces, unit.pieces, every=self.config.loss == "every", id=unit.id)
+
+    def needs(self, unit: Unit, method: Method) -> Sizes:
+        return measure(method, session(self.pieces, unit.pieces, every=self.config.loss == "every"))
+
+
+def limited(
+    config: DataConfig,
+    ids: Sequence[str],
+    tokens: Sequence[tuple[np.ndarray, ...]],
+    evaluation: bool,
+    report: Report,
+    least: int,
+    noun: str,
+) -> list[Unit]:
+    """The sessions within the limits, as units; the others are counted in the report."""
+    units: list[Unit] = []
+    longest, most = config.option("max_turn_tokens"), most_tokens(config, evaluation)
+    report.units = len(tokens)
+    for id, pieces in zip(ids, tokens, strict=True):
+        if len(pieces) < least:
+            report.drop(f"with fewer than {least} {noun}")
+        elif max(map(len, pieces)) > longest:
+            report.drop(f"with one of their {noun} longer than {longest} tokens")
+        elif sum(map(len, pieces)) > most:
+            report.drop(f"of more than {most} tokens")
+        elif not all(map(len, pieces)):
+            raise UserError(f"{id}: one of its {noun} has no tokens; remove it, a chunk needs at least one")
+        else:
+            units.append(Unit(id, pieces))
+    report.kept = len(units)
+    return units
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot(Unit):
+    """An example of a few-shot task, ``(text, label)``.
+
+    Attributes:
+      task: the task's source.
+      place: its number in the task.
+      label: the label as text.
+    """
+
+    task: str
+    place: int
+    label: str
+
+
+class FewShot:
+    """``{"text", "label"}``, each source a task: demonstrations are the context (MetaICL's format and budget).
+
+    ``Input: text Output: label`` for each of up to ``shots`` demonstrations, then ``Input: text Output:``.
+    Demonstrations are other examples of the task, drawn without repetition; they are added up to the first that would
+    exceed ``max_tokens``, none is skipped. Compression tokens do not count towards the limit.
+    """
+
+    def __init__(self, config: DataConfig, pieces: Pieces):
+        self.config, self.pieces = config, pieces
+        self._tasks: dict[str, list[Shot]] = {}
+        self._longest_label: dict[str, int] = {}
+
+    def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
+        report = Report("examples")
+        shots, units = self.config.option("shots"), []
+        for source in sources:
+            task = self.read(source, report)
+            if len(task) <= shots:
+                raise UserError(
+                    f"task {source.name!r} has {len(task)} usable examples; {shots} demonstrations and a query need "
+                    f"{shots + 1}. Lower data.shots or leave the task out"
+                )
+            self._tasks[source.name] = task
+            self._longest_label[source.name] = max(len(unit.pieces[1]) for unit in task)
+            units += task
+        return units, report
+
+    def read(self, source: Source, report: Report) -> list[Shot]:
+        """The examples of a task within the limits."""
+        records = [source[index] for index in range(len(source))]
+        texts = self.pieces.later([record["text"] for record in records])
+        known = {record["label"]: None for record in records}
+        labels = dict(zip(known, self.pieces.target(list(known)), strict=True))
+        longest = self.config.option("max_turn_tokens")
+        around = len(self.pieces.separator) + len(self.pieces.answer)
+        units = []
+        for index, (record, text) in enumerate(zip(records, texts, strict=True)):
+            label = labels[record["label"]]
+            if len(text) + len(label) + around > longest:
+                report.drop(f"of more than {longest} tokens")
+            else:
+                units.append(Shot(source.where(index), (text, label), source.name, len(units), record["label"]))
+        report.records, report.units, report.kept = (
+            report.records + len(records), report.units + len(records), report.kept + len(units),
+        )  # fmt: skip
+        return units
+
+    def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
+        assert isinstance(unit, Shot)
+        task = self._tasks[unit.task]
+        # An offset of 1..n-1 behind the query, modulo n, never hits the query itself.
+        offsets = 1 + rng.permutation(len(task) - 1)[: self.config.option("shots")]
+        demonstrations = [task[(unit.place + offset) % len(task)] for offset in offsets]
+        return self.build(
+            unit, demonstrations, unit.pieces[1], self.config.option("max_tokens"), self.config.loss == "every"
+        )
+
+    def build(
+        self,
+        unit: Unit,
+        demonstrations: Sequence[Unit],
+        target: np.ndarray,
+        most: int,
+        every: bool,
+        score_end: bool = True,
+    ) -> Example:
+        """An example with the demonstrations that fit into ``most`` tokens beside the query and its own label."""
+        pieces = self.pieces
+        own = glued(filled(unit.pieces[0]), filled(pieces.answer), filled(target, True), filled(pieces.end, score_end))
+        room = most - len(pieces.start) - len(pieces.separator) - len(own.tokens) + len(target) - len(unit.pieces[1])
+        shown = []
+        for number, (text, label) in enumerate(unit.pieces for unit in demonstrations):
+            segment = glued(filled(text), filled(pieces.answer), filled(label, every and number > 0))
+            room -= len(segment.tokens) + (len(pieces.separator) if number else 0)
+            if room < 0:
+                break
+            shown.append(segment)
+        return Example(pieces.start, pieces.separator, (*shown, own), unit.id)
+
+    def needs(self, unit: Unit, method: Method) -> Sizes:
+        assert isinstance(unit, Shot)
+        shots = {"chunks": self.config.option("shots"), "joined": 1, "dropped": 0}[method.context]
+        alone = measure(method, self.build(unit, (), unit.pieces[1], 0, every=False))
+        if not shots:
+            return alone
+        scored = alone.scored
+        if self.config.loss == "every":
+            scored += (self.config.option("shots") - 1) * self._longest_label[unit.task]
+        tokens = max(alone.tokens, self.config.option("max_tokens"))
+        return Sizes(tokens + shots * len(method.closes), shots * method.slots_per_chunk, scored)

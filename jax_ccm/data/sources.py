@@ -1,0 +1,301 @@
+"""Where records come from: JSONL and text files, tensorflow-datasets, and the generators.
+
+Every source has random access, so that grain can shuffle and resume it by index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import pathlib
+import urllib.parse
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from jax_ccm.errors import UserError, unknown
+
+Record = dict[str, Any]
+
+# What each format reads from a record: field -> whether it is a list of strings. A trailing "?" marks an optional one.
+FIELDS: dict[str, dict[str, bool]] = {
+    "dialogue": {"turns": True},
+    "online": {"contexts": True, "query": False, "target": False, "choices?": True},
+    "fewshot": {"text": False, "label": False},
+    "text": {"text": False},
+    "recall": {},
+}
+
+
+class Source(Protocol):
+    """A sequence of records, named for messages and reports."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    def where(self, index: int) -> str:
+        """Names a record for error messages: file and line, or source and index."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Records held in memory."""
+
+    name: str
+    records: Sequence[Record]
+    places: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[index]
+
+    def where(self, index: int) -> str:
+        return self.places[index] if self.places else f"{self.name}[{index}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """Records computed on access."""
+
+    name: str
+    size: int
+    record: Callable[[int], Record]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.record(index)
+
+    def where(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+
+def open_sources(sources: Iterable[str], format: str) -> list[Source]:
+    """Opens source strings (see `DataConfig`); one with ``*`` gives several.
+
+    Args:
+      sources: the strings.
+      format: a key of `FIELDS`; records are checked to have its fields.
+
+    Raises:
+      UserError: for a source that does not exist, cannot be read or is empty, and for a malformed record, with file and
+        line.
+    """
+    opened: list[Source] = []
+    for source in sources:
+        opened += _open(source, FIELDS[format], format)
+    for source in opened:
+        if not len(source):
+            raise UserError(f"data source {source.name!r} holds no records; remove it or point it at data")
+    if not opened:
+        raise UserError("no data source was given; set data.train, data.validation or data.test")
+    return opened
+
+
+def _open(source: str, fields: dict[str, bool], format: str) -> list[Source]:
+    scheme, _, rest = source.partition(":")
+    if scheme in ("generated", "tfds"):
+        address, _, query = rest.partition("?")
+        options = _options(source, query)
+        return [(_generated if scheme == "generated" else _tfds)(source, address, options, fields, format)]
+    if "*" in source:
+        paths = sorted(glob.glob(source, recursive=True))
+        if not paths:
+            raise UserError(f"no file matches the data source {source!r}")
+    else:
+        paths = [source]
+    return [_local(pathlib.Path(path), fields) for path in paths]
+
+
+def _options(source: str, query: str) -> dict[str, str]:
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise UserError(
+            f"data source {source!r}: cannot read its options ({error}); write ?name=value&name=value"
+        ) from None
+    if len(dict(pairs)) != len(pairs):
+        raise UserError(f"data source {source!r} gives an option twice")
+    return dict(pairs)
+
+
+def _local(path: pathlib.Path, fields: dict[str, bool]) -> Source:
+    if path.is_dir():
+        files = sorted(path.glob("*.txt"))
+        if not files:
+            raise UserError(
+                f"data source '{path}' is a folder without .txt files; for JSONL give the files, '{path}/*.jsonl'"
+            )
+    elif not path.is_file():
+        raise UserError(
+            f"data source '{path}' does not exist. Allowed: a .jsonl or .txt file, a folder of .txt files, "
+            "tfds:NAME:SPLIT, generated:NAME?…"
+        )
+    elif path.suffix == ".txt":
+        files = [path]
+    elif path.suffix == ".jsonl":
+        return _jsonl(path, fields)
+    else:
+        raise UserError(
+            f"data source '{path}' ends in {path.suffix!r}; allowed are .jsonl (one record a line) and .txt"
+        )
+    records = [{"text": _read(file)} for file in files]
+    for file, record in zip(files, records, strict=True):
+        _check(record, fields, str(file))
+    return Records(str(path), records, [str(file) for file in files])
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _jsonl(path: pathlib.Path, fields: dict[str, bool]) -> Source:
+    records, places = [], []
+    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{where}: not a JSON object ({error.msg} at column {error.colno}); mend or remove the line"
+            ) from None
+        _check(record, fields, where)
+        records.append(record)
+        places.append(where)
+    return Records(str(path), records, places)
+
+
+def _check(record: Any, fields: dict[str, bool], where: str) -> None:
+    """Raises `UserError` unless the record has the fields; others are allowed and ignored."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a record is a JSON object, this is a {type(record).__name__}")
+    for field, is_list in fields.items():
+        name = field.rstrip("?")
+        if name not in record:
+            if field.endswith("?"):
+                continue
+            found = ", ".join(sorted(record)) or "none"
+            raise UserError(f"{where}: the record has no field {name!r}, which this format reads (its fields: {found})")
+        value = record[name]
+        strings = value if is_list else [value]
+        if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
+            want = "a list of strings" if is_list else "a string"
+            raise UserError(f"{where}: field {name!r} must be {want}, it is {value!r:.60}")
+        for number, text in enumerate(strings):
+            if not text.strip():
+                part = f"item {number} of field {name!r}" if is_list else f"field {name!r}"
+                raise UserError(f"{where}: {part} is empty; a chunk needs at least one token, remove it")
+    if "choices" in record and "choices?" in fields and record["target"] not in record["choices"]:
+        raise UserError(f"{where}: the target {record['target']!r} is not among the choices")
+
+
+def _number(source: str, options: dict[str, str], name: str, default: int, least: int) -> int:
+    text = options.pop(name, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"data source {source!r}: {name}={text!r} must be a whole number, at least {least}")
+    return int(text)
+
+
+def _generated(source: str, address: str, options: dict[str, str], fields: dict[str, bool], format: str) -> Source:
+    from jax_ccm.data import conversations, recall
+
+    kinds = {"conversations": "dialogue", "questions": "online", "recall": "recall"}
+    if address not in kinds:
+        raise unknown("generated data set", address, kinds)
+    if kinds[address] != format:
+        raise UserError(
+            f"data source {source!r} gives records for format {kinds[address]!r}, but data.format is {format!r}"
+        )
+    split = options.pop("split", "train")
+    if split not in ("train", "validation", "test"):
+        raise unknown(f"split in {source!r}:", split, ("train", "validation", "test"))
+    size = _number(source, options, "size", 2000, 1)
+    seed = _number(source, options, "seed", 0, 0)
+    if address == "recall":
+        task = recall.Recall(
+            facts=_number(source, options, "facts", 8, 1),
+            names=_number(source, options, "names", 50, 1),
+            things=_number(source, options, "things", 50, 2),
+        )
+        record = lambda index: task.record(split, seed, index)
+    else:
+        turns = conversations.parse_turns(options.pop("turns", "4-16"))
+        make = conversations.dialogue if address == "conversations" else conversations.question
+        record = lambda index: make(split, seed, index, turns)
+    if options:
+        allowed = ("split", "size", "seed", *(("facts", "names", "things") if address == "recall" else ("turns",)))
+        raise unknown(f"option of {source!r}:", next(iter(options)), allowed)
+    return Computed(source, size, record)
+
+
+def _tfds(source: str, address: str, options: dict[str, str], fields: dict[str, bool], format: str) -> Source:
+    """A data source of tensorflow-datasets. Needs no TensorFlow, and never downloads."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise UserError(
+            f"data source {source!r} needs the package tensorflow-datasets; pip install 'jax-ccm[tfds]'"
+        ) from None
+    name, _, split = address.partition(":")
+    if not name or not split:
+        raise UserError(f"data source {source!r}: write tfds:NAME[/CONFIG]:SPLIT")
+    data_dir = options.pop("data_dir", None)
+    names = [field.rstrip("?") for field in fields]
+    for option in options:
+        if option not in names:
+            raise unknown(f"option of {source!r}:", option, ("data_dir", *names))
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        info = builder.info.features
+        data = builder.as_data_source(split=split)
+    # The library raises whatever its internals raise (NotImplementedError, AssertionError, KeyError, ValueError, its
+    # own DatasetNotFoundError...) for the same mistake: the set is not there in a form that has random access.
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"data source {source!r} cannot be opened from {data_dir or 'the default folder of tensorflow-datasets'} "
+            f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}). It is not downloaded here: "
+            f"prepare it first in a format with random access, `tfds build {name} --file_format=array_record`, "
+            "and give its folder as ?data_dir="
+        ) from None
+
+    def plain(feature: str, value: Any) -> Any:
+        if isinstance(value, bytes):
+            return value.decode()
+        if isinstance(value, str):
+            return value
+        if hasattr(info[feature], "int2str"):
+            return info[feature].int2str(int(value))
+        return [plain(feature, item) for item in value] if hasattr(value, "__iter__") else value
+
+    def record(index: int) -> Record:
+        raw = data[index]
+        found = {}
+        for field in fields:
+            feature = options.get(field.rstrip("?"), field.rstrip("?"))
+            if feature in raw:
+                found[field.rstrip("?")] = plain(feature, raw[feature])
+        if "choices" in found and not found["choices"]:
+            del found["choices"]
+        _check(found, fields, f"{source}[{index}]")
+        return found
+
+    return Computed(source, len(data), record)

@@ -1,0 +1,204 @@
+"""From a config to the objects that every command works with: model, method, tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_ccm import methods
+from jax_ccm.config import Config, ScratchConfig
+from jax_ccm.errors import UserError
+from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer
+from jax_ccm.types import Method
+
+if TYPE_CHECKING:
+    from jax_ccm.weights.lora import Adapter
+
+# Where an adapter that was trained together with its base says where that base is, relative to its own folder.
+TRAINED_BASE = "trained_base"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """What a config describes.
+
+    Attributes:
+      config: the config.
+      model: base and adapter.
+      method: the compression method.
+      tokenizer: a fast tokenizer of transformers, or None for generated data that has token ids already.
+    """
+
+    config: Config
+    model: Transformer
+    method: Method
+    tokenizer: Any
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The shape of the base."""
+        return self.model.config
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """The shape of the adapter."""
+        assert self.model.adapter is not None
+        return self.model.adapter
+
+    @property
+    def base_name(self) -> str:
+        """What to call the base model in files and messages."""
+        name = self.config.model.source or "from scratch"
+        return f"{name} + {self.config.adapter.merge}" if self.config.adapter.merge else name
+
+
+def build_method(config: Config) -> Method:
+    """The config's method.
+
+    Raises:
+      UserError: for an unknown name, or an option that it does not take or a value that it cannot have.
+    """
+    try:
+        return methods.build(config.method.name, **config.method.options())
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f"method: {e}") from e
+
+
+def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Experiment:
+    """Loads everything that a config names.
+
+    The base comes from ``model.source``, or is made from ``model.scratch`` and the seed; a stage-1 LoRA named by
+    ``adapter.merge`` is folded into it. Beside it stands the adapter at ``adapter``, else the one that the config names
+    (``adapter.load``), else a fresh one.
+
+    Args:
+      config: the config.
+      adapter: folder of a trained adapter. Its own rank, alpha and targets hold, and if it was trained together with
+        its base (``train.trainable: all``), that base is loaded.
+
+    Raises:
+      UserError: for anything that is missing, damaged or does not fit.
+    """
+    from jax_ccm.weights.adapters import load_adapter, merge_adapter, read_adapter
+
+    method = build_method(config)
+    shape = _adapter_config(config, method)
+    stored = None
+    if adapter or config.adapter.load:
+        stored = read_adapter(adapter or config.adapter.load, method=method)
+        if not adapter:
+            _require_shape(stored.config, shape, config.adapter.load)
+        shape = dataclasses.replace(stored.config, dropout=config.adapter.dropout)
+    tokenizer = _tokenizer(config)
+    model = _base(config, shape, tokenizer, stored)
+    if config.adapter.merge:
+        model = merge_adapter(config.adapter.merge, model, base=config.model.source)
+    if stored is not None:
+        model = load_adapter(stored, model, method=method, base=config.model.source)
+    return Experiment(config, model, method, tokenizer)
+
+
+def _adapter_config(config: Config, method: Method) -> AdapterConfig:
+    given = config.adapter
+    return AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=len(method.closes))
+
+
+def _require_shape(stored: AdapterConfig, wanted: AdapterConfig, path: str) -> None:
+    """An adapter to continue from must be the one that the config describes."""
+    for name in ("rank", "alpha", "targets"):
+        have, want = getattr(stored, name), getattr(wanted, name)
+        if name == "targets":
+            have, want = sorted(have), sorted(want)
+        if have != want:
+            raise UserError(
+                f"adapter.{name} is {want!r}, but the adapter to start from, {path}, has {have!r}; set the key to that"
+            )
+
+
+def _tokenizer(config: Config) -> Any:
+    if config.data.format == "recall":
+        return None  # made of token ids
+    source = config.model.tokenizer or config.model.source
+    if source:
+        from jax_ccm.weights import load_tokenizer
+
+        return load_tokenizer(source)
+    raise UserError(
+        f"data.format {config.data.format!r} needs a tokenizer, and a model from scratch brings none; set model.tokenizer"
+    )
+
+
+def _base(config: Config, adapter: AdapterConfig, tokenizer: Any, stored: Adapter | None) -> Transformer:
+    """The base with a fresh adapter."""
+    dtype = jnp.dtype(config.model.dtype)
+    key = jax.random.key(config.train.seed)
+    source = config.model.source
+    if stored is not None and TRAINED_BASE in stored.extra:
+        source = str(Path(stored.source) / stored.extra[TRAINED_BASE])
+    if source:
+        from jax_ccm.weights import load_model
+
+        return load_model(source, adapter=adapter, dtype=dtype, key=key)
+    try:
+        shape = scratch_model(config.model.scratch, 0 if tokenizer is None else len(tokenizer))
+    except ValueError as e:
+        raise UserError(f"model.scratch: {e}") from e
+    return jax.jit(lambda key: _scratch(key, shape, adapter, dtype))(key)
+
+
+def _scratch(key, shape: ModelConfig, adapter: AdapterConfig, dtype) -> Transformer:
+    """A fresh model whose embeddings have unit variance.
+
+    The table of a `Transformer` is as small as a pretrained one's; the first layers' outputs would drown it.
+    """
+    model = Transformer(key, shape, adapter, dtype)
+    graphdef, state = nnx.split(model)
+    arrays = nnx.to_pure_dict(state)
+    table = arrays["embed_tokens"]
+    for name, number in (("embedding", 0), ("comp", 1)):
+        if name in table:
+            x = table[name]
+            table[name] = jax.random.normal(jax.random.fold_in(key, number), x.shape, x.dtype)
+    return nnx.merge(graphdef, arrays)
+
+
+def scratch_model(scratch: ScratchConfig, tokens: int) -> ModelConfig:
+    """The shape of a model from scratch.
+
+    Args:
+      scratch: its sizes.
+      tokens: of the tokenizer; 0 without one.
+
+    Raises:
+      ValueError: for sizes that do not go together.
+    """
+    vocab = scratch.vocab_size or tokens
+    if not vocab:
+        raise UserError(
+            "model.scratch.vocab_size is 0 and there is no tokenizer to take it from; for generated recall data give "
+            "1 + names + things"
+        )
+    if min(scratch.layers, scratch.hidden, scratch.intermediate, scratch.heads, scratch.kv_heads) < 1:
+        raise ValueError("layers, hidden, intermediate, heads and kv_heads must be at least 1")
+    if scratch.hidden % scratch.heads or scratch.hidden // scratch.heads % 2:
+        raise ValueError(
+            f"hidden={scratch.hidden} does not split into heads={scratch.heads} of an even size (RoPE turns pairs)"
+        )
+    return ModelConfig(
+        family="llama",
+        vocab_size=vocab,
+        hidden_size=scratch.hidden,
+        intermediate_size=scratch.intermediate,
+        num_layers=scratch.layers,
+        num_heads=scratch.heads,
+        num_kv_heads=scratch.kv_heads,
+        head_dim=scratch.hidden // scratch.heads,
+        rope_theta=scratch.rope_theta,
+    )

@@ -1,0 +1,187 @@
+"""The base model: config and weights from any source, straight to arrays on their devices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_ccm.errors import UserError
+from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
+from jax_ccm.nn.transformer import initial_comp_embeddings
+from jax_ccm.weights import hf_config
+from jax_ccm.weights.gguf import GgufFile
+from jax_ccm.weights.hf import Index, Safetensors, Tensors, base_parameters, hf_name, parameters
+from jax_ccm.weights.sources import CONFIG_FILES, locate
+
+
+def read_config(source: str | Path) -> ModelConfig:
+    """The shape of the model that ``source`` names.
+
+    Args:
+      source: a local folder, a hub id, a ``.gguf`` file, or ``package:NAME/FILE.gguf``.
+
+    Raises:
+      UserError: if there is nothing there, or the model is of a kind that is not implemented.
+    """
+    path = locate(source, CONFIG_FILES)
+    return GgufFile.open(path).config if path.is_file() else hf_config.read(path / "config.json")
+
+
+def load_model(
+    source: str | Path, *, adapter: AdapterConfig | None = None, dtype=jnp.float32, key=None, shardings=None
+) -> Transformer:
+    """Loads a base model, and puts a fresh adapter beside it.
+
+    Each parameter is read from disk when its array is made, only the slices that the devices of this process
+    hold, and no random base model is ever allocated.
+
+    Args:
+      source: a local folder, a hub id, a ``.gguf`` file, or ``package:NAME/FILE.gguf``.
+      adapter: the adapter to initialise, or None. LoRA starts as the identity; embeddings of compression tokens
+        start as `initial_comp_embeddings` of the loaded table. Always float32.
+      dtype: of the base model's arrays.
+      key: PRNG key of the adapter's initialisation; required with an adapter.
+      shardings: where the arrays go: None for the default device, one `jax.sharding.Sharding` for all of them, or a
+        tree of the structure of `abstract_transformer` (or its state) with a sharding for each.
+
+    Raises:
+      UserError: for a missing, truncated or unexpected file or tensor, a wrong shape, an unsupported architecture.
+      ValueError: for an adapter without a key, or shardings that do not match the model.
+    """
+    if adapter is not None and key is None:
+        raise ValueError("load_model got an adapter but no PRNG key; pass key=jax.random.key(seed)")
+    path = locate(source)
+    tensors: Tensors
+    if path.is_file():
+        tensors = GgufFile.open(path)
+        config = tensors.config
+    else:
+        config = hf_config.read(path / "config.json")
+        tensors = Safetensors(path)
+    target = abstract_transformer(config, adapter, dtype)
+    places = _shardings(target, shardings)
+    _check(target, config, tensors)
+    arrays = {
+        name: _place(leaf, places[name], functools.partial(_read_parameter, tensors, name))
+        for name, leaf in base_parameters(target).items()
+    }
+    if adapter is not None:
+        arrays |= _fresh_adapter(key, config, adapter, places, arrays["embed_tokens.embedding"])
+    leaves = [arrays[name] for name in parameters(target)]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+def _shardings(target: Transformer, shardings) -> dict[str, jax.sharding.Sharding]:
+    names = list(parameters(target))
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(shardings, jax.sharding.Sharding):
+        return dict.fromkeys(names, shardings)
+    places = parameters(shardings)
+    if set(places) != set(names):
+        odd = sorted(set(places) ^ set(names))
+        raise ValueError(f"the shardings do not have the structure of the model; they differ in {', '.join(odd[:5])}")
+    return places
+
+
+def _check(target: Transformer, config: ModelConfig, tensors: Tensors) -> None:
+    """Every tensor that the model needs is there with the right shape, and no other."""
+    expected = {}
+    for path, leaf in base_parameters(target).items():
+        stacked = path.startswith("layers.")
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if path.endswith(".kernel") else shape
+        for layer in range(leaf.shape[0] if stacked else 1):
+            expected[hf_name(path).format(layer=layer)] = shape
+    missing = [name for name in expected if name not in tensors.shapes]
+    if missing:
+        hint = ""
+        if missing == ["lm_head.weight"]:
+            hint = ". If the head is the transposed embedding, the config must say so (tie_word_embeddings: true)"
+        raise UserError(f"{tensors.file(missing[0])} lacks {_some(missing, tensors)}{hint}")
+    unexpected = [name for name in tensors.shapes if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    if config.tie_embeddings and "lm_head.weight" in unexpected:
+        _check_tied(tensors)
+        unexpected.remove("lm_head.weight")
+    if unexpected:
+        raise UserError(
+            f"{tensors.file(unexpected[0])} holds {_some(unexpected, tensors)} that a {config.family} model of this "
+            "config does not have; leaving it out could change the result, so the model is refused"
+        )
+    for name, shape in expected.items():
+        if tensors.shapes[name] != shape:
+            raise UserError(
+                f"tensor {tensors.describe(name)} in {tensors.file(name)} has shape {list(tensors.shapes[name])}, but "
+                f"the config asks for {list(shape)}"
+            )
+
+
+def _some(names: list[str], tensors: Tensors) -> str:
+    shown = ", ".join(tensors.describe(name) for name in names[:3])
+    return f"tensor {shown}" if len(names) == 1 else f"{len(names)} tensors ({shown}{', ...' * (len(names) > 3)})"
+
+
+def _check_tied(tensors: Tensors) -> None:
+    """A tied model may store its head nonetheless, as long as it is the embedding."""
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    same = tensors.shapes[head] == tensors.shapes[table]
+    rows = tensors.shapes[table][0]
+    for start in range(0, rows if same else 0, 8192):
+        index = (slice(start, min(start + 8192, rows)), slice(None))
+        same = same and np.array_equal(tensors.read(head, index), tensors.read(table, index))
+    if not same:
+        raise UserError(
+            f"{tensors.file(head)}: the config ties the head to the embedding, but tensor {tensors.describe(head)} "
+            f"differs from {tensors.describe(table)}; set tie_word_embeddings to false if the head is to be used"
+        )
+
+
+def _read_parameter(tensors: Tensors, path: str, out: np.ndarray, index: Index) -> None:
+    """Fills ``out`` with the slice ``index`` of a parameter, stacking and transposing."""
+    layers = range(out.shape[0])
+    if not path.startswith("layers."):
+        out, index, layers = out[None], (slice(0, 1), *index), range(1)
+    for layer in layers:
+        name = hf_name(path).format(layer=index[0].start + layer)
+        if path.endswith(".kernel"):
+            out[layer] = tensors.read(name, index[:0:-1]).T
+        else:
+            out[layer] = tensors.read(name, index[1:])
+
+
+def _place(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, read: Callable) -> jax.Array:
+    """An array on its devices; each distinct slice is read once."""
+    pieces: dict[tuple, np.ndarray] = {}
+
+    def piece(index: Index | None) -> np.ndarray:
+        assert index is not None
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+        if bounds not in pieces:
+            out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+            read(out, tuple(slice(*b) for b in bounds))
+            pieces[bounds] = out
+        return pieces[bounds]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, piece)
+
+
+def _fresh_adapter(key, config: ModelConfig, adapter: AdapterConfig, places: dict, table: jax.Array) -> dict:
+    """The adapter as `Transformer` initialises it, except that its embeddings come from the real table."""
+
+    def lora(key):
+        # Only these outputs are asked for, so the compiler drops the random base model.
+        state = nnx.state(Transformer(key, config, adapter), nnx.LoRAParam)
+        return {path: leaf for path, leaf in parameters(state).items() if path != "embed_tokens.comp"}
+
+    shapes = jax.eval_shape(lora, key)
+    arrays = jax.jit(lora, out_shardings={path: places[path] for path in shapes})(key)
+    if adapter.tokens:
+        comp = functools.partial(initial_comp_embeddings, rows=adapter.tokens)
+        arrays["embed_tokens.comp"] = jax.jit(comp, out_shardings=places["embed_tokens.comp"])(table)
+    return arrays

@@ -1,0 +1,260 @@
+"""Models in GGUF files (llama.cpp): config from the metadata, tensors dequantised row by row.
+
+llama.cpp rotates neighbouring pairs of dimensions where Hugging Face rotates the two halves of a head, so its
+converter reorders the rows of the query and key projections of Llama models. They are put back here.
+
+What the file does not say cannot be restored: the converter writes Mistral models as Llama and leaves out the sliding
+window of Mistral 7B v0.1, so that such a file is read, as llama.cpp does, as one with full attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_ccm.errors import UserError
+from jax_ccm.nn import ModelConfig, RopeScaling, rope
+from jax_ccm.weights.hf import Index
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+# Metadata of an architecture that is read below, or says nothing that the tensors do not say.
+_KNOWN = (
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count", "rope.freq_base",
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+)  # fmt: skip
+# Metadata that says nothing at these values.
+_NEUTRAL = {
+    "rope.scaling.attn_factor": 1.0, "attention.causal": True, "use_parallel_residual": False, "logit_scale": 1.0,
+    "expert_count": 0, "expert_used_count": 0, "pooling_type": 0,
+}  # fmt: skip
+
+
+class GgufFile:
+    """A model in a GGUF file; a `Tensors` under Hugging Face's names.
+
+    Attributes:
+      path: the file.
+      metadata: all key/value pairs.
+      config: the model's shape.
+      shapes: of the tensors, by Hugging Face's names; a name that is not understood stays as it is in the file.
+    """
+
+    def __init__(self, path: Path):
+        """Reads metadata and the list of tensors. `open` does the same and remembers the last file.
+
+        Raises:
+          UserError: if the file is damaged, of an unsupported architecture, or asks for what is not implemented.
+        """
+        import gguf
+
+        self.path = path
+        try:
+            reader = gguf.GGUFReader(path)
+            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError) as error:
+            size = path.stat().st_size
+            raise UserError(f"{path} ({size} bytes) is not a whole GGUF file: {error}; get it again") from error
+        self._tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+        self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
+        self._arch = self.metadata.get("general.architecture")
+        try:
+            self.config = self._config()
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+        for tensor in reader.tensors:
+            if tensor.tensor_type.name not in TENSOR_TYPES:
+                raise UserError(
+                    f"tensor {tensor.name!r} in {path} is of type {tensor.tensor_type.name}; readable: "
+                    f"{', '.join(TENSOR_TYPES)}. Take another quantisation of the model"
+                )
+        self.shapes.pop(_ROPE_FACTORS, None)
+
+    @staticmethod
+    def open(path: Path) -> GgufFile:
+        """The file at ``path``; the last one is kept, since parsing the vocabulary takes seconds."""
+        stat = path.stat()
+        return _open(path, stat.st_mtime_ns, stat.st_size)
+
+    def describe(self, name: str) -> str:
+        return repr(_gguf_name(name))
+
+    def file(self, name: str) -> Path:
+        return self.path
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        import gguf
+
+        tensor = self._tensors[name]
+        rows = self.row_order(name)
+        # Blocks of a quantised tensor lie within a row, so rows may be picked before they are dequantised.
+        data = tensor.data[index[0]] if rows is None else tensor.data[rows[index[0]]]
+        return gguf.dequantize(data, tensor.tensor_type)[(slice(None), *index[1:])]
+
+    def row_order(self, name: str) -> np.ndarray | None:
+        """Where in the file each row of a tensor is, or None for rows in order.
+
+        llama.cpp's converter turns the rows of a head from (half, pair) into (pair, half) order, for queries and
+        keys of Llama models only, weights and biases alike.
+        """
+        part = name.split(".")[-2]
+        if self._arch != "llama" or part not in ("q_proj", "k_proj"):
+            return None
+        heads = self.config.num_heads if part == "q_proj" else self.config.num_kv_heads
+        rows = np.arange(self.shapes[name][0])
+        return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+    def _config(self) -> ModelConfig:
+        if self._arch not in ARCHITECTURES:
+            raise UserError(
+                f"{self.path}: GGUF architecture {self._arch!r} is not supported; supported: "
+                f"{', '.join(ARCHITECTURES)} (Mistral and SmolLM2 are stored as llama)"
+            )
+        if self.metadata.get("split.count", 1) > 1:
+            parts = self.metadata["split.count"]
+            raise UserError(f"{self.path} is one of {parts} parts; join them with llama-gguf-split --merge")
+        prefix = self._arch + "."
+        for key, value in self.metadata.items():
+            name = key.removeprefix(prefix)
+            if key.startswith(prefix) and name not in _KNOWN and value != _NEUTRAL.get(name):
+                raise UserError(
+                    f"{self.path}: metadata {key!r} = {value!r} may change the computation, and is not implemented"
+                )
+        if "model.embed_tokens.weight" not in self.shapes:
+            raise UserError(f"{self.path} lacks tensor 'token_embd.weight'; it is not a whole language model")
+        heads, hidden = self._int("attention.head_count"), self._int("embedding_length")
+        head_dim = self._int("attention.key_length", hidden // heads)
+        for name in ("attention.value_length", "rope.dimension_count"):
+            if self._int(name, head_dim) != head_dim:
+                raise UserError(
+                    f"{self.path}: {prefix}{name} is {self._int(name)} but the head dimension is {head_dim}; "
+                    "different sizes, and rotary embedding of a part of a head, are not implemented"
+                )
+        window = self._int("attention.sliding_window", 0) or None
+        bias = lambda part: f"model.layers.0.{part}.bias" in self.shapes
+        scaling = self._scaling()
+        config = ModelConfig(
+            # Mistral is stored as llama; what tells them apart in Hugging Face's format is the window.
+            family="mistral" if self._arch == "llama" and window else self._arch,
+            vocab_size=self.shapes["model.embed_tokens.weight"][0],
+            hidden_size=hidden,
+            intermediate_size=self._int("feed_forward_length"),
+            num_layers=self._int("block_count"),
+            num_heads=heads,
+            num_kv_heads=self._int("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            norm_eps=self._float("attention.layer_norm_rms_epsilon"),
+            rope_theta=self._float("rope.freq_base", 10000.0),
+            rope_scaling=scaling,
+            tie_embeddings="lm_head.weight" not in self.shapes,
+            qkv_bias=bias("self_attn.q_proj"),
+            o_bias=bias("self_attn.o_proj"),
+            mlp_bias=bias("mlp.gate_proj"),
+            qk_norm=self._arch == "qwen3",
+            sliding_window=window,
+            max_position=self._int("context_length"),
+        )
+        if _ROPE_FACTORS in self._tensors:
+            config = _with_factors(config, self._tensors[_ROPE_FACTORS].data, self.metadata, self.path)
+        return config
+
+    def _float(self, name: str, default: float | None = None) -> float:
+        """A number of this architecture's metadata."""
+        key = f"{self._arch}.{name}"
+        value = self.metadata.get(key, default)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            given = "is missing" if value is None else f"is {value!r}"
+            given = "differs between layers" if isinstance(value, list) else given
+            raise UserError(f"{self.path}: metadata {key!r} {given}; expected one number")
+        # float32 in the file: 1e-5 must not become 9.999999747e-06.
+        return float(value if isinstance(value, int) else str(np.float32(value)))
+
+    def _int(self, name: str, default: int | None = None) -> int:
+        value = self._float(name, default)
+        if value < (0 if default == 0 else 1) or value != int(value):
+            raise UserError(f"{self.path}: metadata '{self._arch}.{name}' is {value}; expected a positive whole number")
+        return int(value)
+
+    def _scaling(self) -> RopeScaling | None:
+        kind = self.metadata.get(f"{self._arch}.rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        if kind != "linear":
+            raise UserError(f"{self.path}: rope scaling {kind!r} is not supported; supported: none, linear, llama3")
+        factor = self._float("rope.scaling.factor", 1.0)
+        return RopeScaling("linear", factor) if factor != 1.0 else None
+
+
+@functools.lru_cache(maxsize=1)
+def _open(path: Path, modified: int, size: int) -> GgufFile:
+    return GgufFile(path)
+
+
+def _hf_name(name: str) -> str:
+    stem, _, leaf = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{leaf}"
+    parts = stem.split(".")
+    if len(parts) == 3 and parts[0] == "blk" and parts[2] in _LAYER:
+        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{leaf}"
+    return name
+
+
+def _gguf_name(name: str) -> str:
+    stem, _, leaf = name.rpartition(".")
+    for ours, theirs in _TOP.items():
+        if stem == theirs:
+            return f"{ours}.{leaf}"
+    for ours, theirs in _LAYER.items():
+        if stem.startswith("model.layers.") and stem.endswith("." + theirs):
+            return f"blk.{stem.split('.')[2]}.{ours}.{leaf}"
+    return name
+
+
+def _with_factors(config: ModelConfig, factors: np.ndarray, metadata: dict, path: Path) -> ModelConfig:
+    """The config with the Llama 3.1 scaling that ``rope_freqs.weight`` holds as one divisor for each pair.
+
+    The file does not hold the four numbers behind the divisors. All Llama 3.1, 3.2 and 3.3 models have the same band
+    edges; if those give other divisors than the file's, there is no saying what they mean.
+    """
+    if np.all(factors == 1.0):
+        return config
+    key = f"{metadata['general.architecture']}.rope.scaling.original_context_length"
+    scaling = RopeScaling("llama3", float(np.max(factors)), 1.0, 4.0, int(metadata.get(key, 8192)))
+    plain = dataclasses.replace(config, rope_scaling=None)
+    scaled = dataclasses.replace(config, rope_scaling=scaling)
+    expected = rope.frequencies(plain) / rope.frequencies(scaled)
+    fits = factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4)
+    if config.rope_scaling is not None or not fits:
+        raise UserError(
+            f"{path}: the frequency factors in {_ROPE_FACTORS!r} are not those of Llama 3.1 scaling (low 1, high 4, "
+            f"original context {scaling.original_max_position}); other factors are not implemented"
+        )
+    return scaled

@@ -1,0 +1,217 @@
+"""Weights in safetensors: read tensor by tensor, or a slice of one, and written in Hugging Face layout."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jax_ccm.errors import UserError
+from jax_ccm.nn import Transformer
+from jax_ccm.weights import hf_config
+
+Index = tuple[slice, ...]
+_READABLE = ("F32", "BF16", "F16", "F64")
+
+
+class Tensors(Protocol):
+    """Named tensors in files, under Hugging Face's names and in its layout (kernels ``[out, in]``).
+
+    Attributes:
+      shapes: shape of each tensor.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def describe(self, name: str) -> str:
+        """The tensor for an error message: its name in the file."""
+        ...
+
+    def file(self, name: str) -> Path:
+        """The file that holds it, or would."""
+        ...
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A slice of it, of any floating dtype."""
+        ...
+
+
+class Safetensors:
+    """A folder with ``model.safetensors``, or with shards and ``model.safetensors.index.json``."""
+
+    def __init__(self, folder: Path):
+        """Opens every file and reads its header.
+
+        Raises:
+          UserError: if a file is missing, truncated or not safetensors.
+        """
+        self._folder = folder
+        self._files: dict[str, Path] = {}
+        self._handles = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        weight_map = {} if single.is_file() or not index.is_file() else _read_index(index)
+        for path in sorted({folder / file for file in weight_map.values()}) or [single]:
+            handle = _open(path)
+            self._handles[path] = handle
+            for name in handle.keys():
+                self._files[name] = path
+                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+        for name, file in weight_map.items():
+            if self._files.get(name) != folder / file:
+                raise UserError(f"{index} says that tensor {name!r} is in {file!r}, but it is not there")
+
+    def describe(self, name: str) -> str:
+        return repr(name)
+
+    def file(self, name: str) -> Path:
+        return self._files.get(name, self._folder)
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        tensor = self._handles[self._files[name]].get_slice(name)
+        if tensor.get_dtype() not in _READABLE:
+            given, allowed = tensor.get_dtype(), ", ".join(_READABLE)
+            raise UserError(f"tensor {name!r} in {self._files[name]} is of type {given}; readable: {allowed}")
+        return tensor[index]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not an index of safetensors files (JSON with a 'weight_map'): {error!r}") from error
+
+
+def _open(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        other = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors") for p in path.parent.glob(pattern)]
+        found = f"; found {', '.join(sorted(other)[:5])}" if other else ""
+        raise UserError(
+            f"there is no weight file {path}{found}. Weights are read from model.safetensors, or from the shards named "
+            "in model.safetensors.index.json (a PyTorch .bin is not read: save the model with safe_serialization=True)"
+        )
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file: {_damage(path) or error}; get it again") from error
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file that safetensors refused, if it is cut short."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if len(head) < 8 or 8 + length > size:
+            return f"it ends within its header, after {size} bytes"
+        try:
+            entries = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in entries.items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+            return None
+    lost = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size]
+    if not lost:
+        return None
+    return f"it has {size} bytes of {max(ends.values())}; tensor {lost[0]!r} is the first of {len(lost)} cut off"
+
+
+def hf_name(path: str) -> str:
+    """Hugging Face's name of a parameter of the base model; ``{layer}`` stands for the layer of a stacked one.
+
+    >>> hf_name("layers.self_attn.q_proj.kernel")
+    'model.layers.{layer}.self_attn.q_proj.weight'
+    """
+    stem, leaf = path.rsplit(".", 1)
+    stem = stem.replace("layers.", "layers.{layer}.", 1)
+    prefix = "" if stem == "lm_head" else "model."
+    return f"{prefix}{stem}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+def base_parameters(model: Transformer) -> dict[str, Any]:
+    """The leaves of the base model by path, such as "layers.self_attn.q_proj.kernel", without the adapter's."""
+    return {path: leaf for path, leaf in parameters(model).items() if not is_adapter(path)}
+
+
+def parameters(tree) -> dict[str, Any]:
+    """All leaves of a model, a state of it, or a pure dict of the same structure, by path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    part = lambda key: str(getattr(key, "name", getattr(key, "key", key)))
+    path = lambda keys: ".".join(part(key) for key in keys).removesuffix(".value")
+    return {path(keys): leaf for keys, leaf in leaves}
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter belongs to the adapter."""
+    return path.rsplit(".", 1)[1] in ("lora_a", "lora_b", "comp")
+
+
+def save_hf(model: Transformer, folder: str | Path, *, max_file_bytes: int = 5_000_000_000) -> Path:
+    """Writes the base model in Hugging Face layout: ``config.json`` and safetensors, sharded if large.
+
+    The adapter is not written. Only one stacked parameter and one file are in host memory at a time.
+
+    Args:
+      model: the model; weights keep their dtype.
+      folder: made if needed; must not hold a model already.
+      max_file_bytes: a file is closed before it grows beyond this.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: if the folder holds a model, or the family's ``config.json`` cannot express this one.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} already holds a model; give an empty or new folder")
+    params = base_parameters(model)
+    dtype = next(iter(params.values())).dtype
+    config = hf_config.to_dict(model.config, dtype.name)
+    plan = _plan(params, max_file_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = ["model.safetensors"]
+    if len(plan) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
+    tensors = _tensors(params)
+    for file, names in zip(files, plan, strict=True):
+        save_file(dict(next(tensors) for _ in names), folder / file, metadata={"format": "pt"})
+    if len(plan) > 1:
+        total = sum(leaf.nbytes for leaf in params.values())
+        weight_map = {name: file for file, names in zip(files, plan, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def _plan(params: dict, limit: int) -> list[list[str]]:
+    """Names of the tensors of each file, in the order of `_tensors`."""
+    plan, size = [[]], 0
+    for path, leaf in params.items():
+        layers = leaf.shape[0] if path.startswith("layers.") else 1
+        for layer in range(layers):
+            if plan[-1] and size + leaf.nbytes // layers > limit:
+                plan.append([])
+                size = 0
+            size += leaf.nbytes // layers
+            plan[-1].append(hf_name(path).format(layer=layer))
+    return plan
+
+
+def _tensors(params: dict) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaf in params.items():
+        host = np.asarray(leaf)
+        for layer, tensor in enumerate(host if path.startswith("layers.") else host[None]):
+            tensor = tensor.T if path.endswith(".kernel") else tensor
+            yield hf_name(path).format(layer=layer), np.ascontiguousarray(tensor)

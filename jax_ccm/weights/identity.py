@@ -1,0 +1,175 @@
+"""What an adapter belongs to: a method and a base model, written down so that they can be compared later."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jax_ccm.errors import UserError
+from jax_ccm.nn import Transformer
+from jax_ccm.types import INF, Method, Rule
+from jax_ccm.weights.hf import parameters
+
+# How a method is called, and where its keys are rotated, is not what the adapter has learned: streaming with an adapter
+# that was trained without is the paper's own use (CCM, section 4.3).
+_IRRELEVANT = ("name", "rope")
+_SAMPLED = ("embed_tokens.embedding", "layers.self_attn.q_proj.kernel", "layers.self_attn.v_proj.kernel",
+            "layers.mlp.down_proj.kernel")  # fmt: skip
+_SAMPLES = 64
+_AGREEMENT = 0.9
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    """A method as JSON values, independent of how its rule happens to be written.
+
+    The rule becomes ``"sees"``: for each "KIND sees KIND" the distances in segments, as merged ``[nearest, farthest]``
+    intervals (None for no limit).
+    """
+    found: dict[tuple[str, str], list[list[int]]] = {}
+    for clause in method.rule.sees:
+        for query in clause.query:
+            for key in clause.key:
+                found.setdefault((query.name, key.name), []).append([clause.nearest, clause.farthest])
+    sees = {f"{query} sees {key}": _merged(spans) for (query, key), spans in sorted(found.items())}
+    out: dict[str, Any] = {"name": method.name, "sees": sees}
+    out |= {"both_ways": sorted(k.name for k in method.rule.both_ways), "window": method.rule.window}
+    for field in dataclasses.fields(method):
+        if field.name not in ("name", "rule"):
+            out[field.name] = _plain(getattr(method, field.name))
+    return out | {"writes": sorted(out["writes"]), "gate": sorted(out["gate"])}
+
+
+def _merged(spans: list[list[int]]) -> list[list[int | None]]:
+    merged: list[list[int]] = []
+    for nearest, farthest in sorted(spans):
+        if merged and nearest <= merged[-1][1] + 1:
+            merged[-1][1] = max(merged[-1][1], farthest)
+        else:
+            merged.append([nearest, farthest])
+    return [[nearest, farthest if farthest < INF else None] for nearest, farthest in merged]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, tuple):
+        return [_plain(x) for x in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__} | fields
+    return value
+
+
+def label(method: dict[str, Any]) -> str:
+    """A described method in a few words, such as "ccm_merge (2 tokens, sink)"."""
+    closes, words = len(method.get("closes", ())), []
+    if closes:
+        words.append(f"{closes} token{'s' * (closes != 1)}")
+    if method.get("sink"):
+        words.append("sink")
+    if closes and "TEXT sees MEMORY" not in method.get("sees", {}) and method.get("context") == "chunks":
+        words.append("independent")
+    if closes and "TEXT" in method.get("gate", ()):
+        words.append("LoRA on all tokens")
+    return f"{method.get('name', '?')}" + f" ({', '.join(words)})" * bool(words)
+
+
+def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
+    """Compares the method that an adapter was trained for with the one it is to serve.
+
+    Streaming is no difference. Among methods that compress nothing only whether the LoRA acts counts: a plain LoRA
+    serves full context, a window and no context alike.
+
+    Raises:
+      UserError: with both names and what differs.
+    """
+    # A field that an older file does not have yet has its default there.
+    there = describe_method(Method("", Rule(()))) | stored
+    here = describe_method(method)
+    if there["closes"] or here["closes"]:
+        differ = [key for key in sorted(there | here) if there.get(key) != here.get(key) and key not in _IRRELEVANT]
+    else:
+        differ = ["gate"] * (bool(there["gate"]) != bool(here["gate"]))
+    if differ:
+        show = lambda key: f"{key}: {json.dumps(there.get(key))} there, {json.dumps(here.get(key))} here"
+        raise UserError(
+            f"{source} was trained for the method {label(there)}, but the method here is {label(here)}. They differ "
+            f"({'; '.join(map(show, differ))}). Use the adapter's method, or an adapter for this one"
+        )
+
+
+def describe_base(model: Transformer, name: str) -> dict[str, Any]:
+    """A base model as JSON values: what a person calls it, its shape, and a sample of its weights.
+
+    The sample is a few numbers at regular places, rounded to bfloat16: the same for a model that was loaded in
+    float32 and in bfloat16, on whatever devices.
+    """
+    config = dataclasses.asdict(model.config)
+    # How far positions were trained has no part in the computation.
+    config.pop("max_position")
+    sample = _sample(model)
+    text = json.dumps([{k: _short(v) for k, v in sorted(config.items())}, sample])
+    return {
+        "name": name,
+        "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "config": config,
+        "sample": sample,
+    }
+
+
+def _sample(model: Transformer) -> dict[str, str]:
+    arrays, out = parameters(model), {}
+    for path in _SAMPLED:
+        x = arrays[path]
+        places = np.linspace(0, x.size - 1, min(_SAMPLES, x.size)).astype(np.int64)
+        picked = np.asarray(x[np.unravel_index(places, x.shape)]).astype(ml_dtypes.bfloat16)
+        out[path] = picked.view(np.uint16).astype(">u2").tobytes().hex()
+    return out
+
+
+def _short(value: Any) -> Any:
+    """Numbers as they survive float32: a GGUF file stores 1e-05 as 9.99999974e-06."""
+    if isinstance(value, dict):
+        return {key: _short(x) for key, x in sorted(value.items())}
+    return f"{value:.6g}" if isinstance(value, float | int) and not isinstance(value, bool) else value
+
+
+def check_base(stored: dict[str, Any], model: Transformer, name: str, source: str) -> None:
+    """Compares the base model that an adapter was trained on with the one it is to serve.
+
+    Raises:
+      UserError: with both names and what differs.
+    """
+    here = describe_base(model, name)
+    there_config = {key: _short(x) for key, x in stored.get("config", {}).items()}
+    differ = [
+        f"{key}: {stored.get('config', {}).get(key)} there, {value} here"
+        for key, value in here["config"].items()
+        if there_config.get(key) != _short(value)
+    ]
+    share = _agreement(stored.get("sample", {}), here["sample"])
+    if not differ and share < _AGREEMENT:
+        differ = [f"same shape, but {share:.0%} of the sampled weights are equal"]
+    if differ:
+        called = lambda base: f"{base.get('name') or 'an unnamed model'!r} (fingerprint {base.get('fingerprint', '?')})"
+        raise UserError(
+            f"{source} was trained on the base model {called(stored)}, but the base model here is {called(here)}: "
+            f"{'; '.join(differ)}. Use the adapter's base model; if a stage-1 LoRA was merged into that one, do so "
+            "here as well"
+        )
+
+
+def _agreement(there: dict[str, str], here: dict[str, str]) -> float:
+    """Share of equal samples. Not all of them must be: merging a LoRA elsewhere may round a few the other way."""
+    pairs = [
+        (there.get(path, "")[i : i + 4], hexes[i : i + 4])
+        for path, hexes in here.items()
+        for i in range(0, len(hexes), 4)
+    ]
+    return sum(a == b for a, b in pairs) / len(pairs)

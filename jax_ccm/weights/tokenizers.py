@@ -1,0 +1,195 @@
+"""Tokenizers: through transformers from a folder or the hub, or rebuilt from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from jax_ccm.errors import UserError, unknown
+from jax_ccm.weights.gguf import GgufFile
+from jax_ccm.weights.sources import TOKENIZER_FILES, locate
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+# How text is cut before byte pairs are merged, by `tokenizer.ggml.pre`. The patterns are those with which the models
+# were trained (tokenizer.json of Llama 3 and Qwen 2); None stands for GPT-2's, which `tokenizers` has built in.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _WORDS + r"\p{N}{1,3}" + _REST
+_QWEN2 = _WORDS + r"\p{N}" + _REST
+SPLITS = {
+    "gpt-2": None,
+    "smollm": None,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # values of `tokenizer.ggml.token_type`
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model, with its chat template.
+
+    Args:
+      source: a local folder, a hub id, a ``.gguf`` file, or ``package:NAME/FILE.gguf``.
+
+    Raises:
+      UserError: if there is none, or it is of a kind that is not implemented.
+    """
+    path = locate(source, TOKENIZER_FILES)
+    if path.is_file():
+        return from_gguf(path)
+    transformers = _transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"no tokenizer in {str(path)!r}: {reason}. A tokenizer.json is needed") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{str(path)!r} has no fast tokenizer; save it with a tokenizer.json")
+    return tokenizer
+
+
+def _transformers() -> ModuleType:
+    """transformers, imported without its advice to install torch, which nothing here needs."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def from_gguf(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in the metadata of a GGUF file. See `load_tokenizer`."""
+    file = GgufFile.open(path)
+    meta = file.metadata
+    kind = meta.get("tokenizer.ggml.model")
+    if kind not in _BUILDERS:
+        raise UserError(f"{path}: tokenizer of type {kind!r} is not supported; supported: {', '.join(_BUILDERS)}")
+    tokens = meta.get("tokenizer.ggml.tokens")
+    if not tokens or len(set(tokens)) != len(tokens):
+        raise UserError(f"{path}: the token list is {'repeating itself' if tokens else 'missing'}; the file is damaged")
+    tokenizer = _BUILDERS[kind](meta, tokens, path)
+    _add_special(tokenizer, tokens, meta.get("tokenizer.ggml.token_type") or [])
+    named = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = meta.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None:
+            if not 0 <= index < len(tokens):
+                raise UserError(f"{path}: {key}_token_id is {index}, outside the vocabulary of {len(tokens)}")
+            named[f"{name}_token"] = tokens[index]
+    _add_ends(tokenizer, meta, named, default_bos=kind == "llama" or meta.get("tokenizer.ggml.pre") in _LLAMA3_NAMES)
+    return _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=meta.get("tokenizer.chat_template"),
+        model_max_length=file.config.max_position,
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
+
+
+def _byte_level(meta: dict[str, Any], tokens: list[str], path: Path) -> Tokenizer:
+    """Byte-level BPE, the "gpt2" type."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pre = meta.get("tokenizer.ggml.pre")
+    if pre not in SPLITS:
+        raise unknown(f"pre-tokenizer in {path}:", str(pre), SPLITS)
+    merges = [tuple(merge.split(" ")) for merge in meta.get("tokenizer.ggml.merges") or ()]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    # Llama 3 takes a word that is in the vocabulary whole, without going through the merges.
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _LLAMA3_NAMES))
+    split = SPLITS[pre]
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
+    if split is not None:
+        steps.insert(0, pre_tokenizers.Split(Regex(split), behavior="isolated"))
+    if pre == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if pre in _QWEN2_NAMES:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(meta: dict[str, Any], tokens: list[str], path: Path) -> Tokenizer:
+    """SentencePiece BPE with byte fallback, the "llama" type.
+
+    A piece's score is the rank of the merge that makes it. As llama.cpp does, and Llama 2's own tokenizer.json, a space
+    is put before every stretch of text between special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores, types = meta.get("tokenizer.ggml.scores"), meta.get("tokenizer.ggml.token_type")
+    if not scores or not types or not len(scores) == len(types) == len(tokens):
+        raise UserError(f"{path}: a SentencePiece vocabulary needs a score and a type for each of {len(tokens)} tokens")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    whole = {token for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED, _BYTE)}
+    merges = _merges({token: score for token, score in zip(tokens, scores, strict=True) if token not in whole})
+    unknown_token = tokens[meta.get("tokenizer.ggml.unknown_token_id", 0)]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True)
+    )
+    steps: list[Any] = [normalizers.Replace(" ", "▁")]
+    undo: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if meta.get("tokenizer.ggml.add_space_prefix", True):
+        steps.insert(0, normalizers.Prepend("▁"))
+        undo.append(decoders.Strip(" ", left=1, right=0))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(undo)
+    return tokenizer
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, the highest-scored piece first."""
+    pairs = [
+        (-score, piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return [(left, right) for _, left, right in sorted(pairs, key=lambda pair: pair[0])]
+
+
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+
+
+def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
+    """Control tokens are special; those that the user defined are only kept whole."""
+    from tokenizers import AddedToken
+
+    chosen = lambda kind: [token for token, given in zip(tokens, types, strict=False) if given == kind]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in chosen(_CONTROL)])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in chosen(_USER_DEFINED)])
+
+
+def _add_ends(tokenizer: Tokenizer, meta: dict[str, Any], named: dict[str, str], default_bos: bool) -> None:
+    """Makes encoding add the tokens that the file says begin or end a text."""
+    from tokenizers import processors
+
+    bos = named.get("bos_token") if meta.get("tokenizer.ggml.add_bos_token", default_bos) else None
+    eos = named.get("eos_token") if meta.get("tokenizer.ggml.add_eos_token", False) else None
+    if bos is None and eos is None:
+        return
+    used = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token is not None]
+
+    def one(text: str, number: int) -> list[str]:
+        before = [f"{bos}:{number}"] if bos is not None else []
+        return [*before, text, f"{eos}:{number}"] if eos is not None else [*before, text]
+
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=one("$A:0", 0), pair=one("$A:0", 0) + one("$B:1", 1), special_tokens=used
+    )

@@ -1,0 +1,172 @@
+"""The pipeline: same shapes, same draws after a restart, nothing lost in silence."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jax_ccm import layout
+from jax_ccm.data.batches import joined, prepare, train_iterator
+from jax_ccm.data.config import DataConfig
+from jax_ccm.data.sources import Records
+from jax_ccm.errors import UserError
+from jax_ccm.methods import baselines, ccm
+from jax_ccm.types import Kind
+from tests.data.support import VOCAB, dialogues, text_of, tokenizer, write
+
+METHOD = ccm.concat(comp_tokens=2, sink=True)
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = write(tmp_path / "train.jsonl", dialogues(*range(3, 14)))
+    return DataConfig(train=(path,), batch_size=4, tokens=256, max_chunks=11, scored=200, loss="every", join=0.5)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def rows(batch):
+    """Rows as texts, compression tokens left out."""
+    return [
+        text_of([t for t in row[kind > 0] if t < VOCAB])
+        for row, kind in zip(batch.tokens, batch.slots.kind, strict=True)
+    ]
+
+
+def test_resumed_equals_uninterrupted(config):
+    data = prepare(config, METHOD, tokenizer(), VOCAB)
+    iterator = data.iterator(seed=5)
+    take(iterator, 3)
+    state = json.loads(json.dumps(iterator.get_state()))
+    wanted = take(iterator, 6)  # into the third epoch
+    resumed = prepare(config, METHOD, tokenizer(), VOCAB).iterator(seed=5)
+    resumed.set_state(state)
+    same(take(resumed, 6), wanted)
+
+
+def test_every_mixture_has_one_shape(config):
+    shapes = {
+        tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch))
+        for batch in take(prepare(config, METHOD, tokenizer(), VOCAB).iterator(seed=0), 8)
+    }
+    assert len(shapes) == 1
+
+
+def test_epochs_differ_and_seeds_count(config):
+    data = prepare(config, METHOD, tokenizer(), VOCAB)
+    batches = take(data.iterator(seed=0), 11)  # 44 rows: four epochs of 11 dialogues
+    found = sum(map(rows, batches), [])
+    epochs = [found[at : at + 11] for at in range(0, 44, 11)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    compressed = [int((b.slots.kind == Kind.COMP).sum()) for b in batches]
+    assert len(set(compressed)) > 1  # joined differently
+    assert found != sum(map(rows, take(data.iterator(seed=1), 11)), [])
+    fixed = DataConfig(**{**vars(config), "shuffle_seed": 0})
+    same(take(prepare(fixed, METHOD, tokenizer(), VOCAB).iterator(seed=1), 3), batches[:3])
+
+
+def test_processes_share_the_global_batch(config):
+    data = prepare(config, METHOD, tokenizer(), VOCAB)
+    whole = take(data.iterator(seed=2), 4)
+    parts = [take(data.iterator(seed=2, process_index=i, process_count=2), 4) for i in range(2)]
+    for batch, left, right in zip(whole, *parts, strict=True):
+        assert sorted(rows(batch)) == sorted(rows(left) + rows(right))
+        assert len(rows(left)) == 2
+    with pytest.raises(UserError, match="batch_size=4 rows cannot be split evenly among 3 processes"):
+        data.iterator(seed=2, process_count=3)
+
+
+def test_what_does_not_fit_is_counted(tmp_path):
+    path = write(tmp_path / "train.jsonl", [*dialogues(3, 8, 3), {"turns": ["a", "b", "x" * 60]}, *dialogues(6)])
+    lines = []
+    config = DataConfig(train=(path,), tokens=160, max_chunks=5, scored=40, batch_size=2)
+    iterator = train_iterator(config, METHOD, tokenizer(), VOCAB, seed=0, log=lines.append)
+    assert lines == [
+        "training data: 3 of 5 dialogues are used; dropped: 1 of more than data.max_chunks=5 chunks, "
+        "1 with more than data.scored=40 scored tokens"
+    ]
+    take(iterator, 4)
+    with pytest.raises(UserError, match="no training data is left: 0 of 5 dialogues .* 5 of more than data.tokens=20"):
+        prepare(DataConfig(train=(path,), tokens=20), METHOD, tokenizer(), VOCAB)
+
+
+def test_ids_outside_the_vocabulary(config):
+    """Trap 18: no compression token in text or labels."""
+    with pytest.raises(UserError, match=r"train\.jsonl:1: token id \d+ is outside .* \(0\.\.199\)"):
+        prepare(config, METHOD, tokenizer(), 200)
+    data = prepare(config, METHOD, tokenizer(), VOCAB)
+    example = data.draw(data.units[0], np.random.default_rng(0))
+    bad = layout.Segment(np.array([VOCAB], np.int32), np.array([True]))
+    for segments, says in (
+        ((bad,), "outside the vocabulary"),
+        ((layout.Segment(bad.tokens[:0], bad.scored[:0]),), "is empty"),
+    ):
+        with pytest.raises(UserError, match=says):
+            data.batch([layout.Example(example.start[:0], example.separator, segments)])
+
+
+def test_joining_needs_chunks(config):
+    for method in (baselines.full(), ccm.gist(2)):
+        with pytest.raises(UserError, match="data.join=0.5 has no effect with method"):
+            prepare(config, method, tokenizer(), VOCAB)
+
+
+def sized(*counts):
+    segments = [layout.Segment(np.full(n, 5, np.int32), np.ones(n, bool)) for n in counts]
+    return layout.Example(np.zeros(1, np.int32), np.array([7], np.int32), tuple(segments))
+
+
+def test_joined():
+    example, rng = sized(1, 2, 3, 4), np.random.default_rng(0)
+    assert joined(example, 0.0, 0.0, rng) is example
+    everything = joined(example, 1.0, 0.0, rng)
+    assert [len(s.tokens) for s in everything.segments] == [1 + 1 + 2 + 1 + 3, 4]  # separators between
+    whole = joined(example, 0.3, 1.0, rng)
+    assert [len(s.tokens) for s in whole.segments] == [13] and whole.segments[0].scored.sum() == 10
+    alone = joined(sized(4), 1.0, 1.0, rng)
+    assert len(alone.segments) == 1
+    patterns = {}
+    for _ in range(4000):
+        key = tuple(len(s.tokens) for s in joined(example, 0.25, 0.0, rng).segments)
+        patterns[key] = patterns.get(key, 0) + 1
+    wanted = {(1, 2, 3, 4): 0.5625, (4, 3, 4): 0.1875, (1, 6, 4): 0.1875, (8, 4): 0.0625}
+    assert patterns.keys() == wanted.keys()
+    assert all(abs(patterns[key] / 4000 - share) < 0.04 for key, share in wanted.items())
+
+
+def test_uncompressed_rows_stand_beside_compressed_ones():
+    config = DataConfig(
+        format="recall", train=("generated:recall?size=64&names=20&things=20",), batch_size=32, tokens=64, max_chunks=8,
+        scored=8, uncompressed=0.5,
+    )  # fmt: skip
+    batch = next(prepare(config, METHOD, None, 41).iterator(seed=0))
+    compressed = (batch.slots.kind == Kind.COMP).sum(1)
+    assert set(compressed.tolist()) == {0, 16} and 8 <= (compressed == 0).sum() <= 24
+    assert (batch.weights.sum(1) == 8).all()
+    assert set(batch.steps[compressed == 0].reshape(-1)) == {0}
+
+
+def test_online_and_generated_questions():
+    config = DataConfig(format="online", train=("generated:questions?size=20&turns=4-8",), batch_size=4, max_chunks=6)
+    data = prepare(config, METHOD, tokenizer(), VOCAB)
+    assert isinstance(data.units, list) and len(data.units) <= 20
+    batch = next(data.iterator(seed=0))
+    assert (batch.weights.sum(1) > 0).all()
+
+
+def test_records_in_memory_are_not_changed(config):
+    records = dialogues(5, 6)
+    before = json.dumps(records)
+    format = prepare(config, METHOD, tokenizer(), VOCAB).format
+    units, _ = format.load([Records("r", records)])
+    for unit in units:
+        layout.batch(METHOD, [format.draw(unit, np.random.default_rng(0))], layout.Sizes(256, 22, 200), VOCAB)
+    assert json.dumps(records) == before

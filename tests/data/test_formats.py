@@ -1,0 +1,223 @@
+"""Records become the sessions of the papers."""
+
+import numpy as np
+import pytest
+
+from jax_ccm import layout
+from jax_ccm.data import documents
+from jax_ccm.data.config import DataConfig
+from jax_ccm.data.formats import despace
+from jax_ccm.data.sources import Records
+from jax_ccm.errors import UserError
+from jax_ccm.methods import baselines, ccm
+from tests.data.support import VOCAB, dialogues, text_of, tokenizer
+
+HELLO = {"turns": ["the one", "he is", "in the", "on"]}
+
+
+def load(records, evaluation=False, **fields):
+    format = documents.build(DataConfig(**fields), tokenizer())
+    units, report = format.load([Records("r", records)], evaluation)
+    return format, units, report
+
+
+def laid_out(example, method, **sizes):
+    sizes = layout.Sizes(**{"tokens": 300, "memory": 40, "scored": 100} | sizes)
+    return layout.batch(method, [example], sizes, VOCAB)
+
+
+def scored_text(example):
+    return [text_of(s.tokens[s.scored]) for s in example.segments]
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def test_dialogue_decoded():
+    """Trap 14: the separator opens the next segment, after the compression tokens, and the tail too."""
+    format, (unit,), _ = load([HELLO], loss="every")
+    batch = laid_out(format.draw(unit, rng()), ccm.concat(comp_tokens=2))
+    row = batch.tokens[0][: (batch.slots.kind[0] > 0).sum()]
+    assert text_of(row) == "<s>the one<C0><C1>\nA: he is<C0><C1>\nA: in the\nA: on</s>"
+    none = laid_out(format.draw(unit, rng()), baselines.none())
+    assert text_of(none.tokens[0][: (none.slots.kind[0] > 0).sum()]) == "<s> in the\nA: on</s>"
+
+
+def test_dialogue_losses():
+    format, (unit,), _ = load([HELLO], loss="every")
+    assert scored_text(format.draw(unit, rng())) == ["", " he is", " in the on</s>"]
+    format, (unit,), _ = load([HELLO], loss="last")
+    drawn = {len(e.segments): scored_text(e) for e in (format.draw(unit, rng(seed)) for seed in range(20))}
+    assert drawn == {2: ["", " in the</s>"], 3: ["", "", " on</s>"]}
+
+
+def test_number_of_time_steps_is_uniform():
+    """Trap 26: k is uniform over 3..len, from the generator that is passed in."""
+    format, (unit,), _ = load(dialogues(7))
+    generator = rng(1)
+    steps = [len(format.draw(unit, generator).segments) - 1 for _ in range(1000)]
+    counts = np.bincount(steps)
+    assert counts[0] == 0 and len(counts) == 6
+    assert np.abs(counts[1:] - 200).max() < 50  # 4 standard deviations
+    again = rng(1)
+    assert steps[:20] == [len(format.draw(unit, again).segments) - 1 for _ in range(20)]
+
+
+def test_the_same_sample_twice():
+    """Trap 19: drawing changes nothing that is kept, and cannot."""
+    for fields, records in (
+        ({"loss": "every"}, [HELLO]),
+        ({"format": "online", "loss": "every"}, [{"contexts": ["a", "b"], "query": "c", "target": "d"}]),
+        ({"format": "fewshot", "shots": 2}, [{"text": f"t{i}", "label": "x"} for i in range(4)]),
+        ({"format": "text", "chunk": 2, "max_chunks": 3, "tokens": 20}, [{"text": "abcdefgh"}]),
+    ):
+        format, units, _ = load(records, **fields)
+        method = ccm.concat(comp_tokens=2, sink=True)
+        first, second = (laid_out(format.draw(units[0], rng(3)), method) for _ in range(2))
+        np.testing.assert_array_equal(first.tokens, second.tokens)
+        np.testing.assert_array_equal(first.weights, second.weights)
+        with pytest.raises(ValueError, match="read-only"):
+            units[0].pieces[0][0] = 1
+
+
+def test_limits_are_counted():
+    records = [*dialogues(2, 3), {"turns": ["x" * 40, "a", "b"]}, {"turns": ["x" * 25] * 4}]
+    _, units, report = load(records, max_turn_tokens=30, max_tokens=90)
+    assert [unit.id for unit in units] == ["r[1]"]
+    assert str(report) == (
+        "1 of 4 dialogues are used; dropped: 1 with fewer than 3 turns, "
+        "1 with one of their turns longer than 30 tokens, 1 of more than 90 tokens"
+    )
+    _, units, _ = load(records, evaluation=True, max_turn_tokens=30, max_tokens=90, max_tokens_evaluation=200)
+    assert len(units) == 2
+
+
+def test_long_dialogues_are_cut():
+    _, units, report = load(dialogues(11, 4), max_turns=4)
+    assert [(unit.id, len(unit.pieces)) for unit in units] == [
+        ("r[0] piece 0", 3), ("r[0] piece 1", 4), ("r[0] piece 2", 4), ("r[1]", 4),
+    ]  # fmt: skip
+    assert text_of(units[1].pieces[0]) == "the turn 3 of 0"  # starts a session: no space in front
+    assert str(report) == "4 of 4 dialogues (made of 2 records) are used"
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("Do you want some dessert ?", "Do you want some dessert?"),
+        ("I ’ m fine , thanks .It's 3.5 km ... ok", "I'm fine, thanks. It's 3.5 km... ok"),
+        ("Yes .  No 。", "Yes. No."),
+        ("the ' quoted ' word", "the ' quoted ' word"),
+    ],
+)
+def test_despace(given, wanted):
+    assert despace(given) == wanted
+
+
+def test_cleaning_is_an_option():
+    for clean, text in ((True, "Hi, you"), (False, "Hi , you")):
+        _, (unit,), _ = load([{"turns": ["Hi , you", "b", "c"]}], clean=clean)
+        assert text_of(unit.pieces[0]) == text
+
+
+def test_online():
+    record = {"contexts": ["the one", "he is"], "query": "in the", "target": "on", "choices": ["on", "off"]}
+    format, (unit,), report = load([record], format="online", separator="\nQ:", answer="\nA:")
+    example = format.draw(unit, rng())
+    assert [text_of(s.tokens) for s in example.segments] == ["the one", " he is", " in the\nA: on</s>"]
+    assert text_of(example.separator) == "\nQ:" and scored_text(example) == ["", "", " on</s>"]
+    assert str(report) == "1 of 1 records are used"
+    format, (unit,), _ = load([record | {"contexts": []}], format="online")
+    assert [text_of(s.tokens) for s in format.draw(unit, rng()).segments] == ["in the\nA: on</s>"]
+
+
+TASK = [{"text": f"text {i}", "label": "yes" if i % 2 else "no"} for i in range(6)]
+
+
+def test_fewshot_format():
+    format, units, _ = load(TASK, format="fewshot", shots=2, loss="every")
+    example = format.build(units[1], [units[5], units[0]], units[1].pieces[1], 1000, every=True)
+    batch = laid_out(example, ccm.concat(comp_tokens=1))
+    row = batch.tokens[0][: (batch.slots.kind[0] > 0).sum()]
+    assert text_of(row) == (
+        "<s>Input: text 5 Output: yes<C0> Input: text 0 Output: no<C0> Input: text 1 Output: yes</s>"
+    )
+    assert scored_text(example) == ["", " no", " yes</s>"]
+
+
+def test_fewshot_never_shows_the_query():
+    format, units, _ = load(TASK, format="fewshot", shots=5)
+    for seed in range(50):
+        *shown, query = (text_of(s.tokens).split(" Output")[0] for s in format.draw(units[2], rng(seed)).segments)
+        assert query == " text 2" and sorted(shown) == [f" text {i}" for i in (0, 1, 3, 4, 5)]
+
+
+def test_fewshot_budget_stops_at_the_first_overflow():
+    """Trap 20: no demonstration is skipped to fit a later one, and compression tokens do not count."""
+    lengths = [10, 10, 60, 10, 10]
+    records = [{"text": "x" * length, "label": "y"} for length in lengths]
+    format, units, _ = load(records, format="fewshot", shots=4, max_tokens=140)
+    # Bytes are tokens: text and label have a space in front, "<s>Input:" 7, " Input:" 7, " Output:" 8, "</s>" 1.
+    whole = lambda text: 7 + (1 + text) + 8 + 2
+    assert whole(10) * 3 + 1 <= 140 < whole(10) * 3 + whole(60) + 1
+    for most, shown in (
+        (140, 2),
+        (whole(10) * 3 + 1, 2),
+        (whole(10) * 3, 1),
+        (whole(10), 0),
+        (163, 3),
+        (162, 2),
+        (191, 4),
+    ):
+        order = [units[1], units[3], units[2], units[4]]
+        example = format.build(units[0], order, units[0].pieces[1], most, every=False)
+        assert len(example.segments) - 1 == shown, most
+        assert (
+            layout.measure(ccm.concat(4), example).tokens
+            == sum(len(s.tokens) + 7 for s in example.segments) + 4 * shown
+        )
+
+
+def test_fewshot_errors():
+    with pytest.raises(UserError, match="'r' has 6 usable examples; 6 demonstrations and a query need 7"):
+        load(TASK, format="fewshot", shots=6)
+    _, units, report = load([*TASK, {"text": "x" * 300, "label": "no"}], format="fewshot", shots=3)
+    assert len(units) == 6 and "1 of more than 256 tokens" in str(report)
+
+
+def test_text_windows():
+    format, units, report = load(
+        [{"text": "abcdefghijklm"}, {"text": "xy"}], format="text", chunk=3, max_chunks=2, tokens=20, loss="every"
+    )
+    assert [[text_of(p) for p in unit.pieces] for unit in units] == [["abc", "def", "ghi"], ["jkl", "m"]]
+    assert str(report) == "2 of 3 windows (made of 2 records) are used; dropped: 1 with fewer than 2 chunks"
+    example = format.draw(units[0], rng())
+    assert scored_text(example) == ["", "def", "ghi"] and text_of(example.start) == "<s>"
+    batch = laid_out(example, ccm.concat(1))
+    assert text_of(batch.tokens[0][: (batch.slots.kind[0] > 0).sum()]) == "<s>abc<C0>def<C0>ghi"
+    format, units, _ = load([{"text": "abcdef"}], format="text", chunk=3, max_chunks=2, tokens=20)
+    assert scored_text(format.draw(units[0], rng())) == ["", "def"]
+
+
+@pytest.mark.parametrize("loss", ["last", "every"])
+@pytest.mark.parametrize(
+    "method", [ccm.concat(2), ccm.merge(3, sink=True), ccm.gist(2), baselines.full(), baselines.none()]
+)
+def test_no_draw_needs_more_than_announced(method, loss):
+    cases = [
+        ({}, dialogues(3, 9, 5)),
+        ({"format": "online"}, [{"contexts": ["a"] * n, "query": "b" * 9, "target": "c"} for n in range(5)]),
+        ({"format": "fewshot", "shots": 3, "max_tokens": 60}, TASK),
+        ({"format": "text", "chunk": 3, "max_chunks": 2, "tokens": 20}, [{"text": "abcdefghijklm"}]),
+    ]
+    for fields, records in cases:
+        format, units, _ = load(records, loss=loss, **fields)
+        for unit in units:
+            most = format.needs(unit, method)
+            found = [layout.measure(method, format.draw(unit, rng(seed))) for seed in range(30)]
+            for field in ("tokens", "memory", "scored"):
+                largest = max(getattr(sizes, field) for sizes in found)
+                assert largest <= getattr(most, field)
+                if not fields.get("shots"):  # few-shot limits hold for any demonstrations
+                    assert largest == getattr(most, field)

@@ -1,0 +1,106 @@
+"""Records logits of tiny random Hugging Face models, and ids of a tiny SentencePiece model, for tests/weights.
+
+Needs torch, transformers (5.23 was used) and sentencepiece, which the project itself does not:
+
+    python tests/golden/record_hf.py [FOLDER]
+
+Each case becomes a folder with ``config.json``, ``model.safetensors`` and ``expected.npz`` (input_ids ``[2, 48]``,
+logits float32 ``[2, 48, V]``). Weights are large enough for logits of a few units, so that an error shows.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             rms_norm_eps=1e-5, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)  # fmt: skip
+# Band edges that fall between the wavelengths of 48 positions, unlike those of the real models.
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)  # fmt: skip
+CASES = {
+    "llama_mha": LlamaConfig(**SIZES),
+    "llama_gqa": LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=5e5)),
+    "llama_llama3_tied": LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "llama_linear": LlamaConfig(
+        **SIZES, num_key_value_heads=2, rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
+    ),
+    "llama_biases": LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    "smollm2_tied": LlamaConfig(
+        **SIZES | dict(hidden_size=48, num_attention_heads=6), num_key_value_heads=2, tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=1e5),
+    ),
+    "mistral_window": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=12),
+    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2_window": Qwen2Config(
+        **SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=12, max_window_layers=0
+    ),
+    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
+}  # fmt: skip
+
+CORPUS = """The memory of a conversation is smaller than the conversation. What was said in the morning is needed in the
+evening: a name, a place, a number, a change of mind. He read the whole letter; she remembered only three words of it.
+In 1987 there were 12 houses on the hill, and in 2024 there are 340. Nobody counts the trees any more. "You remember?"
+she asked. "No," he said, "but I wrote it down." Compression is forgetting on purpose, and choosing what to forget."""
+TEXTS = [
+    "The memory of the conversation", "In 2024 she wrote 12 letters.", " leading space, and  two  spaces",
+    "naïve café — 記憶 🙂", "tabs\tand\nnew lines\n\n", "remembering the rememberer", "x", "    four",
+    "What was said: nothing!",
+]  # fmt: skip
+
+
+def record_model(config, folder: Path, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            elif "bias" in name:
+                parameter.copy_(0.5 * noise)
+            else:
+                embedding = 0.2 if config.tie_word_embeddings else 1.0
+                parameter.copy_(noise * (embedding if "embed" in name else 1.2 * parameter.shape[-1] ** -0.5))
+        ids = torch.randint(0, config.vocab_size, (2, 48), generator=generator)
+        logits = model(ids, use_cache=False).logits
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    np.savez_compressed(folder / "expected.npz", input_ids=ids.numpy().astype(np.int32), logits=logits.numpy())
+    print(f"{folder.name}: {model.num_parameters()} parameters, logits up to {logits.abs().max():.2f}")
+
+
+def record_sentencepiece(path: Path) -> None:
+    import sentencepiece
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "corpus.txt").write_text(CORPUS)
+        sentencepiece.SentencePieceTrainer.train(
+            input=f"{folder}/corpus.txt", model_prefix=f"{folder}/model", vocab_size=420, model_type="bpe",
+            byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+        )  # fmt: skip
+        model = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/model.model")
+    ids = range(model.vocab_size())
+    # Values of GGUF's tokenizer.ggml.token_type.
+    kind = lambda i: 2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1
+    record = {
+        "tokens": [model.id_to_piece(i) for i in ids],
+        "scores": [model.get_score(i) for i in ids],
+        "types": [kind(i) for i in ids],
+        "texts": [{"text": text, "ids": model.encode(text)} for text in [*TEXTS, CORPUS]],
+    }
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\n")
+    print(f"{path.name}: {len(record['tokens'])} pieces")
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "hf"
+    for number, (name, case) in enumerate(CASES.items()):
+        record_model(case, root / name, seed=number)
+    record_sentencepiece(root / "sentencepiece.json")

@@ -1,0 +1,121 @@
+"""Generation: greedy equals step by step, rows stop at different times, sampling has the right distribution."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_ccm import memory, steps
+from jax_ccm.errors import UserError
+from jax_ccm.generate import Sampling, _loop, generate, sample
+from jax_ccm.methods import build
+from jax_ccm.types import Chunk
+from tests import cases
+
+MODEL = cases.model(tokens=2)
+METHOD = build("ccm_concat", comp_tokens=2)
+READ = jax.jit(steps.read, static_argnames=("method", "query"))
+
+
+def prompt(batch: int = 3):
+    """Sessions of different ages that have read something."""
+    state = memory.init_cache(cases.CONFIG, METHOD, batch, memory_capacity=8, raw_capacity=24)
+    rng = np.random.default_rng(0)
+    step = jax.jit(steps.compress_step, static_argnames="method")
+    for _ in range(2):
+        lengths = rng.integers(0, 6, batch)
+        text = Chunk(rng.integers(5, 90, (batch, 6)).astype(np.int32), np.arange(6) < lengths[:, None])
+        state = step(MODEL, state, text, method=METHOD)
+    text = Chunk(rng.integers(5, 90, (batch, 6)).astype(np.int32), np.arange(6) < np.array([[3], [6], [1]]))
+    return READ(MODEL, state, text, method=METHOD, query=True)[0]
+
+
+def by_hand(state, count):
+    tokens = []
+    for _ in range(count):
+        token = np.asarray(state.logits).argmax(-1).astype(np.int32)
+        tokens.append(token)
+        state, _ = READ(MODEL, state, Chunk(token[:, None], np.ones((len(token), 1), bool)), method=METHOD, query=True)
+    return np.stack(tokens, 1), state
+
+
+def test_greedy_is_step_by_step():
+    tokens, state = by_hand(prompt(), 8)
+    cache, ours, lengths = generate(MODEL, prompt(), method=METHOD, max_tokens=8)
+    assert np.array_equal(ours, tokens) and np.asarray(lengths).tolist() == [8] * 3
+    chex.assert_trees_all_close(cache, state, atol=1e-5)
+    # The whole reply is in the session, so compressing closes it with the turn.
+    closed = steps.compress(MODEL, cache, method=METHOD)
+    assert np.asarray(closed.chunks - cache.chunks).tolist() == [1] * 3
+
+
+def test_rows_stop_at_different_times():
+    tokens, _ = by_hand(prompt(), 8)
+    stops = [int(tokens[0, 2]), int(tokens[1, 5])]
+    first = [int(np.flatnonzero(np.isin(row, stops))[0]) if np.isin(row, stops).any() else 8 for row in tokens]
+    cache, ours, lengths = generate(MODEL, prompt(), method=METHOD, max_tokens=8, stop_tokens=stops)
+    assert np.asarray(lengths).tolist() == first
+    for row, expected, count in zip(np.asarray(ours), tokens, first, strict=True):
+        assert row[:count].tolist() == expected[:count].tolist() and not row[count:].any()
+    assert np.asarray(cache.tokens - prompt().tokens).tolist() == first, "stop tokens are not read into the session"
+
+
+def test_rows_left_alone():
+    before = prompt()
+    cache, tokens, lengths = generate(MODEL, before, method=METHOD, max_tokens=4, rows=[True, False, True])
+    assert np.asarray(lengths).tolist() == [4, 0, 4] and not np.asarray(tokens)[1].any()
+    row = lambda c: memory.select(c, jnp.array([1]))
+    chex.assert_trees_all_equal(row(cache), row(before))
+
+
+def test_compiled_once():
+    """Other temperatures, limits of k and p, seeds and stop tokens compile nothing."""
+    generate(MODEL, prompt(), method=METHOD, max_tokens=4, stop_tokens=[1])
+    before = _loop._cache_size()
+    for i in range(3):
+        sampling = Sampling(temperature=0.5 + i, top_k=i, top_p=0.5)
+        generate(MODEL, prompt(), jax.random.key(i), method=METHOD, max_tokens=4, sampling=sampling, stop_tokens=[i])
+    assert _loop._cache_size() == before
+
+
+def test_sampling():
+    """Frequencies follow the softmax; top-k and top-p keep just the tokens they name."""
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    many = jnp.repeat(logits, 20_000, axis=0)
+    share = lambda *a: (
+        np.bincount(np.asarray(sample(jax.random.key(0), many, *map(jnp.asarray, a))), minlength=4) / 20_000
+    )
+    np.testing.assert_allclose(share(1.0, 0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.02)
+    np.testing.assert_allclose(share(1.0, 2, 1.0), [0.625, 0.375, 0, 0], atol=0.02)
+    np.testing.assert_allclose(share(1.0, 0, 0.7), [0.625, 0.375, 0, 0], atol=0.02)
+    np.testing.assert_allclose(share(1.0, 0, 0.01), [1, 0, 0, 0])
+    np.testing.assert_allclose(share(0.0, 0, 1.0), [1, 0, 0, 0])
+    squared = np.array([0.25, 0.09, 0.0225, 0.0025])
+    np.testing.assert_allclose(share(0.5, 0, 1.0), squared / squared.sum(), atol=0.02)
+
+
+def test_same_key_same_text():
+    sampling = Sampling(temperature=1.0)
+    run = lambda seed: np.asarray(
+        generate(MODEL, prompt(), jax.random.key(seed), method=METHOD, max_tokens=8, sampling=sampling)[1]
+    )
+    assert np.array_equal(run(0), run(0)) and not np.array_equal(run(0), run(1))
+
+
+def test_bad_input():
+    with pytest.raises(UserError, match="needs a PRNG key"):
+        generate(MODEL, prompt(), method=METHOD, max_tokens=2, sampling=Sampling(temperature=1.0))
+    fresh = memory.init_cache(cases.CONFIG, METHOD, 2, memory_capacity=8, raw_capacity=8)
+    with pytest.raises(UserError, match=r"sessions \[0, 1\] have read nothing"):
+        generate(MODEL, fresh, method=METHOD, max_tokens=2)
+    with pytest.raises(UserError, match="larger raw_capacity"):
+        generate(MODEL, prompt(), method=METHOD, max_tokens=30)
+    for bad in (dict(temperature=-1), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)):
+        with pytest.raises(UserError, match="must be >= 0"):
+            Sampling(**bad)
+    assert dataclasses.replace(Sampling(), top_k=3).top_k == 3

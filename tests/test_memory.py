@@ -1,0 +1,127 @@
+"""The cache: eviction, forks, resets, files."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_ccm import memory, steps
+from jax_ccm.errors import UserError
+from jax_ccm.methods import build
+from jax_ccm.types import Chunk, Kind
+from tests import cases
+
+MODEL = cases.model(tokens=2)
+CONCAT = build("ccm_concat", comp_tokens=2, sink=True)
+STEP = jax.jit(steps.compress_step, static_argnames="method")
+READ = jax.jit(steps.read, static_argnames=("method", "query"))
+
+
+def chunk(seed: int, batch: int = 2, size: int = 4) -> Chunk:
+    rng = np.random.default_rng(seed)
+    return Chunk(rng.integers(5, 90, (batch, size)).astype(np.int32), np.ones((batch, size), bool))
+
+
+def cache(method=CONCAT, **options):
+    options = {"memory_capacity": 6, "raw_capacity": 8, **options}
+    return memory.init_cache(cases.CONFIG, method, 2, **options)
+
+
+def test_eviction_drops_the_oldest():
+    """With overflow="evict" the newest chunks stay, bit for bit, and the sink with them."""
+    evicting, roomy = cache(overflow="evict"), cache(memory_capacity=12)
+    for i in range(5):
+        evicting, roomy = (STEP(MODEL, c, chunk(i), method=CONCAT) for c in (evicting, roomy))
+        if i < 3:
+            assert (evicting.slots.kind[0] == Kind.MEMORY).sum() == 2 * (i + 1)
+    memory.check(evicting)
+    segments = np.asarray(evicting.slots.segment[0])[np.asarray(evicting.slots.live[0])]
+    assert segments.tolist() == [0, 2, 2, 3, 3, 4, 4]
+    assert evicting.slots.kind[0, 0] == Kind.SINK
+    # Until the first eviction both hold the same.
+    assert np.array_equal(evicting.k[:, :, 0], roomy.k[:, :, 0])
+
+
+def test_overflow_is_an_error():
+    full = cache(memory_capacity=4)
+    for i in range(2):
+        full = STEP(MODEL, full, chunk(i), method=CONCAT)
+    memory.check(full)
+    full = STEP(MODEL, full, chunk(2), method=CONCAT)
+    with pytest.raises(UserError, match=r"sessions \[0, 1\] needed \[2, 2\] more slots"):
+        memory.check(full)
+    with pytest.raises(UserError, match="needed"):
+        memory.save(full, "never-written", fingerprint="", method=CONCAT)
+
+
+def test_forked_and_reset_rows():
+    state = STEP(MODEL, cache(), chunk(0), method=CONCAT)
+    forked = memory.select(state, jnp.array([1, 0, 1]))
+    row = lambda c, b: memory.select(c, jnp.array([b]))
+    chex.assert_trees_all_equal(row(forked, 0), row(state, 1))
+    chex.assert_trees_all_equal(row(forked, 1), row(state, 0))
+    chex.assert_trees_all_equal(row(forked, 2), row(state, 1))
+    cleared = memory.reset(state, jnp.array([True, False]))
+    chex.assert_trees_all_equal(row(cleared, 0), row(cache(), 0))
+    chex.assert_trees_all_equal(row(cleared, 1), row(state, 1))
+    # A session that was reset goes on as a new one does.
+    again = STEP(MODEL, cleared, chunk(0), method=CONCAT)
+    np.testing.assert_allclose(again.k[:, 0], state.k[:, 0], atol=1e-6)
+
+
+def test_rows_compress_when_they_want():
+    """Rows that do not compress keep their raw text; later they compress all of it as one chunk."""
+    state, _ = READ(MODEL, cache(), chunk(0), method=CONCAT)
+    compress = jax.jit(steps.compress, static_argnames="method")
+    state = compress(MODEL, state, jnp.array([True, False]), method=CONCAT)
+    assert np.asarray(state.chunks).tolist() == [1, 0]
+    assert np.asarray((state.slots.kind == Kind.TEXT).sum(1)).tolist() == [0, 3]
+    state, _ = READ(MODEL, state, chunk(1), method=CONCAT)
+    state = compress(MODEL, state, method=CONCAT)
+    assert np.asarray((state.slots.kind == Kind.MEMORY).sum(1)).tolist() == [4, 2]
+    both = Chunk(*(np.concatenate([getattr(chunk(i), f) for i in (0, 1)], 1) for f in ("tokens", "valid")))
+    alone = STEP(MODEL, cache(), both, method=CONCAT)
+    np.testing.assert_allclose(alone.k[:, 1], state.k[:, 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_files(tmp_path, dtype):
+    path = tmp_path / "sessions.safetensors"
+    state = STEP(MODEL, cache(dtype=dtype), chunk(0), method=CONCAT)
+    memory.save(state, path, fingerprint="model+adapter", method=CONCAT)
+    loaded = memory.load(path, fingerprint="model+adapter", method=CONCAT)
+    chex.assert_trees_all_equal(state, loaded)
+    with pytest.raises(UserError, match="'model[+]adapter'.*'other'"):
+        memory.load(path, fingerprint="other", method=CONCAT)
+    with pytest.raises(UserError, match="method"):
+        memory.load(path, fingerprint="model+adapter", method=build("ccm_merge", comp_tokens=2))
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="cannot be read"):
+        memory.load(path, fingerprint="model+adapter", method=CONCAT)
+    with pytest.raises(UserError, match="cannot be read"):
+        memory.load(tmp_path / "missing", fingerprint="", method=CONCAT)
+
+
+def test_bad_sizes():
+    with pytest.raises(UserError, match="writes 2 slots for a chunk"):
+        cache(memory_capacity=1)
+    with pytest.raises(UserError, match="raw_capacity is 0"):
+        cache(raw_capacity=0)
+    with pytest.raises(UserError, match="allowed: 'error'"):
+        cache(overflow="drop")
+    with pytest.raises(UserError, match="cannot|too small|writes"):
+        memory.init_cache(cases.CONFIG, build("ccm_merge", comp_tokens=4), 1, memory_capacity=3, raw_capacity=4)
+
+
+def test_window_keeps_the_newest():
+    """A sliding window drops raw text that it hides when chunks are closed."""
+    window = build("window", size=5)
+    state = memory.init_cache(cases.CONFIG, window, 2, memory_capacity=0, raw_capacity=8)
+    for i in range(4):
+        state = STEP(MODEL, state, chunk(i), method=window)
+    memory.check(state)
+    live = np.asarray(state.slots.live[0])
+    assert np.asarray(state.slots.position[0])[live].tolist() == [12, 13, 14, 15]

@@ -1,0 +1,23 @@
+"""Helpers of the weight tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_ccm.types import INF, Kind, Rule, Slots, see
+
+PLAIN = Rule((see(Kind.TEXT, Kind.TEXT, 0, INF),))
+
+
+def logits(model, ids) -> np.ndarray:
+    """Float32 ``[B, T, V]`` of ordinary causal text ``int [B, T]``."""
+    ids = jnp.asarray(ids, jnp.int32)
+    place = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    slots = Slots(jnp.full_like(ids, Kind.TEXT), jnp.zeros_like(ids), place, place)
+    return np.asarray(_forward(model, ids, slots))
+
+
+@jax.jit
+def _forward(model, ids, slots):
+    hidden, _, _ = model(ids, slots, jnp.zeros(ids.shape, jnp.float32), rule=PLAIN)
+    return model.logits(hidden)

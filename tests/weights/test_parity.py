@@ -1,0 +1,50 @@
+"""Logits equal those of transformers' own torch models, recorded by tests/golden/record_hf.py."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_ccm.nn import Transformer
+from jax_ccm.weights import load_model, read_config
+from tests.weights.common import logits
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+
+
+def difference(case: str, model: Transformer) -> float:
+    with np.load(GOLDEN / case / "expected.npz") as expected:
+        return float(np.abs(logits(model, expected["input_ids"]) - expected["logits"]).max())
+
+
+def test_every_family_was_recorded():
+    assert len(CASES) == 10
+    assert {read_config(GOLDEN / case).family for case in CASES} == {"llama", "mistral", "qwen2", "qwen3"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case):
+    assert difference(case, load_model(GOLDEN / case)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "case, change",
+    [
+        ("llama_llama3_tied", {"rope_scaling": None}),
+        ("llama_linear", {"rope_scaling": None}),
+        ("llama_gqa", {"rope_theta": 10000.0}),
+        ("mistral_window", {"sliding_window": None}),
+        ("mistral_window", {"sliding_window": 13}),
+        ("qwen2_window", {"sliding_window": 11}),
+        ("qwen3", {"norm_eps": 1e-2}),
+    ],
+)
+def test_a_wrong_config_is_noticed(case, change):
+    """The recorded logits can tell each of these apart, so the test above means something."""
+    model = load_model(GOLDEN / case)
+    model.config = dataclasses.replace(model.config, **change)
+    if "norm_eps" in change:
+        model.norm.eps = change["norm_eps"]
+    assert difference(case, model) > 1e-2
