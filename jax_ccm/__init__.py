@@ -8,6 +8,7 @@ from jax_ccm.layout import Example as Example
 from jax_ccm.layout import Segment as Segment
 from jax_ccm.layout import Sizes as Sizes
 from jax_ccm.layout import batch as batch
+from jax_ccm.layout import chunk as chunk
 from jax_ccm.layout import visible as visible
 from jax_ccm.memory import check as check
 from jax_ccm.memory import init_cache as init_cache

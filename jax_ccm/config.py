@@ -275,8 +275,8 @@ def check(config: Config) -> None:
         )
     if config.data.buckets and config.optimizer.accumulation > 1:
         raise UserError(
-            f"optimizer.accumulation={config.optimizer.accumulation} needs micro-batches of one shape, and data.buckets "
-            "gives several; use a larger data.batch_size, or leave data.buckets empty"
+            f"optimizer.accumulation={config.optimizer.accumulation} needs micro-batches of one shape, and "
+            "data.buckets gives several; use a larger data.batch_size, or leave data.buckets empty"
         )
     if config.adapter.merge and not config.model.source:
         raise UserError("adapter.merge needs a pretrained base (model.source); a model from scratch has no first stage")

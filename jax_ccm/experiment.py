@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,12 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
     model = _base(config, shape, tokenizer, stored)
     if config.adapter.merge:
         model = merge_adapter(config.adapter.merge, model, base=config.model.source)
+    if config.model.source and config.data.tokens > model.config.max_position:
+        warnings.warn(
+            f"rows of data.tokens={config.data.tokens} reach beyond the {model.config.max_position} positions that "
+            f"{config.model.source} was trained for",
+            stacklevel=2,
+        )
     if stored is not None:
         model = load_adapter(stored, model, method=method, base=config.model.source)
     return Experiment(config, model, method, tokenizer)
@@ -131,7 +138,8 @@ def _tokenizer(config: Config) -> Any:
 
         return load_tokenizer(source)
     raise UserError(
-        f"data.format {config.data.format!r} needs a tokenizer, and a model from scratch brings none; set model.tokenizer"
+        f"data.format {config.data.format!r} needs a tokenizer, and a model from scratch brings none; set "
+        "model.tokenizer"
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_ccm.errors import UserError
-from jax_ccm.types import INF, RAW, Array, Batch, Kind, Method, Mix, Packed, Rule, Slots
+from jax_ccm.types import INF, RAW, Array, Batch, Chunk, Kind, Method, Mix, Packed, Rule, Slots
 
 
 def is_in(kind: Array, kinds: tuple[Kind, ...]) -> Array:
@@ -149,6 +149,29 @@ def arrange(method: Method, example: Example) -> tuple[Segment, ...]:
         example = join(example, [count - 1, 1])
     first, *rest = example.segments
     return (opened(example.start, first), *(opened(example.separator, segment) for segment in rest))
+
+
+def chunk(rows: Sequence[Sequence[int]], size: int, vocab_size: int) -> Chunk:
+    """A `Chunk` of ragged rows of token ids, padded on the right; an empty row takes no part.
+
+    Args:
+      rows: token ids for each session.
+      size: C, places of a row.
+      vocab_size: V.
+
+    Raises:
+      UserError: for a row longer than ``size`` or a token outside the vocabulary.
+    """
+    tokens, valid = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), bool)
+    for i, row in enumerate(rows):
+        if len(row) > size:
+            raise UserError(f"row {i} has {len(row)} tokens, the chunk {size} places; raise size or split the row")
+        ids = np.asarray(row, np.int64)
+        wrong = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(wrong):
+            raise UserError(f"row {i}: token id {wrong[0]} is outside the vocabulary (0..{vocab_size - 1})")
+        tokens[i, : len(row)], valid[i, : len(row)] = ids, True
+    return Chunk(tokens, valid)
 
 
 @dataclasses.dataclass(frozen=True)

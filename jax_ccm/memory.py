@@ -189,8 +189,7 @@ def check(cache: MemoryCache) -> None:
 
 def select(cache: MemoryCache, rows) -> MemoryCache:
     """Sessions ``rows`` (int32 ``[R]``) of the cache, in that order: a row named twice is forked."""
-    take = lambda path, x: jnp.take(x, rows, axis=1 if x.ndim == 5 else 0)
-    return jax.tree_util.tree_map_with_path(take, cache)
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=1 if x.ndim == 5 else 0), cache)
 
 
 def reset(cache: MemoryCache, rows) -> MemoryCache:

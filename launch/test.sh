@@ -38,4 +38,5 @@ if [ "${LINT:-1}" = 1 ]; then
 fi
 
 echo "== tests"
-"$venv/bin/python" -m pytest -q --durations=10 "$@"
+# Compilation is single-threaded: one worker a core.
+"$venv/bin/python" -m pytest -q --durations=15 -n auto --dist worksteal "$@"

@@ -230,6 +230,17 @@ def test_bad_input():
         build("full", sink=True)
 
 
+def test_chunk():
+    made = layout.chunk([[5, 6], [], [7]], 3, V)
+    assert made.tokens.tolist() == [[5, 6, 0], [0, 0, 0], [7, 0, 0]]
+    assert made.valid.tolist() == [[True, True, False], [False] * 3, [True, False, False]]
+    with pytest.raises(UserError, match="row 1 has 4 tokens, the chunk 3 places"):
+        layout.chunk([[1], [1, 2, 3, 4]], 3, V)
+    for token in (V, -1):
+        with pytest.raises(UserError, match=f"row 0: token id {token} is outside the vocabulary"):
+            layout.chunk([[token]], 3, V)
+
+
 def test_every_method_builds():
     for name in METHODS:
         method = build(name, **({"size": 4} if name == "window" else {}))

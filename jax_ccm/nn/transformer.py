@@ -215,11 +215,11 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden):
         """``float32 [..., V]`` for hidden states ``[..., D]``. Compression tokens have no column."""
+        # Accumulated and kept in float32: rounding logits to bfloat16 would cost more than it saves.
         if self.config.tie_embeddings:
-            out = hidden @ self.embed_tokens.embedding[...].T
-        else:
-            out = self.lm_head(hidden)
-        return out.astype(jnp.float32)
+            table = self.embed_tokens.embedding[...]
+            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
 
 
 def pack(memory: Packed, x):

@@ -1,0 +1,255 @@
+"""Perplexity of targets by time step, for several systems side by side, each with its wrong-memory control.
+
+The protocol (CCM, Kim et al. 2024, section 4.1): ``exp(sum of losses / number of tokens)`` over target tokens, the end
+of sequence excluded. The control is ours: the same turn after the context of another conversation. A memory that is
+only a soft prompt for the style does as well with a wrong one, so what it knows of the content is the share
+
+    content share = (wrong - right) of the memory / (wrong - right) of full context      in nats a token
+    gap closed    = (none - memory) / (none - full)                                      in nats a token
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_ccm.data.evaluation import Choice, Evaluation, wrong_memory_choices
+from jax_ccm.errors import UserError
+from jax_ccm.evals import tasks
+from jax_ccm.evals.parity import context_slots
+from jax_ccm.evals.scoring import Scores, Store, score
+from jax_ccm.evals.statistics import Estimate, Resamples, estimate, share, tree_to_json
+from jax_ccm.nn.transformer import Transformer
+from jax_ccm.types import Method
+
+# Which system is whose ceiling: the suffix of the shares, and the system with full context.
+CEILINGS = {"": "full", "_to_full_lora": "full_lora"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class System:
+    """One of the systems that stand side by side.
+
+    Attributes:
+      name: "none", "full", "full_lora" or "memory"; shares are computed from these.
+      model: the decoder with its adapter.
+      method: what it runs.
+      description: for people.
+      identity: of the weights that decide its scores, for a `Store`.
+    """
+
+    name: str
+    model: Transformer
+    method: Method
+    description: str
+    identity: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """The questions of one time step.
+
+    Attributes:
+      step: the time step: context chunks before the tail.
+      right: sessions; one without choices is a question with one answer.
+      wrong: the same tails after the contexts of other sessions, or None where there are too few.
+      note: why there are none, if so.
+    """
+
+    step: int
+    right: list[Choice]
+    wrong: list[Choice] | None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+    """Scores of one system at one time step: for each question those of its answers, in order.
+
+    Attributes:
+      right: with the own context.
+      wrong: with another's, or None.
+      slots: ``float64 [questions]``, key/value slots carried from the context to the tail.
+      unconditional: total log-likelihood of an answer behind the answer prefix alone, by its tokens.
+    """
+
+    right: list[tuple[Scores, ...]]
+    wrong: list[tuple[Scores, ...]] | None
+    slots: np.ndarray
+    unconditional: dict[bytes, float]
+
+
+def stages(evaluation: Evaluation, steps: Sequence[int], *, most: int = 0, choices: bool = False) -> list[Stage]:
+    """The questions of each time step that has any.
+
+    Args:
+      evaluation: the data.
+      steps: time steps.
+      most: questions of a time step, taken at equal distances from all; 0 for all.
+      choices: whether the questions have several answers.
+
+    Raises:
+      UserError: if no record is long enough for any of the time steps.
+    """
+    found = []
+    for step in steps:
+        if choices:
+            right = evaluation.choices(step)
+        else:
+            right = [Choice((example,), 0) for example in evaluation.examples(step)]
+        if most and len(right) > most:
+            right = [right[i] for i in np.linspace(0, len(right) - 1, most).round().astype(int)]
+        if not right:
+            continue
+        try:
+            found.append(Stage(step, right, wrong_memory_choices(right)))
+        except UserError as error:
+            found.append(Stage(step, right, None, str(error)))
+    if not found:
+        raise UserError(
+            f"no record has as many as {min(steps)} context chunks, the smallest of eval.steps {list(steps)}; evaluate "
+            f"smaller steps or longer records ({evaluation.report})"
+        )
+    return found
+
+
+def measure(
+    system: System,
+    questions: Sequence[Stage],
+    *,
+    rows: int,
+    answer: np.ndarray | None = None,
+    store: Store | None = None,
+    log: Callable[[str], None] | None = None,
+) -> list[Measured]:
+    """Scores all questions of all time steps with one system, together, so that they share compiled shapes.
+
+    Args:
+      system: what is measured.
+      questions: the time steps.
+      rows: rows of a batch.
+      answer: int32 tokens of the answer prefix, for calibrated accuracy; None where there are no choices.
+      store: where scores are kept, or None.
+      log: takes a line on the work done.
+    """
+    # Without context there is none to be wrong.
+    controlled = system.method.context != "dropped"
+    sides = [
+        (stage, questions)
+        for stage in questions
+        for questions in (stage.right, stage.wrong if controlled else None)
+        if questions is not None
+    ]
+    asked = [example for _, side in sides for question in side for example in question.examples]
+    alone = {} if answer is None else tasks.unconditional(questions[0].right[0].examples[0], asked, answer)
+    asked += alone.values()
+    known = dict(store=store, identity=system.identity, log=log, name=system.name)
+    scores = iter(score(system.model, system.method, asked, rows=rows, **known))
+    taken: dict[int, list[list[tuple[Scores, ...]]]] = {stage.step: [] for stage in questions}
+    for stage, side in sides:
+        taken[stage.step].append([tuple(next(scores) for _ in question.examples) for question in side])
+    unconditional = {key: -float(next(scores).nll.sum()) for key in alone}
+    return [
+        Measured(
+            taken[stage.step][0],
+            taken[stage.step][1] if len(taken[stage.step]) > 1 else None,
+            np.array([context_slots(system.method, q.examples[q.answer]) for q in stage.right], float),
+            unconditional,
+        )
+        for stage in questions
+    ]
+
+
+def compare(questions: Sequence[Stage], measured: dict[str, list[Measured]], slot_bytes: int) -> list[dict[str, Any]]:
+    """The numbers of each time step, and of all together if there are several.
+
+    Args:
+      questions: the time steps.
+      measured: what `measure` returned for each system, by name.
+      slot_bytes: bytes of a key/value slot over all layers.
+
+    Returns:
+      A nested dict for each time step, "step" being the number or "all"; leaves that are uncertain are `Estimate`.
+    """
+    rows = [
+        _compare(stage.step, [stage], {name: [steps[i]] for name, steps in measured.items()}, slot_bytes)
+        for i, stage in enumerate(questions)
+    ]
+    if len(rows) > 1:
+        rows.append(_compare("all", questions, measured, slot_bytes))
+    return rows
+
+
+def to_json(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `compare` returned, as plain values for JSON."""
+    return tree_to_json(list(rows))
+
+
+def _compare(
+    step: int | str, questions: Sequence[Stage], measured: dict[str, list[Measured]], slot_bytes: int
+) -> dict[str, Any]:
+    right = [question for stage in questions for question in stage.right]
+    controlled = all(stage.wrong is not None for stage in questions)
+    resamples = Resamples([question.examples[question.answer].id for question in right])
+    row: dict[str, Any] = {"step": step, "examples": len(right), "dialogues": resamples.groups}
+    row |= {"tokens": 0, "systems": {}}
+    notes = [stage.note for stage in questions if stage.note]
+    if notes:
+        row["note"] = notes[0]
+    losses: dict[str, np.ndarray] = {}
+    wrong_losses: dict[str, np.ndarray] = {}
+    for name, steps in measured.items():
+        own = [scores for stage in steps for scores in stage.right]
+        loss, cell = _cell(right, own, resamples)
+        losses[name] = loss
+        slots = np.concatenate([stage.slots for stage in steps])
+        cell |= {"kv_slots": float(slots.mean()), "kv_bytes": float(slots.mean() * slot_bytes)}
+        row["tokens"] = cell.pop("tokens")
+        accuracy = tasks.accuracy(right, own, steps[0].unconditional, resamples)
+        if accuracy:
+            cell["accuracy"] = accuracy
+        if controlled and all(stage.wrong is not None for stage in steps):
+            others = [scores for stage in steps for scores in stage.wrong or ()]
+            wrong_losses[name], wrong = _cell(right, others, resamples)
+            wrong.pop("tokens")
+            accuracy = tasks.accuracy(right, others, steps[0].unconditional, resamples)
+            if accuracy:
+                wrong["accuracy"] = accuracy
+            wrong["minus_right"] = estimate(wrong_losses[name] - loss)
+            cell["wrong"] = wrong
+        row["systems"][name] = cell
+    return row | _shares(losses, wrong_losses)
+
+
+def _cell(
+    right: Sequence[Choice], scores: Sequence[tuple[Scores, ...]], resamples: Resamples
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Resampled losses a token, and the numbers, of the right answers."""
+    answers = [found[question.answer] for question, found in zip(right, scores, strict=True)]
+    totals = np.array([answer.nll.sum() for answer in answers])
+    counts = np.array([len(answer.nll) for answer in answers], float)
+    hits = np.array([answer.hit.sum() for answer in answers], float)
+    loss = resamples.mean(totals, counts)
+    return loss, {
+        "tokens": int(counts.sum()),
+        "nll": estimate(loss),
+        "perplexity": estimate(np.exp(loss)),
+        # The reference implementation reports this mean over examples, too.
+        "nll_by_example": float(np.mean(totals / counts)),
+        "token_accuracy": estimate(resamples.mean(hits, counts)),
+    }
+
+
+def _shares(losses: dict[str, np.ndarray], wrong: dict[str, np.ndarray]) -> dict[str, Estimate]:
+    """Gap closed and content share of the memory, against each ceiling that was measured."""
+    found = {}
+    for suffix, full in CEILINGS.items():
+        if {"none", "memory", full} <= set(losses):
+            found[f"gap_closed{suffix}"] = share(losses["none"] - losses["memory"], losses["none"] - losses[full])
+        if {"memory", full} <= set(wrong):
+            knows = {name: wrong[name] - losses[name] for name in ("memory", full)}
+            found[f"content_share{suffix}"] = share(knows["memory"], knows[full])
+    return found

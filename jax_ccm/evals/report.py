@@ -1,0 +1,219 @@
+"""Results for people: a table and a plot, from the numbers that `results.json` holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+DASHES = (0, (4, 2))
+# Colours and short names of the systems, in the order in which they are shown.
+STYLE = {
+    "none": ("#8c8c8c", "none"),
+    "full": ("#2f6db3", "full"),
+    "full_lora": ("#2a9d6f", "full + LoRA"),
+    "memory": ("#d1495b", "memory"),
+}
+SHARES = {
+    "gap_closed": "gap closed",
+    "content_share": "content share",
+    "gap_closed_to_full_lora": "gap closed (LoRA)",
+    "content_share_to_full_lora": "content share (LoRA)",
+}
+
+
+def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table: a row for each time step.
+
+    Args:
+      results: the content of ``results.json``.
+
+    Returns:
+      Column names, and as many texts for each row.
+    """
+    steps = results["steps"]
+    names = [name for name in STYLE if name in steps[0]["systems"]]
+    cells = lambda name: [row["systems"][name] for row in steps]
+    columns: dict[str, list[str]] = {
+        "t": [str(row["step"]) for row in steps],
+        "examples": [f"{row['examples']:,}" for row in steps],
+        "tokens": [f"{row['tokens']:,}" for row in steps],
+    }
+    kind = quality(results)
+    shown = {"perplexity": ("", _perplexity)}
+    if kind != "perplexity":
+        shown[kind] = (" right", lambda value: f"{value:.3f}")
+    for key, (suffix, text) in shown.items():
+        for name in names:
+            values = [text(_value(cell, key)) for cell in cells(name)]
+            wrong = [f" ({text(_value(cell['wrong'], key))})" if "wrong" in cell else "" for cell in cells(name)]
+            columns[STYLE[name][1] + suffix] = [a + b for a, b in zip(values, wrong, strict=True)]
+    for name, column in SHARES.items():
+        if any(name in row for row in steps):
+            columns[column] = [_share(row.get(name)) for row in steps]
+    unit, name_of_unit = _unit(max(cell["kv_bytes"] for name in names for cell in cells(name)))
+    for name in names:
+        if name not in ("none", "full_lora"):
+            sizes = [f"{cell['kv_bytes'] / unit:,.3g}" for cell in cells(name)]
+            columns[f"{STYLE[name][1]} {name_of_unit}"] = sizes
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """Prints the table, and what its columns mean."""
+    from rich.console import Console
+    from rich.table import Table
+
+    header, rows = table_rows(results)
+    table = Table(title="Perplexity of the target by time step", title_justify="left")
+    for column in header:
+        table.add_column(column, justify="right", no_wrap=False)
+    for row in rows:
+        table.add_row(*row, end_section=row is not rows[-1] and rows[-1][0] == "all" and row is rows[-2])
+    # A pipe has no width to respect, and a table that is cut off is of no use.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    for line in legend(results):
+        print(line)
+
+
+def legend(results: Mapping[str, Any]) -> list[str]:
+    """What the columns of the table mean, a line each."""
+    systems = results["systems"]
+    lines = [f"{STYLE[name][1]}: {systems[name]}" for name in STYLE if name in systems]
+    if any("wrong" in cell for row in results["steps"] for cell in row["systems"].values()):
+        lines.append("in brackets: the same turn after the context of another conversation (control)")
+    if any("gap_closed" in row for row in results["steps"]):
+        lines.append("gap closed: (none - memory) / (none - full), nats a token; ± bootstrap error over dialogues")
+    if any("content_share" in row for row in results["steps"]):
+        lines.append("content share: (wrong - right) of the memory / (wrong - right) of full context, nats a token")
+    kind = quality(results)
+    if kind != "perplexity":
+        what = "questions whose right choice is the most likely, by its mean over tokens"
+        if kind == "token_accuracy":
+            what = "target tokens that are the most likely"
+        lines.append(f"right: share of {what}")
+    if results["steps"][-1]["step"] == "all":
+        lines.append("all: every time step together")
+    lines.append("KiB, MiB, bytes: keys and values that a session carries from its context to the next turn")
+    for row in results["steps"]:
+        if "note" in row and row["step"] != "all":
+            lines.append(f"no control at t={row['step']}: {row['note']}")
+    return lines
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table in Markdown."""
+    header, rows = table_rows(results)
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    body = [line(header), line(["---:"] * len(header)), *(line(row) for row in rows)]
+    return "\n".join([*body, "", *(f"- {text}" for text in legend(results)), "", f"`{results['command']}`", ""])
+
+
+def plot(results: Mapping[str, Any], path: str | Path) -> None:
+    """Draws quality and memory by time step.
+
+    Args:
+      results: the content of ``results.json``.
+      path: the PNG file.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    steps = [row for row in results["steps"] if row["step"] != "all"]
+    names = [name for name in STYLE if name in steps[0]["systems"]]
+    times = [row["step"] for row in steps]
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    _draw_quality(left, steps, times, names, quality(results))
+    _draw_memory(right, steps, times, names)
+    for axes in (left, right):
+        axes.set_xlabel("time step: chunks of context before the question")
+        axes.set_xticks(times)
+        axes.margins(x=0.07)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    dot = dict(marker="o", markersize=4)
+    handles = [Line2D([], [], color=STYLE[name][0], label=_label(name, results), **dot) for name in names]
+    if any("wrong" in row["systems"][name] for row in steps for name in names):
+        dashed = "the same turn after another conversation"
+        handles.append(Line2D([], [], color="#555555", linestyle=DASHES, linewidth=1.2, label=dashed))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
+    figure.savefig(path, dpi=150)
+
+
+def quality(results: Mapping[str, Any]) -> str:
+    """What the plot shows: "accuracy" where there are choices, "token_accuracy" for recall, or "perplexity"."""
+    systems = results["steps"][0]["systems"].values()
+    if all("accuracy" in cell for cell in systems):
+        return "accuracy"
+    return "token_accuracy" if results["config"]["data"]["format"] == "recall" else "perplexity"
+
+
+def _draw_quality(axes: Any, steps: Sequence, times: list, names: list[str], kind: str) -> None:
+    value = lambda cell: _value(cell, kind)
+    for name in names:
+        colour, _ = STYLE[name]
+        cells = [row["systems"][name] for row in steps]
+        heights = [value(cell) for cell in cells]
+        axes.plot(times, heights, color=colour, marker="o", markersize=4, linewidth=1.8, zorder=3)
+        wrong = [(time, value(cell["wrong"])) for time, cell in zip(times, cells, strict=True) if "wrong" in cell]
+        if wrong:
+            axes.plot(*zip(*wrong, strict=True), color=colour, linestyle=DASHES, linewidth=1.2, zorder=2)
+    titles = {
+        "perplexity": "Perplexity of the target (lower is better)",
+        "accuracy": "Accuracy by likelihood of the choices (mean over tokens)",
+        "token_accuracy": "Share of target tokens that are the most likely one",
+    }
+    axes.set_title(titles[kind], fontsize=10, loc="left")
+    if kind == "perplexity":
+        heights = [y for line in axes.lines for y in line.get_ydata()]
+        if max(heights) > 8 * min(heights):
+            axes.set_yscale("log")
+    else:
+        axes.set_ylim(-0.02, 1.04)
+
+
+def _draw_memory(axes: Any, steps: Sequence, times: list, names: list[str]) -> None:
+    unit, name_of_unit = _unit(max(row["systems"][name]["kv_bytes"] for row in steps for name in names))
+    for name in names:
+        colour, _ = STYLE[name]
+        heights = [row["systems"][name]["kv_bytes"] / unit for row in steps]
+        axes.plot(times, heights, color=colour, marker="o", markersize=4, linewidth=1.8)
+        # Two systems with full context hold the same.
+        if name != "full_lora":
+            axes.annotate(f"{heights[-1]:,.3g}", (times[-1], heights[-1]), xytext=(5, 3), textcoords="offset points",
+                          color=colour, fontsize=8)  # fmt: skip
+    axes.set_title(f"Keys and values kept for a session, {name_of_unit}", fontsize=10, loc="left")
+    axes.set_ylim(bottom=0)
+
+
+def _unit(largest: float) -> tuple[int, str]:
+    """The unit of bytes in which the largest number reads well."""
+    return (2**20, "MiB") if largest >= 2**21 else (2**10, "KiB") if largest >= 2**11 else (1, "bytes")
+
+
+def _label(name: str, results: Mapping[str, Any]) -> str:
+    """The name of a system in the picture."""
+    return {"none": "no context", "full": "full context", "full_lora": "full context, LoRA"}.get(name) or results[
+        "memory"
+    ]
+
+
+def _value(cell: Mapping[str, Any], kind: str) -> float:
+    """The perplexity, accuracy or token accuracy of a cell."""
+    return (cell["accuracy"]["mean"] if kind == "accuracy" else cell[kind])["value"]
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def _share(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    if value["value"] is None:
+        return "no gap"
+    error = "" if value["error"] is None else f" ± {value['error'] * 100:.0f}"
+    return f"{value['value'] * 100:.0f}{error} %"

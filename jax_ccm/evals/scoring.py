@@ -1,0 +1,221 @@
+"""Likelihoods of scored tokens for many examples of many lengths, in a few compiled shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_ccm.errors import UserError
+from jax_ccm.layout import Example, Segment, Sizes, batch, measure
+from jax_ccm.losses import scored_logits
+from jax_ccm.nn.transformer import Transformer
+from jax_ccm.steps import parallel_forward
+from jax_ccm.types import Batch, Method
+
+# What compiling one more shape costs, in tokens of forward pass: a second or two of a CPU, more of anything faster.
+SHAPE_COST = {"cpu": 1024}
+SHAPE_COST_ELSEWHERE = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a model thinks of the scored tokens of one example, in their order.
+
+    Attributes:
+      nll: ``float64 [q]``, negative log-likelihood in nats.
+      hit: ``bool [q]``, whether the token is the most likely one.
+    """
+
+    nll: np.ndarray
+    hit: np.ndarray
+
+
+class Store:
+    """Scores on disk, so that baselines are run once for many adapters and an interrupted evaluation goes on.
+
+    A file holds what one call of `score` returned. Its name is a digest of everything that decides it.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"the store {folder} cannot be used: {e}") from e
+
+    def path(self, identity: str, method: Method, examples: Sequence[Example]) -> Path:
+        """The file for these examples.
+
+        Args:
+          identity: says which weights score them, and in which precision.
+          method: what they are run with.
+          examples: the sessions, in order.
+        """
+        digest = hashlib.sha256(f"{identity}|{method!r}|{len(examples)}".encode())
+        for example in examples:
+            pieces = [example.start, example.separator, *(x for s in example.segments for x in (s.tokens, s.scored))]
+            for piece in pieces:
+                digest.update(f"{len(piece)}:".encode() + piece.astype("<i4").tobytes())
+        return self.folder / f"{digest.hexdigest()[:32]}.npz"
+
+    def load(self, path: Path) -> list[Scores] | None:
+        """The scores in a file, or None if it is not there.
+
+        Raises:
+          UserError: for a damaged file.
+        """
+        if not path.exists():
+            return None
+        try:
+            with np.load(path) as file:
+                lengths, nll, hit = (file[name] for name in ("lengths", "nll", "hit"))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+            raise UserError(f"{path} cannot be read as stored scores ({e}); remove it to compute them again") from e
+        ends = np.cumsum(lengths)[:-1]
+        return [Scores(*pair) for pair in zip(np.split(nll, ends), np.split(hit, ends), strict=True)]
+
+    def save(self, path: Path, scores: Sequence[Scores]) -> None:
+        """Writes a file, as a whole or not at all."""
+        new = path.with_suffix(".tmp")
+        with new.open("wb") as file:
+            np.savez(
+                file,
+                lengths=np.array([len(x.nll) for x in scores]),
+                nll=np.concatenate([x.nll for x in scores]),
+                hit=np.concatenate([x.hit for x in scores]),
+            )
+        new.replace(path)
+
+
+def base_only(method: Method) -> Method:
+    """The method with the adapter's LoRA switched off: a gate of zeros leaves the base model's layers bit for bit."""
+    return dataclasses.replace(method, gate=())
+
+
+def trimmed(example: Example) -> Example:
+    """The example without what stands behind its last scored token, such as an unscored end of sequence.
+
+    Attention is causal, so it changes no score.
+    """
+    tail = example.segments[-1]
+    used = int(np.flatnonzero(tail.scored)[-1]) + 1 if tail.scored.any() else len(tail.tokens)
+    tail = Segment(tail.tokens[:used], tail.scored[:used])
+    return dataclasses.replace(example, segments=(*example.segments[:-1], tail))
+
+
+def shapes(lengths: Sequence[int], rows: int, shape_cost: int) -> list[int]:
+    """Padded lengths that make the total work smallest: padding is paid for in tokens, each shape costs a compilation.
+
+    Args:
+      lengths: tokens of each example.
+      rows: rows of a batch; the last batch of a shape may hold idle ones, which are counted.
+      shape_cost: what a shape costs, in tokens.
+
+    Returns:
+      Increasing lengths; an example takes the first that holds it.
+    """
+    values, counts = np.unique(np.asarray(lengths), return_counts=True)
+    before = np.concatenate([[0], np.cumsum(counts)])
+    # best[j]: least cost of the j shortest lengths, by dynamic programming over where the last shape begins.
+    best, begins = np.zeros(len(values) + 1), np.zeros(len(values) + 1, int)
+    for j in range(1, len(values) + 1):
+        batches = -(-(before[j] - before[:j]) // rows)
+        cost = best[:j] + batches * rows * values[j - 1] + shape_cost
+        begins[j] = int(np.argmin(cost))
+        best[j] = cost[begins[j]]
+    chosen, j = [], len(values)
+    while j:
+        chosen.append(int(values[j - 1]))
+        j = int(begins[j])
+    return chosen[::-1]
+
+
+def score(
+    model: Transformer,
+    method: Method,
+    examples: Sequence[Example],
+    *,
+    rows: int = 4,
+    store: Store | None = None,
+    identity: str = "",
+    log: Callable[[str], None] | None = None,
+    name: str = "",
+) -> list[Scores]:
+    """Scores examples by the parallel forward, which equals the recurrence (`jax_ccm.evals.parity`).
+
+    Args:
+      model: the decoder with its adapter.
+      method: what the examples are run with.
+      examples: sessions of any lengths.
+      rows: rows of a batch.
+      store: where scores are kept; None to compute them in any case.
+      identity: of the weights and the precision, for the store.
+      log: takes a line on the work done.
+      name: of the work, for that line.
+
+    Returns:
+      `Scores` of each example, in the order given.
+    """
+    log = log or (lambda line: None)
+    examples = [trimmed(example) for example in examples]
+    if not examples:
+        return []
+    path = None if store is None else store.path(identity, method, examples)
+    if store is not None and path is not None and (known := store.load(path)) is not None:
+        log(f"{name}: {len(examples):,} examples, scored before ({path})")
+        return known
+    needs = [measure(method, example) for example in examples]
+    lengths = np.array([need.tokens for need in needs])
+    chosen = shapes(lengths, rows, SHAPE_COST.get(jax.default_backend(), SHAPE_COST_ELSEWHERE))
+    shape_of = np.searchsorted(chosen, lengths)
+    found: list[Scores | None] = [None] * len(examples)
+    start, places = time.perf_counter(), 0
+    pending: list[tuple[np.ndarray, Batch, tuple[jax.Array, jax.Array]]] = []
+    for number in range(len(chosen)):
+        members = np.flatnonzero(shape_of == number)
+        caps = Sizes(*(max(getattr(needs[i], f.name) for i in members) for f in dataclasses.fields(Sizes)))
+        for first in range(0, len(members), rows):
+            those = members[first : first + rows]
+            # Idle rows of the last batch repeat an example, so that the shape stays.
+            fill = np.concatenate([those, np.repeat(those[:1], rows - len(those))])
+            made = batch(method, [examples[i] for i in fill], caps, model.config.vocab_size)
+            pending.append((those, made, _losses(model, made, method=method)))
+            places += rows * caps.tokens
+            if len(pending) > 1:
+                _collect(found, *pending.pop(0))
+    for item in pending:
+        _collect(found, *item)
+    seconds = time.perf_counter() - start
+    log(
+        f"{name}: {len(examples):,} examples, {lengths.sum():,} tokens in {len(chosen)} shapes "
+        f"({lengths.sum() / places:.0%} filled), {seconds:.0f} s, {lengths.sum() / seconds:,.0f} tokens/s"
+    )
+    scores = [x for x in found if x is not None]
+    if store is not None and path is not None:
+        store.save(path, scores)
+    return scores
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _losses(model: Transformer, made: Batch, *, method: Method):
+    """Losses ``float32 [B, Q]`` and hits ``bool [B, Q]`` of the scored tokens."""
+    hidden = parallel_forward(model, made, method=method)
+    logits = scored_logits(model, hidden, made)
+    target = jnp.take_along_axis(logits, made.targets[:, :, None], axis=2)[:, :, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - target, jnp.argmax(logits, axis=-1) == made.targets
+
+
+def _collect(found: list[Scores | None], rows: np.ndarray, made: Batch, arrays) -> None:
+    losses, hits = (np.asarray(x) for x in arrays)
+    for row, index in enumerate(rows):
+        used = made.weights[row] > 0
+        found[index] = Scores(losses[row][used].astype(np.float64), hits[row][used])

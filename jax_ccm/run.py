@@ -1,0 +1,377 @@
+"""One training run in a working directory: it goes on where it stopped, and stops where it can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jax_ccm import training
+from jax_ccm.checkpoints import Checkpoints, require_same
+from jax_ccm.config import Config, from_mapping, save_config, to_mapping
+from jax_ccm.data.batches import TrainingSet, prepare
+from jax_ccm.errors import RunError, UserError
+from jax_ccm.experiment import TRAINED_BASE, Experiment, load_experiment
+from jax_ccm.metrics import Metrics, Progress, clock
+from jax_ccm.types import Batch, Kind
+
+
+class Run:
+    """A training run: `Run(config, workdir).train()`."""
+
+    def __init__(self, config: Config, workdir: str | Path):
+        """Loads the model and the data, and the newest checkpoint if there is one.
+
+        Raises:
+          UserError: for a bad config, missing files, or a checkpoint of another config.
+          RunError: for a checkpoint that cannot be read.
+        """
+        self.config, self.workdir = config, Path(workdir)
+        self.progress = Progress()
+        self._stop: str | None = None
+        folder = self.workdir / "checkpoints"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--workdir {workdir} cannot be used: {e}") from e
+        with contextlib.ExitStack() as stack:
+            self.checkpoints = stack.enter_context(Checkpoints(folder, config.train.keep))
+            latest = self.checkpoints.latest()
+            stored = None if latest is None else self.checkpoints.progress(latest)
+            if stored is not None:
+                # Read through the dataclasses: keys that an older version did not have yet get their defaults.
+                before = to_mapping(from_mapping(stored["config"]))
+                self._announce_changes(require_same(before, to_mapping(config), self.workdir))
+            self.experiment = load_experiment(config)
+            self._describe()
+            train, self.validation = self._open_data(self.experiment)
+            self.batches = train.iterator(seed=config.train.seed)
+            self.graphdef, params, self.frozen = training.split(self.experiment.model, config.train.trainable)
+            if not jax.tree.leaves(params):
+                raise UserError(
+                    f"there is nothing to train: adapter.rank is {config.adapter.rank} and method "
+                    f"{config.method.name!r} adds no tokens; raise adapter.rank, or set train.trainable: all"
+                )
+            self.schedule = training.make_schedule(config.optimizer, config.train.steps)
+            optimizer = training.make_optimizer(config.optimizer, self.schedule)
+            method = self.experiment.method
+            self._step = training.make_step(config, self.graphdef, method, optimizer)
+            self._validation_loss = training.make_validation(self.graphdef, method)
+            # Committed to its device, as what is restored is: both compile to the same program.
+            self.state = jax.device_put(training.init_state(params, optimizer), jax.devices()[0])
+            self._count(params)
+            if stored is not None and latest is not None:
+                self.state = self.checkpoints.state(latest, self.state)
+                self.batches.set_state(stored["data"])
+                self.progress = Progress(**stored["progress"])
+                if latest > config.train.steps:
+                    raise UserError(
+                        f"the checkpoint in {self.workdir} is at step {latest}, beyond train.steps = "
+                        f"{config.train.steps}; raise train.steps, or use another --workdir"
+                    )
+                print(f"resuming from the checkpoint of step {latest} in {self.workdir}")
+            stack.pop_all()
+
+    def train(self) -> dict[str, Any]:
+        """Trains to the last step, or until SIGTERM or Ctrl-C, and exports what was learned.
+
+        Returns:
+          What was written to ``summary.json``.
+
+        Raises:
+          RunError: when the loss is no longer a number; the last good checkpoint stays.
+        """
+        began = time.perf_counter()
+        config, progress = self.config, self.progress
+        last = config.train.steps
+        save_config(config, self.workdir / "config.yaml")
+        metrics = Metrics(
+            self.workdir, start=progress.step, steps=last, wandb=config.train.wandb, config=to_mapping(self.config)
+        )
+        compile_seconds = 0.0
+        with self.checkpoints, metrics, self._signals():
+            if progress.step < last:
+                compile_seconds = self._loop(metrics)
+            else:
+                metrics.say(f"all {last} steps are done already")
+            finished = progress.step == last
+            if finished:
+                self._export(metrics, "")
+        summary = self._summary(finished, compile_seconds, time.perf_counter() - began)
+        (self.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if finished:
+            print(f"done: {self._report()}; summary in {self.workdir / 'summary.json'}")
+        else:
+            print(
+                f"stopped by {self._stop} at step {progress.step} of {last}; the checkpoint is saved. Run the same "
+                "command again to go on"
+            )
+        return summary
+
+    def _loop(self, metrics: Metrics) -> float:
+        """Runs the steps that remain; returns the seconds that compilation took."""
+        train, progress = self.config.train, self.progress
+        key = jax.random.fold_in(jax.random.key(train.seed), 1)
+        groups = _grouped(self.batches, self.config.optimizer.accumulation)
+        # Compiled ahead of time, once for each size of batch (one, unless the data have buckets): an executable cannot
+        # be traced again behind our back.
+        executables: dict[tuple[int, ...], Any] = {}
+        compile_seconds = 0.0
+        pending: tuple[int, Any, int] | None = None
+        began = time.perf_counter()
+        while progress.step < train.steps:
+            batch = next(groups)
+            if batch.tokens.shape not in executables:
+                self._settle(pending, metrics)
+                pending = None
+                progress.add_seconds(time.perf_counter() - began)
+                began = time.perf_counter()
+                compiled = _out_of_memory_as_error(self._step.lower(self.state, self.frozen, batch, key).compile)()
+                executables[batch.tokens.shape] = _out_of_memory_as_error(compiled)
+                seconds = time.perf_counter() - began
+                compile_seconds += seconds
+                rows, length = batch.tokens.shape[1:]
+                metrics.say(f"compiled the training step for {rows} x {length} tokens in {seconds:.1f} s")
+                began = time.perf_counter()
+            self.state, found = executables[batch.tokens.shape](self.state, self.frozen, batch, key)
+            # The step before is looked at while this one runs.
+            self._settle(pending, metrics)
+            progress.step += 1
+            pending = (progress.step, found, int((batch.slots.kind != Kind.PAD).sum()))
+            now, final = progress.step, progress.step == train.steps
+            log = final or now % train.log_every == 0
+            validate = bool(train.eval_every) and (final or now % train.eval_every == 0)
+            save = final or now % train.checkpoint_every == 0 or self._stop is not None
+            if not (log or validate or save):
+                continue
+            self._settle(pending, metrics)
+            pending = None
+            progress.add_seconds(time.perf_counter() - began)
+            if log:
+                self._record(metrics)
+            if validate:
+                self._validate(metrics)
+            # A stop that came during validation waits for no further step.
+            if save or self._stop is not None:
+                self._save()
+            if self._stop is not None and not final:
+                break
+            began = time.perf_counter()
+        return compile_seconds
+
+    def _settle(self, pending: tuple[int, Any, int] | None, metrics: Metrics) -> None:
+        """Waits for a step's numbers, and counts them.
+
+        Raises:
+          RunError: if they are not finite.
+        """
+        if pending is None:
+            return
+        step, found, tokens = pending
+        loss, norm = float(found["loss"]), float(found["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            good = self.checkpoints.latest()
+            kept = f"the checkpoint of step {good} is kept" if good else "there is no checkpoint yet"
+            raise RunError(
+                f"at step {step} the loss is {loss} and the norm of its gradient {norm}; {kept}. Lower "
+                f"optimizer.learning_rate ({self.config.optimizer.learning_rate:g}), or set optimizer.clip_norm"
+            )
+        self.progress.add(loss, norm, int(found["scored"]), tokens)
+        window = self.progress.window
+        metrics.advance(step, window["loss"] / window["steps"])
+
+    def _record(self, metrics: Metrics) -> None:
+        """Writes what the steps since the latest record came to."""
+        progress, last = self.progress, self.config.train.steps
+        window, progress.window = progress.window, {}
+        seconds = max(window["seconds"], 1e-9)
+        progress.loss = window["loss"] / window["steps"]
+        values = {
+            "loss": progress.loss,
+            "grad_norm": window["grad_norm"] / window["steps"],
+            "learning_rate": float(self.schedule(progress.step - 1)),
+            "tokens_per_second": window["tokens"] / seconds,
+            "tokens": progress.tokens,
+            "scored_tokens": progress.scored,
+        }
+        metrics.write(progress.step, values)
+        remaining = (last - progress.step) * progress.seconds / progress.step
+        metrics.report(progress.step, last, values, remaining)
+
+    def _validate(self, metrics: Metrics) -> None:
+        progress = self.progress
+        if not self.validation:
+            return
+        loss = self._validation_loss(self.state["params"], self.frozen, self.validation)
+        progress.validation_loss = loss
+        metrics.write(progress.step, {"validation_loss": loss})
+        better = math.isfinite(loss) and (progress.best is None or loss < progress.best)
+        metrics.say(f"step {progress.step}  validation loss {loss:.4f}{'  (best so far)' if better else ''}")
+        if better:
+            progress.best, progress.best_step = loss, progress.step
+            self._export(metrics, "_best")
+
+    def _save(self) -> None:
+        progress = {
+            "config": to_mapping(self.config),
+            "data": self.batches.get_state(),
+            "progress": dataclasses.asdict(self.progress),
+        }
+        self.checkpoints.save(self.progress.step, self.state, progress)
+
+    def _export(self, metrics: Metrics, suffix: str) -> None:
+        """Writes the adapter in our own format, and the base as well if it was trained."""
+        from jax_ccm.weights import save_hf
+        from jax_ccm.weights.adapters import save_adapter
+
+        experiment, extra = self.experiment, {"step": self.progress.step}
+        model = nnx.merge(self.graphdef, self.state["params"], self.frozen)
+        if self.config.train.trainable == "all":
+            folder = self.workdir / f"model{suffix}"
+            _replace_folder(folder, lambda new: save_hf(model, new))
+            extra[TRAINED_BASE] = f"../{folder.name}"
+        shape = experiment.adapter_config
+        if shape.rank or shape.tokens:
+            path = self.workdir / f"adapter{suffix}"
+            save_adapter(path, model, method=experiment.method, base=experiment.base_name, extra=extra)
+            if not suffix:
+                metrics.say(f"wrote the adapter to {path}")
+
+    def _open_data(self, experiment: Experiment) -> tuple[TrainingSet, list[Batch]]:
+        """The training data, and the fixed batches of the validation."""
+        config, vocab = self.config, experiment.model_config.vocab_size
+        if not config.data.train:
+            raise UserError("data.train is empty; name at least one source to train on")
+        train = prepare(config.data, experiment.method, experiment.tokenizer, vocab)
+        print(f"training data: {train.report}")
+        if not (config.data.validation and config.train.eval_every):
+            why = "train.eval_every is 0" if config.data.validation else "data.validation is empty"
+            print(f"no validation ({why}): only the last adapter is kept")
+            return train, []
+        # The same objective, without random joining: what is measured is the method itself.
+        data = dataclasses.replace(config.data, train=config.data.validation, join=0.0, uncompressed=0.0)
+        held_out = prepare(data, experiment.method, experiment.tokenizer, vocab)
+        count = math.ceil(min(config.train.eval_examples, len(held_out.units)) / data.batch_size)
+        print(f"validation data: {held_out.report}; {count * data.batch_size:,} examples are scored each time")
+        return train, list(itertools.islice(held_out.iterator(seed=config.train.seed), count))
+
+    def _describe(self) -> None:
+        config, experiment = self.config, self.experiment
+        device = jax.devices()[0]
+        print(
+            f"training {config.method.name} on {experiment.base_name} for {config.train.steps} steps of "
+            f"{config.optimizer.accumulation} x {config.data.batch_size} rows; {device.device_kind}, "
+            f"{config.model.dtype}; output in {self.workdir}"
+        )
+
+    def _count(self, params: Any) -> None:
+        count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+        self.parameters = {"trained": count(params), "frozen": count(self.frozen)}
+        print(f"parameters: {self.parameters['trained']:,} trained, {self.parameters['frozen']:,} frozen")
+
+    def _announce_changes(self, changes: dict[str, tuple[Any, Any]]) -> None:
+        for path, (old, new) in changes.items():
+            effect = ""
+            if path == "train.steps" and self.config.optimizer.schedule == "cosine":
+                effect = "; the learning rate now falls over that many steps"
+            print(f"{path} was {old!r} when this run was saved, and is {new!r} now{effect}")
+
+    def _report(self) -> str:
+        progress = self.progress
+        loss = lambda x: "not measured" if x is None else f"{x:.4f}"
+        text = f"step {progress.step}, loss {loss(progress.loss)}"
+        if progress.best is not None:
+            text += f", validation loss {loss(progress.validation_loss)} (best {loss(progress.best)} at step "
+            text += f"{progress.best_step})"
+        return f"{text}, {progress.tokens:,} tokens in {clock(progress.seconds)}"
+
+    def _summary(self, finished: bool, compile_seconds: float, wall_seconds: float) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "status": "finished" if finished else "interrupted",
+            "step": progress.step,
+            "steps": self.config.train.steps,
+            "loss": progress.loss,
+            "validation_loss": progress.validation_loss,
+            "best_validation_loss": progress.best,
+            "best_step": progress.best_step,
+            "tokens": progress.tokens,
+            "scored_tokens": progress.scored,
+            "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
+            "train_seconds": progress.seconds,
+            "wall_seconds": wall_seconds,
+            "compile_seconds": compile_seconds,
+            "parameters": self.parameters,
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+        }
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and the first Ctrl-C let the step in hand finish; a second Ctrl-C interrupts at once."""
+
+        def stop(number, _):
+            self._stop = signal.Signals(number).name
+            signal.signal(number, signal.default_int_handler)
+            # Printing is not safe in a signal handler; a plain write is.
+            os.write(2, f"{self._stop}: stopping after the step in hand\n".encode())
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python delivers signals to the main thread only.
+            return
+        old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def _grouped(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """Groups of micro-batches, stacked along a new leading axis."""
+    while True:
+        group = [next(batches) for _ in range(count)]
+        yield jax.tree.map(lambda *leaves: np.stack(leaves), *group)
+
+
+def _out_of_memory_as_error(call: Any) -> Any:
+    """``call``, with the runtime's out-of-memory error turned into one that says what to do."""
+
+    def wrapped(*args: Any) -> Any:
+        try:
+            return call(*args)
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            raise RunError(
+                "the device has not enough memory for a training step. Lower data.batch_size and raise "
+                f"optimizer.accumulation, set train.remat: true, or lower data.tokens ({str(e).splitlines()[0]})"
+            ) from e
+
+    return wrapped
+
+
+def _replace_folder(folder: Path, write: Any) -> None:
+    """Writes a folder beside ``folder`` and puts it in its place."""
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    write(new)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)

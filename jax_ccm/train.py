@@ -1,0 +1,33 @@
+"""``python -m jax_ccm.train CONFIG.yaml --workdir DIR``: trains, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from jax_ccm import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Trains a compressed context memory (or a plain LoRA, or a small model from scratch).
+
+    Writes config.yaml, metrics.jsonl, summary.json, tensorboard/, checkpoints/ and the adapters (adapter/ and
+    adapter_best/) into the working directory. Started again with the same directory it resumes from the newest
+    checkpoint; SIGTERM or Ctrl-C saves one and exits. Any key of the config can be overridden, as in
+    `--optimizer.learning_rate 3e-4`.
+    """
+
+    workdir: Path
+    """Where all output goes, and where a stopped run is found again."""
+
+
+def main() -> None:
+    options, config, _ = cli.parse(Options, command="jax_ccm.train")
+    from jax_ccm.run import Run
+
+    Run(config, options.workdir).train()
+
+
+if __name__ == "__main__":
+    cli.run(main)

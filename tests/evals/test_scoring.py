@@ -1,0 +1,96 @@
+"""Likelihoods in few shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jax_ccm.errors import UserError
+from jax_ccm.evals import parity, scoring
+from jax_ccm.methods import build
+from tests import cases
+from tests.evals.support import SMALL, bigram, random_sessions, session
+
+
+def test_hand_computed_likelihoods():
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(8, 8)) * 2
+    model = bigram(table)
+    # start, 3 4 5, separator, 6 | 7 3
+    (found,) = scoring.score(model, build("full"), [session([3, 4, 5], [6, 7, 3], target=2)], rows=2)
+    log_p = table - np.log(np.exp(table).sum(1, keepdims=True))
+    np.testing.assert_allclose(found.nll, [-log_p[6, 7], -log_p[7, 3]], rtol=1e-5)
+    assert found.hit.tolist() == [table[6].argmax() == 7, table[7].argmax() == 3]
+
+
+def test_scores_do_not_depend_on_batching():
+    model = cases.model(tokens=2, config=SMALL)
+    method = build("ccm_concat", comp_tokens=2)
+    examples = [*random_sessions(3, 1), *random_sessions(2, 5, seed=1), *random_sessions(2, 2, seed=2)]
+    lines = []
+    together = scoring.score(model, method, examples, rows=4, log=lines.append, name="all")
+    (alone,) = scoring.score(model, method, examples[3:4], rows=1)
+    np.testing.assert_allclose(together[3].nll, alone.nll, atol=1e-5)
+    assert len(lines) == 1 and "7 examples" in lines[0]
+    logits = parity.parallel_logits(model, method, examples)
+    for scores, row, example in zip(together, logits, examples, strict=True):
+        log_p = row - np.log(np.exp(row).sum(1, keepdims=True))
+        tail = example.segments[-1]
+        expected = -log_p[np.arange(len(row)), tail.tokens[tail.scored]]
+        np.testing.assert_allclose(scores.nll, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lengths, rows, cost, expected",
+    [
+        ([10] * 8 + [100], 4, 0, [10, 100]),
+        ([10] * 8 + [11] * 8, 4, 1000, [11]),  # a second compilation would cost more than the padding
+        ([10] * 800 + [100] * 800, 4, 1000, [10, 100]),
+        ([5], 4, 1000, [5]),
+        ([1, 2, 3, 4], 1, 0, [1, 2, 3, 4]),
+    ],
+)
+def test_shapes(lengths, rows, cost, expected):
+    assert scoring.shapes(lengths, rows, cost) == expected
+
+
+def test_store_keeps_scores(tmp_path):
+    table = np.random.default_rng(0).normal(size=(8, 8))
+    model, examples = bigram(table), [session([3], [6, 7, 3], target=2), session([3], [6, 7, 5], target=1)]
+    store, lines = scoring.Store(tmp_path / "s"), []
+    run = lambda method, those, identity="w": scoring.score(
+        model, method, those, rows=2, store=store, identity=identity, log=lines.append
+    )
+    first, second = run(build("full"), examples), run(build("full"), examples)
+    assert "scored before" not in lines[0] and "scored before" in lines[1]
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.nll, b.nll)
+        np.testing.assert_array_equal(a.hit, b.hit)
+    # Anything that decides the scores makes another file.
+    full, none = build("full"), build("none")
+    known = [("w", full, examples), ("v", full, examples), ("w", none, examples), ("w", full, examples[::-1])]
+    assert len({store.path(*key) for key in known}) == 4
+    other = session([3], [6, 7, 3], target=2)
+    other.segments[1].scored[1] = False
+    assert store.path("w", full, [other]) != store.path("w", full, examples[:1])
+    store.path("w", full, examples).write_bytes(b"not an archive")
+    with pytest.raises(UserError, match="cannot be read"):
+        run(full, examples)
+
+
+def test_trimmed_drops_only_what_cannot_matter():
+    example = session([3, 4], [5, 6, 7], target=1)
+    longer = session([3, 4], [5, 6, 7, 2], target=2)
+    longer.segments[-1].scored[-1] = False  # an unscored end of sequence
+    np.testing.assert_array_equal(scoring.trimmed(longer).segments[-1].tokens, example.segments[-1].tokens)
+    assert scoring.trimmed(example).segments[-1].scored.tolist() == [False, False, True]
+
+
+def test_base_only_switches_the_lora_off():
+    model = cases.model(config=SMALL)
+    examples = random_sessions(2, 2)
+    on, off = (scoring.score(model, m, examples) for m in (build("full"), scoring.base_only(build("full"))))
+    bare = cases.model(config=SMALL, rank=0)
+    base = scoring.score(bare, build("full"), examples)
+    assert not np.allclose(on[0].nll, off[0].nll, atol=1e-3)
+    np.testing.assert_array_equal(off[0].nll, base[0].nll)

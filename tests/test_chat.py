@@ -1,0 +1,60 @@
+"""Conversations: memory of constant size, the same numbers as the recurrence, clear mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jax_ccm import methods
+from jax_ccm.chat import Conversation
+from jax_ccm.config import from_mapping
+from jax_ccm.errors import UserError
+from jax_ccm.experiment import Experiment
+from jax_ccm.types import Kind
+from tests import cases
+
+
+def experiment(**method):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={c: i + 2 for i, c in enumerate(alphabet)} | {"<s>": 0, "</s>": 1}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    config = from_mapping(
+        {"method": {"name": "ccm_concat", **method}, "cache": {"memory_capacity": 12, "raw_capacity": 64}}
+    )
+    model = cases.model(tokens=2, vocab_size=len(tokenizer))
+    return Experiment(config, model, methods.build("ccm_concat", **method), tokenizer)
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_turns_become_memory(independent):
+    session = Conversation(experiment(comp_tokens=2, sink=True, independent=independent), max_tokens=6)
+    for turn in range(1, 4):
+        session.say("hello there")
+        slots, ours, full = session.memory_bytes()
+        assert slots == 1 + 2 * turn and ours == slots * cases.CONFIG.kv_bytes_per_slot(4) and full > ours
+        assert not (np.asarray(session.cache.slots.kind) == Kind.QUERY).any()
+    # Answers depend on what was said before, and not if the memory is left out.
+    other = Conversation(experiment(comp_tokens=2, sink=True, independent=independent), max_tokens=6)
+    assert other.say_without_memory("hello there") == session.say_without_memory("hello there")
+    other.say("what else")
+    assert np.abs(np.asarray(other.cache.v - session.cache.v)[:, 0, 1]).max() > 1e-3
+
+
+def test_mistakes():
+    session = Conversation(experiment(comp_tokens=2), max_tokens=6)
+    with pytest.raises(UserError, match="turn is empty"):
+        session.say("  ")
+    with pytest.raises(UserError, match="raise cache.raw_capacity"):
+        session.say("x" * 70)
+    for _ in range(6):
+        session.say("a")
+    with pytest.raises(UserError, match="larger memory_capacity"):
+        session.say("a")
+    recall = dataclasses.replace(experiment(comp_tokens=2), tokenizer=None)
+    with pytest.raises(UserError, match="can chat"):
+        Conversation(recall)

@@ -1,0 +1,165 @@
+"""``python -m jax_ccm.evaluate``: its files, its numbers and its messages."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from flax import nnx
+
+from jax_ccm import cli, evaluate
+from jax_ccm.config import load_config
+from jax_ccm.evals import report
+from jax_ccm.evaluate import Options
+from jax_ccm.experiment import load_experiment
+from jax_ccm.methods import build
+from jax_ccm.weights.adapters import save_adapter
+from tests.data import support as data
+
+SCRATCH = {"layers": 1, "hidden": 16, "intermediate": 16, "heads": 2, "kv_heads": 1}
+
+
+def write(path, **sections) -> str:
+    """A config of a tiny model; sections are merged into it."""
+    tree = {
+        "model": {"scratch": SCRATCH | {"vocab_size": 101}},
+        "method": {"name": "ccm_concat", "comp_tokens": 1},
+        "adapter": {"rank": 2},
+        "data": {"format": "recall", "test": ["generated:recall?split=test&size=6"]},
+        "eval": {"steps": [1, 3], "batch_size": 4},
+    }
+    path.write_text(yaml.safe_dump(tree | sections))
+    return str(path)
+
+
+def with_random_b(model):
+    graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
+    adapter = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.3, adapter)
+    return nnx.merge(graphdef, adapter, base)
+
+
+def run(monkeypatch, capsys, *argv) -> tuple[int, str, str]:
+    """Runs the command; its exit code, output and errors."""
+    monkeypatch.setattr("sys.argv", ["evaluate", *map(str, argv)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(evaluate.main)
+    out, err = capsys.readouterr()
+    return stopped.value.code, out, err
+
+
+def test_everything_is_written(tmp_path, monkeypatch, capsys):
+    config = load_config(write(tmp_path / "c.yaml"))
+    experiment = load_experiment(config)
+    adapter = save_adapter(
+        tmp_path / "adapter", with_random_b(experiment.model), method=experiment.method, base="from scratch"
+    )
+    plain = load_experiment(load_config(write(tmp_path / "full.yaml", method={"name": "full"})))
+    full = save_adapter(tmp_path / "full", with_random_b(plain.model), method=build("full"), base="from scratch")
+    out = tmp_path / "out"
+    code, printed, err = run(monkeypatch, capsys, tmp_path / "c.yaml", "--workdir", out,
+                             "--adapter", adapter, "--full_adapter", full, "--eval.max_examples", 4,
+                             "--store", tmp_path / "store")  # fmt: skip
+    assert code == 0, err
+    results = json.loads((out / "results.json").read_text())
+    assert results["command"].startswith("python -m jax_ccm.evaluate ") and str(adapter) in results["command"]
+    assert results["config"]["eval"]["max_examples"] == 4
+    assert results["versions"]["jax"] == jax.__version__
+    assert len(results["adapter"]["fingerprint"]) == 16 and results["adapter"]["path"] == str(adapter)
+    assert results["base"]["fingerprint"] and results["data"]["split"] == "test"
+    assert set(results["systems"]) == {"none", "full", "memory", "full_lora"}
+    assert [row["step"] for row in results["steps"]] == [1, 3, "all"]
+    for row in results["steps"]:
+        assert row["examples"] == 4 * (2 if row["step"] == "all" else 1)
+        assert row["tokens"] == 4 * {1: 1, 3: 3, "all": 4}[row["step"]]
+        for name, cell in row["systems"].items():
+            assert cell["perplexity"]["value"] == pytest.approx(np.exp(cell["nll"]["value"]), rel=1e-4)
+            assert {"value", "error", "ci95"} == set(cell["nll"])
+            assert ("wrong" in cell) == (name != "none")
+        assert {"gap_closed", "content_share", "gap_closed_to_full_lora", "content_share_to_full_lora"} <= set(row)
+        # The two full contexts are different models of the same size.
+        nll = {name: cell["nll"]["value"] for name, cell in row["systems"].items()}
+        assert len(set(nll.values())) == 4
+        assert row["systems"]["full"]["kv_bytes"] == row["systems"]["full_lora"]["kv_bytes"]
+    # One slot of 2 (keys, values) x 1 layer x 1 head x 8 x 4 bytes a chunk; a fact is two tokens, and there is a start.
+    assert results["kv_bytes_per_slot"] == 64
+    third = results["steps"][1]["systems"]
+    assert (third["none"]["kv_bytes"], third["memory"]["kv_bytes"], third["full"]["kv_bytes"]) == (0, 3 * 64, 7 * 64)
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG") and (out / "plot.png").stat().st_size > 10_000
+    assert load_config(out / "config.yaml").eval.max_examples == 4
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {(line["step"], line["system"]) for line in lines} >= {(1, "none"), ("all", "full_lora")}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "finished" and set(summary["perplexity"]) == set(results["systems"])
+    header, rows = report.table_rows(results)
+    assert len(rows) == 3 and all(len(row) == len(header) == len(set(header)) for row in rows)
+    table = (out / "table.md").read_text()
+    assert all(f" {column} |" in table for column in header) and results["command"] in table
+    assert "content share" in printed and "ccm_concat (1 token)" in printed
+    # Another adapter on the same base: the baselines are not run again, the memory is.
+    code, printed, _ = run(monkeypatch, capsys, tmp_path / "c.yaml", "--workdir", tmp_path / "again",
+                           "--eval.max_examples", 4, "--store", tmp_path / "store")  # fmt: skip
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert printed.count("scored before") == 2
+    for name in ("none", "full", "memory"):
+        same = again["steps"][0]["systems"][name] == results["steps"][0]["systems"][name]
+        assert same == (name != "memory")
+
+
+def test_choices(tmp_path, monkeypatch, capsys):
+    data.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    words = ["one", "two", "six"]
+    records = [
+        {"contexts": [f"the {w} of {i}", "on"], "query": "in", "target": w, "choices": words}
+        for i, w in enumerate(words * 2)
+    ]
+    model = {"scratch": SCRATCH, "tokenizer": str(tmp_path / "tokenizer")}
+    source = {"format": "online", "test": [data.write(tmp_path / "r.jsonl", records)]}
+    config = write(tmp_path / "c.yaml", model=model, data=source, eval={"steps": [2], "methods": ["full", "memory"]})
+    code, printed, err = run(monkeypatch, capsys, config, "--workdir", tmp_path / "out")
+    assert code == 0, err
+    assert "untrained adapter" in printed and "full right" in printed
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["steps"]
+    for cell in (*row["systems"].values(), row["systems"]["memory"]["wrong"]):
+        assert set(cell["accuracy"]) == {"sum", "mean", "calibrated"}
+        assert 0 <= cell["accuracy"]["mean"]["value"] <= 1
+    # Perplexity is that of the right answers.
+    assert row["tokens"] == sum(len(data.ids(" " + record["target"])) for record in records)
+    assert "gap_closed" not in row and "content_share" in row
+
+
+def test_bad_input(tmp_path, monkeypatch, capsys):
+    config = write(tmp_path / "c.yaml")
+    out = tmp_path / "out"
+
+    def fails(text, *argv, workdir=out):
+        code, _, err = run(monkeypatch, capsys, *argv, "--workdir", workdir)
+        assert code == 2 and text in err and "Traceback" not in err, err
+
+    fails("is not there", config, "--adapter", tmp_path / "nothing")
+    fails("data.validation is empty", config, "--split", "validation")
+    fails("no record has as many as 9", config, "--eval.steps", 9)
+    fails("eval.steps is [0, 1]", config, "--eval.steps", 0, 1)
+    fails("eval.steps is [2, 2]", config, "--eval.steps", 2, 2)
+    fails("did you mean 'memory'", config, "--eval.methods", "memry")
+    (tmp_path / "empty.jsonl").write_text("")
+    data.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model = {"scratch": SCRATCH, "tokenizer": str(tmp_path / "tokenizer")}
+    empty = {"format": "dialogue", "test": [str(tmp_path / "empty.jsonl")]}
+    fails("empty", write(tmp_path / "e.yaml", model=model, data=empty))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    fails("holds a training run", config, workdir=tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    fails("cannot be used", config, workdir=tmp_path / "file")
+    fails("cannot be used", config, "--store", tmp_path / "file")
+    assert not (out / "results.json").exists()
+
+
+def test_an_adapter_of_another_method_is_refused(tmp_path):
+    config = load_config(write(tmp_path / "c.yaml"))
+    plain = load_experiment(load_config(write(tmp_path / "full.yaml", method={"name": "full"})))
+    path = save_adapter(tmp_path / "full", plain.model, method=build("full"), base="from scratch")
+    with pytest.raises(ValueError, match="full"):
+        evaluate.evaluate(config, Options(tmp_path / "out", adapter=path))
