@@ -48,7 +48,7 @@ def memory_attention(
         )
     batch, length, heads, size = q.shape
     kv_heads = k.shape[2]
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, size) * size**-0.5
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, size)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
     mask = visible(rule, slots, slots)
     if memory_k is not None and memory_slots is not None:
@@ -57,7 +57,7 @@ def memory_attention(
         mask = jnp.concatenate([visible(rule, slots, memory_slots), mask], axis=-1)
     mask = mask[:, None, None]
     # A query that sees nothing (padding) must give zeros and finite gradients, not NaN.
-    scores = jnp.where(mask, scores, -1e30)
+    scores = jnp.where(mask, scores * size**-0.5, -1e30)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
     weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)

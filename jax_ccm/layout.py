@@ -81,10 +81,10 @@ def with_window(rule: Rule, window: int | None) -> Rule:
     return dataclasses.replace(rule, window=window if rule.window is None else min(window, rule.window))
 
 
-def gate(method: Method, slots: Slots) -> Array:
-    """``float32 [..., S]``: 1 on the kinds where the method's LoRA acts."""
+def gate(method: Method, slots: Slots) -> Array | None:
+    """``float32 [..., S]``: 1 on the kinds where the method's LoRA acts; None if it acts nowhere."""
     if not method.gate:
-        return (slots.kind != slots.kind).astype("float32")
+        return None
     return is_in(slots.kind, method.gate).astype("float32")
 
 

@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
         Args:
           tokens: ``int32 [B, T]``.
           slots: `Slots` of ``[B, T]``.
-          gate: ``float32 [B, T]``, 1 where the adapter's LoRA acts.
+          gate: ``float32 [B, T]``, 1 where the adapter's LoRA acts; None for nowhere.
           rule: who sees whom.
           memory: keys and values besides the tokens' own.
           places: ``int32 [B, T]`` or None. If given, RoPE goes by the place in the cache and not by `Slots.position`:

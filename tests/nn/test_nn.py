@@ -1,0 +1,174 @@
+"""The gated LoRA, RoPE, the table of compression tokens, and the decoder's options."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_ccm import layout, steps
+from jax_ccm.evals import parity
+from jax_ccm.methods import build
+from jax_ccm.nn import AdapterConfig, ModelConfig, RopeScaling, Transformer, abstract_transformer, rope
+from jax_ccm.nn.linear import Linear
+from jax_ccm.nn.transformer import initial_comp_embeddings
+from tests import cases
+
+
+def linear(**changes) -> Linear:
+    adapter = AdapterConfig(rank=3, alpha=6.0, **changes)
+    made = Linear(jax.random.key(0), 8, 5, bias=True, adapter=adapter)
+    made.lora_b = nnx.LoRAParam(jax.random.normal(jax.random.key(1), (3, 5)))
+    return made
+
+
+def test_gate_and_scale():
+    """``y = x W + b + gate (alpha / r) x A B``; bit-equal to ``x W + b`` where the gate is 0 (traps 3 and 5)."""
+    layer, x = linear(), jax.random.normal(jax.random.key(2), (2, 4, 8))
+    gate = jnp.array([[1.0, 0, 1, 0], [0, 0, 0, 1]])
+    plain, gated = np.asarray(layer(x)), np.asarray(layer(x, gate))
+    off = np.asarray(gate) == 0
+    assert np.array_equal(plain[off], gated[off])
+    delta = 2.0 * np.asarray(x @ layer.lora_a[...] @ layer.lora_b[...])
+    np.testing.assert_allclose(gated[~off] - plain[~off], delta[~off], atol=1e-5)
+
+
+def test_dropout():
+    """Before A, on average nothing, only with a key, and in effect only on gated tokens (trap 6)."""
+    layer, x = linear(dropout=0.5), jax.random.normal(jax.random.key(2), (2, 4, 8))
+    gate = jnp.array([[1.0, 0, 1, 0], [0, 0, 0, 1]])
+    still = np.asarray(layer(x, gate))
+    assert np.array_equal(still, layer(x, gate))
+    many = np.stack([layer(x, gate, key) for key in jax.random.split(jax.random.key(3), 400)])
+    assert np.array_equal(
+        many[:, np.asarray(gate) == 0],
+        np.broadcast_to(still[np.asarray(gate) == 0], many[:, np.asarray(gate) == 0].shape),
+    )
+    assert many.std(0)[np.asarray(gate) == 1].min() > 0.1
+    assert np.abs(many.mean(0) - still).max() < 0.5
+
+
+def test_rope_half_split():
+    """Against the definition, pair by pair; positions matter only relatively."""
+    config = dataclasses.replace(cases.CONFIG, head_dim=8, rope_theta=100.0)
+    freqs = rope.frequencies(config)
+    np.testing.assert_allclose(freqs, [100 ** -(i / 4) for i in range(4)], rtol=1e-6)
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+    position = jnp.array([[0, 5, 9]])
+    out = np.asarray(rope.rotate(x, *rope.angles(freqs, position)))
+    for t, p in enumerate([0, 5, 9]):
+        for i in range(4):
+            pair = np.asarray(x)[0, t, :, i] + 1j * np.asarray(x)[0, t, :, i + 4]
+            turned = pair * np.exp(1j * p * freqs[i])
+            np.testing.assert_allclose(out[0, t, :, i], turned.real, atol=1e-5)
+            np.testing.assert_allclose(out[0, t, :, i + 4], turned.imag, atol=1e-5)
+
+
+def test_rope_scaling():
+    plain = rope.frequencies(cases.CONFIG)
+    scaled = lambda **s: rope.frequencies(dataclasses.replace(cases.CONFIG, rope_scaling=RopeScaling(**s)))
+    np.testing.assert_allclose(scaled(kind="linear", factor=4.0), plain / 4, rtol=1e-6)
+    llama = scaled(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
+    # Short waves are kept, waves longer than the old context are slowed by the factor.
+    assert llama[0] == plain[0] and llama[-1] == pytest.approx(plain[-1] / 8)
+    with pytest.raises(ValueError, match="'yarn' is not supported; supported: linear, llama3"):
+        scaled(kind="yarn", factor=2.0)
+
+
+def test_comp_embeddings():
+    """Row ``n - 1 - k`` is the mean of the rows k, k + n, ... (trap 17)."""
+    table = jnp.repeat(jnp.arange(10.0)[:, None], 2, axis=1)
+    assert np.asarray(initial_comp_embeddings(table, 3))[:, 0].tolist() == [5.0, 4.0, 4.5]
+
+
+def test_compression_tokens_have_no_column():
+    """The head is as wide as the vocabulary, and ids beyond it come from the adapter's own table (trap 18)."""
+    model = cases.model(tokens=2)
+    x = model.embed_tokens(jnp.array([[cases.VOCAB - 1, cases.VOCAB, cases.VOCAB + 1]]))
+    assert np.array_equal(x[0, 0], model.embed_tokens.embedding[...][-1])
+    assert np.array_equal(x[0, 1:], model.embed_tokens.comp[...])
+    assert model.logits(x).shape == (1, 3, cases.VOCAB)
+
+
+def test_remat_and_tied_heads():
+    """Recomputing layers changes no gradient; a tied head is the transposed table."""
+    model = cases.model(tokens=2, tie_embeddings=True)
+    assert not hasattr(model, "lm_head")
+    method, sessions = build("ccm_concat", comp_tokens=2), cases.sessions(((3, 2),))
+    made = layout.batch(method, sessions, parity.caps_for(method, sessions), cases.VOCAB)
+    graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
+
+    def total(adapter, remat):
+        hidden = steps.parallel_forward(nnx.merge(graphdef, adapter, base), made, method=method, remat=remat)
+        return jnp.sum(model.logits(hidden) ** 2)
+
+    ours, theirs = (jax.jit(jax.grad(total), static_argnums=1)(adapter, remat) for remat in (False, True))
+    assert parity.gradient_gap(ours, theirs) < 1e-6
+    hidden = jax.random.normal(jax.random.key(0), (1, 2, 32))
+    np.testing.assert_allclose(model.logits(hidden), hidden @ model.embed_tokens.embedding[...].T, atol=1e-5)
+
+
+def test_sliding_window_hides_old_text_but_not_memory():
+    """A base model's window holds for raw text; what was compressed stays in view."""
+    model = cases.model(tokens=2)
+    narrow = cases.model(tokens=2, sliding_window=4)
+    sessions = cases.sessions(((6, 6, 6),))
+    full, concat = build("full"), build("ccm_concat", comp_tokens=2)
+    gap = lambda method: np.abs(
+        parity.parallel_logits(model, method, sessions)[0] - parity.parallel_logits(narrow, method, sessions)[0]
+    ).max()
+    assert gap(full) > 1e-2
+    window = parity.parallel_logits(model, dataclasses.replace(build("window", size=4), gate=full.gate), sessions)
+    np.testing.assert_allclose(parity.parallel_logits(narrow, full, sessions)[0], window[0], atol=1e-5)
+    without = parity.parallel_logits(narrow, concat, sessions, with_memory=False)[0]
+    assert np.abs(parity.parallel_logits(narrow, concat, sessions)[0] - without)[-1].max() > 1e-3
+
+
+def test_bfloat16_is_finite_with_padding():
+    """Rows of padding see nothing and give neither NaN nor a gradient (trap 23)."""
+    model = Transformer(jax.random.key(0), cases.CONFIG, AdapterConfig(rank=4, tokens=2), jnp.bfloat16)
+    method, sessions = build("ccm_merge", comp_tokens=2), cases.sessions(((2, 2),))
+    sizes = parity.caps_for(method, sessions)
+    made = layout.batch(method, sessions, layout.Sizes(sizes.tokens + 5, sizes.memory + 2, sizes.scored), cases.VOCAB)
+    graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
+
+    def total(adapter):
+        hidden = steps.parallel_forward(nnx.merge(graphdef, adapter, base), made, method=method)
+        return jnp.sum(model.logits(hidden))
+
+    value, gradient = jax.jit(jax.value_and_grad(total))(adapter)
+    assert np.isfinite(float(value))
+    assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count"),
+    [
+        # LLaMA-7B with rank 8: 8,388,608 LoRA numbers and 4096 for each row (CCM's own count).
+        ((32000, 4096, 11008, 32, 32, 32, 128), 8_388_608 + 2 * 4096),
+        # Mistral-7B with rank 8: 6,815,744.
+        ((32000, 4096, 14336, 32, 32, 8, 128), 6_815_744 + 2 * 4096),
+        # SmolLM2-135M.
+        ((49152, 576, 1536, 30, 9, 3, 64), 922_752),
+    ],
+)
+def test_sizes_of_adapters(sizes, count):
+    """Parameter counts of real models, from shapes alone."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    config = ModelConfig(family="llama", **dict(zip(names, sizes, strict=True)))
+    model = abstract_transformer(config, AdapterConfig(rank=8, tokens=2))
+    adapter = nnx.state(model, nnx.LoRAParam)
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapter)) == count
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="9 query heads cannot share 2"):
+        dataclasses.replace(cases.CONFIG, num_heads=9)
+    with pytest.raises(ValueError, match="'gate_proj' is not one of"):
+        AdapterConfig(targets=("gate_proj",))
+    with pytest.raises(ValueError, match="dropout 1.0"):
+        AdapterConfig(dropout=1.0)
