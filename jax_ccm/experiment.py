@@ -162,9 +162,10 @@ def _base(config: Config, adapter: AdapterConfig, tokenizer: Any, stored: Adapte
 
 
 def _scratch(key, shape: ModelConfig, adapter: AdapterConfig, dtype) -> Transformer:
-    """A fresh model whose embeddings have unit variance.
+    """A fresh model whose embeddings have standard deviation 0.3.
 
-    The table of a `Transformer` is as small as a pretrained one's; the first layers' outputs would drown it.
+    The table of a `Transformer` is as small as a pretrained one's (0.02); the first layers' outputs would drown it. On
+    the recall task 0.3 learned faster than 0.02 and than 1.
     """
     model = Transformer(key, shape, adapter, dtype)
     graphdef, state = nnx.split(model)
@@ -173,7 +174,7 @@ def _scratch(key, shape: ModelConfig, adapter: AdapterConfig, dtype) -> Transfor
     for name, number in (("embedding", 0), ("comp", 1)):
         if name in table:
             x = table[name]
-            table[name] = jax.random.normal(jax.random.fold_in(key, number), x.shape, x.dtype)
+            table[name] = 0.3 * jax.random.normal(jax.random.fold_in(key, number), x.shape, x.dtype)
     return nnx.merge(graphdef, arrays)
 
 

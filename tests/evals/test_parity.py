@@ -30,18 +30,6 @@ def test_parallel_equals_recurrent(name):
     assert moved > 0.1 if method.slots_per_chunk else moved == 0
 
 
-def test_gradients_agree():
-    method = build("ccm_concat", comp_tokens=1)
-    model = cases.model(tokens=1, config=SMALL)
-    examples = [parity.everything_scored(example) for example in cases.sessions(((3, 2, 2), (4, 2)))]
-    loss, ours = parity.parallel_gradients(model, method, examples)
-    other, theirs = parity.recurrent_gradients(model, method, examples)
-    assert loss == pytest.approx(other, abs=1e-5)
-    assert parity.gradient_gap(ours, theirs) < 1e-5
-    _, elsewhere = parity.parallel_gradients(model, method, examples[:1])
-    assert parity.gradient_gap(ours, elsewhere) > 1e-2
-
-
 def test_scored_places_only():
     """Only what is scored comes out, whichever segment it is in."""
     method = build("ccm_concat", comp_tokens=1)
