@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from jax_ccm.layout import visible
@@ -48,24 +49,27 @@ def memory_attention(
         )
     batch, length, heads, size = q.shape
     kv_heads = k.shape[2]
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
     mask = visible(rule, slots, slots)
     if memory_k is not None and memory_slots is not None:
-        past = jnp.einsum("btkgh,bskh->bkgts", q, memory_k, preferred_element_type=jnp.float32)
-        scores = jnp.concatenate([past, scores], axis=-1)
         mask = jnp.concatenate([visible(rule, slots, memory_slots), mask], axis=-1)
+        k = jnp.concatenate([memory_k, k], axis=1)
+        v = jnp.concatenate([memory_v, v], axis=1)
+    # Heads in front of one plain matrix product: XLA's CPU backend runs batched products over inner axes several times
+    # slower, and the query heads of a group share their keys as rows of one matrix.
+    rows = (batch, kv_heads, heads // kv_heads * length)
+    q = jnp.moveaxis(q.reshape(batch, length, kv_heads, -1, size), 1, 3).reshape(*rows, size)
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32) * size**-0.5
+    scores = scores.reshape(batch, kv_heads, -1, length, k.shape[2])
     mask = mask[:, None, None]
     # A query that sees nothing (padding) must give zeros and finite gradients, not NaN.
-    scores = jnp.where(mask, scores * size**-0.5, -1e30)
-    top = jnp.max(scores, axis=-1, keepdims=True)
+    scores = jnp.where(mask, scores, -1e30)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
-    weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
-    weights = weights.astype(v.dtype)
-    if memory_k is None:
-        out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
-    else:
-        split = memory_k.shape[1]
-        out = jnp.einsum("bkgts,bskh->btkgh", weights[..., :split], memory_v)
-        out = out + jnp.einsum("bkgts,bskh->btkgh", weights[..., split:], v)
+    total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+    # Divided after the product: T x H numbers instead of T x S.
+    weights = weights.astype(v.dtype).reshape(*rows, -1)
+    out = jnp.einsum("bkqs,bksh->bkqh", weights, v, preferred_element_type=jnp.float32)
+    out = out.reshape(batch, kv_heads, -1, length, size) / total
+    out = jnp.moveaxis(out.astype(v.dtype), 3, 1)
     return out.reshape(batch, length, heads, size)
