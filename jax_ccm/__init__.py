@@ -4,8 +4,6 @@ from jax_ccm.errors import RunError as RunError
 from jax_ccm.errors import UserError as UserError
 from jax_ccm.generate import Sampling as Sampling
 from jax_ccm.generate import generate as generate
-from jax_ccm.layout import Example as Example
-from jax_ccm.layout import Segment as Segment
 from jax_ccm.layout import Sizes as Sizes
 from jax_ccm.layout import batch as batch
 from jax_ccm.layout import chunk as chunk
@@ -17,11 +15,15 @@ from jax_ccm.methods import build as build
 from jax_ccm.nn import AdapterConfig as AdapterConfig
 from jax_ccm.nn import ModelConfig as ModelConfig
 from jax_ccm.nn import Transformer as Transformer
+from jax_ccm.sessions import Example as Example
+from jax_ccm.sessions import Segment as Segment
 from jax_ccm.steps import compress as compress
 from jax_ccm.steps import compress_scan as compress_scan
 from jax_ccm.steps import compress_step as compress_step
 from jax_ccm.steps import parallel_forward as parallel_forward
+from jax_ccm.steps import prefill as prefill
 from jax_ccm.steps import read as read
+from jax_ccm.steps import repeat as repeat
 from jax_ccm.types import Batch as Batch
 from jax_ccm.types import Chunk as Chunk
 from jax_ccm.types import Kind as Kind
@@ -29,5 +31,6 @@ from jax_ccm.types import MemoryCache as MemoryCache
 from jax_ccm.types import Method as Method
 from jax_ccm.types import Rule as Rule
 from jax_ccm.types import Slots as Slots
+from jax_ccm.types import Token as Token
 
 __version__ = "0.1.0"

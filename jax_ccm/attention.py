@@ -50,7 +50,7 @@ def memory_attention(
     batch, length, heads, size = q.shape
     kv_heads = k.shape[2]
     mask = visible(rule, slots, slots)
-    if memory_k is not None and memory_slots is not None:
+    if memory_k is not None and memory_v is not None and memory_slots is not None:
         mask = jnp.concatenate([visible(rule, slots, memory_slots), mask], axis=-1)
         k = jnp.concatenate([memory_k, k], axis=1)
         v = jnp.concatenate([memory_v, v], axis=1)

@@ -95,10 +95,13 @@ class Conversation:
         prompt = self.prompt(text, first=self.turns == 0)
         before = self.cache
         reply, after, tokens = self._answer(before, prompt)
-        if not self.experiment.method.sees_memory_in_context:
-            # Chunks of these methods are compressed without a view of the memory; the answer was made with one.
+        method = self.experiment.method
+        if not method.sees_memory_in_context or Kind.QUERY not in method.compresses:
+            # Chunks of these methods are compressed without a view of the memory, or only if they were read as context;
+            # the answer was made otherwise.
             after = self._read(before, np.concatenate([prompt, tokens]), query=False)
-        self.cache = _compress(self.experiment.model, after, method=self.experiment.method)
+        # A method that cuts text itself has compressed what was full already.
+        self.cache = after if method.chunk else _compress(self.experiment.model, after, method=method)
         memory.check(self.cache)
         self.turns += 1
         return reply
@@ -143,7 +146,9 @@ class Conversation:
     def _read(self, cache: MemoryCache, tokens: np.ndarray, *, query: bool) -> MemoryCache:
         size = -(-len(tokens) // MULTIPLE) * MULTIPLE
         room = memory.raw_capacity(cache)
-        if len(tokens) + self.max_tokens > room:
+        if self.experiment.method.chunk:
+            room = size  # it is closed as it is read
+        elif len(tokens) + self.max_tokens > room:
             most = self.experiment.config.cache.raw_capacity
             raise UserError(
                 f"a turn of {len(tokens)} tokens and an answer of up to {self.max_tokens} do not fit "
@@ -163,7 +168,7 @@ class Conversation:
 
 @functools.partial(jax.jit, static_argnames=("method", "query"))
 def _read(model, cache, chunk, *, method, query):
-    return steps.read(model, cache, chunk, method=method, query=query)[0]
+    return steps.prefill(model, cache, chunk, method=method, query=query)
 
 
 _compress = jax.jit(steps.compress, static_argnames="method")

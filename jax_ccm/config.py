@@ -7,6 +7,8 @@ path of the key; nothing is coerced except whole numbers where a float is meant.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import Any, Literal
 
 from jax_ccm.data.config import DataConfig
 from jax_ccm.errors import UserError, unknown
+from jax_ccm.methods import METHODS
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -55,30 +58,46 @@ class ModelSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodConfig:
+class NamedMethod:
     """The compression method. Only what is given is passed on, so a method's own defaults hold for the rest."""
 
     name: str = "ccm_concat"
     """A key of `jax_ccm.methods.METHODS`."""
-    comp_tokens: int | None = None
-    """Compression tokens after each chunk."""
-    sink: bool | None = None
-    """Keep the first token of the session visible to all."""
-    independent: bool | None = None
-    """Chunks do not see earlier memory; only the tail does."""
-    conditional: bool | None = None
-    """The LoRA acts on compression tokens only; false lets it act on all tokens."""
-    decay: float | None = None
-    """Weight of the newest chunk in a moving average."""
-    size: int | None = None
-    """Text tokens that a sliding window keeps."""
-    streaming: bool | None = None
-    """Positions are places in the cache (recurrent only)."""
 
     def options(self) -> dict[str, Any]:
         """What was given besides the name, for `jax_ccm.methods.build`."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name"}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def _with_options() -> type:
+    """`NamedMethod` with a field for every option of every method, so that a new method needs no line here."""
+    found: dict[str, Any] = {}
+    for method, builder in METHODS.items():
+        hints = typing.get_type_hints(builder)
+        for name in inspect.signature(builder).parameters:
+            if found.setdefault(name, hints[name]) != hints[name]:
+                raise TypeError(f"option {name!r} of method {method!r} is {hints[name]}, but {found[name]} in another")
+    # "  name: what it means, in one or more lines" of the builders' docstrings.
+    text = "\n".join(inspect.getdoc(builder) or "" for builder in METHODS.values())
+    helps: dict[str, str] = {}
+    for entry in re.finditer(r"^  (\w+): (.*(?:\n    .*)*)", text, re.MULTILINE):
+        helps.setdefault(entry[1], " ".join(entry[2].split()))
+    lines = ["name: a key of `jax_ccm.methods.METHODS`."]
+    for name in found:
+        of = ", ".join(key for key, builder in METHODS.items() if name in inspect.signature(builder).parameters)
+        lines.append(f"{name}: {helps.get(name, '').rstrip('.')} (for {of}).")
+    fields = [(name, kind | None, dataclasses.field(default=None)) for name, kind in found.items()]
+    made = dataclasses.make_dataclass("MethodConfig", fields, bases=(NamedMethod,), frozen=True)
+    made.__doc__ = "\n".join([NamedMethod.__doc__ or "", "", "Attributes:", *(f"  {line}" for line in lines)])
+    made.__module__ = __name__
+    return made
+
+
+if typing.TYPE_CHECKING:
+    MethodConfig = NamedMethod
+else:
+    MethodConfig = _with_options()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,8 +307,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: for a file that is missing, not YAML, or not a mapping.
     """
-    import re
-
     import yaml
 
     class Loader(yaml.SafeLoader):

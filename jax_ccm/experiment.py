@@ -114,7 +114,7 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
 
 def _adapter_config(config: Config, method: Method) -> AdapterConfig:
     given = config.adapter
-    return AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=len(method.closes))
+    return AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=method.rows)
 
 
 def _require_shape(stored: AdapterConfig, wanted: AdapterConfig, path: str) -> None:

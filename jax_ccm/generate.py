@@ -13,7 +13,7 @@ import numpy as np
 from jax_ccm import memory
 from jax_ccm.errors import UserError
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.steps import read
+from jax_ccm.steps import close_full, read
 from jax_ccm.types import Chunk, MemoryCache, Method
 
 
@@ -77,7 +77,8 @@ def generate(
 ):
     """Continues sessions from their pending logits until each has met a stop token or its limit.
 
-    The tokens, without the stop token, are read into the sessions as they come; compress afterwards to close the turn.
+    The tokens, without the stop token, are read into the sessions as they come; compress afterwards to close the turn
+    (methods with `Method.chunk` have closed every full chunk by then).
 
     Args:
       model: the decoder with its adapter.
@@ -133,6 +134,7 @@ def _loop(model, cache, key, temperature, top_k, top_p, stops, rows, *, method, 
         tokens = tokens.at[:, i].set(jnp.where(done, 0, token))
         chunk = Chunk(jnp.where(done, 0, token)[:, None], ~done[:, None])
         cache, _ = read(model, cache, chunk, method=method, query=True)
+        cache = close_full(model, cache, method=method)
         return i + 1, cache, tokens, lengths + ~done, done
 
     tokens = jnp.zeros((cache.tokens.shape[0], max_tokens), jnp.int32)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_ccm.errors import UserError
+from jax_ccm.sessions import Example, Segment, cut, glued, join, opened
 from jax_ccm.types import INF, RAW, Array, Batch, Chunk, Kind, Method, Mix, Packed, Rule, Slots
 
 
@@ -52,11 +53,18 @@ def visible(rule: Rule, q: Slots, k: Slots) -> Array:
             hit = hit & (back <= clause.farthest)
         if not set(clause.query + clause.key) <= set(rule.both_ways):
             hit = hit & causal
+        if clause.window is not None:
+            hit = hit & (q.position[..., :, None] - k.position[..., None, :] < clause.window)
+        if clause.hidden is not None:
+            hit = hit & (k.position[..., None, :] >= first_seen(q.position, clause.hidden)[..., :, None])
         seen = hit if seen is None else seen | hit
-    if rule.window is not None:
-        near = q.position[..., :, None] - k.position[..., None, :] < rule.window
-        seen = seen & (near | ~is_in(k.kind, RAW)[..., None, :])
     return seen
+
+
+def first_seen(position: Array, hidden: tuple[int, int]) -> Array:
+    """``floor(position * a / b)``, in steps that do not overflow int32 for b up to 1,000 or so."""
+    a, b = hidden
+    return position // b * a + position % b * a // b
 
 
 def reachable(rule: Rule, k: Slots, segment: Array, position: Array) -> Array:
@@ -68,9 +76,11 @@ def reachable(rule: Rule, k: Slots, segment: Array, position: Array) -> Array:
     found = None
     for clause in rule.sees:
         hit = is_in(k.kind, clause.key) & (back <= clause.farthest)
+        if clause.window is not None:
+            hit = hit & (position[:, None] - k.position < clause.window)
+        if clause.hidden is not None:
+            hit = hit & (k.position >= first_seen(position, clause.hidden)[:, None])
         found = hit if found is None else found | hit
-    if rule.window is not None:
-        found = found & ((position[:, None] - k.position < rule.window) | ~is_in(k.kind, RAW))
     return found
 
 
@@ -78,7 +88,16 @@ def with_window(rule: Rule, window: int | None) -> Rule:
     """The rule with a base model's sliding window over raw text added; memory and sinks are exempt."""
     if window is None:
         return rule
-    return dataclasses.replace(rule, window=window if rule.window is None else min(window, rule.window))
+    clauses = []
+    for clause in rule.sees:
+        raw = tuple(kind for kind in clause.key if kind in RAW)
+        exempt = tuple(kind for kind in clause.key if kind not in RAW)
+        if raw:
+            near = window if clause.window is None else min(window, clause.window)
+            clauses.append(dataclasses.replace(clause, key=raw, window=near))
+        if exempt:
+            clauses.append(dataclasses.replace(clause, key=exempt))
+    return dataclasses.replace(rule, sees=tuple(clauses))
 
 
 def gate(method: Method, slots: Slots) -> Array | None:
@@ -86,58 +105,6 @@ def gate(method: Method, slots: Slots) -> Array | None:
     if not method.gate:
         return None
     return is_in(slots.kind, method.gate).astype("float32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """A stretch of text. ``tokens`` int32 ``[c]``; ``scored`` bool ``[c]``: True on tokens that are targets."""
-
-    tokens: np.ndarray
-    scored: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One session: context chunks, then a tail.
-
-    Attributes:
-      start: int32, tokens before the first segment (beginning of sequence).
-      separator: int32, tokens that open every segment but the first.
-      segments: the context chunks, and last the tail: the input and what follows it.
-      id: names the record in error messages.
-    """
-
-    start: np.ndarray
-    separator: np.ndarray
-    segments: tuple[Segment, ...]
-    id: str = ""
-
-
-def opened(opening: np.ndarray, segment: Segment) -> Segment:
-    """The segment with unscored opening tokens in front."""
-    return Segment(
-        np.concatenate([opening, segment.tokens]).astype(np.int32),
-        np.concatenate([np.zeros(len(opening), bool), segment.scored]),
-    )
-
-
-def join(example: Example, groups: Sequence[int]) -> Example:
-    """Joins neighbouring segments into one, with the separator between them.
-
-    Args:
-      example: the session.
-      groups: sizes of the groups, in order; they add up to the number of segments. A last group larger than 1
-        joins context into the tail.
-    """
-    if sum(groups) != len(example.segments) or min(groups) < 1:
-        raise ValueError(f"groups {list(groups)} do not partition {len(example.segments)} segments")
-    joined, first = [], 0
-    for size in groups:
-        head, *rest = example.segments[first : first + size]
-        pieces = [head, *(opened(example.separator, piece) for piece in rest)]
-        joined.append(Segment(np.concatenate([p.tokens for p in pieces]), np.concatenate([p.scored for p in pieces])))
-        first += size
-    return dataclasses.replace(example, segments=tuple(joined))
 
 
 def arrange(method: Method, example: Example) -> tuple[Segment, ...]:
@@ -148,7 +115,8 @@ def arrange(method: Method, example: Example) -> tuple[Segment, ...]:
     if method.context == "joined" and count > 2:
         example = join(example, [count - 1, 1])
     first, *rest = example.segments
-    return (opened(example.start, first), *(opened(example.separator, segment) for segment in rest))
+    segments = (opened(example.start, first), *(opened(example.separator, segment) for segment in rest))
+    return segments if method.chunk is None else cut(glued(*segments), method.chunk)
 
 
 def chunk(rows: Sequence[Sequence[int]], size: int, vocab_size: int) -> Chunk:
@@ -189,7 +157,16 @@ def measure(method: Method, example: Example) -> Sizes:
     chunks = len(segments) - 1
     text = sum(len(segment.tokens) for segment in segments)
     scored = sum(int(segment.scored.sum()) for segment in segments) - int(segments[0].scored[:1].sum())
-    return Sizes(text + chunks * len(method.closes), chunks * method.slots_per_chunk, scored)
+    repeated = text - len(segments[-1].tokens) if method.repeat else 0
+    return Sizes(text + repeated + chunks * len(method.closes), chunks * method.slots_per_chunk, scored + repeated)
+
+
+def bound(method: Method, text: int, chunks: int, scored: int) -> Sizes:
+    """Sizes enough for any example of at most so many text tokens, context chunks and scored tokens."""
+    if method.chunk is not None:
+        chunks = max(text - 1, 0) // method.chunk
+    repeated = text if method.repeat else 0
+    return Sizes(text + repeated + chunks * len(method.closes), chunks * method.slots_per_chunk, scored + repeated)
 
 
 def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size: int, pad: str = "right") -> Batch:
@@ -234,7 +211,7 @@ def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size:
 def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, name: str) -> dict[str, np.ndarray]:
     """The arrays of one row, padded on the right."""
     where = f"example {name!r}" if name else "an example"
-    tokens, kind, segment, position, scored = [], [], [], [], []
+    tokens, kind, segment, position, scored, answers = [], [], [], [], [], []
     text = 0
     for number, piece in enumerate(segments):
         tail = number == len(segments) - 1
@@ -247,18 +224,39 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
                 f"{where}: token id {bad} in segment {number} is outside the vocabulary (0..{vocab - 1}). Compression "
                 "tokens are placed by the method; they may stand neither in text nor in labels"
             )
+        if method.chunk and not tail and count != method.chunk:
+            raise UserError(
+                f"{where}: segment {number} has {count} tokens; method {method.name!r} takes {method.chunk}"
+            )
+        kept = np.full(count, tail) if piece.kept is None else piece.kept | tail
+        if kept.any() and not tail and not method.keeps_text:
+            raise UserError(f"{where}: segment {number} has text to keep, but method {method.name!r} keeps none")
         closing = () if tail else method.closes
-        tokens += [piece.tokens, vocab + np.arange(len(closing))]
-        kind += [np.full(count, Kind.QUERY if tail else Kind.TEXT), np.array(closing, np.int64)]
-        segment += [np.full(count + len(closing), number)]
-        position += [text + np.arange(count), text + count + np.array(method.offsets[: len(closing)], np.int64)]
-        scored += [piece.scored, np.zeros(len(closing), bool)]
+        if closing and (kept[1:] > kept[:-1]).any():
+            raise UserError(f"{where}: segment {number} keeps text behind its span; end the segment with the span")
+        if closing and kept.all():
+            raise UserError(f"{where}: segment {number} keeps all of its text; join it to the next, which has a span")
+        # What a closing compresses begins behind the text that is kept.
+        begin = text + (int(np.argmin(kept)) if not kept.all() else count)
+        place = [(begin if token.from_begin else text + count) + token.offset for token in closing]
+        repeats = np.arange(count if method.repeat and not tail else 0)
+        row = method.repeat.row if method.repeat else 0
+        tokens += [piece.tokens, [vocab + token.row for token in closing], vocab + row + 0 * repeats]
+        kind += [
+            np.where(kept, Kind.QUERY, Kind.TEXT),
+            [token.kind for token in closing],
+            np.full(len(repeats), Kind.REPEAT),
+        ]
+        segment += [np.full(count + len(closing) + len(repeats), number)]
+        position += [text + np.arange(count), np.maximum(place, 0), text + repeats]
+        scored += [piece.scored, np.zeros(len(closing) + len(repeats), bool)]
+        answers += [np.full(count + len(closing), -1), piece.tokens[repeats]]
         text += count
     row = {
-        "tokens": np.concatenate(tokens),
-        "kind": np.concatenate(kind),
+        "tokens": np.concatenate(tokens).astype(np.int64),
+        "kind": np.concatenate(kind).astype(np.int64),
         "segment": np.concatenate(segment),
-        "position": np.concatenate(position),
+        "position": np.concatenate(position).astype(np.int64),
     }
     length = len(row["tokens"])
     row["index"] = np.arange(length)
@@ -268,12 +266,14 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
     scored = np.flatnonzero(np.concatenate(scored))
     scored = scored[scored > 0]
     before = np.maximum.accumulate(np.where(closes, -1, np.arange(length)))
-    row["places"] = before[scored - 1]
-    row["targets"] = row["tokens"][scored]
-    row["steps"] = row["segment"][scored]
-    row["weights"] = np.ones(len(scored))
+    answers = np.concatenate(answers)
+    again = np.flatnonzero(answers >= 0)
+    row["places"] = np.concatenate([before[scored - 1], again])
+    row["targets"] = np.concatenate([row["tokens"][scored], answers[again]])
+    row["steps"] = row["segment"][np.concatenate([scored, again])]
+    row["weights"] = np.ones(len(row["places"]))
     source = np.flatnonzero(np.isin(row["kind"], method.writes))
-    needs = Sizes(length, len(source), len(scored))
+    needs = Sizes(length, len(source), len(row["places"]))
     for field in dataclasses.fields(Sizes):
         need, cap = getattr(needs, field.name), getattr(sizes, field.name)
         if need > cap:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.types import Batch
+from jax_ccm.types import Batch, Kind, Method
 
 
 def scored_logits(model: Transformer, hidden, batch: Batch):
@@ -21,8 +21,23 @@ def scored_losses(model: Transformer, hidden, batch: Batch):
     return (jax.nn.logsumexp(logits, axis=-1) - target) * batch.weights
 
 
-def mean_loss(model: Transformer, hidden, batch: Batch):
-    """Cross-entropy averaged over the scored tokens of the batch (CCM, equation 4), and their number."""
+def repeated(batch: Batch):
+    """``bool [B, Q]``: the scored tokens that repeat a closed chunk, as opposed to text."""
+    return jnp.take_along_axis(batch.slots.kind, batch.places, axis=1) == Kind.REPEAT
+
+
+def mean_loss(model: Transformer, hidden, batch: Batch, method: Method):
+    """Cross-entropy averaged over the scored text tokens of the batch (CCM, equation 4), and their number.
+
+    With `Method.repeat` the mean over the repeated tokens is added, times `Method.repeat_weight` (LoMA,
+    ``L_read + L_rep``). Each mean has its own denominator, so that neither changes the weight of the other.
+    """
     losses = scored_losses(model, hidden, batch)
-    count = jnp.sum(batch.weights)
-    return jnp.sum(losses) / jnp.maximum(count, 1.0), count
+    text = batch.weights
+    total = 0.0
+    if method.repeat is not None:
+        again = batch.weights * repeated(batch)
+        text = text - again
+        total = method.repeat_weight * jnp.sum(losses * again) / jnp.maximum(jnp.sum(again), 1.0)
+    count = jnp.sum(text)
+    return jnp.sum(losses * text) / jnp.maximum(count, 1.0) + total, count

@@ -19,7 +19,7 @@ import numpy as np
 from jax_ccm.errors import UserError
 from jax_ccm.layout import is_in, reachable
 from jax_ccm.nn.config import ModelConfig
-from jax_ccm.types import RAW, Kind, MemoryCache, Method, Slots
+from jax_ccm.types import Kind, MemoryCache, Method, Slots
 
 FORMAT = "jax_ccm.memory/1"
 
@@ -165,9 +165,10 @@ def compact(cache: MemoryCache, k, v, slots: Slots, kept) -> MemoryCache:
     return dataclasses.replace(cache, k=gather(k), v=gather(v), slots=new)
 
 
-def open_raw(cache: MemoryCache):
-    """``bool [B, S]``: raw text (and a sink) of the segment that is open in each row."""
-    return is_in(cache.slots.kind, (*RAW, Kind.SINK)) & (cache.slots.segment == cache.chunks[:, None])
+def open_raw(cache: MemoryCache, method: Method):
+    """``bool [B, S]``: raw text (and a sink) of each row's open segment, as far as closing it would compress it."""
+    kinds = (*method.compresses, Kind.SINK)
+    return is_in(cache.slots.kind, kinds) & (cache.slots.segment == cache.chunks[:, None])
 
 
 def check(cache: MemoryCache) -> None:

@@ -93,7 +93,10 @@ def read(
         )
     rank = jnp.cumsum(chunk.valid, axis=1) - 1
     position = cache.tokens[:, None] + rank
-    kind = jnp.where(chunk.valid, Kind.QUERY if query else Kind.TEXT, Kind.PAD)
+    text = Kind.QUERY if query else Kind.TEXT
+    if chunk.kept is not None:
+        text = jnp.where(chunk.kept, Kind.QUERY, text)
+    kind = jnp.where(chunk.valid, text, Kind.PAD)
     if method.sink:
         kind = jnp.where(chunk.valid & (position == 0), Kind.SINK, kind)
     segment = jnp.broadcast_to(cache.chunks[:, None], position.shape)
@@ -140,7 +143,7 @@ def compress(
       method: static.
       implementation: of the attention.
     """
-    raw = memory.open_raw(cache)
+    raw = memory.open_raw(cache, method)
     if which is None:
         selected = raw
     else:
@@ -151,24 +154,27 @@ def compress(
     cache = dataclasses.replace(cache, slots=slots)
     # Positions and order of what is written follow the chunk's last token.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
+    begin = jnp.min(jnp.where(selected, slots.index, last), axis=1, keepdims=True)
     count = len(method.closes)
     if not count:
         nothing = jnp.zeros((*cache.k.shape[:2], 0, *cache.k.shape[3:]), cache.k.dtype)
         empty = jnp.zeros((cache.k.shape[1], 0), jnp.int32)
         return memory.write(cache, method, nothing, nothing, Slots(empty, empty, empty, empty), closing)
     row = lambda values: jnp.asarray(values, jnp.int32)[None]
-    kind = jnp.where(closing[:, None], row(method.closes), Kind.PAD)
+    kind = jnp.where(closing[:, None], row([token.kind for token in method.closes]), Kind.PAD)
     segment = jnp.broadcast_to(cache.chunks[:, None], kind.shape)
+    offsets = row([token.offset for token in method.closes])
+    position = jnp.where(row([token.from_begin for token in method.closes]) > 0, begin, last + 1) + offsets
     # The tokens themselves come after everything raw; the segment hides what is not selected.
-    comp = Slots(kind, segment, cache.tokens[:, None] + row(range(count)), last + 1 + row(method.offsets))
+    comp = Slots(kind, segment, cache.tokens[:, None] + row(range(count)), jnp.maximum(position, 0))
     places = None
     if method.rope == "cache":
-        places = jnp.sum(slots.live & ~rest, axis=1, keepdims=True) + row(method.offsets)
-    tokens = jnp.broadcast_to(model.config.vocab_size + row(range(count)), kind.shape)
+        places = jnp.sum(slots.live & ~rest, axis=1, keepdims=True) + offsets
+    tokens = jnp.broadcast_to(model.config.vocab_size + row([token.row for token in method.closes]), kind.shape)
     _, (k, v), _ = model(
         tokens, comp, gate(method, comp), rule=method.rule, memory=cache, places=places, implementation=implementation
     )
-    written = [i for i, kind in enumerate(method.closes) if kind in method.writes]
+    written = [i for i, token in enumerate(method.closes) if token.kind in method.writes]
     pick = lambda x, axis: jnp.take(x, jnp.asarray(written), axis=axis)
     entry = Slots(
         jnp.where(closing[:, None], jnp.full((1, len(written)), Kind.MEMORY), Kind.PAD),
@@ -177,6 +183,101 @@ def compress(
         pick(comp.position, 1),
     )
     return memory.write(cache, method, pick(k, 2), pick(v, 2), entry, closing)
+
+
+def close_full(
+    model: Transformer, cache: MemoryCache, *, method: Method, implementation: str | None = None
+) -> MemoryCache:
+    """`compress` in the rows whose open text has reached `Method.chunk` tokens; nothing for methods without it."""
+    if method.chunk is None:
+        return cache
+    full = jnp.sum(memory.open_raw(cache, method), axis=1) >= method.chunk
+    close = lambda cache: compress(model, cache, full, method=method, implementation=implementation)
+    return jax.lax.cond(jnp.any(full), close, lambda cache: cache, cache)
+
+
+def prefill(
+    model: Transformer,
+    cache: MemoryCache,
+    chunk: Chunk,
+    *,
+    method: Method,
+    query: bool = False,
+    implementation: str | None = None,
+) -> MemoryCache:
+    """Reads text of any length, closing a chunk whenever it is full: `read` for methods that cut text themselves.
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions; their open chunks may be filled to different degrees.
+      chunk: the text.
+      method: static. Without `Method.chunk` this is `read`.
+      query: as for `read`.
+      implementation: of the attention.
+    """
+    size = method.chunk
+    if size is None:
+        return read(model, cache, chunk, method=method, query=query, implementation=implementation)[0]
+    front = jnp.argsort(~chunk.valid, axis=1, stable=True)
+    tokens = jnp.take_along_axis(chunk.tokens, front, axis=1)
+    count = jnp.sum(chunk.valid, axis=1)
+    length = tokens.shape[1]
+
+    def fill(carry, _):
+        cache, done = carry
+        room = size - jnp.sum(memory.open_raw(cache, method), axis=1)
+        take = jnp.minimum(room, count - done)
+        place = jnp.minimum(done[:, None] + jnp.arange(size), length - 1)
+        piece = Chunk(jnp.take_along_axis(tokens, place, axis=1), jnp.arange(size) < take[:, None])
+        cache, _ = read(model, cache, piece, method=method, query=query, implementation=implementation)
+        return (close_full(model, cache, method=method, implementation=implementation), done + take), None
+
+    # A row whose chunk is open already needs one round more than its text has chunks.
+    rounds = -(-length // size) + 1
+    (cache, _), _ = jax.lax.scan(fill, (cache, jnp.zeros_like(count)), length=rounds)
+    return cache
+
+
+def repeat(
+    model: Transformer,
+    cache: MemoryCache,
+    length: int,
+    back: int = 1,
+    *,
+    method: Method,
+    begin=None,
+    implementation: str | None = None,
+):
+    """What a session can still say of a closed chunk, word for word: one pass of repetition tokens over the memory.
+
+    The raw text is gone from the cache, so nothing but memory can answer (LoMA, repetition zone).
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions; not changed.
+      length: tokens of the chunk, the same in each row.
+      back: how many chunks ago it was closed, from 1. A mixture of chunks still has only the last one apart.
+      method: static; one with a `Method.repeat`.
+      begin: ``int32 [B]``, position of the chunk's first token; None if it and all chunks since had the same length.
+      implementation: of the attention.
+
+    Returns:
+      Logits ``float32 [B, length, V]``, for each place of the chunk the token that stood there.
+    """
+    if method.repeat is None:
+        raise UserError(f"method {method.name!r} has no repetition token; only methods trained with one can repeat")
+    if begin is None:
+        raw = memory.open_raw(cache, method) & (cache.slots.kind != Kind.SINK)
+        begin = cache.tokens - jnp.sum(raw, axis=1) - length * back
+    place = jnp.arange(length)[None]
+    position = begin[:, None] + place
+    whole = lambda value: jnp.broadcast_to(jnp.asarray(value, jnp.int32), position.shape)
+    slots = Slots(whole(Kind.REPEAT), whole((cache.chunks - back)[:, None]), cache.tokens[:, None] + place, position)
+    tokens = whole(model.config.vocab_size + method.repeat.row)
+    hidden, _, _ = model(
+        tokens, slots, gate(method, slots), rule=method.rule, memory=cache, implementation=implementation
+    )
+    return model.logits(hidden)
 
 
 def compress_step(

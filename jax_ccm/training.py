@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from jax_ccm.config import Config, OptimizerConfig
-from jax_ccm.losses import mean_loss, scored_losses
+from jax_ccm.losses import mean_loss, repeated, scored_losses
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.steps import parallel_forward
 from jax_ccm.types import Batch, Method
@@ -73,7 +73,7 @@ def make_step(
         model = nnx.merge(graphdef, params, frozen)
         key = key if dropout else None
         hidden = parallel_forward(model, batch, method=method, dropout_key=key, remat=config.train.remat)
-        return mean_loss(model, hidden, batch)
+        return mean_loss(model, hidden, batch, method)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, frozen, batches, key):
@@ -99,13 +99,14 @@ def make_step(
 
 
 def make_validation(graphdef: nnx.GraphDef, method: Method) -> Callable[[Tree, Tree, Iterable[Batch]], float]:
-    """The validation loss ``(params, frozen, batches) -> nats per scored token``, averaged over all tokens."""
+    """The validation loss ``(params, frozen, batches) -> nats per scored text token``, averaged over all."""
 
     @jax.jit
     def sums(params, frozen, batch):
         model = nnx.merge(graphdef, params, frozen)
         hidden = parallel_forward(model, batch, method=method)
-        return jnp.sum(scored_losses(model, hidden, batch)), jnp.sum(batch.weights)
+        text = batch.weights * ~repeated(batch)
+        return jnp.sum(scored_losses(model, hidden, batch) * text), jnp.sum(text)
 
     def validation_loss(params, frozen, batches):
         # All batches are dispatched before the first result is waited for.

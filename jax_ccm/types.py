@@ -79,18 +79,32 @@ class Clause:
       key: kinds that are seen.
       nearest: smallest distance in segments, ``query.segment - key.segment``.
       farthest: largest distance in segments; `INF` for no limit.
+      window: if set, only keys fewer than this many positions back, ``query.position - key.position < window``. A
+        window of 1 over kinds whose positions differ is "itself".
+      hidden: if set, a fraction ``(a, b)`` of what stands before the query, oldest first, that is not seen:
+        ``key.position >= floor(query.position * a / b)``.
     """
 
     query: tuple[Kind, ...]
     key: tuple[Kind, ...]
     nearest: int
     farthest: int
+    window: int | None = None
+    hidden: tuple[int, int] | None = None
 
 
-def see(query: Kind | tuple[Kind, ...], key: Kind | tuple[Kind, ...], nearest: int, farthest: int) -> Clause:
+def see(
+    query: Kind | tuple[Kind, ...],
+    key: Kind | tuple[Kind, ...],
+    nearest: int,
+    farthest: int,
+    *,
+    window: int | None = None,
+    hidden: tuple[int, int] | None = None,
+) -> Clause:
     """Builds a `Clause`; single kinds need no tuple."""
     as_tuple = lambda kinds: (kinds,) if isinstance(kinds, Kind) else tuple(kinds)
-    return Clause(as_tuple(query), as_tuple(key), nearest, farthest)
+    return Clause(as_tuple(query), as_tuple(key), nearest, farthest, window, hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +114,27 @@ class Rule:
     Attributes:
       sees: the clauses.
       both_ways: kinds that see each other regardless of order.
-      window: if set, raw text farther back than this many positions is hidden
-        (``query.position - key.position < window`` remains visible). Sinks and memory are exempt.
     """
 
     sees: tuple[Clause, ...]
     both_ways: tuple[Kind, ...] = ()
-    window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token that a method runs besides the text. Its id is ``V + row``, beyond the vocabulary.
+
+    Attributes:
+      kind: a `Kind`.
+      row: its embedding, in the adapter's own table. It has no row in the head.
+      offset: its position, relative to that of the text token that will follow the chunk.
+      from_begin: the offset counts from the chunk's first text token instead. No position is below 0.
+    """
+
+    kind: Kind
+    row: int = 0
+    offset: int = 0
+    from_begin: bool = False
 
 
 class Mix(Protocol):
@@ -146,11 +174,7 @@ class Method:
     Attributes:
       name: what configs and files call it.
       rule: who sees whom.
-      closes: kinds of the tokens that are run to close a chunk, in order; empty if the method
-        compresses nothing. Their ids are ``V, V + 1, ...``, beyond the vocabulary, with embeddings
-        in the adapter's own table and no row in the head.
-      offsets: position of each closing token, relative to the position of the text token that will
-        follow. CCM: 0, 1, ... (shared with the text that follows).
+      closes: the tokens that are run to close a chunk, in order; empty if the method compresses nothing.
       writes: kinds, of those in `closes`, whose keys and values become memory.
       mix: how written keys and values enter the memory: `None` appends them as new slots, a `Mix`
         blends them slot by slot into a memory of constant size.
@@ -160,30 +184,57 @@ class Method:
         all of them "joined" into one chunk; or nothing ("dropped").
       rope: keys in the cache are rotated once by their "running" position, or stored unrotated and
         rotated at each use by their place in the "cache" (streaming; recurrent only).
+      chunk: if set, text is cut into chunks of just this many tokens, whatever its own boundaries, and a tail.
+      repeat: in training, the token that stands for each text token of a closed chunk once more, behind it and at the
+        same position, and is to be answered with that text token; None for none. Only training lays these out.
+      repeat_weight: weight of their mean loss beside that of the text.
     """
 
     name: str
     rule: Rule
-    closes: tuple[Kind, ...] = ()
-    offsets: tuple[int, ...] = ()
+    closes: tuple[Token, ...] = ()
     writes: tuple[Kind, ...] = (Kind.COMP,)
     mix: Mix | None = None
     gate: tuple[Kind, ...] = ()
     sink: bool = False
     context: Literal["chunks", "joined", "dropped"] = "chunks"
     rope: Literal["running", "cache"] = "running"
+    chunk: int | None = None
+    repeat: Token | None = None
+    repeat_weight: float = 1.0
 
     def __post_init__(self):
-        if len(self.closes) != len(self.offsets):
+        if self.rope == "cache" and any(token.from_begin for token in self.closes):
             raise ValueError(
-                f"method {self.name!r} closes a chunk with {len(self.closes)} tokens but gives {len(self.offsets)} "
-                "position offsets; give one offset for each"
+                f"method {self.name!r}: places in the cache (rope='cache') have no chunk's begin to count from"
             )
 
     @property
     def slots_per_chunk(self) -> int:
         """Memory slots that one closed chunk writes."""
-        return sum(kind in self.writes for kind in self.closes)
+        return sum(token.kind in self.writes for token in self.closes)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the adapter's table of embeddings."""
+        return max((token.row + 1 for token in (*self.closes, *([self.repeat] if self.repeat else []))), default=0)
+
+    @property
+    def compresses(self) -> tuple[Kind, ...]:
+        """Kinds of raw text that a chunk's closing puts into memory, those that its closing tokens see beside them.
+
+        All of them where nothing is run to close a chunk.
+        """
+        if not self.closes:
+            return RAW
+        own = {token.kind for token in self.closes}
+        seen = {key for c in self.rule.sees if own & set(c.query) and c.nearest <= 0 for key in c.key}
+        return tuple(kind for kind in RAW if kind in seen)
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether later segments go on seeing raw text that was marked as kept."""
+        return any(Kind.QUERY in clause.key and clause.farthest > 0 for clause in self.rule.sees)
 
     @property
     def sees_memory_in_context(self) -> bool:
@@ -192,9 +243,8 @@ class Method:
 
     def memory_slots(self, chunks: int) -> int:
         """Memory slots after ``chunks`` closed chunks, the sink not counted."""
-        if self.mix is not None:
-            return self.slots_per_chunk * min(chunks, 1)
-        return self.slots_per_chunk * chunks
+        farthest = max((c.farthest for c in self.rule.sees if Kind.MEMORY in c.key), default=0)
+        return self.slots_per_chunk * min(chunks, farthest)
 
 
 @jax.tree_util.register_dataclass
@@ -248,10 +298,12 @@ class Chunk:
       tokens: ``int32 [B, C]``.
       valid: ``bool [B, C]``; False on padding, which may stand on either side. A row with no valid
         token takes no part: its session is left as it is.
+      kept: ``bool [B, C]``, text that is never compressed; None for none. Only methods that keep text know it.
     """
 
     tokens: Array
     valid: Array
+    kept: Array | None = None
 
 
 @jax.tree_util.register_dataclass

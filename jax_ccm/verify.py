@@ -18,8 +18,8 @@ from jax_ccm import cli
 from jax_ccm.config import Config, save_config
 from jax_ccm.errors import UserError
 from jax_ccm.experiment import Experiment, load_experiment
-from jax_ccm.layout import Example, Segment
 from jax_ccm.nn import Transformer
+from jax_ccm.sessions import Example, Segment
 
 COMMAND = "jax_ccm.verify"
 LOGIT_TOLERANCE = 1e-5

@@ -8,18 +8,7 @@ cd "$(dirname "$0")/.."
 began=$SECONDS
 say() { printf '\n\033[1m== %s\033[0m  (%d:%02d)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
 
-if [ -z "${PYTHON:-}" ]; then
-    for candidate in python3 python3.12 python3.11; do
-        if "$candidate" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 14)))' 2>/dev/null; then
-            PYTHON=$candidate
-            break
-        fi
-    done
-fi
-if [ -z "${PYTHON:-}" ]; then
-    echo "jax_ccm needs Python 3.11 or newer; none was found. Set PYTHON=/path/to/python." >&2
-    exit 2
-fi
+. launch/python.sh
 venv=${VENV:-.venv}
 runs=${RUNS:-runs/quickstart}
 config=configs/quickstart_smollm2.yaml
@@ -52,7 +41,14 @@ cat <<EOF
 Pictures:  $runs/recall_quality/plot.png    recall from memory, from full context, without context
            $runs/smollm2_quality/plot.png   perplexity by time step, with the wrong-memory control
 Numbers:   results.json beside each picture.
-
-A few minutes on a CPU buy a memory that helps, not one that equals full context: read the gap and the content share in
-the table above. Train longer with:  $venv/bin/python -m jax_ccm.train $config --workdir runs/longer --train.steps 1000
 EOF
+"$venv/bin/python" - "$runs/smollm2_quality/results.json" <<'EOF'
+import json, sys
+
+last = json.load(open(sys.argv[1]))["steps"][-1]
+share = lambda name: f"{last[name]['value']:.0%}" if name in last else "an unknown share"
+print(f"""
+A few minutes on a CPU bought a memory that closes {share('gap_closed')} of the gap between no context and full context, and holds
+{share('content_share')} of what full context knows of this very conversation; the rest of the gain is style.""")
+EOF
+echo "Train longer with:  $venv/bin/python -m jax_ccm.train $config --workdir runs/longer --train.steps 1000"

@@ -1,23 +1,12 @@
 #!/usr/bin/env bash
 # Sets up a virtual environment from nothing and runs lint, types and all fast tests.
 #   bash launch/test.sh [pytest arguments]
-# PYTHON: interpreter (default: the newest of python3.12, python3.11, python3 that is at least 3.11).  VENV: where (default .venv-test).
+# PYTHON: interpreter (default: python3, python3.12 or python3.11, the first that is at least 3.11).  VENV: where (default .venv-test).
 # LINT=0 leaves out ruff and pyright.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [ -z "${PYTHON:-}" ]; then
-    for candidate in python3 python3.12 python3.11; do
-        if "$candidate" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 14)))' 2>/dev/null; then
-            PYTHON=$candidate
-            break
-        fi
-    done
-fi
-if [ -z "${PYTHON:-}" ]; then
-    echo "jax_ccm needs Python 3.11 or newer; none was found. Set PYTHON=/path/to/python." >&2
-    exit 2
-fi
+. launch/python.sh
 
 venv=${VENV:-.venv-test}
 if [ ! -x "$venv/bin/python" ]; then

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_ccm.layout import Example, Segment
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer
+from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Method
 
 VOCAB = 97
@@ -42,8 +42,16 @@ METHODS: dict[str, Method] = {
             "n3_independent": dict(comp_tokens=3, independent=True),
             "n2_independent_sink": dict(comp_tokens=2, independent=True, sink=True),
             "n2_all": dict(comp_tokens=2, conditional=False),
+            "n2_repeat": dict(comp_tokens=2, sink=True, repeat=True),
         }.items()
     },
+    "loma": build("loma", ratio=2, memory_tokens=2),
+    "loma_causal_sink": build("loma", ratio=3, memory_tokens=1, bidirectional=False, sink=True, scope="last"),
+    "loma_plain": build("loma", ratio=2, memory_tokens=2, history=False, positions="sequential", conditional=True),
+    "sentinel": build("sentinel"),
+    "sentinel_history": build("sentinel", history=True, opener=False, conditional=True),
+    "local": build("local", hidden=0.3),
+    "scattered": build("scattered"),
 }
 
 
@@ -56,6 +64,22 @@ def model(tokens: int = 0, seed: int = 0, config: ModelConfig = CONFIG, rank: in
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     leaves = [0.15 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves), base)
+
+
+def sessions_for(method: Method, **options) -> list[Example]:
+    """`sessions`, some of whose context is kept, for methods that keep text: the first tokens of each second chunk,
+    so that a span closes every chunk; at random where nothing is closed."""
+    rng = np.random.default_rng(1)
+
+    def marked(number: int, segment: Segment) -> Segment:
+        count = len(segment.tokens)
+        kept = rng.random(count) < 0.5 if not method.closes else np.arange(count) < (number + 1) % 2 * (count - 1)
+        return dataclasses.replace(segment, kept=kept)
+
+    if not method.keeps_text:
+        return sessions(**options)
+    mark = lambda segments: (*(marked(i, s) for i, s in enumerate(segments[:-1])), segments[-1])
+    return [dataclasses.replace(e, segments=mark(e.segments)) for e in sessions(**options)]
 
 
 def sessions(lengths=((5, 3, 7, 4), (2, 6), (4, 1, 3, 3, 2)), seed: int = 0, start: int = 1, separator: int = 2):

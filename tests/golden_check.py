@@ -23,9 +23,10 @@ from flax import nnx
 from jax_ccm import layout, losses, memory, steps
 from jax_ccm.evals.streaming import stream
 from jax_ccm.generate import generate
-from jax_ccm.layout import Example, Segment, Sizes
+from jax_ccm.layout import Sizes
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
+from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Batch, Chunk, Kind, Method
 from jax_ccm.weights import load_model
 from jax_ccm.weights.adapters import load_adapter, merge_adapter
@@ -154,7 +155,7 @@ def forward(model: Transformer, batch: Batch, method: Method):
 
     def loss(adapter):
         hidden = steps.parallel_forward(nnx.merge(graphdef, adapter, base), batch, method=method)
-        return losses.mean_loss(model, hidden, batch)[0]
+        return losses.mean_loss(model, hidden, batch, method)[0]
 
     gate = layout.gate(method, batch.slots)
     hidden, _, states = model(batch.tokens, batch.slots, gate, rule=method.rule, memory=batch.memory, collect=True)

@@ -190,7 +190,7 @@ def test_shipped_config(path):
 
     loaded = load_config(path)
     method = build_method(loaded)
-    AdapterConfig(loaded.adapter.rank, loaded.adapter.alpha, targets=loaded.adapter.targets, tokens=len(method.closes))
+    AdapterConfig(loaded.adapter.rank, loaded.adapter.alpha, targets=loaded.adapter.targets, tokens=method.rows)
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in ("Paper:", "Command:", "Expected:", "Hardware:"):
         assert word in header, f"{path.name} says nothing of {word}"

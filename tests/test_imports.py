@@ -17,8 +17,10 @@ CORE = {"errors", "types"}
 ALLOWED = {
     "errors": set(),
     "types": set(),
-    "layout": CORE,
+    "sessions": set(),
+    "layout": CORE | {"sessions"},
     "methods": CORE,
+    "draw": CORE | {"layout", "sessions"},
     "attention": CORE | {"layout"},
     "nn": CORE | {"layout", "attention"},
     # memory needs only the sizes of the model.
@@ -27,8 +29,8 @@ ALLOWED = {
     "losses": CORE | {"nn"},
     "generate": CORE | {"memory", "nn", "steps"},
     "weights": CORE | {"nn", "methods"},
-    "data": CORE | {"layout"},
-    "evals": CORE | {"layout", "memory", "nn", "steps", "losses", "generate", "data", "methods"},
+    "data": CORE | {"layout", "sessions"},
+    "evals": CORE | {"sessions", "layout", "memory", "nn", "steps", "losses", "generate", "data", "methods"},
 }
 EXTERNAL = {"methods": {"jax", "flax"}, "data": {"jax", "flax"}}
 

@@ -7,8 +7,9 @@ import pytest
 
 from jax_ccm import layout
 from jax_ccm.errors import UserError
-from jax_ccm.layout import Example, Segment, Sizes, batch, join, measure, visible
+from jax_ccm.layout import Sizes, batch, measure, visible
 from jax_ccm.methods import METHODS, build
+from jax_ccm.sessions import Example, Segment, join
 from jax_ccm.types import Ema, Kind, Slots
 from tests import cases
 
@@ -241,7 +242,7 @@ def test_chunk():
 
 def test_every_method_builds():
     for name in METHODS:
-        method = build(name, **({"size": 4} if name == "window" else {}))
+        method = build(name, **{"window": {"size": 4}, "local": {"hidden": 0.5}}.get(name, {}))
         assert method.name == name
         hash(method)  # a static argument of jit
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 
 import chex
 import jax
@@ -15,8 +16,8 @@ from flax import nnx
 from jax_ccm import layout, memory, steps
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
-from jax_ccm.layout import Example, Segment
 from jax_ccm.methods import build
+from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Chunk, Kind
 from tests import cases
 
@@ -32,7 +33,7 @@ def gap(ours, theirs) -> float:
 def test_parallel_is_recurrent(name):
     """Same logits for ragged sessions of 1 to 4 chunks (trap 2), and the memory matters."""
     method = cases.METHODS[name]
-    sessions = cases.sessions()
+    sessions = cases.sessions_for(method)
     parallel = parity.parallel_logits(MODEL, method, sessions)
     recurrent = parity.recurrent_logits(MODEL, method, sessions)
     assert gap(parallel, recurrent) < 1e-5
@@ -42,14 +43,14 @@ def test_parallel_is_recurrent(name):
 
 
 # One variant of each kind of memory; the rest take minutes to compile.
-QUICK = ("concat_n2_sink", "merge_n3_independent", "ema_n2_all", "gist_n2")
+QUICK = ("concat_n2_sink", "merge_n3_independent", "ema_n2_all", "gist_n2", "loma", "sentinel")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in REMEMBERS])
 def test_gradients_are_equal(name):
     """Adapter gradients through both; gradients reach the earliest chunk (no stop-gradient anywhere)."""
     method = cases.METHODS[name]
-    sessions = cases.sessions()
+    sessions = cases.sessions_for(method)
     loss, ours = parity.parallel_gradients(MODEL, method, sessions)
     other, theirs = parity.recurrent_gradients(MODEL, method, sessions)
     assert loss == pytest.approx(other, abs=1e-5)
@@ -59,11 +60,12 @@ def test_gradients_are_equal(name):
 
 @functools.cache
 def sessions_for(name):
-    method = cases.METHODS[name]
-    return method, cases.sessions(), parity.parallel_logits(MODEL, method, cases.sessions())
+    method = dataclasses.replace(cases.METHODS[name], repeat=None)
+    sessions = cases.sessions_for(method)
+    return method, sessions, parity.parallel_logits(MODEL, method, sessions)
 
 
-@pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n3_independent", "window_sink"])
+@pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n3_independent", "window_sink", "loma", "sentinel"])
 def test_padding_and_batch_change_nothing(name):
     """Left or right padding, more padding, and the company of other rows (traps 2 and 16: validity is explicit)."""
     method, sessions, expected = sessions_for(name)
@@ -80,7 +82,7 @@ def test_padding_and_batch_change_nothing(name):
     to_left = _left
     cache = parity.cache_for(MODEL, method, sessions)
     for t in range(stream.context.tokens.shape[0]):
-        chunk = to_left(Chunk(stream.context.tokens[t], stream.context.valid[t]))
+        chunk = to_left(jax.tree.map(operator.itemgetter(t), stream.context))
         cache, _ = parity._read(MODEL, cache, chunk, method=method, query=False, implementation=None)
         cache = parity._compress(MODEL, cache, chunk.valid.any(1), method=method, implementation=None)
     cache, logits = parity._read(MODEL, cache, to_left(stream.tail), method=method, query=True, implementation=None)
@@ -92,11 +94,8 @@ def test_padding_and_batch_change_nothing(name):
 
 def _left(chunk: Chunk) -> Chunk:
     """The chunk with its tokens at the right end."""
-    tokens, valid = np.zeros_like(chunk.tokens), np.zeros_like(chunk.valid)
-    for b, count in enumerate(chunk.valid.sum(1)):
-        tokens[b, tokens.shape[1] - count :] = chunk.tokens[b, :count]
-        valid[b, tokens.shape[1] - count :] = True
-    return Chunk(tokens, valid)
+    shift = lambda x: np.stack([np.roll(row, -count) for row, count in zip(x, chunk.valid.sum(1), strict=True)])
+    return jax.tree.map(shift, chunk)
 
 
 def _tail(method, sessions):
@@ -104,7 +103,7 @@ def _tail(method, sessions):
     stream = parity.stream(method, sessions)
     cache = parity.cache_for(MODEL, method, sessions)
     for t in range(stream.context.tokens.shape[0]):
-        chunk = Chunk(stream.context.tokens[t], stream.context.valid[t])
+        chunk = jax.tree.map(operator.itemgetter(t), stream.context)
         cache, _ = parity._read(MODEL, cache, chunk, method=method, query=False, implementation=None)
         cache = parity._compress(MODEL, cache, chunk.valid.any(1), method=method, implementation=None)
     cache, logits = parity._read(MODEL, cache, stream.tail, method=method, query=True, implementation=None)
@@ -120,7 +119,7 @@ def test_scan_is_loop(name):
     cache = parity.cache_for(MODEL, method, sessions)
     scanned = jax.jit(steps.compress_scan, static_argnames="method")(MODEL, cache, stream.context, method=method)
     for t in range(stream.context.tokens.shape[0]):
-        chunk = Chunk(stream.context.tokens[t], stream.context.valid[t])
+        chunk = jax.tree.map(operator.itemgetter(t), stream.context)
         for column in range(chunk.tokens.shape[1]):
             piece = Chunk(chunk.tokens[:, column : column + 1], chunk.valid[:, column : column + 1])
             cache, _ = parity._read(MODEL, cache, piece, method=method, query=False, implementation=None)
@@ -164,7 +163,8 @@ def test_old_raw_text_is_gone(name):
     segments = np.asarray(cache.slots.segment)
     chunks = np.asarray(cache.chunks)[:, None]
     assert not ((kinds == Kind.TEXT) & (segments < chunks)).any()
-    counts = [method.memory_slots(len(layout.arrange(method, s)) - 1) for s in sessions]
+    rows = [layout.arrange(method, s) for s in sessions]
+    counts = [method.memory_slots(len(row) - 1) for row in rows]
     assert (kinds == Kind.MEMORY).sum(1).tolist() == counts
     assert ((kinds == Kind.SINK).sum(1) == int(method.sink)).all()
 

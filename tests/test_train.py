@@ -227,7 +227,7 @@ def test_accumulation_averages_the_means_of_micro_batches():
     def loss(params, number):
         model = nnx.merge(graphdef, params, frozen)
         batch = jax.tree.map(lambda x: x[number], batches)
-        return mean_loss(model, parallel_forward(model, batch, method=method), batch)[0]
+        return mean_loss(model, parallel_forward(model, batch, method=method), batch, method)[0]
 
     losses, grads = zip(*(jax.value_and_grad(loss)(state["params"], n) for n in range(2)), strict=True)
     expected = optax.global_norm(jax.tree.map(lambda a, b: (a + b) / 2, *grads))

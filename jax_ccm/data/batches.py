@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm import layout
+from jax_ccm import layout, sessions
 from jax_ccm.data import documents, sources
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.formats import Format, Report, Unit
 from jax_ccm.errors import UserError
+from jax_ccm.sessions import Example
 from jax_ccm.types import Batch, Method
 
 
@@ -21,7 +22,7 @@ def caps(config: DataConfig, method: Method) -> layout.Sizes:
     return layout.Sizes(config.tokens, config.max_chunks * method.slots_per_chunk, config.scored)
 
 
-def joined(example: layout.Example, join: float, uncompressed: float, rng: np.random.Generator) -> layout.Example:
+def joined(example: Example, join: float, uncompressed: float, rng: np.random.Generator) -> Example:
     """Joins neighbouring context chunks at random; sometimes the whole context, into the tail.
 
     Args:
@@ -35,9 +36,9 @@ def joined(example: layout.Example, join: float, uncompressed: float, rng: np.ra
     if count == 1 or (cuts.all() and not whole):
         return example
     if whole:
-        return layout.join(example, [count])
+        return sessions.join(example, [count])
     bounds = np.flatnonzero(np.concatenate([[True], cuts, [True]]))
-    return layout.join(example, [*(int(size) for size in np.diff(bounds)), 1])
+    return sessions.join(example, [*(int(size) for size in np.diff(bounds)), 1])
 
 
 def buckets(config: DataConfig, method: Method) -> list[layout.Sizes]:
@@ -67,7 +68,7 @@ class TrainingSet:
     units: list[Unit]
     report: Report
 
-    def draw(self, unit: Unit, rng: np.random.Generator) -> layout.Example:
+    def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         """A training example, joined at random as the config says."""
         return joined(self.format.draw(unit, rng), self.config.join, self.config.uncompressed, rng)
 
@@ -116,11 +117,11 @@ class TrainingSet:
         starts = [*range(0, len(order) - size + 1, size), *([len(order) - size] if len(order) % size else [])]
         return [[self.units[i] for i in order[start : start + size]] for start in starts]
 
-    def draw_group(self, group: list[Unit], rng: np.random.Generator) -> list[layout.Example]:
+    def draw_group(self, group: list[Unit], rng: np.random.Generator) -> list[Example]:
         """Examples of a batch, each from draws of its own."""
         return [self.draw(unit, draws) for unit, draws in zip(group, rng.spawn(len(group)), strict=True)]
 
-    def batch(self, examples: list[layout.Example]) -> Batch:
+    def batch(self, examples: list[Example]) -> Batch:
         """The rows as arrays of the smallest sizes allowed that hold them."""
         needs = [layout.measure(self.method, example) for example in examples]
         tokens, scored = max(need.tokens for need in needs), max(need.scored for need in needs)
@@ -143,10 +144,11 @@ def prepare(config: DataConfig, method: Method, tokenizer: Any, vocab_size: int)
         method that has no chunks to join.
     """
     for name in ("join", "uncompressed"):
-        if getattr(config, name) and (method.context != "chunks" or not method.closes):
+        if getattr(config, name) and (method.context != "chunks" or not method.closes or method.chunk):
+            why = "cuts text by itself" if method.chunk else "compresses no chunks"
             raise UserError(
-                f"data.{name}={getattr(config, name)} has no effect with method {method.name!r}, "
-                "which compresses no chunks; set it to 0"
+                f"data.{name}={getattr(config, name)} has no effect with method {method.name!r}, which {why}; "
+                "set it to 0"
             )
     format = documents.build(config, tokenizer)
     units, report = format.load(sources.open_sources(config.train, config.format))

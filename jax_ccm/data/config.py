@@ -17,7 +17,7 @@ FORMAT_OPTIONS: dict[str, dict[str, Any]] = {
         **_TEXT_PIECES, "opening": "Input:", "separator": " Input:", "answer": " Output:", "shots": 16,
         "max_turn_tokens": 256, "max_tokens": 1024, "max_tokens_evaluation": 1024, "demonstrations": (),
     },
-    "text": {"bos": True, "chunk": 24},
+    "text": {"bos": True, "chunk": 24, "ratio": None, "hide": "spans", "span": 25},
     "recall": {},
 }  # fmt: skip
 
@@ -48,7 +48,8 @@ class DataConfig:
       max_chunks: most context chunks of a row.
       scored: Q, most scored tokens of a row.
       loss: "last" scores the final target after a sampled number of time steps (the papers' recipe); "every" uses the
-        whole session and scores all of it that has memory before it: every turn, chunk or label but the first.
+        whole session and scores all of it that has memory before it: every turn, chunk or label but the first; "all"
+        (text) scores every token but the session's first, as a language model is trained.
       join: probability with which each pair of neighbouring context chunks is joined into one, drawn anew each time.
       uncompressed: share of examples whose whole context is joined into the tail, so that nothing is compressed.
       shuffle_seed: seed of order and draws; None takes the run's.
@@ -70,6 +71,10 @@ class DataConfig:
       shots: fewshot: demonstrations drawn for a training example (default 16).
       demonstrations: fewshot evaluation: the sources of the demonstrations, one for each evaluated source, in order.
       chunk: text: tokens of a chunk (default 24).
+      ratio: text: share of a window's places that compression frees, in (0, 1): instead of chunks, spans are drawn anew
+        each time, and what is outside them is kept (Sentinel). None for chunks.
+      hide: text with ratio: "spans" of 2 to ``span`` tokens (default), or single "tokens" (the scattered baseline).
+      span: text with ratio: most tokens of a span (default 25).
     """
 
     train: tuple[str, ...] = ()
@@ -81,7 +86,7 @@ class DataConfig:
     buckets: tuple[int, ...] = ()
     max_chunks: int = 16
     scored: int = 128
-    loss: Literal["last", "every"] = "last"
+    loss: Literal["last", "every", "all"] = "last"
     join: float = 0.0
     uncompressed: float = 0.0
     shuffle_seed: int | None = None
@@ -100,6 +105,9 @@ class DataConfig:
     shots: int | None = None
     demonstrations: tuple[str, ...] | None = None
     chunk: int | None = None
+    ratio: float | None = None
+    hide: Literal["spans", "tokens"] | None = None
+    span: int | None = None
 
     def __post_init__(self):
         for name in ("train", "validation", "test", "demonstrations"):
@@ -108,8 +116,10 @@ class DataConfig:
                 raise UserError(f"data.{name} is the string {value!r}; give a list of sources, [{value!r}]")
         if self.format not in FORMAT_OPTIONS:
             raise unknown("data.format", self.format, FORMAT_OPTIONS)
-        if self.loss not in ("last", "every"):
-            raise unknown("data.loss", self.loss, ("last", "every"))
+        if self.loss not in ("last", "every", "all"):
+            raise unknown("data.loss", self.loss, ("last", "every", "all"))
+        if self.loss == "all" and self.format != "text":
+            raise UserError(f"data.loss='all' is for format 'text'; format {self.format!r} has 'last' and 'every'")
         read = FORMAT_OPTIONS[self.format]
         for name in sorted(set().union(*FORMAT_OPTIONS.values())):
             if name not in read and getattr(self, name) is not None:
@@ -150,6 +160,14 @@ class DataConfig:
                     f"data.max_turns={self.max_turns} is less than data.min_turns={self.option('min_turns')}: "
                     "no dialogue could pass"
                 )
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise UserError(f"data.ratio is {self.ratio}; it must lie in (0, 1): the share of places that spans free")
+        if self.ratio is None and (self.hide is not None or self.span is not None):
+            raise UserError("data.hide and data.span have no effect without data.ratio; set it, or remove them")
+        if self.format == "text" and self.option("hide") not in ("spans", "tokens"):
+            raise unknown("data.hide", self.option("hide"), ("spans", "tokens"))
+        if self.format == "text":
+            self._at_least("span", 2)
         if self.format == "text" and (self.max_chunks + 1) * self.option("chunk") > self.tokens:
             raise UserError(
                 f"data.max_chunks={self.max_chunks} chunks of data.chunk={self.option('chunk')} tokens and a "

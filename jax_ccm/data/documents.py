@@ -8,19 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm.data import recall
+from jax_ccm.data import recall, spans
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.formats import Dialogue, FewShot, Format, Online, Report, Unit, filled
 from jax_ccm.data.pieces import Pieces
 from jax_ccm.data.sources import Source
-from jax_ccm.layout import Example, Sizes, measure
+from jax_ccm.layout import Sizes, measure
+from jax_ccm.sessions import Example, glued
 from jax_ccm.types import Method
 
 
 class Text:
     """``{"text"}``: a text is cut into windows of ``max_chunks + 1`` chunks of ``chunk`` tokens; the last is the tail.
 
-    What remains at the end of a text is a shorter window, used if it has at least two chunks.
+    What remains at the end of a text is a shorter window, used if it has at least two chunks. With ``ratio`` a window
+    is not cut into chunks: spans of it, or single tokens, are drawn anew each time, and the rest is kept (Sentinel).
     """
 
     def __init__(self, config: DataConfig, pieces: Pieces):
@@ -45,16 +47,24 @@ class Text:
         return units, report
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
-        return self.build(unit, self.config.loss == "every")
+        return self.build(unit, self.config.loss, rng)
 
-    def build(self, unit: Unit, every: bool) -> Example:
-        """The window as an example: with ``every`` all chunks but the first are scored, otherwise the tail."""
-        last = len(unit.pieces) - 1
-        segments = [filled(piece, number == last or (every and number > 0)) for number, piece in enumerate(unit.pieces)]
-        return Example(self.pieces.start, self.pieces.separator[:0], tuple(segments), unit.id)
+    def build(self, unit: Unit, loss: str, rng: np.random.Generator | None = None) -> Example:
+        """The window as an example; "all" scores all chunks, "every" all but the first, "last" the tail."""
+        first = {"all": 0, "every": 1, "last": len(unit.pieces) - 1}[loss]
+        segments = tuple(filled(piece, number >= first) for number, piece in enumerate(unit.pieces))
+        if self.config.ratio is not None and rng is not None:
+            whole = glued(*segments)
+            if self.config.option("hide") == "spans":
+                longest = self.config.option("span")
+                segments = spans.segments_of(whole.tokens, whole.scored, self.config.ratio, longest, rng)
+            else:
+                segments = spans.scattered(whole.tokens, whole.scored, self.config.ratio, rng)
+        return Example(self.pieces.start, self.pieces.separator[:0], segments, unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
-        return measure(method, self.build(unit, self.config.loss == "every"))
+        # The number of spans depends on the length alone, so that one draw tells the size of all.
+        return measure(method, self.build(unit, self.config.loss, np.random.default_rng(0)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jax_ccm.data.documents import RecallUnit, Text
 from jax_ccm.data.formats import Dialogue, FewShot, Online, Report, Shot, Unit, session
 from jax_ccm.data.sources import Record, Records, Source, open_sources
 from jax_ccm.errors import UserError
-from jax_ccm.layout import Example
+from jax_ccm.sessions import Example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Evaluation:
         Raises:
           UserError: if all records are dropped, or a few-shot task has no demonstrations.
         """
+        if config.ratio is not None:
+            raise UserError(
+                "data.ratio draws spans anew for each window, which leaves no time steps to evaluate at; train with "
+                "data.validation, whose loss is over the same tokens whatever the ratio, or evaluate without data.ratio"
+            )
         self.config = config
         self.format = documents.build(config, tokenizer)
         self._choices: dict[str, Record] = {}
@@ -172,7 +177,7 @@ class Evaluation:
             turns = (*contexts[:step], query, own if target is None else target)
             return session(format.pieces, turns, every=False, score_end=False, id=unit.id)
         if isinstance(format, Text):
-            return format.build(Unit(unit.id, unit.pieces[-step - 1 :]), every=False)
+            return format.build(Unit(unit.id, unit.pieces[-step - 1 :]), "last")
         assert isinstance(unit, RecallUnit)
         return recall.example(unit.record, unit.id, step)
 

@@ -18,7 +18,8 @@ from jax_ccm.data.config import DataConfig
 from jax_ccm.data.pieces import Pieces
 from jax_ccm.data.sources import Source
 from jax_ccm.errors import UserError
-from jax_ccm.layout import Example, Segment, Sizes, measure
+from jax_ccm.layout import Sizes, bound, measure
+from jax_ccm.sessions import Example, Segment, glued
 from jax_ccm.types import Method
 
 
@@ -88,11 +89,6 @@ class Format(Protocol):
 def filled(tokens: np.ndarray, scored: bool = False) -> Segment:
     """A segment that is scored everywhere or nowhere."""
     return Segment(tokens, np.full(len(tokens), scored))
-
-
-def glued(*segments: Segment) -> Segment:
-    """One segment of several."""
-    return Segment(np.concatenate([s.tokens for s in segments]), np.concatenate([s.scored for s in segments]))
 
 
 def session(
@@ -347,4 +343,4 @@ class FewShot:
         if self.config.loss == "every":
             scored += (self.config.option("shots") - 1) * self._longest_label[unit.task]
         tokens = max(alone.tokens, self.config.option("max_tokens"))
-        return Sizes(tokens + shots * len(method.closes), shots * method.slots_per_chunk, scored)
+        return bound(method, tokens, shots, scored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 from flax import nnx
 
 from jax_ccm import memory
-from jax_ccm.layout import Example, Segment, Sizes, arrange, batch, measure
+from jax_ccm.errors import UserError
+from jax_ccm.layout import Sizes, arrange, batch, measure, reachable
 from jax_ccm.losses import mean_loss, scored_logits
 from jax_ccm.nn.config import ModelConfig
 from jax_ccm.nn.transformer import Transformer
+from jax_ccm.sessions import Example
 from jax_ccm.steps import compress, parallel_forward, read
-from jax_ccm.types import RAW, Batch, Chunk, MemoryCache, Method
+from jax_ccm.types import RAW, Batch, Chunk, Kind, MemoryCache, Method, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +43,22 @@ class Stream:
 
 def everything_scored(example: Example) -> Example:
     """The example with every text token of every segment as a target."""
-    segments = tuple(Segment(s.tokens, np.ones(len(s.tokens), bool)) for s in example.segments)
+    segments = tuple(dataclasses.replace(s, scored=np.ones(len(s.tokens), bool)) for s in example.segments)
     return dataclasses.replace(example, segments=segments)
 
 
 def stream(method: Method, examples: Sequence[Example]) -> Stream:
     """Lays examples out for the recurrence."""
     rows = [arrange(method, example) for example in examples]
+    if any(s.kept is not None and s.kept.any() for row in rows for s in row) and not method.keeps_text:
+        raise UserError(f"method {method.name!r} keeps no text, but a segment has text to keep")
     time = max(len(row) for row in rows) - 1
     length = max((len(s.tokens) for row in rows for s in row[:-1]), default=1)
     tail = max(len(row[-1].tokens) for row in rows)
-    # tokens, valid, targets, weights
-    context_arrays = [np.zeros((time, len(rows), length), dtype) for dtype in (np.int32, bool, np.int32, np.float32)]
-    tail_arrays = [np.zeros((len(rows), tail), dtype) for dtype in (np.int32, bool, np.int32, np.float32)]
+    # tokens, valid, targets, weights, kept
+    dtypes = (np.int32, bool, np.int32, np.float32, bool)
+    context_arrays = [np.zeros((time, len(rows), length), dtype) for dtype in dtypes]
+    tail_arrays = [np.zeros((len(rows), tail), dtype) for dtype in dtypes]
     for i, row in enumerate(rows):
         text = np.concatenate([segment.tokens for segment in row])
         scored = np.concatenate([segment.scored for segment in row])
@@ -61,13 +67,16 @@ def stream(method: Method, examples: Sequence[Example]) -> Stream:
         for number, segment in enumerate(row):
             count = len(segment.tokens)
             place = slice(first, first + count)
-            values = (segment.tokens, np.ones(count, bool), behind[0][place], behind[1][place])
+            kept = np.zeros(count, bool) if segment.kept is None else segment.kept
+            values = (segment.tokens, np.ones(count, bool), behind[0][place], behind[1][place], kept)
             last = number == len(row) - 1
             for array, value in zip(tail_arrays if last else context_arrays, values, strict=True):
                 array[(i, slice(count)) if last else (number, i, slice(count))] = value
             first += count
+    # The tail is of kind QUERY as a whole; what is kept in it makes no difference.
+    kept = context_arrays[4] if method.keeps_text else None
     return Stream(
-        Chunk(*context_arrays[:2]),
+        Chunk(*context_arrays[:2], kept),
         Chunk(*tail_arrays[:2]),
         (context_arrays[2], tail_arrays[2]),
         (context_arrays[3], tail_arrays[3]),
@@ -129,6 +138,7 @@ def parallel_logits(
     Returns:
       For each example ``float32 [q, V]``, in the order of its scored tokens.
     """
+    method = dataclasses.replace(method, repeat=None)
     made = batch(method, examples, caps_for(method, examples), model.config.vocab_size)
     if not with_memory:
         made = without_memory(made)
@@ -178,7 +188,7 @@ def recurrent_logits(
 
     static = dict(method=method, implementation=implementation)
     for time in range(sessions.context.tokens.shape[0]):
-        chunk = Chunk(sessions.context.tokens[time], sessions.context.valid[time])
+        chunk = jax.tree.map(operator.itemgetter(time), sessions.context)
         cache, logits = _read(model, cache, chunk, query=False, **static)
         collect(logits, sessions.weights[0][time])
         cache = _compress(model, cache, chunk.valid.any(axis=1), **static)
@@ -194,6 +204,7 @@ def parallel_gradients(model: Transformer, method: Method, examples: Sequence[Ex
     Returns:
       The loss, and a tree of float32 arrays of the adapter's structure.
     """
+    method = dataclasses.replace(method, repeat=None)
     made = batch(method, examples, caps_for(method, examples), model.config.vocab_size)
     graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
     loss, gradients = _parallel_gradients(adapter, base, made, graphdef=graphdef, method=method)
@@ -223,11 +234,14 @@ def context_slots(method: Method, example: Example) -> int:
     if not context:
         return 0
     if method.closes:
-        return method.memory_slots(len(context)) + int(method.sink)
+        kept = sum(int(segment.kept.sum()) for segment in context if segment.kept is not None)
+        return method.memory_slots(len(context)) + kept + int(method.sink)
     text = sum(len(segment.tokens) for segment in context)
-    if method.rule.window is None:
-        return text
-    return min(text, method.rule.window + int(method.sink))
+    own = np.concatenate([np.full(len(segment.tokens), number) for number, segment in enumerate(context)])
+    place = np.arange(text)[None]
+    kind = np.where(place == 0, Kind.SINK if method.sink else Kind.TEXT, Kind.TEXT)
+    slots = Slots(kind, own[None], place, place)
+    return int(reachable(method.rule, slots, np.array([len(context)]), np.array([text])).sum())
 
 
 def memory_bytes(method: Method, config: ModelConfig, example: Example, itemsize: int) -> int:
@@ -256,7 +270,7 @@ _compress = jax.jit(compress, static_argnames=("method", "implementation"))
 def _parallel_gradients(adapter, base, made, *, graphdef, method):
     def loss(adapter):
         model = nnx.merge(graphdef, adapter, base)
-        return mean_loss(model, parallel_forward(model, made, method=method), made)[0]
+        return mean_loss(model, parallel_forward(model, made, method=method), made, method)[0]
 
     return jax.value_and_grad(loss)(adapter)
 

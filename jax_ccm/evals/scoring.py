@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ccm.errors import UserError
-from jax_ccm.layout import Example, Segment, Sizes, batch, measure
+from jax_ccm.layout import Sizes, batch, measure
 from jax_ccm.losses import scored_logits
 from jax_ccm.nn.transformer import Transformer
+from jax_ccm.sessions import Example, Segment
 from jax_ccm.steps import parallel_forward
 from jax_ccm.types import Batch, Method
 
@@ -62,7 +63,9 @@ class Store:
         """
         digest = hashlib.sha256(f"{identity}|{method!r}|{len(examples)}".encode())
         for example in examples:
-            pieces = [example.start, example.separator, *(x for s in example.segments for x in (s.tokens, s.scored))]
+            pieces = [example.start, example.separator]
+            for s in example.segments:
+                pieces += [s.tokens, s.scored, s.scored[:0] if s.kept is None else s.kept]
             for piece in pieces:
                 digest.update(f"{len(piece)}:".encode() + piece.astype("<i4").tobytes())
         return self.folder / f"{digest.hexdigest()[:32]}.npz"
@@ -108,7 +111,8 @@ def trimmed(example: Example) -> Example:
     """
     tail = example.segments[-1]
     used = int(np.flatnonzero(tail.scored)[-1]) + 1 if tail.scored.any() else len(tail.tokens)
-    tail = Segment(tail.tokens[:used], tail.scored[:used])
+    kept = None if tail.kept is None else tail.kept[:used]
+    tail = Segment(tail.tokens[:used], tail.scored[:used], kept)
     return dataclasses.replace(example, segments=(*example.segments[:-1], tail))
 
 
@@ -166,6 +170,7 @@ def score(
       `Scores` of each example, in the order given.
     """
     log = log or (lambda line: None)
+    method = dataclasses.replace(method, repeat=None)
     examples = [trimmed(example) for example in examples]
     if not examples:
         return []

@@ -16,7 +16,7 @@ import numpy as np
 from jax_ccm.data.evaluation import Choice
 from jax_ccm.evals.scoring import Scores
 from jax_ccm.evals.statistics import Resamples, estimate
-from jax_ccm.layout import Example, Segment
+from jax_ccm.sessions import Example, Segment
 
 CALIBRATED_TASK = "poem_sentiment"
 EXCLUDED_TASK = "glue-mrpc"

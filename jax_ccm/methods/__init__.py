@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jax_ccm.errors import UserError, unknown
-from jax_ccm.methods import baselines, ccm
+from jax_ccm.methods import baselines, ccm, loma, sentinel
 from jax_ccm.types import Method
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -19,6 +19,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ccm_concat": ccm.concat,
     "ccm_merge": ccm.merge,
     "ccm_ema": ccm.ema,
+    "loma": loma.loma,
+    "sentinel": sentinel.sentinel,
+    "local": baselines.local,
+    "scattered": baselines.scattered,
 }
 
 

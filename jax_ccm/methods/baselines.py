@@ -29,9 +29,33 @@ def window(size: int, sink: bool = False, streaming: bool = False) -> Method:
     """
     if size < 1:
         raise UserError(f"window size is {size}; it must be at least 1 token")
-    clauses = (see(RAW, RAW, 0, INF),) + ((see(EVERY, Kind.SINK, 0, INF),) if sink else ())
+    clauses = (see(RAW, RAW, 0, INF, window=size),) + ((see(EVERY, Kind.SINK, 0, INF),) if sink else ())
     rope = "cache" if streaming else "running"
-    return Method(name="window", rule=Rule(clauses, window=size), gate=EVERY if sink else RAW, sink=sink, rope=rope)
+    return Method(name="window", rule=Rule(clauses), gate=EVERY if sink else RAW, sink=sink, rope=rope)
+
+
+def local(hidden: float) -> Method:
+    """Local attention of the Sentinel paper: the oldest ``hidden`` of what stands before a token is hidden from it.
+
+    The window is proportional, not of fixed width: token j sees k from ``floor(j * hidden)`` on.
+
+    Args:
+      hidden: share of earlier text, oldest first, that is not seen; in (0, 1), to three decimal places.
+    """
+    # As integers: float arithmetic puts the edge of the window one off at some places.
+    thousandths = round(hidden * 1000)
+    if not 0 < thousandths < 1000:
+        raise UserError(f"hidden is {hidden}; it must lie in (0, 1): it is the share of earlier text that is not seen")
+    return Method(name="local", rule=Rule((see(RAW, RAW, 0, INF, hidden=(thousandths, 1000)),)), gate=RAW)
+
+
+def scattered() -> Method:
+    """Scattered attention of the Sentinel paper: a token sees itself and, of what stands before it, what the data keep.
+
+    Which tokens are kept is drawn once for a text (``data.hide: tokens``), the same for all queries, layers and heads.
+    """
+    clauses = (see(RAW, Kind.QUERY, 0, INF), see(Kind.TEXT, Kind.TEXT, 0, 0, window=1))
+    return Method(name="scattered", rule=Rule(clauses), gate=RAW)
 
 
 def streaming_llm() -> Method:

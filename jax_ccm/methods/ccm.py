@@ -18,9 +18,9 @@ from __future__ import annotations
 from typing import Literal
 
 from jax_ccm.errors import UserError
-from jax_ccm.types import INF, Ema, Kind, Mean, Method, Mix, Rule, see
+from jax_ccm.types import INF, Ema, Kind, Mean, Method, Mix, Rule, Token, see
 
-TEXT, QUERY, COMP, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.SINK, Kind.MEMORY
+TEXT, QUERY, COMP, REPEAT, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.REPEAT, Kind.SINK, Kind.MEMORY
 EVERY = (TEXT, QUERY, COMP, SINK)
 
 
@@ -35,6 +35,7 @@ def _method(
     mix: Mix | None,
     context: Literal["chunks", "joined"] = "chunks",
     streaming: bool = False,
+    repeat: bool = False,
 ) -> Method:
     if comp_tokens < 1:
         raise UserError(f"comp_tokens is {comp_tokens}; a chunk is compressed into at least 1 token")
@@ -46,17 +47,22 @@ def _method(
     ]
     if sink:
         clauses.append(see(EVERY, SINK, 0, INF))
+    gate = (COMP,) if conditional else EVERY
+    if repeat:
+        # A chunk's repetition sees the memory just after that chunk, and each token itself.
+        clauses += [see(REPEAT, MEMORY, 0, 0), see(REPEAT, REPEAT, 0, 0, window=1)]
+        gate += (REPEAT,)
     return Method(
         name=name,
         rule=Rule(tuple(clauses)),
-        closes=(COMP,) * comp_tokens,
         # Compression tokens are not counted: they share positions with the text that follows.
-        offsets=tuple(range(comp_tokens)),
+        closes=tuple(Token(COMP, row=k, offset=k) for k in range(comp_tokens)),
         mix=mix,
-        gate=(COMP,) if conditional else EVERY,
+        gate=gate,
         sink=sink,
         context=context,
         rope="cache" if streaming else "running",
+        repeat=Token(REPEAT, row=comp_tokens) if repeat else None,
     )
 
 
@@ -66,6 +72,7 @@ def concat(
     independent: bool = False,
     conditional: bool = True,
     streaming: bool = False,
+    repeat: bool = False,
 ) -> Method:
     """CCM-concat: memory grows by ``comp_tokens`` slots a chunk (section 3.1).
 
@@ -76,6 +83,8 @@ def concat(
       conditional: the LoRA acts on compression tokens only; False is the paper's ablation (table 21).
       streaming: keys are stored unrotated and take their place in the cache as position (section 4.3);
         recurrent only.
+      repeat: in training, each chunk must also be said again, token by token, from the memory just after it: LoMA's
+        repetition loss; in no paper.
     """
     return _method(
         "ccm_concat",
@@ -86,6 +95,7 @@ def concat(
         farthest=INF,
         mix=None,
         streaming=streaming,
+        repeat=repeat,
     )
 
 
@@ -95,6 +105,7 @@ def merge(
     independent: bool = False,
     conditional: bool = True,
     streaming: bool = False,
+    repeat: bool = False,
 ) -> Method:
     """CCM-merge: the running mean of all chunks' states in ``comp_tokens`` slots. Arguments as for `concat`."""
     return _method(
@@ -106,6 +117,7 @@ def merge(
         farthest=1,
         mix=Mean(),
         streaming=streaming,
+        repeat=repeat,
     )
 
 
@@ -116,11 +128,12 @@ def ema(
     conditional: bool = True,
     decay: float = 0.5,
     streaming: bool = False,
+    repeat: bool = False,
 ) -> Method:
     """CCM-merge by an exponential moving average (table 16).
 
     Args:
-      comp_tokens, sink, independent, conditional, streaming: as for `concat`.
+      comp_tokens, sink, independent, conditional, streaming, repeat: as for `concat`.
       decay: weight of the newest chunk.
     """
     return _method(
@@ -132,6 +145,7 @@ def ema(
         farthest=1,
         mix=Ema(decay),
         streaming=streaming,
+        repeat=repeat,
     )
 
 

@@ -225,7 +225,7 @@ def _check_fits(adapter: Adapter, method: Method) -> None:
 
 
 def _check_tokens(adapter: Adapter, method: Method, source: str) -> None:
-    have, need = adapter.config.tokens, len(method.closes)
+    have, need = adapter.config.tokens, method.rows
     if have == need:
         return
     if not have:

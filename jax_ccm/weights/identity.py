@@ -31,14 +31,17 @@ def describe_method(method: Method) -> dict[str, Any]:
     The rule becomes ``"sees"``: for each "KIND sees KIND" the distances in segments, as merged ``[nearest, farthest]``
     intervals (None for no limit).
     """
-    found: dict[tuple[str, str], list[list[int]]] = {}
+    found: dict[str, list[list[int]]] = {}
     for clause in method.rule.sees:
+        limit = f" within {clause.window}" * (clause.window is not None)
+        if clause.hidden is not None:
+            limit += f" but the oldest {clause.hidden[0]}/{clause.hidden[1]}"
         for query in clause.query:
             for key in clause.key:
-                found.setdefault((query.name, key.name), []).append([clause.nearest, clause.farthest])
-    sees = {f"{query} sees {key}": _merged(spans) for (query, key), spans in sorted(found.items())}
+                found.setdefault(f"{query.name} sees {key.name}{limit}", []).append([clause.nearest, clause.farthest])
+    sees = {name: _merged(spans) for name, spans in sorted(found.items())}
     out: dict[str, Any] = {"name": method.name, "sees": sees}
-    out |= {"both_ways": sorted(k.name for k in method.rule.both_ways), "window": method.rule.window}
+    out |= {"both_ways": sorted(k.name for k in method.rule.both_ways)}
     for field in dataclasses.fields(method):
         if field.name not in ("name", "rule"):
             out[field.name] = _plain(getattr(method, field.name))

@@ -12,6 +12,7 @@ from jax_ccm.data.config import DataConfig
 from jax_ccm.data.sources import Records
 from jax_ccm.errors import UserError
 from jax_ccm.methods import baselines, ccm
+from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Kind
 from tests.data.support import VOCAB, dialogues, text_of, tokenizer, write
 
@@ -104,13 +105,13 @@ def test_ids_outside_the_vocabulary(config):
         prepare(config, METHOD, tokenizer(), 200)
     data = prepare(config, METHOD, tokenizer(), VOCAB)
     example = data.draw(data.units[0], np.random.default_rng(0))
-    bad = layout.Segment(np.array([VOCAB], np.int32), np.array([True]))
+    bad = Segment(np.array([VOCAB], np.int32), np.array([True]))
     for segments, says in (
         ((bad,), "outside the vocabulary"),
-        ((layout.Segment(bad.tokens[:0], bad.scored[:0]),), "is empty"),
+        ((Segment(bad.tokens[:0], bad.scored[:0]),), "is empty"),
     ):
         with pytest.raises(UserError, match=says):
-            data.batch([layout.Example(example.start[:0], example.separator, segments)])
+            data.batch([Example(example.start[:0], example.separator, segments)])
 
 
 def test_joining_needs_chunks(config):
@@ -120,8 +121,8 @@ def test_joining_needs_chunks(config):
 
 
 def sized(*counts):
-    segments = [layout.Segment(np.full(n, 5, np.int32), np.ones(n, bool)) for n in counts]
-    return layout.Example(np.zeros(1, np.int32), np.array([7], np.int32), tuple(segments))
+    segments = [Segment(np.full(n, 5, np.int32), np.ones(n, bool)) for n in counts]
+    return Example(np.zeros(1, np.int32), np.array([7], np.int32), tuple(segments))
 
 
 def test_joined():

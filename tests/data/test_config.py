@@ -31,7 +31,7 @@ def test_options_fall_back_to_the_format():
     ("fields", "says"),
     [
         ({"format": "dialog"}, "did you mean 'dialogue'"),
-        ({"loss": "all"}, "unknown data.loss"),
+        ({"loss": "some"}, "unknown data.loss"),
         ({"join": 1.5}, "probability"),
         ({"batch_size": 0}, "at least 1"),
         ({"min_turns": 2}, "at least 3"),

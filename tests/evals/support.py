@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm.layout import Example, Segment
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer
+from jax_ccm.sessions import Example, Segment
 from jax_ccm.weights.hf import parameters
 from tests import cases
 

@@ -56,8 +56,8 @@ def test_a_small_cache_is_refused():
     [
         ("full", {}, 2 + 3 + 1 + 2),  # start and separators count
         ("none", {}, 0),
-        ("window", dict(size=5), 5),
-        ("window", dict(size=5, sink=True), 6),
+        ("window", dict(size=5), 4),  # a token that sees itself and four more
+        ("window", dict(size=5, sink=True), 5),
         ("window", dict(size=50), 8),
         ("ccm_concat", dict(comp_tokens=2), 4),
         ("ccm_concat", dict(comp_tokens=2, sink=True), 5),

@@ -299,7 +299,7 @@ def test_damaged_description(saved, change, message):
 
 def test_an_older_description_lacks_newer_fields(saved):
     about = json.loads((saved / "adapter.json").read_text())
-    del about["method"]["window"], about["method"]["mix"]
+    del about["method"]["repeat"], about["method"]["mix"]
     (saved / "adapter.json").write_text(json.dumps(about))
     read_adapter(saved, method=CONCAT)
     with pytest.raises(UserError, match="mix: null there"):

@@ -1,0 +1,54 @@
+"""Pictures in text of who sees whom: `python -c "from jax_ccm.draw import draw; ..."`, and the pages of the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_ccm import layout
+from jax_ccm.sessions import Example, Segment
+from jax_ccm.types import Kind, Method
+
+_SIGNS = {Kind.COMP: "C", Kind.OPEN: "[", Kind.REPEAT: "r"}
+_LETTERS = 26
+
+
+def draw(method: Method, lengths: Sequence[int], kept: Sequence[int] = ()) -> str:
+    """The visibility of a parallel forward, computed by the same code that training runs.
+
+    Rows are queries, columns keys: the places of the row itself, then ``|``, then the memory (``M`` and the number of
+    the chunk that wrote it). Behind each row stands the position. Text is ``a b c ...``, compression tokens are
+    ``C``, a span's opener ``[``, repetition tokens ``r``.
+
+    Args:
+      method: the method.
+      lengths: tokens of the context chunks, and last of the tail.
+      kept: for each chunk how many tokens at its begin are kept; none if left out.
+    """
+    text = iter(range(_LETTERS))
+    segments = []
+    for number, count in enumerate(lengths):
+        tokens = np.array([next(text) for _ in range(count)], np.int32)
+        keep = np.arange(count) < kept[number] if number < len(kept) else None
+        segments.append(Segment(tokens, np.zeros(count, bool), keep))
+    none = np.zeros(0, np.int32)
+    example = Example(none, none, tuple(segments))
+    batch = layout.batch(method, [example], layout.measure(method, example), _LETTERS)
+    names = [
+        chr(ord("a") + token) if token < _LETTERS else _SIGNS[Kind(kind)]
+        for token, kind in zip(batch.tokens[0], batch.slots.kind[0], strict=True)
+    ]
+    seen = [layout.visible(method.rule, batch.slots, batch.slots)[0]]
+    columns = [*names]
+    if batch.memory is not None:
+        seen.append(layout.visible(method.rule, batch.slots, batch.memory.slots)[0])
+        columns += ["|", *(f"M{1 + segment}" for segment in batch.memory.slots.segment[0])]
+    widths = [max(1, len(name)) for name in columns]
+    line = lambda cells: " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+    lines = ["  " + line(columns) + "   position"]
+    for i, name in enumerate(names):
+        parts = [["x" if hit else "." for hit in part[i]] for part in seen]
+        cells = parts[0] if len(parts) == 1 else [*parts[0], "|", *parts[1]]
+        lines.append(f"{name} {line(cells)}   {batch.slots.position[0, i]}")
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,91 @@
+"""LoMA, lossless compressed memory attention (Wang & Xiao 2024, arXiv 2401.09486): a reimplementation.
+
+The paper's code is not public; masks and positions it leaves open are decided here, each with an option. Text is cut
+into chunks of t c tokens. A chunk (reading zone) is followed by t memory tokens; in training also by a token for each
+of its text tokens (repetition zone) that must answer with that text token, from memory alone. With c = 2, t = 1,
+chunks ``a b`` and the tail ``c`` (own places left, memory right)::
+
+          a b m r r c | M     position
+    a     x . . . . . | .     0
+    b     x x . . . . | .     1
+    m     x x x . . . | .     1
+    r     . . . x . . | x     0
+    r     . . . . x . | x     1
+    c     . . . . . x | x     2
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jax_ccm.errors import UserError
+from jax_ccm.types import INF, Clause, Kind, Method, Rule, Token, see
+
+TEXT, QUERY, COMP, REPEAT, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.REPEAT, Kind.SINK, Kind.MEMORY
+EVERY = (TEXT, QUERY, COMP, REPEAT, SINK)
+
+
+def loma(
+    ratio: int = 4,
+    memory_tokens: int = 8,
+    repeat: bool = True,
+    repeat_weight: float = 1.0,
+    bidirectional: bool = True,
+    history: bool = True,
+    scope: Literal["all", "last"] = "all",
+    positions: Literal["stride", "sequential"] = "stride",
+    repeats_see: Literal["self", "causal", "both"] = "self",
+    sink: bool = False,
+    conditional: bool = False,
+) -> Method:
+    """LoMA.
+
+    Args:
+      ratio: c, text tokens for each memory token.
+      memory_tokens: t, memory tokens of a chunk of t c text tokens.
+      repeat: lay out the repetition zone in training.
+      repeat_weight: w in ``L_read + w L_rep``.
+      bidirectional: memory tokens of a chunk see each other both ways; False for causally.
+      history: memory tokens see earlier memory; text always does.
+      scope: text sees the memory of "all" closed chunks, or of the "last".
+      positions: the k-th memory token stands at the end of its share of the chunk ("stride"), or k places behind the
+        chunk, not counted ("sequential").
+      repeats_see: besides memory, a repetition token sees "self", earlier ones ("causal"), or all ("both").
+      sink: keep the first token of the session visible to all.
+      conditional: the LoRA acts on memory and repetition tokens only, as in CCM; in no paper.
+    """
+    for name, value in (("ratio", ratio), ("memory_tokens", memory_tokens)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    farthest = {"all": INF, "last": 1}[_one_of("scope", scope, ("all", "last"))]
+    readers = (TEXT, QUERY, COMP) if history else (TEXT, QUERY)
+    clauses: list[Clause] = [
+        see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
+        see(COMP, COMP, 0, 0),
+        see(readers, MEMORY, 1, farthest),
+        see(REPEAT, MEMORY, 0, 0),
+        see(REPEAT, REPEAT, 0, 0, window=1 if repeats_see == "self" else None),
+    ]
+    if sink:
+        clauses.append(see((TEXT, QUERY, COMP, SINK), SINK, 0, INF))
+    both = ((COMP,) if bidirectional else ()) + ((REPEAT,) if repeats_see == "both" else ())
+    _one_of("repeats_see", repeats_see, ("self", "causal", "both"))
+    stride = _one_of("positions", positions, ("stride", "sequential")) == "stride"
+    size = ratio * memory_tokens
+    place = lambda k: ratio * (k + 1) - 1 - size if stride else k
+    return Method(
+        name="loma",
+        rule=Rule(tuple(clauses), both_ways=both),
+        closes=tuple(Token(COMP, row=0, offset=place(k)) for k in range(memory_tokens)),
+        gate=(COMP, REPEAT) if conditional else EVERY,
+        sink=sink,
+        chunk=size,
+        repeat=Token(REPEAT, row=1) if repeat else None,
+        repeat_weight=repeat_weight,
+    )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise UserError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    return value

@@ -1,0 +1,273 @@
+"""LoMA: layout, losses and gradients; L1 to L16 number the traps of its specification."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_ccm import layout, losses, memory, steps
+from jax_ccm.draw import draw
+from jax_ccm.errors import UserError
+from jax_ccm.evals import parity
+from jax_ccm.generate import generate
+from jax_ccm.methods import build
+from jax_ccm.sessions import Example, Segment
+from jax_ccm.types import Chunk, Kind
+from tests import cases
+
+METHOD = build("loma", ratio=2, memory_tokens=2)
+READING = dataclasses.replace(METHOD, repeat=None)
+MODEL = cases.model(tokens=2)
+EMPTY = np.zeros(0, np.int32)
+
+
+def text(count: int, seed: int = 0, scored: bool = True) -> Example:
+    """A text without opening tokens, in one piece: the method cuts it."""
+    tokens = np.random.default_rng(seed).integers(10, cases.VOCAB, count).astype(np.int32)
+    return Example(EMPTY, EMPTY, (Segment(tokens, np.full(count, scored)),))
+
+
+def laid_out(examples, method=METHOD, extra: int = 0):
+    sizes = parity.caps_for(method, examples)
+    sizes = layout.Sizes(sizes.tokens + extra, sizes.memory + 2 * extra, sizes.scored + extra)
+    return layout.batch(method, examples, sizes, cases.VOCAB)
+
+
+def hidden_of(made, method=METHOD, model=MODEL):
+    return steps.parallel_forward(model, made, method=method)
+
+
+def test_drawn_mask():
+    """Who sees whom and the positions, of two closed chunks and a tail (L3, L5 and L8)."""
+    assert (
+        draw(METHOD, (4, 4, 1)).splitlines()
+        == """\
+  a b c d C C r r r r e f g h C C r r r r i | M1 M1 M2 M2   position
+a x . . . . . . . . . . . . . . . . . . . . | .  .  .  .    0
+b x x . . . . . . . . . . . . . . . . . . . | .  .  .  .    1
+c x x x . . . . . . . . . . . . . . . . . . | .  .  .  .    2
+d x x x x . . . . . . . . . . . . . . . . . | .  .  .  .    3
+C x x x x x x . . . . . . . . . . . . . . . | .  .  .  .    1
+C x x x x x x . . . . . . . . . . . . . . . | .  .  .  .    3
+r . . . . . . x . . . . . . . . . . . . . . | x  x  .  .    0
+r . . . . . . . x . . . . . . . . . . . . . | x  x  .  .    1
+r . . . . . . . . x . . . . . . . . . . . . | x  x  .  .    2
+r . . . . . . . . . x . . . . . . . . . . . | x  x  .  .    3
+e . . . . . . . . . . x . . . . . . . . . . | x  x  .  .    4
+f . . . . . . . . . . x x . . . . . . . . . | x  x  .  .    5
+g . . . . . . . . . . x x x . . . . . . . . | x  x  .  .    6
+h . . . . . . . . . . x x x x . . . . . . . | x  x  .  .    7
+C . . . . . . . . . . x x x x x x . . . . . | x  x  .  .    5
+C . . . . . . . . . . x x x x x x . . . . . | x  x  .  .    7
+r . . . . . . . . . . . . . . . . x . . . . | .  .  x  x    4
+r . . . . . . . . . . . . . . . . . x . . . | .  .  x  x    5
+r . . . . . . . . . . . . . . . . . . x . . | .  .  x  x    6
+r . . . . . . . . . . . . . . . . . . . x . | .  .  x  x    7
+i . . . . . . . . . . . . . . . . . . . . x | x  x  x  x    8""".splitlines()
+    )
+
+
+def test_targets():
+    """Text predicts the next text token across memory and repetition; repetition is not shifted (L1 and L2)."""
+    example = text(9)
+    made = laid_out([example])
+    tokens = example.segments[0].tokens
+    kinds = made.slots.kind[0][made.places[0]]
+    read = kinds != Kind.REPEAT
+    assert made.targets[0][read].tolist() == tokens[1:].tolist()
+    assert made.targets[0][~read].tolist() == tokens[:8].tolist()
+    assert (made.slots.position[0][made.places[0]][~read] == np.arange(8)).all()
+    assert not np.isin(kinds, [Kind.COMP, Kind.PAD]).any()
+    ids = made.tokens[0][made.tokens[0] >= cases.VOCAB]
+    assert set(ids) == {cases.VOCAB, cases.VOCAB + 1}, "one memory token and one repetition token serve all places"
+
+
+def test_repetition_changes_no_text():
+    """The row with its repetition zones gives the same text logits as the row without (L3)."""
+    example = text(11)
+    without = laid_out([example], READING)
+    ours = losses.scored_logits(MODEL, hidden_of(laid_out([example])), laid_out([example]))
+    theirs = losses.scored_logits(MODEL, hidden_of(without, READING), without)
+    np.testing.assert_allclose(ours[0, : theirs.shape[1]], theirs[0], atol=1e-5)
+
+
+def test_chunk_boundaries():
+    """A recurrence that compresses every t c tokens equals the row, at and around the boundary (L9, L10)."""
+    for count in (4, 5, 7, 8, 9, 13):
+        example = text(count)
+        assert [len(s.tokens) for s in layout.arrange(METHOD, example)] == [4] * ((count - 1) // 4) + [
+            (count - 1) % 4 + 1
+        ]
+        ours = parity.parallel_logits(MODEL, METHOD, [example])[0]
+        np.testing.assert_allclose(ours, parity.recurrent_logits(MODEL, METHOD, [example])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("repeats_see", ["self", "causal", "both"])
+def test_repeating_from_the_cache(repeats_see):
+    """`steps.repeat` reads a closed chunk back, its text being gone, as the training row does (L15)."""
+    method = build("loma", ratio=2, memory_tokens=2, repeats_see=repeats_see)
+    example = text(13)
+    made = laid_out([example], method)
+    again = np.asarray(losses.repeated(made))[0]
+    expected = np.asarray(losses.scored_logits(MODEL, hidden_of(made, method), made))[0][again].reshape(3, 4, -1)
+    cache = parity.cache_for(MODEL, method, [example])
+    segments = layout.arrange(method, example)
+    for segment in segments[:-1]:
+        cache = steps.compress_step(MODEL, cache, layout.chunk([segment.tokens], 4, cases.VOCAB), method=method)
+    for open_text in (False, True):
+        if open_text:
+            tail = layout.chunk([segments[-1].tokens[:3]], 3, cases.VOCAB)
+            cache, _ = steps.read(MODEL, cache, tail, method=method)
+        # What was evicted is not merely masked: nothing of it is left to read.
+        free = (cache.slots.kind == Kind.PAD)[None, :, :, None, None]
+        cache = dataclasses.replace(cache, k=jnp.where(free, 1e3, cache.k), v=jnp.where(free, 1e3, cache.v))
+        for back in (1, 2, 3):
+            logits = steps.repeat(MODEL, cache, 4, back, method=method)[0]
+            np.testing.assert_allclose(logits, expected[3 - back], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["concat", "merge", "ema"])
+def test_repetition_on_top_of_ccm(name):
+    """The last chunk, of whatever length, read back from a memory of CCM as its training row does."""
+    method, model = cases.METHODS[f"{name}_n2_repeat"], cases.model(tokens=3)
+    (session,) = cases.sessions(((5, 3, 4, 1),))
+    made = laid_out([session], method)
+    segments = layout.arrange(method, session)
+    cache = parity.cache_for(model, method, [session])
+    begin = 0
+    for number, segment in enumerate(segments[:-1]):
+        count = len(segment.tokens)
+        cache = steps.compress_step(model, cache, layout.chunk([segment.tokens], 7, cases.VOCAB), method=method)
+        mine = np.asarray(losses.repeated(made))[0] & (made.steps[0] == number)
+        assert made.targets[0][mine].tolist() == segment.tokens.tolist()
+        expected = losses.scored_logits(model, hidden_of(made, method, model), made)[0][mine]
+        logits = steps.repeat(model, cache, count, method=method, begin=jnp.full(1, begin))[0]
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+        begin += count
+
+
+def test_methods_without_repetition_say_so():
+    method = build("ccm_concat")
+    cache = parity.cache_for(MODEL, method, cases.sessions())
+    with pytest.raises(UserError, match="no repetition token"):
+        steps.repeat(MODEL, cache, 4, method=method)
+
+
+def test_memory_is_bidirectional():
+    """Memory tokens see those behind them, which also means that they must be run in one pass (L6 and L7)."""
+    causal = build("loma", ratio=2, memory_tokens=2, bidirectional=False)
+    ours = parity.parallel_logits(MODEL, METHOD, [text(9)])[0]
+    theirs = parity.parallel_logits(MODEL, causal, [text(9)])[0]
+    np.testing.assert_array_equal(ours[:3], theirs[:3])
+    assert np.abs(ours[3:] - theirs[3:]).max() > 1e-3
+
+    def one_by_one(method):
+        """The cache after four tokens, its memory tokens run in two passes."""
+        cache = parity.cache_for(MODEL, method, [text(9)])
+        cache, _ = steps.read(
+            MODEL, cache, Chunk(text(9).segments[0].tokens[None, :4], np.ones((1, 4), bool)), method=method
+        )
+        first = dataclasses.replace(method, closes=method.closes[:1])
+        values = np.asarray(steps.compress(MODEL, cache, method=first).v[:, 0, 0])
+        return values, np.asarray(steps.compress(MODEL, cache, method=method).v[:, 0, 0])
+
+    alone, together = one_by_one(causal)
+    np.testing.assert_allclose(alone, together, atol=1e-5)
+    alone, together = one_by_one(METHOD)
+    assert np.abs(alone - together)[1:].max() > 1e-3
+
+
+def test_memory_positions_differ():
+    """Memory tokens share one embedding: only positions tell them apart, and "sequential" is another choice (L5)."""
+    cache = parity.cache_for(MODEL, METHOD, [text(9)])
+    cache = steps.compress_step(
+        MODEL, cache, layout.chunk([text(9).segments[0].tokens[:4]], 4, cases.VOCAB), method=METHOD
+    )
+    assert np.abs(cache.v[1:, 0, 0] - cache.v[1:, 0, 1]).max() > 1e-3
+    assert cache.slots.position[0, :2].tolist() == [1, 3]
+    sequential = build("loma", ratio=2, memory_tokens=2, positions="sequential")
+    assert [token.offset for token in sequential.closes] == [0, 1]
+
+
+def test_generation_compresses_as_it_goes():
+    """Prompts of any length and the answer alike: every t c tokens, whatever each row's phase."""
+    prompts = [
+        text(11, seed=1).segments[0].tokens,
+        text(6, seed=2).segments[0].tokens,
+        text(4, seed=3).segments[0].tokens,
+    ]
+    cache = memory.init_cache(cases.CONFIG, METHOD, 3, memory_capacity=20, raw_capacity=4)
+    fill = jax.jit(steps.prefill, static_argnames="method")
+    for first in (0, 3):
+        rows = [prompt[:3] if first == 0 else prompt[3:] for prompt in prompts]
+        cache = fill(MODEL, cache, layout.chunk(rows, 8, cases.VOCAB), method=METHOD)
+    assert cache.chunks.tolist() == [2, 1, 1] and cache.slots.live.sum(axis=1).tolist() == [7, 4, 2]
+    cache, tokens, lengths = generate(MODEL, cache, method=METHOD, max_tokens=9)
+    assert cache.chunks.tolist() == [5, 3, 3] and lengths.tolist() == [9, 9, 9]
+    for prompt, answer in zip(prompts, np.asarray(tokens), strict=True):
+        whole = np.concatenate([prompt, answer])
+        example = Example(EMPTY, EMPTY, (Segment(whole, np.arange(len(whole)) >= len(prompt)),))
+        logits = parity.parallel_logits(MODEL, METHOD, [example])[0]
+        assert logits.argmax(axis=1).tolist() == answer.tolist()
+
+
+def losses_of(embedding, made, rows):
+    """Repetition loss of chunk ``rows`` as a function of the vocabulary's table."""
+    graphdef, table, rest = nnx.split(MODEL, lambda path, _: path[-1] == "embedding", ...)
+    model = nnx.merge(graphdef, jax.tree.map(lambda _: embedding, table), rest)
+    found = losses.scored_losses(model, hidden_of(made, model=model), made)[0]
+    return jnp.sum(found * losses.repeated(made)[0] * (made.steps[0] == rows))
+
+
+def test_gradients_do_not_leak():
+    """Repetition learns through memory alone: no path from later text, none at all once memory is cut (L4)."""
+    made = laid_out([text(9)])
+    table = MODEL.embed_tokens.embedding[...]
+    # The output projection shares the table in tied models; this one is not tied.
+    assert not MODEL.config.tie_embeddings
+    ids = made.tokens[0]
+    first, second = (
+        set(ids[(made.slots.segment[0] == s) & (made.slots.kind[0] == Kind.TEXT)].tolist()) for s in (0, 1)
+    )
+    assert not first & second
+    gradient = jax.jit(jax.grad(lambda table, made: losses_of(table, made, 0)))
+    reach = np.abs(np.asarray(gradient(table, made))).max(axis=1)
+    assert all(reach[list(first)] > 0), "every token of the chunk is in its memory"
+    assert all(reach[list(second)] == 0)
+    cut = parity.without_memory(made)
+    assert np.abs(np.asarray(gradient(table, cut))).max() == 0
+
+
+def test_each_loss_has_its_own_mean():
+    """A longer tail leaves the repetition loss alone, padding both (L12 and L13)."""
+    short, long = text(10), text(12)
+    value = lambda made, method: float(losses.mean_loss(MODEL, hidden_of(made, method), made, method)[0])
+    parts = {}
+    for name, example in (("short", short), ("long", long)):
+        made = laid_out([example])
+        parts[name] = value(made, METHOD) - value(laid_out([example], READING), READING)
+        assert value(laid_out([example], extra=5), METHOD) == pytest.approx(value(made, METHOD), abs=1e-6)
+    assert parts["short"] == pytest.approx(parts["long"], abs=1e-5)
+    double = dataclasses.replace(METHOD, repeat_weight=2.0)
+    made = laid_out([short])
+    assert value(made, double) - value(made, METHOD) == pytest.approx(parts["short"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(ratio=0), "ratio is 0"),
+        (dict(memory_tokens=0), "memory_tokens is 0"),
+        (dict(scope="some"), "scope is 'some'; allowed: all, last"),
+        (dict(positions="end"), "allowed: stride, sequential"),
+        (dict(repeats_see="all"), "allowed: self, causal, both"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(UserError, match=message):
+        build("loma", **options)
