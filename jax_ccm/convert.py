@@ -43,8 +43,8 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, prog="python -m jax_ccm.convert", use_underscores=True)
+    from jax_ccm.describe import describe_method, label
     from jax_ccm.weights.adapters import read_adapter, write_adapter
-    from jax_ccm.weights.identity import describe_method, label
 
     names = ("comp_tokens", "sink", "independent", "conditional")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}

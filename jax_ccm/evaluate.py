@@ -19,6 +19,7 @@ import numpy as np
 
 from jax_ccm import cli
 from jax_ccm.config import Config, save_config, to_mapping
+from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.experiment import Experiment, load_experiment
 from jax_ccm.methods import build
@@ -136,7 +137,7 @@ def _system(name: str, experiment: Experiment, options: Options) -> Any:
     """One of the systems, as `jax_ccm.evals.perplexity.System`."""
     from jax_ccm.evals.perplexity import System
     from jax_ccm.evals.scoring import base_only
-    from jax_ccm.weights.identity import describe_base, describe_method, label
+    from jax_ccm.weights.identity import describe_base
 
     config, model = experiment.config, experiment.model
     base = describe_base(model, experiment.base_name)
@@ -173,7 +174,7 @@ def _results(
     config: Config, options: Options, experiment: Experiment, command: str, systems: dict[str, str]
 ) -> dict[str, Any]:
     """What is known besides the numbers."""
-    from jax_ccm.weights.identity import describe_base, describe_method, label
+    from jax_ccm.weights.identity import describe_base
 
     base = describe_base(experiment.model, experiment.base_name)
     memory = label(describe_method(experiment.method))

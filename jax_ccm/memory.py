@@ -1,7 +1,8 @@
 """The cache: a fixed-shape state of many sessions, and the ways it changes.
 
-Live slots stand in front, ordered by `Slots.index`: sinks, memory from old to new, raw text. Raw text is appended
-behind; when a chunk is closed its memory is written and everything that the rule hides from then on is removed.
+Live slots stand in front, ordered by `Slots.index`: sinks, memory from old to new (and text that is kept, between),
+raw text. Raw text is appended behind; when a chunk is closed its memory is written and everything that the rule hides
+from then on is removed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
 from jax_ccm.layout import is_in, reachable
 from jax_ccm.nn.config import ModelConfig
@@ -218,7 +220,7 @@ def save(cache: MemoryCache, path: str | Path, *, fingerprint: str, method: Meth
     meta = {
         "format": FORMAT,
         "fingerprint": fingerprint,
-        "method": repr(method),
+        "method": describe_method(method),
         "memory_capacity": cache.memory_capacity,
         "overflow": cache.overflow,
     }
@@ -244,11 +246,17 @@ def load(path: str | Path, *, fingerprint: str, method: Method) -> MemoryCache:
         raise UserError(f"{path} cannot be read as a memory file: {e}") from e
     if meta.get("format") != FORMAT:
         raise UserError(f"{path} is not a memory file of this library (expected format {FORMAT!r})")
-    for name, ours in (("fingerprint", fingerprint), ("method", repr(method))):
-        if meta[name] != ours:
-            raise UserError(
-                f"{path} was written with {name} {meta[name]!r}; this session uses {ours!r}. Use the same one"
-            )
+    if meta["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path} was written with fingerprint {meta['fingerprint']!r}; this session uses {fingerprint!r}. Use the "
+            "same base model and adapter"
+        )
+    here, there = describe_method(method), meta["method"]
+    if differ := sorted(key for key in here | there if here.get(key) != there.get(key)):
+        raise UserError(
+            f"{path} was written with method {label(there)}; this session uses {label(here)}. They differ in "
+            f"{', '.join(differ)}. Use the same one"
+        )
     slots = Slots(*(arrays.pop(f"slots.{f.name}") for f in dataclasses.fields(Slots)))
     return MemoryCache(slots=slots, **arrays, memory_capacity=meta["memory_capacity"], overflow=meta["overflow"])
 

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from jax_ccm import layout, losses, memory, steps
+from jax_ccm.describe import describe_method
 from jax_ccm.evals.streaming import stream
 from jax_ccm.generate import generate
 from jax_ccm.layout import Sizes
@@ -30,7 +31,6 @@ from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Batch, Chunk, Kind, Method
 from jax_ccm.weights import load_model
 from jax_ccm.weights.adapters import load_adapter, merge_adapter
-from jax_ccm.weights.identity import describe_method
 from jax_ccm.weights.lora import extract
 from jax_ccm.weights.reference import reference_tensors
 

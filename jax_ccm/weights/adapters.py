@@ -19,12 +19,13 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.nn import AdapterConfig, Transformer
 from jax_ccm.types import Method
 from jax_ccm.weights import lora, peft, reference
 from jax_ccm.weights.folders import read_json, read_tensors, safetensors_bytes, write_folder
-from jax_ccm.weights.identity import check_base, check_method, describe_base, describe_method, label
+from jax_ccm.weights.identity import check_base, check_method, describe_base
 from jax_ccm.weights.lora import Adapter
 
 Format = Literal["own", "peft", "reference"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import hashlib
 import json
 from typing import Any
@@ -11,76 +10,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
 from jax_ccm.nn import Transformer
-from jax_ccm.types import INF, Method, Rule
+from jax_ccm.types import Method, Rule
 from jax_ccm.weights.hf import parameters
 
 # How a method is called, and where its keys are rotated, is not what the adapter has learned: streaming with an adapter
-# that was trained without is the paper's own use (CCM, section 4.3).
-_IRRELEVANT = ("name", "rope")
+# that was trained without is the paper's own use (CCM, section 4.3). The weight of a loss matters in training only.
+_IRRELEVANT = ("name", "rope", "repeat_weight")
 _SAMPLED = ("embed_tokens.embedding", "layers.self_attn.q_proj.kernel", "layers.self_attn.v_proj.kernel",
             "layers.mlp.down_proj.kernel")  # fmt: skip
 _SAMPLES = 64
 _AGREEMENT = 0.9
-
-
-def describe_method(method: Method) -> dict[str, Any]:
-    """A method as JSON values, independent of how its rule happens to be written.
-
-    The rule becomes ``"sees"``: for each "KIND sees KIND" the distances in segments, as merged ``[nearest, farthest]``
-    intervals (None for no limit).
-    """
-    found: dict[str, list[list[int]]] = {}
-    for clause in method.rule.sees:
-        limit = f" within {clause.window}" * (clause.window is not None)
-        if clause.hidden is not None:
-            limit += f" but the oldest {clause.hidden[0]}/{clause.hidden[1]}"
-        for query in clause.query:
-            for key in clause.key:
-                found.setdefault(f"{query.name} sees {key.name}{limit}", []).append([clause.nearest, clause.farthest])
-    sees = {name: _merged(spans) for name, spans in sorted(found.items())}
-    out: dict[str, Any] = {"name": method.name, "sees": sees}
-    out |= {"both_ways": sorted(k.name for k in method.rule.both_ways)}
-    for field in dataclasses.fields(method):
-        if field.name not in ("name", "rule"):
-            out[field.name] = _plain(getattr(method, field.name))
-    return out | {"writes": sorted(out["writes"]), "gate": sorted(out["gate"])}
-
-
-def _merged(spans: list[list[int]]) -> list[list[int | None]]:
-    merged: list[list[int]] = []
-    for nearest, farthest in sorted(spans):
-        if merged and nearest <= merged[-1][1] + 1:
-            merged[-1][1] = max(merged[-1][1], farthest)
-        else:
-            merged.append([nearest, farthest])
-    return [[nearest, farthest if farthest < INF else None] for nearest, farthest in merged]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, tuple):
-        return [_plain(x) for x in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"kind": type(value).__name__} | fields
-    return value
-
-
-def label(method: dict[str, Any]) -> str:
-    """A described method in a few words, such as "ccm_merge (2 tokens, sink)"."""
-    closes, words = len(method.get("closes", ())), []
-    if closes:
-        words.append(f"{closes} token{'s' * (closes != 1)}")
-    if method.get("sink"):
-        words.append("sink")
-    if closes and "TEXT sees MEMORY" not in method.get("sees", {}) and method.get("context") == "chunks":
-        words.append("independent")
-    if closes and "TEXT" in method.get("gate", ()):
-        words.append("LoRA on all tokens")
-    return f"{method.get('name', '?')}" + f" ({', '.join(words)})" * bool(words)
 
 
 def check_method(stored: dict[str, Any], method: Method, source: str) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
 from jax_ccm.types import Method
 from jax_ccm.weights.folders import read_json, read_tensors
-from jax_ccm.weights.identity import describe_method, label
 from jax_ccm.weights.lora import COMP, Adapter
 from jax_ccm.weights.peft import COMP_KEY, CONFIG_FILE, config_bytes, known, lora_config, pack, tensor_bytes, unpack
 
@@ -67,7 +67,8 @@ def reference_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     """An adapter's tensors with the reference's keys and shapes; rows of SUM tokens, which nothing reads, are zero.
 
     Raises:
-      UserError: for an adapter without LoRA, or with compression tokens and no known method.
+      UserError: for an adapter without LoRA, or with compression tokens and no known method, or of a method that the
+        reference does not have.
     """
     tensors = pack(adapter)
     if COMP_KEY in tensors:
@@ -75,6 +76,13 @@ def reference_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
             raise UserError(
                 f"{adapter.source} does not say for which method it is, and the reference's format has other rows for "
                 "merge than for concat; give the method"
+            )
+        if [token["row"] for token in adapter.method["closes"] if token["kind"] == "COMP"] != [
+            *range(len(tensors[COMP_KEY]))
+        ]:
+            raise UserError(
+                f"{adapter.source} was trained for {label(adapter.method)}, whose table of tokens is not that of the "
+                "reference's methods (n compression tokens and nothing else); write it as 'own' or 'peft'"
             )
         if adapter.method["mix"] is not None:
             rows = tensors[COMP_KEY]

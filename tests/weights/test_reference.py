@@ -16,6 +16,7 @@ from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer
 from jax_ccm.weights.adapters import load_adapter, merge_adapter, read_adapter, save_adapter
 from jax_ccm.weights.hf import parameters
 from jax_ccm.weights.peft import COMP_KEY
+from tests import cases
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ccm"
 TINY = ModelConfig(
@@ -181,3 +182,15 @@ def test_damaged_bin(tmp_path):
     shutil.copy(GOLDEN / "adapters_safetensors" / "concat_n2" / "model.safetensors", tmp_path / "a")
     with pytest.raises(UserError, match="holds both"):
         read_adapter(tmp_path / "a", method=METHODS["concat_n2"])
+
+
+@pytest.mark.parametrize("name, options", [("loma", {}), ("sentinel", {}), ("ccm_merge", {"repeat": True})])
+def test_methods_that_the_reference_does_not_have(tmp_path, name, options):
+    method = build(name, **options)
+    model = cases.model(tokens=method.rows)
+    with pytest.raises(UserError, match="not that of the reference's methods"):
+        save_adapter(tmp_path / "a", model, method=method, base="tiny", format="reference")
+    saved = save_adapter(tmp_path / "b", model, method=method, base="tiny")
+    assert read_adapter(saved, method=method).config.tokens == method.rows
+    with pytest.raises(UserError, match="was trained for the method"):
+        read_adapter(saved, method=build("ccm_concat", comp_tokens=method.rows))
