@@ -7,11 +7,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from jax_ccm import types
 from jax_ccm.draw import draw
-from jax_ccm.evals import report
+from jax_ccm.evals import parity, report
 from jax_ccm.methods import METHODS, build
+from tests import cases
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -36,6 +39,18 @@ def test_every_method_has_a_page_and_a_line():
     pages = "".join(page.read_text() for page in PAGES)
     for name in METHODS:
         assert f"`{name}`" in pages and f"`{name}`" in README.read_text(), name
+
+
+def test_the_worked_example_of_a_new_method():
+    """What CONTRIBUTING says a method is passes the common test as it stands."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    names = {**vars(types), **types.Kind.__members__}
+    exec(code, names)
+    method, sessions, model = names["recent"](2), cases.sessions(((3, 2, 4, 2, 3, 2),)), cases.model(tokens=2)
+    parallel, recurrent = (f(model, method, sessions)[0] for f in (parity.parallel_logits, parity.recurrent_logits))
+    np.testing.assert_allclose(parallel, recurrent, atol=1e-5)
+    whole = parity.parallel_logits(model, build("ccm_concat", comp_tokens=2), sessions)[0]
+    assert np.abs(parallel - whole).max() > 1e-3
 
 
 def rows(text: str) -> list[str]:

@@ -1,0 +1,93 @@
+"""Attention in blocks of queries: the same numbers, and memory that grows with the length alone."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_ccm import attention, layout
+from jax_ccm.attention import memory_attention
+from jax_ccm.evals import parity
+from jax_ccm.types import Kind, Slots
+from tests import cases
+
+HEADS, KV_HEADS, SIZE = 6, 2, 8
+
+
+def arrays(method, seed: int = 0):
+    """Random queries, keys and values on a real layout, padded by a few places."""
+    sessions = cases.sessions(((9, 7, 5, 6), (3, 8)))
+    sizes = parity.caps_for(method, sessions)
+    made = layout.batch(method, sessions, layout.Sizes(sizes.tokens + 3, sizes.memory + 2, sizes.scored), cases.VOCAB)
+    rng = np.random.default_rng(seed)
+    draw = lambda places, heads: jnp.asarray(rng.normal(size=(2, places, heads, SIZE)), jnp.float32)
+    tokens, memory = made.tokens.shape[1], made.memory.slots.kind.shape[1]
+    values = (draw(tokens, HEADS), *(draw(n, KV_HEADS) for n in (tokens, tokens, memory, memory)))
+    return made, values
+
+
+def exact(rule, made, q, k, v, memory_k, memory_v):
+    """The definition, in float64."""
+    q, k, v, memory_k, memory_v = (np.asarray(x, np.float64) for x in (q, k, v, memory_k, memory_v))
+    mask = [layout.visible(rule, made.slots, made.memory.slots), layout.visible(rule, made.slots, made.slots)]
+    mask, keys, values = np.concatenate(mask, -1), np.concatenate([memory_k, k], 1), np.concatenate([memory_v, v], 1)
+    out = np.zeros(q.shape)
+    for b in range(q.shape[0]):
+        for t in range(q.shape[1]):
+            if not mask[b, t].any():
+                continue
+            for n in range(q.shape[2]):
+                head = n // (q.shape[2] // k.shape[2])
+                score = keys[b, mask[b, t], head] @ q[b, t, n] / np.sqrt(SIZE)
+                weight = np.exp(score - score.max())
+                out[b, t, n] = weight / weight.sum() @ values[b, mask[b, t], head]
+    return out
+
+
+@pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n1", "loma"])
+@pytest.mark.parametrize("block", [7, 16, 512])
+def test_blocks_are_exact(monkeypatch, name, block):
+    """Any block size gives the definition; a query that sees nothing gives zeros."""
+    method = cases.METHODS[name]
+    made, values = arrays(method)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    out = memory_attention(*values, rule=method.rule, slots=made.slots, memory_slots=made.memory.slots)
+    np.testing.assert_allclose(out, exact(method.rule, made, *values), atol=1e-5)
+    assert np.abs(np.asarray(out)[made.slots.kind == Kind.PAD]).max() == 0
+
+
+def test_gradients_of_blocks(monkeypatch):
+    """Gradients do not depend on the blocks, and are zero and finite where nothing is seen."""
+    method = cases.METHODS["concat_n2_sink"]
+    made, values = arrays(method)
+    rng = np.random.default_rng(1)
+    weights = jnp.asarray(rng.normal(size=values[0].shape), jnp.float32)
+    found = []
+    for block in (7, 512):
+        monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+        attend = functools.partial(memory_attention, rule=method.rule, slots=made.slots, memory_slots=made.memory.slots)
+        found.append(jax.grad(lambda v, attend=attend: jnp.sum(attend(*v) * weights))(values))
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        assert np.isfinite(ours).all() and np.abs(ours).max() > 0
+    pad = made.slots.kind == Kind.PAD
+    assert all(np.abs(np.asarray(x)[pad]).max() == 0 for x in found[0][:3])
+
+
+def test_memory_grows_with_the_length_alone():
+    """Temporaries of attention and its gradient: four times the tokens take four times as much, not sixteen."""
+
+    def temporaries(length: int) -> int:
+        shape = lambda heads: jax.ShapeDtypeStruct((1, length, heads, SIZE), jnp.float32)
+        slot = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        attend = functools.partial(memory_attention, rule=cases.METHODS["full"].rule)
+        loss = lambda q, k, v, slots: jnp.sum(attend(q, k, v, slots=slots) ** 2)
+        arguments = (shape(2), shape(1), shape(1), Slots(slot, slot, slot, slot))
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < 4.5 * temporaries(2048)
