@@ -153,6 +153,7 @@ class Sizes:
 
 def measure(method: Method, example: Example) -> Sizes:
     """The sizes that one example needs."""
+    method = method.closed_by(example.closing)
     segments = arrange(method, example)
     chunks = len(segments) - 1
     text = sum(len(segment.tokens) for segment in segments)
@@ -194,7 +195,10 @@ def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size:
             f"method {method.name!r} rotates keys by their place in the cache and so has no parallel form; train with "
             "the method of the same name without rope='cache' and stream with this one"
         )
-    rows = [_row(method, arrange(method, example), sizes, vocab_size, example.id) for example in examples]
+    rows = [
+        _row(method.closed_by(example.closing), arrange(method, example), sizes, vocab_size, example.id)
+        for example in examples
+    ]
     if pad == "left":
         rows = [_shift(row, sizes.tokens) for row in rows]
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -32,12 +32,14 @@ class Example:
       separator: int32, tokens that open every segment but the first.
       segments: the context chunks, and last the tail: the input and what follows it.
       id: names the record in error messages.
+      closing: how many of the method's tokens close its chunks, the first ones; None for all.
     """
 
     start: np.ndarray
     separator: np.ndarray
     segments: tuple[Segment, ...]
     id: str = ""
+    closing: int | None = None
 
 
 def glued(*segments: Segment) -> Segment:

@@ -188,6 +188,8 @@ class Method:
       repeat: in training, the token that stands for each text token of a closed chunk once more, behind it and at the
         same position, and is to be answered with that text token; None for none. Only training lays these out.
       repeat_weight: weight of their mean loss beside that of the text.
+      fewest: if set, each training example closes its chunks with a random number of the tokens in `closes`, the first
+        ones, from this many to all; the adapter then serves any such number.
     """
 
     name: str
@@ -202,12 +204,17 @@ class Method:
     chunk: int | None = None
     repeat: Token | None = None
     repeat_weight: float = 1.0
+    fewest: int | None = None
 
     def __post_init__(self):
         if self.rope == "cache" and any(token.from_begin for token in self.closes):
             raise ValueError(
                 f"method {self.name!r}: places in the cache (rope='cache') have no chunk's begin to count from"
             )
+
+    def closed_by(self, count: int | None) -> Method:
+        """The method with only the first ``count`` of its closing tokens; None for all."""
+        return self if count is None else dataclasses.replace(self, closes=self.closes[:count])
 
     @property
     def slots_per_chunk(self) -> int:

@@ -69,8 +69,12 @@ class TrainingSet:
     report: Report
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
-        """A training example, joined at random as the config says."""
-        return joined(self.format.draw(unit, rng), self.config.join, self.config.uncompressed, rng)
+        """A training example, joined at random as the config says, closed by as many tokens as the method does."""
+        example = joined(self.format.draw(unit, rng), self.config.join, self.config.uncompressed, rng)
+        if self.method.fewest is None:
+            return example
+        closing = int(rng.integers(self.method.fewest, len(self.method.closes) + 1))
+        return dataclasses.replace(example, closing=closing)
 
     def iterator(self, *, seed: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
         """An endless iterator over numpy batches of ``batch_size / process_count`` rows.

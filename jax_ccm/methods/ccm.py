@@ -36,9 +36,12 @@ def _method(
     context: Literal["chunks", "joined"] = "chunks",
     streaming: bool = False,
     repeat: bool = False,
+    fewest: int | None = None,
 ) -> Method:
     if comp_tokens < 1:
         raise UserError(f"comp_tokens is {comp_tokens}; a chunk is compressed into at least 1 token")
+    if fewest is not None and not 1 <= fewest <= comp_tokens:
+        raise UserError(f"fewest is {fewest}; it must lie between 1 and comp_tokens={comp_tokens}")
     readers = (QUERY,) if independent else (TEXT, QUERY, COMP)
     clauses = [
         see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
@@ -63,6 +66,7 @@ def _method(
         context=context,
         rope="cache" if streaming else "running",
         repeat=Token(REPEAT, row=comp_tokens) if repeat else None,
+        fewest=fewest,
     )
 
 
@@ -73,6 +77,7 @@ def concat(
     conditional: bool = True,
     streaming: bool = False,
     repeat: bool = False,
+    fewest: int | None = None,
 ) -> Method:
     """CCM-concat: memory grows by ``comp_tokens`` slots a chunk (section 3.1).
 
@@ -85,6 +90,8 @@ def concat(
         recurrent only.
       repeat: in training, each chunk must also be said again, token by token, from the memory just after it: LoMA's
         repetition loss; in no paper.
+      fewest: in training, each session is compressed into a random number of tokens a chunk, from this to
+        ``comp_tokens``: one adapter then serves every such ``comp_tokens``; in no paper.
     """
     return _method(
         "ccm_concat",
@@ -96,6 +103,7 @@ def concat(
         mix=None,
         streaming=streaming,
         repeat=repeat,
+        fewest=fewest,
     )
 
 
@@ -106,6 +114,7 @@ def merge(
     conditional: bool = True,
     streaming: bool = False,
     repeat: bool = False,
+    fewest: int | None = None,
 ) -> Method:
     """CCM-merge: the running mean of all chunks' states in ``comp_tokens`` slots. Arguments as for `concat`."""
     return _method(
@@ -118,6 +127,7 @@ def merge(
         mix=Mean(),
         streaming=streaming,
         repeat=repeat,
+        fewest=fewest,
     )
 
 
@@ -129,11 +139,12 @@ def ema(
     decay: float = 0.5,
     streaming: bool = False,
     repeat: bool = False,
+    fewest: int | None = None,
 ) -> Method:
     """CCM-merge by an exponential moving average (table 16).
 
     Args:
-      comp_tokens, sink, independent, conditional, streaming, repeat: as for `concat`.
+      comp_tokens, sink, independent, conditional, streaming, repeat, fewest: as for `concat`.
       decay: weight of the newest chunk.
     """
     return _method(
@@ -146,6 +157,7 @@ def ema(
         mix=Ema(decay),
         streaming=streaming,
         repeat=repeat,
+        fewest=fewest,
     )
 
 

@@ -25,8 +25,8 @@ from jax_ccm.nn import AdapterConfig, Transformer
 from jax_ccm.types import Method
 from jax_ccm.weights import lora, peft, reference
 from jax_ccm.weights.folders import read_json, read_tensors, safetensors_bytes, write_folder
-from jax_ccm.weights.identity import check_base, check_method, describe_base
-from jax_ccm.weights.lora import Adapter
+from jax_ccm.weights.identity import check_base, check_method, describe_base, serves_fewer
+from jax_ccm.weights.lora import COMP, Adapter
 
 Format = Literal["own", "peft", "reference"]
 FORMATS = ("own", "peft", "reference")
@@ -129,6 +129,7 @@ def load_adapter(source: str | Path | Adapter, model: Transformer, *, method: Me
     """
     adapter = source if isinstance(source, Adapter) else read_adapter(source, method=method)
     _check_fits(adapter, method)
+    adapter = _with_rows(adapter, method)
     if adapter.base is not None:
         check_base(adapter.base, model, base, adapter.source)
     return lora.attach(model, adapter)
@@ -222,7 +223,15 @@ def _read_own(folder: Path) -> Adapter:
 def _check_fits(adapter: Adapter, method: Method) -> None:
     if adapter.method is not None:
         check_method(adapter.method, method, adapter.source)
-    _check_tokens(adapter, method, adapter.source)
+    _check_tokens(_with_rows(adapter, method), method, adapter.source)
+
+
+def _with_rows(adapter: Adapter, method: Method) -> Adapter:
+    """The adapter with only the rows that a method uses, if it was trained to serve fewer (`Method.fewest`)."""
+    if adapter.method is None or adapter.config.tokens <= method.rows or not serves_fewer(adapter.method, method):
+        return adapter
+    arrays = {path: x[: method.rows] if path == COMP else x for path, x in adapter.arrays.items()}
+    return dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, tokens=method.rows), arrays=arrays)
 
 
 def _check_tokens(adapter: Adapter, method: Method, source: str) -> None:

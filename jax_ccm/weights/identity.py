@@ -18,7 +18,7 @@ from jax_ccm.weights.hf import parameters
 
 # How a method is called, and where its keys are rotated, is not what the adapter has learned: streaming with an adapter
 # that was trained without is the paper's own use (CCM, section 4.3). The weight of a loss matters in training only.
-_IRRELEVANT = ("name", "rope", "repeat_weight")
+_IRRELEVANT = ("name", "rope", "repeat_weight", "fewest")
 _SAMPLED = ("embed_tokens.embedding", "layers.self_attn.q_proj.kernel", "layers.self_attn.v_proj.kernel",
             "layers.mlp.down_proj.kernel")  # fmt: skip
 _SAMPLES = 64
@@ -28,8 +28,9 @@ _AGREEMENT = 0.9
 def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     """Compares the method that an adapter was trained for with the one it is to serve.
 
-    Streaming is no difference. Among methods that compress nothing only whether the LoRA acts counts: a plain LoRA
-    serves full context, a window and no context alike.
+    Streaming is no difference, and an adapter that was trained with a random number of closing tokens
+    (`Method.fewest`) serves any of these numbers. Among methods that compress nothing only whether the LoRA acts
+    counts: a plain LoRA serves full context, a window and no context alike.
 
     Raises:
       UserError: with both names and what differs.
@@ -38,6 +39,8 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     there = describe_method(Method("", Rule(()))) | stored
     here = describe_method(method)
     if there["closes"] or here["closes"]:
+        if serves_fewer(stored, method):
+            there = there | {"closes": here["closes"]}
         differ = [key for key in sorted(there | here) if there.get(key) != here.get(key) and key not in _IRRELEVANT]
     else:
         differ = ["gate"] * (bool(there["gate"]) != bool(here["gate"]))
@@ -47,6 +50,12 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
             f"{source} was trained for the method {label(there)}, but the method here is {label(here)}. They differ "
             f"({'; '.join(map(show, differ))}). Use the adapter's method, or an adapter for this one"
         )
+
+
+def serves_fewer(stored: dict[str, Any], method: Method) -> bool:
+    """Whether an adapter was trained to serve a method that closes chunks with fewer of its tokens, and this is one."""
+    fewest, closes = stored.get("fewest"), describe_method(method)["closes"]
+    return bool(fewest) and len(closes) >= fewest and stored["closes"][: len(closes)] == closes
 
 
 def describe_base(model: Transformer, name: str) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""Options of CCM that are in no paper: one adapter for several numbers of compression tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jax_ccm import layout
+from jax_ccm.data.batches import prepare
+from jax_ccm.data.config import DataConfig
+from jax_ccm.errors import UserError
+from jax_ccm.evals import parity
+from jax_ccm.methods import build
+from jax_ccm.nn import Transformer
+from jax_ccm.types import Kind
+from jax_ccm.weights.adapters import load_adapter, save_adapter
+from tests import cases
+from tests.data.support import VOCAB, dialogues, tokenizer, write
+
+
+@pytest.mark.parametrize("name", ["ccm_concat", "ccm_merge", "ccm_ema"])
+def test_rows_of_different_ratios(name):
+    """Rows of one batch that close chunks with 1, 2 and 3 tokens compute what the methods of 1, 2 and 3 tokens do."""
+    model, sessions = cases.model(tokens=3), cases.sessions()
+    mixed = [dataclasses.replace(session, closing=1 + i) for i, session in enumerate(sessions)]
+    together = parity.parallel_logits(model, build(name, comp_tokens=3, fewest=1), mixed)
+    for i, session in enumerate(sessions):
+        alone = parity.recurrent_logits(model, build(name, comp_tokens=1 + i), [session])[0]
+        np.testing.assert_allclose(together[i], alone, atol=1e-5)
+
+
+def test_training_draws_ratios(tmp_path):
+    """Every number from the fewest to all is drawn, in shapes that do not change."""
+    method = build("ccm_concat", comp_tokens=4, fewest=2)
+    path = write(tmp_path / "d.jsonl", dialogues(6, 5, 7))
+    data = prepare(DataConfig(train=(str(path),), tokens=256, max_chunks=6, loss="every"), method, tokenizer(), VOCAB)
+    counts, shapes = set(), set()
+    for batch, _ in zip(data.iterator(seed=0), range(6), strict=False):
+        shapes.add((batch.tokens.shape, batch.memory.slots.kind.shape))
+        for kinds, segments in zip(batch.slots.kind, batch.slots.segment, strict=True):
+            counts |= set(np.bincount(segments[kinds == Kind.COMP]).tolist())
+    assert counts == {2, 3, 4} and len(shapes) == 1
+
+
+def test_one_adapter_serves_them(tmp_path):
+    """Loaded for fewer tokens an adapter has their rows only; for fewer than it was trained for it is refused."""
+    trained, model = build("ccm_merge", comp_tokens=3, fewest=2), cases.model(tokens=3)
+    path = save_adapter(tmp_path / "a", model, method=trained, base="tiny")
+    base = Transformer(jax.random.key(0), cases.CONFIG)
+    sessions = cases.sessions()
+    for count in (2, 3):
+        method = build("ccm_merge", comp_tokens=count)
+        served = load_adapter(path, base, method=method, base="tiny")
+        assert served.embed_tokens.comp[...].shape[0] == count
+        ours, theirs = (parity.parallel_logits(m, method, sessions) for m in (served, model))
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+    for options in (dict(comp_tokens=1), dict(comp_tokens=4), dict(comp_tokens=2, sink=True)):
+        with pytest.raises(UserError, match="was trained for the method"):
+            load_adapter(path, base, method=build("ccm_merge", **options), base="tiny")
+
+
+@pytest.mark.parametrize("fewest", [0, 3])
+def test_fewest_out_of_range(fewest):
+    with pytest.raises(UserError, match=f"fewest is {fewest}; it must lie between 1 and comp_tokens=2"):
+        build("ccm_concat", comp_tokens=2, fewest=fewest)
+
+
+def test_sizes_follow():
+    (session,) = cases.sessions(((3, 3, 1),))
+    method = build("ccm_concat", comp_tokens=4, fewest=1)
+    sizes = [layout.measure(method, dataclasses.replace(session, closing=count)) for count in (1, 4, None)]
+    assert [s.memory for s in sizes] == [2, 8, 8] and sizes[0].tokens + 6 == sizes[1].tokens == sizes[2].tokens
