@@ -18,16 +18,14 @@ from jax_ccm.types import Kind
 from tests import cases
 
 
-def experiment(**method):
+def experiment(name="ccm_concat", **method):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={c: i + 2 for i, c in enumerate(alphabet)} | {"<s>": 0, "</s>": 1}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
-    config = from_mapping(
-        {"method": {"name": "ccm_concat", **method}, "cache": {"memory_capacity": 12, "raw_capacity": 64}}
-    )
+    config = from_mapping({"method": {"name": name, **method}, "cache": {"memory_capacity": 12, "raw_capacity": 64}})
     model = cases.model(tokens=2, vocab_size=len(tokenizer))
-    return Experiment(config, model, methods.build("ccm_concat", **method), tokenizer)
+    return Experiment(config, model, methods.build(name, **method), tokenizer)
 
 
 @pytest.mark.parametrize("independent", [False, True])
@@ -43,6 +41,27 @@ def test_turns_become_memory(independent):
     assert other.say_without_memory("hello there") == session.say_without_memory("hello there")
     other.say("what else")
     assert np.abs(np.asarray(other.cache.v - session.cache.v)[:, 0, 1]).max() > 1e-3
+
+
+def test_methods_that_cut_text_themselves():
+    """LoMA compresses every full chunk, question and answer alike; what is left over stays raw across turns."""
+    session = Conversation(experiment("loma", ratio=4, memory_tokens=2), max_tokens=6)
+    for _ in range(2):
+        session.say("hello there")
+        tokens = int(session.cache.tokens[0])
+        kinds = np.asarray(session.cache.slots.kind)
+        assert (kinds == Kind.MEMORY).sum() == tokens // 8 * 2
+        assert ((kinds == Kind.TEXT) | (kinds == Kind.QUERY)).sum() == tokens % 8
+    assert tokens > 32
+
+
+def test_turns_become_spans():
+    """With Sentinel tokens a turn is a span: one slot, and no text is kept."""
+    session = Conversation(experiment("sentinel"), max_tokens=6)
+    for turn in range(1, 4):
+        session.say("hello there")
+        kinds = np.asarray(session.cache.slots.kind)
+        assert (kinds == Kind.MEMORY).sum() == turn and (kinds != Kind.PAD).sum() == turn
 
 
 def test_mistakes():
