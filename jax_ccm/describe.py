@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from typing import Any
 
 from jax_ccm.types import INF, Method
@@ -58,6 +59,10 @@ def label(method: dict[str, Any]) -> str:
     closes, words = len(method.get("closes", ())), []
     if closes:
         words.append(f"{closes} token{'s' * (closes != 1)}")
+    if keep := method.get("keep"):
+        # ByAttention -> by attention
+        words.append(re.sub("(?<=.)([A-Z])", r" \1", keep["kind"]).lower())
+        words.append(f"{keep['slots']} slot{'s' * (keep['slots'] != 1)} {'in all' if keep['constant'] else 'a chunk'}")
     if method.get("sink"):
         words.append("sink")
     if closes and "TEXT sees MEMORY" not in method.get("sees", {}) and method.get("context") == "chunks":

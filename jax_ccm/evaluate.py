@@ -154,6 +154,9 @@ def _system(name: str, experiment: Experiment, options: Options) -> Any:
         text = f"{base['name']}, full context through the LoRA of {options.full_adapter}"
         return System(name, model, build("full"), text, f"{identity}|{_fingerprint(model)}")
     adapter = options.adapter or config.adapter.load
+    if experiment.method.keep is not None:
+        text = f"{base['name']} with {label(describe_method(experiment.method))}, nothing trained"
+        return System(name, _bare(model), experiment.method, text, identity)
     if not adapter:
         print("note: no --adapter and no adapter.load: the memory is that of an untrained adapter")
     trained = f"the adapter of {adapter}" if adapter else "an untrained adapter"

@@ -195,6 +195,11 @@ def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size:
             f"method {method.name!r} rotates keys by their place in the cache and so has no parallel form; train with "
             "the method of the same name without rope='cache' and stream with this one"
         )
+    if method.keep is not None:
+        raise UserError(
+            f"method {method.name!r} selects what it keeps from what was read before and so has no parallel form; "
+            "there is nothing to train, use it in evaluate, chat and generate"
+        )
     rows = [
         _row(method.closed_by(example.closing), arrange(method, example), sizes, vocab_size, example.id)
         for example in examples

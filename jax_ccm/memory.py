@@ -70,6 +70,7 @@ def init_cache(
         tokens=zeros(batch),
         chunks=zeros(batch),
         logits=jnp.zeros((batch, config.vocab_size), jnp.float32),
+        received=jnp.zeros(shape[:-1], jnp.float32) if method.keep and method.keep.decay is not None else None,
         lost=zeros(batch),
         memory_capacity=memory_capacity,
         overflow=overflow,
@@ -81,13 +82,14 @@ def raw_capacity(cache: MemoryCache) -> int:
     return cache.k.shape[2] - cache.memory_capacity
 
 
-def append(cache: MemoryCache, k, v, slots: Slots) -> MemoryCache:
+def append(cache: MemoryCache, k, v, slots: Slots, received=None) -> MemoryCache:
     """Appends entries behind the live ones.
 
     Args:
       cache: the state.
       k, v: ``[L, B, C, K, H]``.
       slots: `Slots` of ``[B, C]``; those of kind PAD are left out.
+      received: ``float32 [L, B, C, K]`` for `MemoryCache.received`.
 
     Returns:
       The cache. Entries that find no room are counted in `MemoryCache.lost`.
@@ -107,11 +109,50 @@ def append(cache: MemoryCache, k, v, slots: Slots) -> MemoryCache:
         k=put_layers(cache.k, k),
         v=put_layers(cache.v, v),
         slots=Slots(*(put(old, new) for old, new in zip(_fields(cache.slots), _fields(slots), strict=True))),
+        received=None if cache.received is None else put_layers(cache.received, received),
         lost=cache.lost + jnp.sum(slots.live & ~fits, axis=1),
     )
 
 
-def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing) -> MemoryCache:
+def best(cache: MemoryCache, method: Method, selected, closing):
+    """What a selection (`Method.keep`) writes: the worthiest of the memory and the raw text that is being closed.
+
+    Each head of each layer chooses for itself; the entries keep the rotation that they had. Index and position of a
+    slot are those of what the first head of the first layer keeps there.
+
+    Args:
+      cache: the state.
+      method: the compression method.
+      selected: ``bool [B, S]``, raw text that makes the chunk.
+      closing: ``bool [B]``, rows that close one.
+
+    Returns:
+      k, v ``[L, B, n, K, H]`` and received ``[L, B, n, K]`` or None, with n = `MemoryCache.memory_capacity`; `Slots` of
+      ``[B, n]``, kind MEMORY or PAD; and ``int32 [B]``, how many more would have been kept with more capacity.
+    """
+    keep = method.keep
+    assert keep is not None
+    old = cache.slots
+    candidates = (selected | (old.kind == Kind.MEMORY)) & (old.kind != Kind.SINK) & closing[:, None]
+    worth = keep.worth(cache.k, cache.received, old.index, candidates)
+    worth = jnp.where(candidates[None, :, :, None], worth.astype(jnp.float32), -jnp.inf)
+    size = min(cache.memory_capacity, old.kind.shape[1])
+    order = jnp.moveaxis(jax.lax.top_k(jnp.moveaxis(worth, 2, 3), size)[1], 3, 2)  # [L, B, n, K]
+    wanted = jnp.minimum(keep.slots * (1 if keep.constant else cache.chunks + 1), jnp.sum(candidates, axis=1))
+    live = jnp.arange(size) < wanted[:, None]
+    take = lambda x: jnp.take_along_axis(x, order[..., None], axis=2)
+    received = None if cache.received is None else jnp.take_along_axis(cache.received, order, axis=2)
+    slot = lambda x: jnp.take_along_axis(x, order[0, :, :, 0], axis=1)
+    slots = Slots(
+        jnp.where(live, Kind.MEMORY, Kind.PAD),
+        jnp.broadcast_to(cache.chunks[:, None], live.shape),
+        slot(old.index),
+        slot(old.position),
+    )
+    return take(cache.k), take(cache.v), received, slots, jnp.maximum(wanted - size, 0)
+
+
+def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing, received=None) -> MemoryCache:
     """Closes a chunk in some rows: enters its memory and removes what the rule hides from now on.
 
     Appending methods add the entries as slots; mixtures blend them into the memory slot by slot,
@@ -123,6 +164,7 @@ def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing) -> Me
       k, v: ``[L, B, n, K, H]`` keys and values of the closing tokens that write memory; n may be 0.
       slots: `Slots` of ``[B, n]`` for them, kind MEMORY.
       closing: ``bool [B]``, rows that close a chunk; the others keep their memory.
+      received: ``float32 [L, B, n, K]`` for `MemoryCache.received`.
     """
     old = cache.slots
     count = k.shape[2]
@@ -144,17 +186,18 @@ def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing) -> Me
     excess = jnp.maximum(jnp.sum(memory, axis=1) - cache.memory_capacity, 0)
     # Memory stands in order of age, so the oldest are those of the lowest rank.
     kept = kept & ~(memory & (jnp.cumsum(memory, axis=1) <= excess[:, None]))
-    cache = compact(cache, join_layers(cache.k, k), join_layers(cache.v, v), all_slots, kept)
+    received = None if cache.received is None else join_layers(cache.received, received)
+    cache = compact(cache, join_layers(cache.k, k), join_layers(cache.v, v), all_slots, kept, received)
     lost = excess if cache.overflow == "error" else jnp.zeros_like(excess)
     return dataclasses.replace(cache, chunks=cache.chunks + closing, lost=cache.lost + lost)
 
 
 def join_layers(memory, new):
-    """``[L, B, S + n, K, H]``: entries of a cache and new ones behind, in the cache's dtype."""
+    """``[L, B, S + n, ...]``: entries of a cache and new ones behind, in the cache's dtype."""
     return jnp.concatenate([memory, new.astype(memory.dtype)], axis=2)
 
 
-def compact(cache: MemoryCache, k, v, slots: Slots, kept) -> MemoryCache:
+def compact(cache: MemoryCache, k, v, slots: Slots, kept, received=None) -> MemoryCache:
     """The cache with just the entries ``kept`` (bool ``[B, S']``) of longer arrays, in order of index, in front."""
     size = cache.k.shape[2]
     order = jnp.argsort(jnp.where(kept, slots.index, jnp.iinfo(jnp.int32).max), axis=1, stable=True)[:, :size]
@@ -162,9 +205,13 @@ def compact(cache: MemoryCache, k, v, slots: Slots, kept) -> MemoryCache:
     live = take(kept)
     kind = jnp.where(live, take(slots.kind), Kind.PAD)
     new = Slots(kind, *(jnp.where(live, take(x), 0) for x in (slots.segment, slots.index, slots.position)))
-    place = order[None, :, :, None, None]
-    gather = lambda x: jnp.where(live[None, :, :, None, None], jnp.take_along_axis(x, place, axis=2), 0)
-    return dataclasses.replace(cache, k=gather(k), v=gather(v), slots=new)
+
+    def gather(x):
+        inner = lambda a: a.reshape(1, *a.shape, *(1,) * (x.ndim - 3))
+        return jnp.where(inner(live), jnp.take_along_axis(x, inner(order), axis=2), 0)
+
+    received = None if received is None else gather(received)
+    return dataclasses.replace(cache, k=gather(k), v=gather(v), slots=new, received=received)
 
 
 def open_raw(cache: MemoryCache, method: Method):
@@ -192,14 +239,14 @@ def check(cache: MemoryCache) -> None:
 
 def select(cache: MemoryCache, rows) -> MemoryCache:
     """Sessions ``rows`` (int32 ``[R]``) of the cache, in that order: a row named twice is forked."""
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=1 if x.ndim == 5 else 0), cache)
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=_row_axis(x)), cache)
 
 
 def reset(cache: MemoryCache, rows) -> MemoryCache:
     """The cache with the sessions ``rows`` (bool ``[B]``) made empty."""
 
     def clear(x):
-        mask = rows[None] if x.ndim == 5 else rows
+        mask = rows.reshape((1,) * _row_axis(x) + (-1,))
         return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), 0, x)
 
     return jax.tree.map(clear, cache)
@@ -224,7 +271,8 @@ def save(cache: MemoryCache, path: str | Path, *, fingerprint: str, method: Meth
         "memory_capacity": cache.memory_capacity,
         "overflow": cache.overflow,
     }
-    arrays = {name: getattr(cache, name) for name in ("k", "v", "tokens", "chunks", "logits", "lost")}
+    arrays = {name: getattr(cache, name) for name in ("k", "v", "tokens", "chunks", "logits", "received", "lost")}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     arrays |= {f"slots.{f.name}": getattr(cache.slots, f.name) for f in dataclasses.fields(Slots)}
     save_file(arrays, str(path), metadata={"jax_ccm": json.dumps(meta)})
 
@@ -258,7 +306,15 @@ def load(path: str | Path, *, fingerprint: str, method: Method) -> MemoryCache:
             f"{', '.join(differ)}. Use the same one"
         )
     slots = Slots(*(arrays.pop(f"slots.{f.name}") for f in dataclasses.fields(Slots)))
-    return MemoryCache(slots=slots, **arrays, memory_capacity=meta["memory_capacity"], overflow=meta["overflow"])
+    received = arrays.pop("received", None)
+    return MemoryCache(
+        slots=slots, received=received, **arrays, memory_capacity=meta["memory_capacity"], overflow=meta["overflow"]
+    )
+
+
+def _row_axis(x) -> int:
+    """Where an array of the cache has its sessions: behind the layers, or in front."""
+    return 1 if x.ndim >= 4 else 0
 
 
 def _fields(slots: Slots) -> tuple:

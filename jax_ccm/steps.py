@@ -104,22 +104,31 @@ def read(
     places = None
     if method.rope == "cache":
         places = jnp.sum(cache.slots.live, axis=1, keepdims=True) + rank
-    hidden, (k, v), _ = model(
+    count = jnp.sum(chunk.valid, axis=1)
+    decay = None if method.keep is None else method.keep.decay
+    observe = None if decay is None else chunk.valid * decay ** (count[:, None] - 1 - rank).astype(jnp.float32)
+    hidden, (k, v), received = model(
         chunk.tokens,
         slots,
         gate(method, slots),
         rule=method.rule,
         memory=cache,
         places=places,
+        observe=observe,
         implementation=implementation,
     )
-    cache = memory.append(cache, k, v, slots)
+    own = None
+    if decay is not None and received is not None and cache.received is not None:
+        own, past = received
+        before = decay ** count.astype(jnp.float32)
+        cache = dataclasses.replace(cache, received=cache.received * before[None, :, None, None] + past)
+    cache = memory.append(cache, k, v, slots, own)
     last = jnp.argmax(jnp.where(chunk.valid, rank, -1), axis=1)
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     some = jnp.any(chunk.valid, axis=1)
     cache = dataclasses.replace(
         cache,
-        tokens=cache.tokens + jnp.sum(chunk.valid, axis=1),
+        tokens=cache.tokens + count,
         logits=jnp.where(some[:, None], model.logits(final), cache.logits),
     )
     return cache, model.logits(hidden)
@@ -155,6 +164,10 @@ def compress(
     # Positions and order of what is written follow the chunk's last token.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
     begin = jnp.min(jnp.where(selected, slots.index, last), axis=1, keepdims=True)
+    if method.keep is not None:
+        k, v, received, slots, lost = memory.best(cache, method, selected, closing)
+        lost = lost if cache.overflow == "error" else 0
+        return memory.write(dataclasses.replace(cache, lost=cache.lost + lost), method, k, v, slots, closing, received)
     count = len(method.closes)
     if not count:
         nothing = jnp.zeros((*cache.k.shape[:2], 0, *cache.k.shape[3:]), cache.k.dtype)

@@ -167,6 +167,37 @@ class Ema:
         return 1.0 * (step <= 1) + self.decay * (step > 1)
 
 
+class Keep(Protocol):
+    """A memory that is a selection: of all that a session holds when a chunk is closed, the worthiest entries stay.
+
+    Each head of each layer keeps its own. Nothing is trained; recurrent only.
+
+    Attributes:
+      slots: entries that stay for each closed chunk.
+      constant: ``slots`` is the number for the whole session instead.
+      decay: if set, the cache adds up the attention that each entry receives, and each token that is read multiplies
+        what was received before it by this.
+    """
+
+    slots: int
+    constant: bool
+    decay: float | None
+
+    def worth(self, k: Array, received: Array | None, index: Array, candidates: Array) -> Array:
+        """How much each entry is worth keeping.
+
+        Args:
+          k: ``[L, B, S, K, H]`` keys.
+          received: ``float32 [L, B, S, K]``, attention received, or None without ``decay``.
+          index: ``int32 [B, S]``.
+          candidates: ``bool [B, S]``, the entries that are chosen from.
+
+        Returns:
+          ``float32 [L, B, S, K]``; only the order counts.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A compression method, as data. The Transformer, the attention and the trainer read it.
@@ -190,6 +221,7 @@ class Method:
       repeat_weight: weight of their mean loss beside that of the text.
       fewest: if set, each training example closes its chunks with a random number of the tokens in `closes`, the first
         ones, from this many to all; the adapter then serves any such number.
+      keep: if set, closing a chunk runs no token and writes the entries that it selects; excludes `closes` and `mix`.
     """
 
     name: str
@@ -205,8 +237,11 @@ class Method:
     repeat: Token | None = None
     repeat_weight: float = 1.0
     fewest: int | None = None
+    keep: Keep | None = None
 
     def __post_init__(self):
+        if self.keep is not None and (self.closes or self.mix is not None):
+            raise ValueError(f"method {self.name!r}: a selection (keep) has neither closing tokens nor a mix")
         if self.rope == "cache" and any(token.from_begin for token in self.closes):
             raise ValueError(
                 f"method {self.name!r}: places in the cache (rope='cache') have no chunk's begin to count from"
@@ -215,6 +250,11 @@ class Method:
     def closed_by(self, count: int | None) -> Method:
         """The method with only the first ``count`` of its closing tokens; None for all."""
         return self if count is None else dataclasses.replace(self, closes=self.closes[:count])
+
+    @property
+    def recurrent_only(self) -> bool:
+        """Whether there is no parallel form: places in the cache and selections follow from what was read before."""
+        return self.rope == "cache" or self.keep is not None
 
     @property
     def slots_per_chunk(self) -> int:
@@ -249,7 +289,9 @@ class Method:
         return any(Kind.TEXT in c.query and Kind.MEMORY in c.key for c in self.rule.sees)
 
     def memory_slots(self, chunks: int) -> int:
-        """Memory slots after ``chunks`` closed chunks, the sink not counted."""
+        """Memory slots after ``chunks`` closed chunks, at most; the sink not counted."""
+        if self.keep is not None:
+            return self.keep.slots * (1 if self.keep.constant else chunks)
         farthest = max((c.farthest for c in self.rule.sees if Kind.MEMORY in c.key), default=0)
         return self.slots_per_chunk * min(chunks, farthest)
 
@@ -327,6 +369,8 @@ class MemoryCache:
       tokens: ``int32 [B]``, text tokens read so far: the next one's position and index.
       chunks: ``int32 [B]``, chunks closed so far: the segment of text that is read next.
       logits: ``float32 [B, V]``, pending: they predict the token after the last text token.
+      received: ``float32 [L, B, S, K]``, attention that each entry has received (`Keep.decay`), summed over the query
+        heads of a group; None for methods that do not ask for it.
       lost: ``int32 [B]``, slots for which there was no room. Not zero means that the session is
         invalid; `memory.check` raises.
       memory_capacity: static, most memory slots of a session (sinks included).
@@ -339,6 +383,7 @@ class MemoryCache:
     tokens: Array
     chunks: Array
     logits: Array
+    received: Array | None
     lost: Array
     memory_capacity: int = dataclasses.field(metadata=dict(static=True))
     overflow: Literal["error", "evict"] = dataclasses.field(default="error", metadata=dict(static=True))

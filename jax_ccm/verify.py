@@ -89,6 +89,11 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
             f"method {method.name!r} with method.streaming: true has no parallel form to compare with; check it with "
             "--method.streaming False"
         )
+    if method.recurrent_only:
+        raise UserError(
+            f"method {method.name!r} selects what it keeps from what was read before: it has no parallel form to "
+            "compare with, and no adapter to verify"
+        )
     model, adapter = _with_adapter(experiment, options)
     examples, source = sessions(experiment, options)
     examples = [parity.everything_scored(example) for example in examples]

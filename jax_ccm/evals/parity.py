@@ -233,6 +233,9 @@ def context_slots(method: Method, example: Example) -> int:
     *context, _ = arrange(method, example)
     if not context:
         return 0
+    if method.keep is not None:
+        text = sum(len(segment.tokens) for segment in context) - int(method.sink)
+        return min(method.memory_slots(len(context)), text) + int(method.sink)
     if method.closes:
         kept = sum(int(segment.kept.sum()) for segment in context if segment.kept is not None)
         return method.memory_slots(len(context)) + kept + int(method.sink)

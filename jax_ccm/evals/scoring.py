@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ccm.errors import UserError
+from jax_ccm.evals.recurrent import score_recurrently
 from jax_ccm.layout import Sizes, batch, measure
 from jax_ccm.losses import scored_logits
 from jax_ccm.nn.transformer import Transformer
@@ -156,6 +157,8 @@ def score(
 ) -> list[Scores]:
     """Scores examples by the parallel forward, which equals the recurrence (`jax_ccm.evals.parity`).
 
+    Methods that have no parallel form are run as the recurrence.
+
     Args:
       model: the decoder with its adapter.
       method: what the examples are run with.
@@ -178,6 +181,13 @@ def score(
     if store is not None and path is not None and (known := store.load(path)) is not None:
         log(f"{name}: {len(examples):,} examples, scored before ({path})")
         return known
+    if method.recurrent_only:
+        start = time.perf_counter()
+        scores = [Scores(*pair) for pair in score_recurrently(model, method, examples, rows=rows)]
+        log(f"{name}: {len(examples):,} examples, chunk by chunk, {time.perf_counter() - start:.0f} s")
+        if store is not None and path is not None:
+            store.save(path, scores)
+        return scores
     needs = [measure(method, example) for example in examples]
     lengths = np.array([need.tokens for need in needs])
     chosen = shapes(lengths, rows, SHAPE_COST.get(jax.default_backend(), SHAPE_COST_ELSEWHERE))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jax_ccm.errors import UserError, unknown
-from jax_ccm.methods import baselines, ccm, loma, sentinel
+from jax_ccm.methods import baselines, ccm, eviction, loma, sentinel
 from jax_ccm.types import Method
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -23,6 +23,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "sentinel": sentinel.sentinel,
     "local": baselines.local,
     "scattered": baselines.scattered,
+    "evict": eviction.evict,
 }
 
 

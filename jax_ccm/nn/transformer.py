@@ -6,6 +6,8 @@ memory is either packed out of the tokens themselves (`Packed`, parallel) or giv
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -145,6 +147,7 @@ class Transformer(nnx.Module):
         dropout_key=None,
         remat: bool = False,
         collect: bool = False,
+        observe=None,
         implementation: str | None = None,
     ):
         """Runs the decoder over a row of tokens and a memory.
@@ -160,11 +163,14 @@ class Transformer(nnx.Module):
           dropout_key: PRNG key, or None to run without dropout.
           remat: recompute each layer in the backward pass instead of keeping its activations.
           collect: also return the hidden state before each layer and after the final norm.
+          observe: ``float32 [B, T]`` or None. If given, also return the attention that every key receives, each query
+            counting so much. Needs a `MemoryCache`.
           implementation: passed on to `memory_attention`.
 
         Returns:
-          ``hidden [B, T, D]`` after the final norm; keys and values ``[L, B, T, K, H]`` of the tokens; and
-          ``[L + 1, B, T, D]`` hidden states if asked for, else None.
+          ``hidden [B, T, D]`` after the final norm; keys and values ``[L, B, T, K, H]`` of the tokens; and what was
+          asked for, else None: ``[L + 1, B, T, D]`` hidden states, or attention received by the tokens themselves
+          ``float32 [L, B, T, K]`` and by the entries of the cache ``[L, B, S, K]``, summed over the heads of a group.
         """
         rule = with_window(rule, self.config.sliding_window)
         freqs = rope.frequencies(self.config)
@@ -187,31 +193,28 @@ class Transformer(nnx.Module):
                 mk, mv = pack(memory, rotated), pack(memory, v)
             else:
                 mk = mv = None
-            y = memory_attention(
-                rope.rotate(q, cos, sin),
-                rotated,
-                v,
-                mk,
-                mv,
-                rule=rule,
-                slots=slots,
-                memory_slots=memory_slots,
-                implementation=implementation,
+            attend = functools.partial(
+                memory_attention, rule=rule, slots=slots, memory_slots=memory_slots, implementation=implementation
             )
+            q, more = rope.rotate(q, cos, sin), None
+            if observe is None:
+                y = attend(q, rotated, v, mk, mv)
+            else:
+                y, more = received(lambda v, mv: attend(q, rotated, v, mk, mv), v, mv, observe)
             x = x + block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), gate, keys[3])
             out = x + block.mlp(block.post_attention_layernorm(x))
-            return out, (k if by_place else rotated, v, out if collect else None)
+            return out, (k if by_place else rotated, v, out if collect else more)
 
         if remat:
             body = jax.checkpoint(body, prevent_cse=False)
         x = self.embed_tokens(tokens)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
-        hidden, (k, v, states) = jax.lax.scan(body, x, (self.layers, past, keys))
+        hidden, (k, v, more) = jax.lax.scan(body, x, (self.layers, past, keys))
         hidden = self.norm(hidden)
         if collect:
             # The last entry is taken after the final norm, as Hugging Face does.
-            states = jnp.concatenate([x[None], states[:-1], hidden[None]])
-        return hidden, (k, v), states
+            more = jnp.concatenate([x[None], more[:-1], hidden[None]])
+        return hidden, (k, v), more
 
     def logits(self, hidden):
         """``float32 [..., V]`` for hidden states ``[..., D]``. Compression tokens have no column."""
@@ -220,6 +223,26 @@ class Transformer(nnx.Module):
             table = self.embed_tokens.embedding[...]
             return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         return jnp.matmul(hidden, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
+
+
+def received(attend, v, memory_v, weights):
+    """Runs attention and measures what each key receives, whatever computes the attention.
+
+    The output is linear in the values, ``o_q = sum_s p_qs v_s``: pulled back through it, a cotangent of w_q for each
+    query is ``sum_q w_q p_qs``, the weighted attention that key s receives.
+
+    Args:
+      attend: ``(v, memory_v) -> [B, T, N, H]``.
+      v: ``[B, T, K, H]``.
+      memory_v: ``[B, M, K, H]``.
+      weights: ``float32 [B, T]`` of the queries.
+
+    Returns:
+      The output, and ``float32 [B, T, K]`` and ``[B, M, K]``.
+    """
+    y, pull = jax.vjp(attend, v, memory_v)
+    own, past = pull(jnp.broadcast_to(weights[:, :, None, None], y.shape).astype(y.dtype))
+    return y, (own[..., 0].astype(jnp.float32), past[..., 0].astype(jnp.float32))
 
 
 def pack(memory: Packed, x):

@@ -1,0 +1,114 @@
+"""Likelihoods of scored tokens by the recurrence, for methods that have no parallel form."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_ccm import memory
+from jax_ccm.evals.parity import Stream, cache_for, stream
+from jax_ccm.layout import arrange
+from jax_ccm.nn.transformer import Transformer
+from jax_ccm.sessions import Example
+from jax_ccm.steps import compress, read
+from jax_ccm.types import Chunk, Method
+
+# Chunks and tails are padded to multiples of this, so that a few shapes serve all lengths.
+MULTIPLE = 32
+
+
+def score_recurrently(
+    model: Transformer,
+    method: Method,
+    examples: Sequence[Example],
+    *,
+    rows: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Scores examples chunk by chunk.
+
+    Args:
+      model: the decoder with its adapter.
+      method: what the examples are run with.
+      examples: sessions of any lengths.
+      rows: rows of a batch.
+      advance: told how many examples are done after each batch.
+
+    Returns:
+      For each example, in the order given, ``float64 [q]`` negative log-likelihoods in nats and ``bool [q]`` whether
+      the token is the most likely one, of its scored tokens.
+    """
+    sizes = [[len(segment.tokens) for segment in arrange(method, example)] for example in examples]
+    # Neighbours in this order have as many chunks, of about the same lengths.
+    order = sorted(range(len(examples)), key=lambda i: (len(sizes[i]), max(sizes[i])))
+    dtype = model.embed_tokens.embedding[...].dtype
+    # One shape of cache for all.
+    roomy = jax.eval_shape(lambda: cache_for(model, method, examples, dtype))
+    most = roomy.k.shape[2] - roomy.memory_capacity
+    found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(examples)
+    for first in range(0, len(order), rows):
+        those = order[first : first + rows]
+        fill = those + those[:1] * (rows - len(those))
+        cache = memory.init_cache(
+            model.config,
+            method,
+            rows,
+            memory_capacity=roomy.memory_capacity,
+            raw_capacity=_padded(most),
+            dtype=dtype,
+        )
+        scored = _score(model, method, cache, stream(method, [examples[i] for i in fill]))
+        for row, index in enumerate(those):
+            found[index] = scored[row]
+        advance(len(those))
+    return [scores for scores in found if scores is not None]
+
+
+def _score(model, method: Method, cache, sessions: Stream) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Scores of each row of a batch."""
+    parts: list[tuple[np.ndarray, ...]] = []
+    for time in range(sessions.context.tokens.shape[0]):
+        chunk = jax.tree.map(operator.itemgetter(time), sessions.context)
+        targets, weights = sessions.targets[0][time], sessions.weights[0][time]
+        cache, losses, hits = _step(model, cache, *_fit(chunk, targets), method=method, close=True)
+        parts.append((weights, losses, hits))
+    cache, losses, hits = _step(model, cache, *_fit(sessions.tail, sessions.targets[1]), method=method, close=False)
+    parts.append((sessions.weights[1], losses, hits))
+    memory.check(cache)
+    rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in sessions.tail.tokens]
+    for weights, losses, hits in parts:
+        if not weights.any():
+            continue
+        losses, hits = np.asarray(losses, np.float64), np.asarray(hits)
+        for row, used in enumerate(weights > 0):
+            where = np.flatnonzero(used)
+            rows[row].append((losses[row, where], hits[row, where]))
+    join = lambda pieces, kind: np.concatenate([np.zeros(0, kind), *pieces])
+    return [(join([a for a, _ in row], np.float64), join([b for _, b in row], bool)) for row in rows]
+
+
+def _padded(length: int) -> int:
+    return -(-length // MULTIPLE) * MULTIPLE
+
+
+def _fit(chunk: Chunk, targets: np.ndarray) -> tuple[Chunk, np.ndarray]:
+    """A chunk and its targets, padded on the right to one of few lengths."""
+    length = chunk.tokens.shape[1]
+    pad = lambda x: np.pad(x, ((0, 0), (0, _padded(length) - length)))
+    return jax.tree.map(pad, chunk), pad(targets)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "close"), donate_argnums=1)
+def _step(model, cache, chunk, targets, *, method, close):
+    """Reads a chunk and closes it, or reads a tail; losses ``[B, C]`` and hits of the token behind each."""
+    cache, logits = read(model, cache, chunk, method=method, query=not close)
+    target = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
+    losses, hits = jax.nn.logsumexp(logits, axis=-1) - target, jnp.argmax(logits, axis=-1) == targets
+    if close:
+        cache = compress(model, cache, jnp.any(chunk.valid, axis=1), method=method)
+    return cache, losses, hits

@@ -1,0 +1,126 @@
+"""Compression without training: of all that a session has read, each head keeps the few keys that look worthiest.
+
+Nothing is run to close a chunk. Memory and the chunk's own text compete for as many slots as a trained method would
+have. What stays keeps the rotation of its position. These answer "why train at all?" at equal bytes. For the chunks
+``a b``, ``c d`` and the tail ``e``, one slot a chunk (own places left; memory right, after each chunk)::
+
+          a b c d e | M1 M2 M2
+    a     x . . . . | .  .  .
+    b     x x . . . | .  .  .
+    c     . . x . . | x  .  .
+    d     . . x x . | x  .  .
+    e     . . . . x | .  x  x
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from jax_ccm.errors import UserError
+from jax_ccm.types import INF, Array, Kind, Method, Rule, see
+
+TEXT, QUERY, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.SINK, Kind.MEMORY
+
+
+@dataclasses.dataclass(frozen=True)
+class ByAttention:
+    """Worth is the attention received so far: H2O (Zhang et al. 2023) sums it over all queries, ``decay`` 1; TOVA
+    (Oren et al. 2024) takes the last query's, ``decay`` 0; between them the newest queries count most, as in the
+    observation window of SnapKV (Li et al. 2024), whatever will be asked."""
+
+    slots: int
+    constant: bool
+    decay: float | None
+
+    def worth(self, k: Array, received: Array | None, index: Array, candidates: Array) -> Array:
+        assert received is not None
+        return received
+
+
+@dataclasses.dataclass(frozen=True)
+class ByNorm:
+    """Worth is a small norm of the key: such keys receive much attention (Devoto et al. 2024)."""
+
+    slots: int
+    constant: bool
+    decay: float | None = None
+
+    def worth(self, k: Array, received: Array | None, index: Array, candidates: Array) -> Array:
+        return -(k.astype("float32") ** 2).sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class BySimilarity:
+    """Worth is being unlike the rest: the least cosine similarity to the mean direction (KeyDiff, Park et al. 2025)."""
+
+    slots: int
+    constant: bool
+    decay: float | None = None
+
+    def worth(self, k: Array, received: Array | None, index: Array, candidates: Array) -> Array:
+        k = k.astype("float32")
+        k = k / ((k**2).sum(-1, keepdims=True) + 1e-12) ** 0.5
+        mean = (k * candidates[None, :, :, None, None]).sum(2, keepdims=True)
+        return -(k * mean).sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByChance:
+    """Worth is drawn once for each token, the same for all heads and layers: a uniform sample of all that was read."""
+
+    slots: int
+    constant: bool
+    seed: int
+    decay: float | None = None
+
+    def worth(self, k: Array, received: Array | None, index: Array, candidates: Array) -> Array:
+        # A hash of the token's place (the finalizer of MurmurHash3), which the token keeps from chunk to chunk.
+        x = index.astype("uint32") + np.uint32(self.seed * 0x9E3779B9 % 2**32)
+        x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+        x = x ^ (x >> 16)
+        # The upper 24 bits are exact in float32.
+        return (x >> 8).astype("float32")[None, :, :, None] + np.zeros(k.shape[:-1], np.float32)
+
+
+def evict(
+    score: Literal["attention", "norm", "similarity", "random"] = "attention",
+    slots: int = 2,
+    constant: bool = False,
+    sink: bool = True,
+    discount: float | None = None,
+    seed: int = 0,
+) -> Method:
+    """Training-free eviction.
+
+    Args:
+      score: what makes an entry worth keeping: "attention" received, small "norm" of the key, least "similarity" to
+        the mean key, or "random".
+      slots: entries that stay for each closed chunk.
+      constant: slots is the number for the whole session.
+      sink: keep the first token of the session visible to all.
+      discount: what each token read multiplies earlier attention by, from 0 (the last query decides, TOVA) to 1 (all
+        queries count alike, H2O; the default); for score "attention" only.
+      seed: of score "random".
+    """
+    if slots < 1:
+        raise UserError(f"slots is {slots}; it must be at least 1")
+    if discount is not None and score != "attention":
+        raise UserError(f"discount is {discount}, but score is {score!r}; only score 'attention' has one")
+    if discount is not None and not 0 <= discount <= 1:
+        raise UserError(f"discount is {discount}; it must lie between 0 and 1")
+    keep = {
+        "attention": lambda: ByAttention(slots, constant, 1.0 if discount is None else discount),
+        "norm": lambda: ByNorm(slots, constant),
+        "similarity": lambda: BySimilarity(slots, constant),
+        "random": lambda: ByChance(slots, constant, seed),
+    }
+    if score not in keep:
+        raise UserError(f"score is {score!r}; allowed: {', '.join(keep)}")
+    clauses = [see((TEXT, QUERY), (TEXT, QUERY), 0, 0), see((TEXT, QUERY), MEMORY, 1, 1)]
+    if sink:
+        clauses.append(see((TEXT, QUERY, SINK), SINK, 0, INF))
+    return Method(name="evict", rule=Rule(tuple(clauses)), sink=sink, keep=keep[score]())
