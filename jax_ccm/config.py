@@ -170,16 +170,19 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Quality by time step."""
+    """Quality by time step, or of whole texts."""
 
+    by: Literal["step", "text"] = "step"
+    """Score a target behind so many chunks of context ("step"), or every token of a plain "text"."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 12)
-    """Time steps (closed chunks before the target) to report."""
+    """By step: time steps (closed chunks before the target) to report."""
     batch_size: int = 4
     """Rows of a batch."""
     max_examples: int = 0
-    """Examples for each time step; 0 for all."""
-    methods: tuple[str, ...] = ("none", "full", "memory")
-    """What stands side by side: "none", "full" and "memory" (the config's method)."""
+    """Examples for each time step, or windows of text; 0 for all."""
+    methods: tuple[str, ...] = ()
+    """What stands side by side: "none" and "full" context, "memory" (the config's method), and "uncompressed" (full
+    context, the adapter on all text). Empty: by step none, full, memory; by text full, uncompressed, memory."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,8 @@ from jax_ccm.methods import build
 from jax_ccm.nn import Transformer, abstract_transformer
 
 COMMAND = "jax_ccm.evaluate"
-SYSTEMS = ("none", "full", "memory")
+SYSTEMS = {"step": ("none", "full", "uncompressed", "memory"), "text": ("full", "uncompressed", "memory")}
+DEFAULT = {"step": ("none", "full", "memory"), "text": ("full", "uncompressed", "memory")}
 PACKAGES = ("jax_ccm", "jax", "jaxlib", "flax", "numpy", "transformers")
 
 
@@ -72,7 +73,7 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
       UserError: for a missing adapter, empty data, a working directory that belongs to a training run.
     """
     from jax_ccm.data.evaluation import Evaluation
-    from jax_ccm.evals import perplexity
+    from jax_ccm.evals import perplexity, texts
     from jax_ccm.evals.scoring import Store
 
     start = time.perf_counter()
@@ -80,33 +81,40 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
     experiment = load_experiment(config, adapter=options.adapter)
     evaluation = Evaluation.open(config.data, experiment.tokenizer, options.split)
     print(f"{options.split} data: {evaluation.report}")
-    choices = evaluation.has_choices
-    questions = perplexity.stages(evaluation, config.eval.steps, most=config.eval.max_examples, choices=choices)
-    missing = sorted(set(config.eval.steps) - {stage.step for stage in questions})
+    choices = config.eval.by == "step" and evaluation.has_choices
+    if config.eval.by == "text":
+        questions = texts.windows(evaluation, experiment.method, config.eval.max_examples)
+        print(f"{len(questions[0].right):,} windows of {options.split}")
+    else:
+        questions = perplexity.stages(evaluation, config.eval.steps, most=config.eval.max_examples, choices=choices)
+        for stage in questions:
+            control = f"no wrong-memory control ({stage.note})" if stage.note else "with wrong-memory control"
+            print(f"t={stage.step}: {len(stage.right):,} of {options.split}, {control}")
+    missing = sorted(set(config.eval.steps) - {stage.step for stage in questions}) if config.eval.by == "step" else []
     for step in missing:
         print(f"no record has {step} chunks of context: time step {step} is left out")
-    for stage in questions:
-        control = f"no wrong-memory control ({stage.note})" if stage.note else "with wrong-memory control"
-        print(f"t={stage.step}: {len(stage.right):,} of {options.split}, {control}")
     store = Store(options.store) if options.store else None
-    measured, systems = {}, {}
-    for name in [*config.eval.methods, *(["full_lora"] if options.full_adapter else [])]:
+    measured, systems, again = {}, {}, None
+    work = dict(rows=config.eval.batch_size, store=store, log=_say)
+    for name in [*(config.eval.methods or DEFAULT[config.eval.by]), *(["full_lora"] if options.full_adapter else [])]:
         system = _system(name, experiment, options)
         systems[name] = system.description
-        measured[name] = perplexity.measure(
-            system,
-            questions,
-            rows=config.eval.batch_size,
-            answer=evaluation.answer if choices else None,
-            store=store,
-            log=_say,
-        )
+        if config.eval.by == "text":
+            asked = texts.windows(evaluation, system.method, config.eval.max_examples)
+            measured[name] = texts.measure(system, asked, **work)
+            if name == "memory" and system.method.repeat is not None:
+                again = texts.repetition(system, asked, **work)
+        else:
+            answer = evaluation.answer if choices else None
+            measured[name] = perplexity.measure(system, questions, answer=answer, **work)
     itemsize = jnp.dtype(config.model.dtype).itemsize
     slot_bytes = experiment.model_config.kv_bytes_per_slot(itemsize)
     results = _results(config, options, experiment, command, systems)
     results["data"] |= {"report": str(evaluation.report), "steps_without_records": missing}
     results["kv_bytes_per_slot"] = slot_bytes
     results["steps"] = perplexity.to_json(perplexity.compare(questions, measured, slot_bytes))
+    if again is not None:
+        results["steps"][0]["systems"]["memory"]["repetition"] = again
     results["seconds"] = round(time.perf_counter() - start, 1)
     _write(config, options.workdir, results)
     return results
@@ -114,12 +122,11 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
 
 def _check(config: Config, options: Options) -> None:
     for name in config.eval.methods:
-        if name not in SYSTEMS:
-            raise unknown("entry of eval.methods", name, SYSTEMS)
-    if not config.eval.methods:
-        raise UserError(f"eval.methods is empty; name some of {', '.join(SYSTEMS)}")
-    if not config.eval.steps or min(config.eval.steps) < 1 or len(set(config.eval.steps)) < len(config.eval.steps):
-        raise UserError(f"eval.steps is {list(config.eval.steps)}; give different numbers from 1, such as [1, 2, 4]")
+        if name not in SYSTEMS[config.eval.by]:
+            raise unknown(f"entry of eval.methods (by {config.eval.by})", name, SYSTEMS[config.eval.by])
+    steps = config.eval.steps
+    if config.eval.by == "step" and (not steps or min(steps) < 1 or len(set(steps)) < len(steps)):
+        raise UserError(f"eval.steps is {list(steps)}; give different numbers from 1, such as [1, 2, 4]")
     if not getattr(config.data, options.split):
         raise UserError(f"data.{options.split} is empty; name at least one source to evaluate on")
     if (options.workdir / "checkpoints").exists():
@@ -146,6 +153,9 @@ def _system(name: str, experiment: Experiment, options: Options) -> Any:
         return System(name, model, base_only(build("none")), f"{base['name']}, no context", identity)
     if name == "full":
         return System(name, model, base_only(build("full")), f"{base['name']}, full context", identity)
+    if name == "uncompressed":
+        text = f"{base['name']}, full context, the adapter on all text"
+        return System(name, model, build("full"), text, f"{identity}|{_fingerprint(model)}")
     if name == "full_lora":
         from jax_ccm.weights.adapters import load_adapter
 

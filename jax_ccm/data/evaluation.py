@@ -60,11 +60,6 @@ class Evaluation:
         Raises:
           UserError: if all records are dropped, or a few-shot task has no demonstrations.
         """
-        if config.ratio is not None:
-            raise UserError(
-                "data.ratio draws spans anew for each window, which leaves no time steps to evaluate at; train with "
-                "data.validation, whose loss is over the same tokens whatever the ratio, or evaluate without data.ratio"
-            )
         self.config = config
         self.format = documents.build(config, tokenizer)
         self._choices: dict[str, Record] = {}
@@ -130,6 +125,20 @@ class Evaluation:
         self._check(step)
         return [self._example(unit, step) for unit in self._long_enough(step)]
 
+    def texts(self, *, marked: bool = True) -> list[Example]:
+        """Every window of plain text, all of its tokens scored but the first.
+
+        Args:
+          marked: with ``data.ratio``, draw spans, from the window's place; False for chunks as without it.
+
+        Raises:
+          UserError: for another format.
+        """
+        if not isinstance(self.format, Text):
+            raise UserError(f"whole texts are scored with data.format 'text', not {self.config.format!r}")
+        draws = lambda number: np.random.default_rng(number) if marked else None
+        return [self.format.build(unit, "all", draws(number)) for number, unit in enumerate(self.units)]
+
     def choices(self, step: int) -> list[Choice]:
         """The questions at a time step, for formats that have choices: online (with ``choices``) and fewshot.
 
@@ -146,6 +155,11 @@ class Evaluation:
     def _check(self, step: int) -> None:
         if step < 1:
             raise UserError(f"time step {step}: evaluation starts at 1, the first chunk")
+        if self.config.ratio is not None:
+            raise UserError(
+                "data.ratio draws spans, which leaves no time steps to evaluate at; score whole texts (eval.by: text), "
+                "or evaluate without data.ratio"
+            )
 
     def _long_enough(self, step: int) -> list[Unit]:
         exact = self.config.option("truncate") is False

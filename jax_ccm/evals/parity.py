@@ -247,6 +247,23 @@ def context_slots(method: Method, example: Example) -> int:
     return int(reachable(method.rule, slots, np.array([len(context)]), np.array([text])).sum())
 
 
+def held_slots(method: Method, example: Example) -> int:
+    """Key/value slots that a session holds when all of its text is read, the tail raw."""
+    *context, tail = arrange(method, example)
+    if method.closes or method.keep is not None:
+        return context_slots(method, example) + len(tail.tokens)
+    segments = [*context, tail]
+    counts = [len(segment.tokens) for segment in segments]
+    kept = np.concatenate(
+        [np.zeros(len(s.tokens), bool) if s.kept is None else s.kept for s in context] + [np.ones(counts[-1], bool)]
+    )
+    place = np.arange(sum(counts))[None]
+    kind = np.where(kept, Kind.QUERY, Kind.TEXT)[None]
+    kind = np.where(place == 0, Kind.SINK, kind) if method.sink else kind
+    slots = Slots(kind, np.repeat(np.arange(len(counts)), counts)[None], place, place)
+    return int(reachable(method.rule, slots, np.array([len(counts)]), np.array([sum(counts)])).sum())
+
+
 def memory_bytes(method: Method, config: ModelConfig, example: Example, itemsize: int) -> int:
     """Bytes of keys and values that a session carries from its context to its tail.
 

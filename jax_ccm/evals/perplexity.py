@@ -23,6 +23,7 @@ from jax_ccm.evals.parity import context_slots
 from jax_ccm.evals.scoring import Scores, Store, score
 from jax_ccm.evals.statistics import Estimate, Resamples, estimate, share, tree_to_json
 from jax_ccm.nn.transformer import Transformer
+from jax_ccm.sessions import Example
 from jax_ccm.types import Method
 
 # Which system is whose ceiling: the suffix of the shares, and the system with full context.
@@ -53,13 +54,13 @@ class Stage:
     """The questions of one time step.
 
     Attributes:
-      step: the time step: context chunks before the tail.
+      step: the time step: context chunks before the tail; or "text" for whole texts.
       right: sessions; one without choices is a question with one answer.
       wrong: the same tails after the contexts of other sessions, or None where there are too few.
       note: why there are none, if so.
     """
 
-    step: int
+    step: int | str
     right: list[Choice]
     wrong: list[Choice] | None
     note: str = ""
@@ -122,6 +123,7 @@ def measure(
     *,
     rows: int,
     answer: np.ndarray | None = None,
+    carried: Callable[[Method, Example], int] = context_slots,
     store: Store | None = None,
     log: Callable[[str], None] | None = None,
 ) -> list[Measured]:
@@ -132,6 +134,7 @@ def measure(
       questions: the time steps.
       rows: rows of a batch.
       answer: int32 tokens of the answer prefix, for calibrated accuracy; None where there are no choices.
+      carried: key/value slots of a session that are reported.
       store: where scores are kept, or None.
       log: takes a line on the work done.
     """
@@ -148,7 +151,7 @@ def measure(
     asked += alone.values()
     known = dict(store=store, identity=system.identity, log=log, name=system.name)
     scores = iter(score(system.model, system.method, asked, rows=rows, **known))
-    taken: dict[int, list[list[tuple[Scores, ...]]]] = {stage.step: [] for stage in questions}
+    taken: dict[int | str, list[list[tuple[Scores, ...]]]] = {stage.step: [] for stage in questions}
     for stage, side in sides:
         taken[stage.step].append([tuple(next(scores) for _ in question.examples) for question in side])
     unconditional = {key: -float(next(scores).nll.sum()) for key in alone}
@@ -156,7 +159,7 @@ def measure(
         Measured(
             taken[stage.step][0],
             taken[stage.step][1] if len(taken[stage.step]) > 1 else None,
-            np.array([context_slots(system.method, q.examples[q.answer]) for q in stage.right], float),
+            np.array([carried(system.method, q.examples[q.answer]) for q in stage.right], float),
             unconditional,
         )
         for stage in questions

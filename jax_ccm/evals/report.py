@@ -13,6 +13,7 @@ STYLE = {
     "none": ("#8c8c8c", "none"),
     "full": ("#2f6db3", "full"),
     "full_lora": ("#2a9d6f", "full + LoRA"),
+    "uncompressed": ("#8457a8", "uncompressed"),
     "memory": ("#d1495b", "memory"),
 }
 SHARES = {
@@ -51,10 +52,13 @@ def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             columns[STYLE[name][1] + suffix] = [a + b for a, b in zip(values, wrong, strict=True)]
     for name, column in SHARES.items():
         if any(name in row for row in steps):
-            columns[column] = [_share(row.get(name)) for row in steps]
+            columns[column] = [cell_share(row.get(name)) for row in steps]
+    if "memory" in names and "repetition" in cells("memory")[0]:
+        said = [cell["repetition"] for cell in cells("memory")]
+        columns["repeated"] = [f"{cell_share(cell['token'])}, {cell_share(cell['exact'])}" for cell in said]
     unit, name_of_unit = _unit(max(cell["kv_bytes"] for name in names for cell in cells(name)))
     for name in names:
-        if name not in ("none", "full_lora"):
+        if name not in ("none", "full_lora", "uncompressed"):
             sizes = [f"{cell['kv_bytes'] / unit:,.3g}" for cell in cells(name)]
             columns[f"{STYLE[name][1]} {name_of_unit}"] = sizes
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
@@ -66,7 +70,8 @@ def print_table(results: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     header, rows = table_rows(results)
-    table = Table(title="Perplexity of the target by time step", title_justify="left")
+    what = "whole texts" if _of_texts(results) else "the target by time step"
+    table = Table(title=f"Perplexity of {what}", title_justify="left")
     for column in header:
         table.add_column(column, justify="right", no_wrap=False)
     for row in rows:
@@ -87,6 +92,8 @@ def legend(results: Mapping[str, Any]) -> list[str]:
         lines.append("gap closed: (none - memory) / (none - full), nats a token; ± bootstrap error over dialogues")
     if any("content_share" in row for row in results["steps"]):
         lines.append("content share: (wrong - right) of the memory / (wrong - right) of full context, nats a token")
+    if "repetition" in results["steps"][0]["systems"].get("memory", {}):
+        lines.append("repeated: tokens of closed chunks that memory still says right; and chunks right from end to end")
     kind = quality(results)
     if kind != "perplexity":
         what = "questions whose right choice is the most likely, by its mean over tokens"
@@ -95,7 +102,8 @@ def legend(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"right: share of {what}")
     if results["steps"][-1]["step"] == "all":
         lines.append("all: every time step together")
-    lines.append("KiB, MiB, bytes: keys and values that a session carries from its context to the next turn")
+    held = "holds at the end of its text" if _of_texts(results) else "carries from its context to the next turn"
+    lines.append(f"KiB, MiB, bytes: keys and values that a session {held}")
     for row in results["steps"]:
         if "note" in row and row["step"] != "all":
             lines.append(f"no control at t={row['step']}: {row['note']}")
@@ -120,6 +128,11 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    if _of_texts(results):
+        compared = {name: results["steps"][0]["systems"][name] for name in STYLE if name in results["systems"]}
+        points = [(_label(name, results), STYLE[name][0], [cell]) for name, cell in compared.items()]
+        plot_tradeoff(points, path, title=results["title"])
+        return
     steps = [row for row in results["steps"] if row["step"] != "all"]
     names = [name for name in STYLE if name in steps[0]["systems"]]
     times = [row["step"] for row in steps]
@@ -141,6 +154,46 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
     figure.savefig(path, dpi=150)
+
+
+def plot_tradeoff(points: Sequence[tuple[str, str, Sequence]], path: str | Path, *, title: str) -> None:
+    """Draws quality against the bytes of a session.
+
+    Args:
+      points: name, colour, and the cells ("perplexity", "kv_bytes", "wrong" if there is a control) of a system, in
+        the order in which they are joined by a line.
+      path: the PNG file.
+      title: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    unit, name_of_unit = _unit(max(cell["kv_bytes"] for _, _, cells in points for cell in cells))
+    controlled = False
+    for name, colour, cells in points:
+        sizes = [cell["kv_bytes"] / unit for cell in cells]
+        heights = [cell["perplexity"]["value"] for cell in cells]
+        axes.plot(sizes, heights, color=colour, marker="o", markersize=5, linewidth=1.5, label=name, zorder=3)
+        for size, height, cell in zip(sizes, heights, cells, strict=True):
+            if "wrong" in cell:
+                controlled = True
+                wrong = cell["wrong"]["perplexity"]["value"]
+                axes.plot([size, size], [height, wrong], color=colour, linestyle=DASHES, linewidth=1, zorder=2)
+                axes.plot([size], [wrong], color=colour, marker="o", markersize=5, fillstyle="none", zorder=2)
+    axes.set_xlabel(f"keys and values of a session, {name_of_unit}")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.margins(0.08)
+    note = "open circles: after the context of another conversation" if controlled else None
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, title=note, title_fontsize=8)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.savefig(path, dpi=150)
+
+
+def _of_texts(results: Mapping[str, Any]) -> bool:
+    return results["steps"][0]["step"] == "text"
 
 
 def quality(results: Mapping[str, Any]) -> str:
@@ -196,9 +249,8 @@ def _unit(largest: float) -> tuple[int, str]:
 
 def _label(name: str, results: Mapping[str, Any]) -> str:
     """The name of a system in the picture."""
-    return {"none": "no context", "full": "full context", "full_lora": "full context, LoRA"}.get(name) or results[
-        "memory"
-    ]
+    known = {"none": "no context", "full": "full context", "full_lora": "full context, LoRA"}
+    return (known | {"uncompressed": "full context, adapter on all text"}).get(name) or results["memory"]
 
 
 def _value(cell: Mapping[str, Any], kind: str) -> float:
@@ -210,7 +262,8 @@ def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
 
 
-def _share(value: Mapping[str, Any] | None) -> str:
+def cell_share(value: Mapping[str, Any] | None) -> str:
+    """A share with its error, for a cell of a table."""
     if value is None:
         return "-"
     if value["value"] is None:

@@ -150,6 +150,7 @@ def score(
     examples: Sequence[Example],
     *,
     rows: int = 4,
+    repeats: bool = False,
     store: Store | None = None,
     identity: str = "",
     log: Callable[[str], None] | None = None,
@@ -164,6 +165,7 @@ def score(
       method: what the examples are run with.
       examples: sessions of any lengths.
       rows: rows of a batch.
+      repeats: score the repetition of closed chunks, too, behind the text's own (`Method.repeat`).
       store: where scores are kept; None to compute them in any case.
       identity: of the weights and the precision, for the store.
       log: takes a line on the work done.
@@ -173,7 +175,8 @@ def score(
       `Scores` of each example, in the order given.
     """
     log = log or (lambda line: None)
-    method = dataclasses.replace(method, repeat=None)
+    if not repeats:
+        method = dataclasses.replace(method, repeat=None)
     examples = [trimmed(example) for example in examples]
     if not examples:
         return []

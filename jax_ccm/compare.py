@@ -1,0 +1,74 @@
+"""``python -m jax_ccm.compare NAME=DIR … --workdir DIR``: evaluations side by side, quality against bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from jax_ccm import cli
+from jax_ccm.errors import UserError
+
+COMMAND = "jax_ccm.compare"
+HELP = """Puts evaluations of the same questions side by side: a table and a plot of quality against bytes.
+
+Writes comparison.json, table.md and plot.png into the working directory."""
+
+
+def main() -> None:
+    import tyro
+
+    runs = (
+        "A working directory of jax_ccm.evaluate, and what to call it; a name given again is another size of the same."
+    )
+    fields = [
+        ("runs", Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=DIR ...", help=runs)]),
+        ("workdir", Annotated[Path, tyro.conf.arg(help="Where all output goes.")]),
+    ]
+    arguments = dataclasses.make_dataclass("Arguments", fields)
+    parsed = tyro.cli(arguments, prog=f"python -m {COMMAND}", description=HELP)
+    compare(parsed.runs, parsed.workdir, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
+
+
+def compare(runs: Sequence[str], workdir: Path, *, command: str = "") -> None:
+    """Puts evaluations of the same questions side by side: a table and a plot of quality against bytes.
+
+    Writes comparison.json, table.md and plot.png into the working directory.
+
+    Args:
+      runs: ``NAME=DIR`` for each evaluation.
+      workdir: where all output goes.
+      command: the command line, for the record.
+
+    Raises:
+      UserError: for a run without a name, or evaluations that do not go together.
+    """
+    from jax_ccm.evals import comparison
+
+    named: dict[str, list[dict]] = {}
+    for run in runs:
+        name, equals, folder = run.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"{run!r} is not NAME=DIR; name each evaluation, as in concat=runs/concat_quality")
+        named.setdefault(name, []).append(comparison.load(folder))
+    if not named:
+        raise UserError("there is nothing to compare; give NAME=DIR for each evaluation")
+    result = comparison.compare(named, command)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "comparison.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"--workdir {workdir} cannot be used: {e}") from e
+    table = comparison.markdown(result)
+    (workdir / "table.md").write_text(table, encoding="utf-8")
+    comparison.plot(result, workdir / "plot.png")
+    print(table)
+    print(f"numbers in {workdir / 'comparison.json'}, table in table.md, picture in plot.png")
+
+
+if __name__ == "__main__":
+    cli.run(main)

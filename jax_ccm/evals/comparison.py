@@ -1,0 +1,146 @@
+"""Several evaluations of the same questions side by side: quality against the bytes of a session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_ccm.errors import UserError
+from jax_ccm.evals.report import SHARES, STYLE, cell_share, plot_tradeoff
+
+# What all share, taken from the first evaluation; and their names.
+SHARED = {"none": "no context", "full": "full context", "full_lora": "full context, LoRA"}
+COLOURS = ("#d1495b", "#8457a8", "#e08e2b", "#00798c", "#5f7a1f", "#b0588d", "#6b4f3a", "#222222")
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The content of ``results.json`` in a folder that `evaluate` wrote.
+
+    Raises:
+      UserError: for a folder without one, or a damaged file.
+    """
+    file = Path(path) / "results.json"
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        assert "memory" in results["steps"][0]["systems"]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file} cannot be read ({e}); give folders that jax_ccm.evaluate wrote") from e
+    except (KeyError, IndexError, TypeError, AssertionError):
+        raise UserError(f"{file} holds no results of a memory; give folders that jax_ccm.evaluate wrote") from None
+    return results
+
+
+def compare(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "") -> dict[str, Any]:
+    """Joins evaluations of the same questions.
+
+    Args:
+      named: for each system its evaluations, one for each size that it was evaluated at.
+      command: the command line, for the record.
+
+    Returns:
+      What goes into ``comparison.json``: ``{"command", "base", "data", "steps", "systems": {name: [{"command",
+      "memory", "steps": {step: cell}}, ...]}}``; a cell is that of ``results.json``, with its shares.
+
+    Raises:
+      UserError: if they are not of the same base model, data and questions.
+    """
+    runs = [(name, run) for name, several in named.items() for run in several]
+    first_name, first = runs[0]
+    for name, run in runs[1:]:
+        for what, key in {
+            "base model": lambda r: r["base"],
+            "data": lambda r: (r["data"]["split"], r["data"]["sources"]),
+            "questions": lambda r: [(row["step"], row["examples"], row["tokens"]) for row in r["steps"]],
+        }.items():
+            if key(run) != key(first):
+                raise UserError(
+                    f"{name} and {first_name} were evaluated on different {what}: {key(run)} and {key(first)}; "
+                    "evaluate both with the same data and eval options"
+                )
+    shared = {}
+    for key, title in SHARED.items():
+        if found := next((run for _, run in runs if key in run["steps"][0]["systems"]), None):
+            shared[title] = [_cells(found, key)]
+    systems = shared | {name: [_cells(run, "memory") for run in several] for name, several in named.items()}
+    return {
+        "command": command,
+        "base": first["base"],
+        "data": {"split": first["data"]["split"], "sources": first["data"]["sources"]},
+        "kv_bytes_per_slot": first["kv_bytes_per_slot"],
+        "steps": [{key: row[key] for key in ("step", "examples", "tokens")} for row in first["steps"]],
+        "systems": systems,
+    }
+
+
+def _cells(results: Mapping[str, Any], system: str) -> dict[str, Any]:
+    cells = {}
+    for row in results["steps"]:
+        cells[str(row["step"])] = dict(row["systems"][system])
+        if system == "memory":
+            cells[str(row["step"])] |= {name: row[name] for name in SHARES if name in row}
+            if "uncompressed" in row["systems"]:
+                cells[str(row["step"])]["off"] = row["systems"]["uncompressed"]["perplexity"]
+    memory = results["memory"] if system == "memory" else results["systems"][system]
+    return {"command": results["command"], "memory": memory, "steps": cells}
+
+
+def markdown(comparison: Mapping[str, Any]) -> str:
+    """A row for each system and size: bytes, perplexity by step, and the shares of the last."""
+    steps = [str(row["step"]) for row in comparison["steps"]]
+    last = steps[-1]
+    every = [(name, run["steps"]) for name, several in comparison["systems"].items() for run in several]
+    shares = [name for name in ("gap_closed", "content_share") if any(name in cells[last] for _, cells in every)]
+    repeats = any("repetition" in cells[last] for _, cells in every)
+    off = any("off" in cells[last] for _, cells in every)
+    full = next((cells[last]["kv_slots"] for name, cells in every if name == SHARED["full"]), None)
+    header = ["system", "slots", "KiB"] + (["of full"] if full else [])
+    header += ["perplexity"] if steps == ["text"] else [f"t={s}" if s != "all" else "all" for s in steps]
+    header += (["compression off"] if off else []) + [SHARES[name] for name in shares]
+    header += ["tokens repeated", "chunks repeated"] if repeats else []
+    body = []
+    for name, cells in every:
+        size = cells[last]
+        row = [name, f"{size['kv_slots']:.1f}", f"{size['kv_bytes'] / 1024:,.0f}"]
+        row += [f"{size['kv_slots'] / full:.2f}"] if full else []
+        for step in steps:
+            cell = cells[step]
+            wrong = f" ({cell['wrong']['perplexity']['value']:.2f})" if "wrong" in cell else ""
+            row.append(f"{cell['perplexity']['value']:.2f}{wrong}")
+        row += ([f"{size['off']['value']:.2f}"] if "off" in size else ["-"]) if off else []
+        row += [cell_share(size.get(key)) for key in shares]
+        if repeats:
+            said = size.get("repetition", {})
+            row += [cell_share(said.get("token")), cell_share(said.get("exact"))]
+        body.append(row)
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    rule = line(["---"] + ["---:"] * (len(header) - 1))
+    of = "whole texts" if steps == ["text"] else "the target"
+    notes = [f"perplexity of {of}; slots and KiB of a session, mean at {'its end' if steps == ['text'] else last}"]
+    if off:
+        notes.append("compression off: full context, the adapter on all text")
+    if repeats:
+        notes.append("repeated: what memory still says right of closed chunks, tokens and whole chunks")
+    if any("wrong" in cells[last] for _, cells in every):
+        notes.append("in brackets: the same turn after the context of another conversation (control)")
+    table = [line(header), rule, *(line(row) for row in body)]
+    return "\n".join([*table, "", *(f"- {note}" for note in notes), "", f"`{comparison['command']}`", ""])
+
+
+def plot(comparison: Mapping[str, Any], path: str | Path) -> None:
+    """Draws perplexity against bytes at the last step.
+
+    Args:
+      comparison: of `compare`.
+      path: the PNG file.
+    """
+    last = str(comparison["steps"][-1]["step"])
+    titles = {title: STYLE[key][0] for key, title in SHARED.items()}
+    colours = iter(COLOURS * 9)
+    points = [
+        (name, titles.get(name) or next(colours), sorted((r["steps"][last] for r in runs), key=lambda c: c["kv_bytes"]))
+        for name, runs in comparison["systems"].items()
+    ]
+    where = {"text": "whole texts", "all": "all time steps"}.get(last, f"t = {last}")
+    plot_tradeoff(points, path, title=f"Quality against the memory of a session, {where}")

@@ -1,0 +1,88 @@
+"""Whole texts: perplexity of the same tokens whatever is compressed, slots that stay, and what can be repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_ccm.data.evaluation import Choice, Evaluation
+from jax_ccm.evals import perplexity
+from jax_ccm.evals.parity import held_slots
+from jax_ccm.evals.perplexity import Measured, Stage, System
+from jax_ccm.evals.scoring import Store, score
+from jax_ccm.evals.statistics import Resamples, estimate, tree_to_json
+from jax_ccm.layout import arrange
+from jax_ccm.types import Kind, Method
+
+
+def windows(evaluation: Evaluation, method: Method, most: int = 0) -> list[Stage]:
+    """The windows of text as the questions of one stage, "text".
+
+    Args:
+      evaluation: the data.
+      method: what will read them: spans are drawn for methods that keep just what is outside of them.
+      most: windows, taken at equal distances from all; 0 for all.
+    """
+    # Marks make no difference where later text sees all raw text, marked or not.
+    sees_all = any(Kind.TEXT in clause.key and clause.farthest > 0 for clause in method.rule.sees)
+    found = evaluation.texts(marked=method.keeps_text and not sees_all)
+    if most and len(found) > most:
+        found = [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
+    # Windows of one text are not independent of each other: they share its id, by which the bootstrap draws.
+    named = [dataclasses.replace(example, id=example.id.rsplit(" from token ", 1)[0]) for example in found]
+    return [Stage("text", [Choice((example,), 0) for example in named], None)]
+
+
+def measure(system: System, questions: Sequence[Stage], **options: Any) -> list[Measured]:
+    """`perplexity.measure` of every token; slots are those that a session holds when its text is read.
+
+    Args:
+      system: what is measured.
+      questions: of `windows`, for its method.
+      **options: as for `perplexity.measure`.
+    """
+    return perplexity.measure(system, questions, carried=held_slots, **options)
+
+
+def repetition(
+    system: System,
+    questions: Sequence[Stage],
+    *,
+    rows: int,
+    store: Store | None = None,
+    log: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """What memory can still say word for word of closed chunks (LoMA's repetition zone), each token guessed by itself.
+
+    Args:
+      system: one whose method has a `Method.repeat`.
+      questions: of `windows`.
+      rows: rows of a batch.
+      store: where scores are kept, or None.
+      log: takes a line on the work done.
+
+    Returns:
+      JSON values: ``token``, the share of tokens that are right, ``exact``, the share of chunks that are right from
+      end to end (with bootstrap errors over texts), ``chunks`` and ``tokens`` that were asked for.
+    """
+    examples = [question.examples[0] for stage in questions for question in stage.right]
+    known = dict(rows=rows, store=store, identity=system.identity, log=log, name=f"{system.name}, repetition")
+    scores = score(system.model, system.method, examples, repeats=True, **known)
+    right, exact, tokens, chunks = (np.zeros(len(examples)) for _ in range(4))
+    for i, (example, found) in enumerate(zip(examples, scores, strict=True)):
+        sizes = [len(segment.tokens) for segment in arrange(system.method, example)[:-1]]
+        hits = np.split(found.hit[len(found.hit) - sum(sizes) :], np.cumsum(sizes)[:-1]) if sizes else []
+        right[i], exact[i] = sum(hit.sum() for hit in hits), sum(bool(hit.all()) for hit in hits)
+        tokens[i], chunks[i] = sum(sizes), len(sizes)
+    resamples = Resamples([example.id for example in examples])
+    return tree_to_json(
+        {
+            "token": estimate(resamples.mean(right, tokens)),
+            "exact": estimate(resamples.mean(exact, chunks)),
+            "chunks": int(chunks.sum()),
+            "tokens": int(tokens.sum()),
+        }
+    )
