@@ -55,6 +55,7 @@ class Conversation:
     Attributes:
       cache: the session's state.
       turns: user turns so far.
+      said: int32, all tokens so far; kept only for methods that compress all of them anew each turn.
     """
 
     def __init__(self, experiment: Experiment, *, max_tokens: int = 48, sampling: Sampling = Sampling(), seed: int = 0):
@@ -76,6 +77,7 @@ class Conversation:
         self.key = jax.random.key(seed)
         self.turns = 0
         self.cache = self.empty()
+        self.said = np.zeros(0, np.int32)
 
     def empty(self) -> MemoryCache:
         """A cache of the sizes that the config gives."""
@@ -94,9 +96,15 @@ class Conversation:
         """Answers a turn from the memory, then compresses the turn and its answer into it."""
         prompt = self.prompt(text, first=self.turns == 0)
         before = self.cache
-        reply, after, tokens = self._answer(before, prompt)
         method = self.experiment.method
-        if not method.sees_memory_in_context or Kind.QUERY not in method.compresses:
+        if method.context == "joined":
+            self._require_room(len(self.said) + len(prompt) + self.max_tokens)
+        reply, after, tokens = self._answer(before, prompt)
+        if method.context == "joined":
+            # All that was said is one chunk.
+            self.said = np.concatenate([self.said, prompt, tokens])
+            after = self._read(self.empty(), self.said, query=False)
+        elif not method.sees_memory_in_context or Kind.QUERY not in method.compresses:
             # Chunks of these methods are compressed without a view of the memory, or only if they were read as context;
             # the answer was made otherwise.
             after = self._read(before, np.concatenate([prompt, tokens]), query=False)
@@ -142,6 +150,16 @@ class Conversation:
         )
         tokens = np.asarray(tokens)[0, : int(lengths[0])]
         return tokenizer.decode(tokens, skip_special_tokens=True).strip(), cache, tokens
+
+    def _require_room(self, tokens: int) -> None:
+        """Refuses a conversation that no longer fits where all of it is compressed anew."""
+        most = self.experiment.config.cache.raw_capacity
+        if tokens > most:
+            raise UserError(
+                f"method {self.experiment.method.name!r} compresses the whole conversation anew each turn, by now up to "
+                f"{tokens} tokens, which do not fit cache.raw_capacity={most}; raise it, or take a method that "
+                "compresses turn by turn (method.online: true for gist)"
+            )
 
     def _read(self, cache: MemoryCache, tokens: np.ndarray, *, query: bool) -> MemoryCache:
         size = -(-len(tokens) // MULTIPLE) * MULTIPLE

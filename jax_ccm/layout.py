@@ -19,7 +19,7 @@ import numpy as np
 
 from jax_ccm.errors import UserError
 from jax_ccm.sessions import Example, Segment, cut, glued, join, opened
-from jax_ccm.types import INF, RAW, Array, Batch, Chunk, Kind, Method, Mix, Packed, Rule, Slots
+from jax_ccm.types import INF, RAW, TEXT, Array, Batch, Chunk, Kind, Method, Mix, Packed, Rule, Slots
 
 
 def is_in(kind: Array, kinds: tuple[Kind, ...]) -> Array:
@@ -144,7 +144,7 @@ def chunk(rows: Sequence[Sequence[int]], size: int, vocab_size: int) -> Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Static sizes of a batch: ``tokens`` T, ``memory`` P (tokens that write memory), ``scored`` Q."""
+    """Static sizes of a batch: ``tokens`` T, ``memory`` M (slots), ``scored`` Q."""
 
     tokens: int
     memory: int
@@ -159,7 +159,12 @@ def measure(method: Method, example: Example) -> Sizes:
     text = sum(len(segment.tokens) for segment in segments)
     scored = sum(int(segment.scored.sum()) for segment in segments) - int(segments[0].scored[:1].sum())
     repeated = text - len(segments[-1].tokens) if method.repeat else 0
-    return Sizes(text + repeated + chunks * len(method.closes), chunks * method.slots_per_chunk, scored + repeated)
+    slots = chunks * method.slots_per_chunk
+    if method.pool:
+        sizes = [len(segment.tokens) for segment in segments[:-1]]
+        sizes[:1] = [size - int(method.sink) for size in sizes[:1]]
+        slots = sum(-(-size // method.pool) for size in sizes)
+    return Sizes(text + repeated + chunks * len(method.closes), slots, scored + repeated)
 
 
 def bound(method: Method, text: int, chunks: int, scored: int) -> Sizes:
@@ -167,7 +172,16 @@ def bound(method: Method, text: int, chunks: int, scored: int) -> Sizes:
     if method.chunk is not None:
         chunks = max(text - 1, 0) // method.chunk
     repeated = text if method.repeat else 0
-    return Sizes(text + repeated + chunks * len(method.closes), chunks * method.slots_per_chunk, scored + repeated)
+    return Sizes(
+        text + repeated + chunks * len(method.closes), most_slots(method, text, chunks), scored + repeated
+    )
+
+
+def most_slots(method: Method, text: int, chunks: int) -> int:
+    """Memory slots enough for any row of at most so many text tokens and context chunks."""
+    # Each chunk may have a rest.
+    pooled = min(text, text // method.pool + chunks) if method.pool else 0
+    return chunks * method.slots_per_chunk + pooled
 
 
 def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size: int, pad: str = "right") -> Batch:
@@ -208,9 +222,9 @@ def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size:
         rows = [_shift(row, sizes.tokens) for row in rows]
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     memory = None
-    if method.slots_per_chunk and sizes.memory:
+    if method.remembers and sizes.memory:
         slots = Slots(*(stacked[f"memory_{name}"] for name in ("kind", "segment", "index", "position")))
-        memory = Packed(stacked["source"], slots, stacked.get("mix"))
+        memory = Packed(stacked["source"], slots, stacked.get("mix"), stacked.get("share"))
     slots = Slots(*(stacked[name] for name in ("kind", "segment", "index", "position")))
     return Batch(
         stacked["tokens"], slots, memory, *(stacked[name] for name in ("places", "targets", "weights", "steps"))
@@ -281,19 +295,22 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
     row["targets"] = np.concatenate([row["tokens"][scored], answers[again]])
     row["steps"] = row["segment"][np.concatenate([scored, again])]
     row["weights"] = np.ones(len(row["places"]))
-    source = np.flatnonzero(np.isin(row["kind"], method.writes))
-    needs = Sizes(length, len(source), len(row["places"]))
+    if method.pool is not None:
+        context = np.isin(row["kind"], TEXT) & (row["segment"] < len(segments) - 1)
+        row["source"], row["share"], last = _pools(np.flatnonzero(context), row["segment"], method.pool)
+    else:
+        row["source"] = last = np.flatnonzero(np.isin(row["kind"], method.writes))
+    needs = Sizes(length, len(last), len(row["places"]))
     for field in dataclasses.fields(Sizes):
         need, cap = getattr(needs, field.name), getattr(sizes, field.name)
         if need > cap:
             raise UserError(
                 f"{where} needs {field.name}={need} places, the batch has {cap}; raise the cap or filter the data"
             )
-    row["source"] = source
-    memory = {f: row[f][source] for f in ("segment", "index", "position")}
-    memory["kind"] = np.full(len(source), Kind.MEMORY)
+    memory = {f: row[f][last] for f in ("segment", "index", "position")}
+    memory["kind"] = np.full(len(last), Kind.MEMORY)
     if method.mix is not None:
-        row["mix"] = _mix_matrix(method.mix, len(source), method.slots_per_chunk, sizes.memory)
+        row["mix"] = _mix_matrix(method.mix, len(last), method.slots_per_chunk, sizes.memory)
         # State t of the mixture exists once the last of its chunk's tokens has been run.
         memory["index"] = (
             memory["index"].reshape(-1, method.slots_per_chunk).max(1, initial=0).repeat(method.slots_per_chunk)
@@ -309,14 +326,36 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
         "targets": sizes.scored,
         "steps": sizes.scored,
         "weights": sizes.scored,
+        "source": sizes.memory * (method.pool or 1),
+        "share": sizes.memory * (method.pool or 1),
     }
     pad = lambda x, size: np.concatenate([x, np.zeros(size - len(x), x.dtype)])  # np.pad is ten times slower
     return {
         name: x
         if name == "mix"
-        else pad(x, caps.get(name, sizes.memory)).astype(np.float32 if name == "weights" else np.int32)
+        else pad(x, caps.get(name, sizes.memory)).astype(np.float32 if name in ("weights", "share") else np.int32)
         for name, x in row.items()
     }
+
+
+def _pools(places: np.ndarray, segment: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which text each pooled slot is the mean of: ``size`` neighbours of one segment, or the fewer that remain.
+
+    Args:
+      places: of the text, in order.
+      segment: of each place of the row.
+      size: tokens for a slot.
+
+    Returns:
+      Sources and their shares, both ``[slots * size]`` and 0 where a slot has fewer; the last place of each slot.
+    """
+    own = segment[places]
+    rank = np.arange(len(places)) - np.searchsorted(own, own)
+    slot = np.cumsum(rank % size == 0) - 1
+    count = np.bincount(slot, minlength=1 if len(slot) else 0)
+    source, share = np.zeros((len(count), size), np.int64), np.zeros((len(count), size))
+    source[slot, rank % size], share[slot, rank % size] = places, 1 / count[slot]
+    return source.reshape(-1), share.reshape(-1), places[np.cumsum(count) - 1]
 
 
 def _mix_matrix(mix: Mix, sources: int, per_chunk: int, size: int) -> np.ndarray:
@@ -339,6 +378,8 @@ def _shift(row: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
     row = dict(row)
     for name in ("tokens", "kind", "segment", "index", "position"):
         row[name] = np.roll(row[name], empty)
-    for name, used in (("places", row["weights"] > 0), ("source", row.get("memory_kind", np.zeros(0)) == Kind.MEMORY)):
+    slots = row["memory_kind"] == Kind.MEMORY
+    slots = np.repeat(slots, len(row["source"]) // max(len(slots), 1))
+    for name, used in (("places", row["weights"] > 0), ("source", slots)):
         row[name] = np.where(used, row[name] + empty, 0).astype(np.int32)
     return row

@@ -21,7 +21,7 @@ from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
 from jax_ccm.layout import is_in, reachable
 from jax_ccm.nn.config import ModelConfig
-from jax_ccm.types import Kind, MemoryCache, Method, Slots
+from jax_ccm.types import TEXT, Kind, MemoryCache, Method, Slots
 
 FORMAT = "jax_ccm.memory/1"
 
@@ -190,6 +190,44 @@ def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing, recei
     cache = compact(cache, join_layers(cache.k, k), join_layers(cache.v, v), all_slots, kept, received)
     lost = excess if cache.overflow == "error" else jnp.zeros_like(excess)
     return dataclasses.replace(cache, chunks=cache.chunks + closing, lost=cache.lost + lost)
+
+
+def pooled(cache: MemoryCache, method: Method, closing):
+    """What pooling writes when a chunk is closed: means over the text that no later segment sees (`Method.pool`).
+
+    Keys are averaged as they stand in the cache, rotated by the positions of their tokens: the score of a slot is then
+    the mean of the scores of its tokens. (The Compressive Transformer pools before it adds relative positions.)
+
+    Args:
+      cache: the state, its raw slots labelled with the segment that they belong to.
+      method: the compression method; without `Method.pool` nothing is written.
+      closing: ``bool [B]``, rows that close a chunk.
+
+    Returns:
+      Keys and values ``[L, B, W, K, H]`` and `Slots` of ``[B, W]`` for `write`; W slots are enough for all raw text.
+    """
+    size = method.pool or 1
+    width = -(-raw_capacity(cache) // size) if method.pool else 0
+    slots = cache.slots
+    hidden = is_in(slots.kind, TEXT) & ~reachable(method.rule, slots, cache.chunks + 1, cache.tokens)
+    hidden = hidden & closing[:, None]
+    order = jnp.argsort(~hidden, axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, max(width * size - order.shape[1], 0))))[:, : width * size]
+    used = (jnp.arange(width * size) < jnp.sum(hidden, axis=1, keepdims=True)).reshape(-1, width, size)
+    count = jnp.sum(used, axis=2)
+    share = used / jnp.maximum(count, 1)[:, :, None]
+
+    def mean(x):
+        parts = jnp.take_along_axis(x, order[None, :, :, None, None], axis=2).astype(jnp.float32)
+        parts = parts.reshape(*x.shape[:2], width, size, *x.shape[3:])
+        return jnp.einsum("bwc,lbwckh->lbwkh", share, parts)
+
+    pick = lambda x: jnp.max(
+        jnp.where(used, jnp.take_along_axis(x, order, axis=1).reshape(used.shape), 0), axis=2, initial=0
+    )
+    kind = jnp.where(count > 0, Kind.MEMORY, Kind.PAD)
+    entries = Slots(kind, pick(slots.segment), pick(slots.index), pick(slots.position))
+    return mean(cache.k), mean(cache.v), entries
 
 
 def join_layers(memory, new):

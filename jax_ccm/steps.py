@@ -170,9 +170,7 @@ def compress(
         return memory.write(dataclasses.replace(cache, lost=cache.lost + lost), method, k, v, slots, closing, received)
     count = len(method.closes)
     if not count:
-        nothing = jnp.zeros((*cache.k.shape[:2], 0, *cache.k.shape[3:]), cache.k.dtype)
-        empty = jnp.zeros((cache.k.shape[1], 0), jnp.int32)
-        return memory.write(cache, method, nothing, nothing, Slots(empty, empty, empty, empty), closing)
+        return memory.write(cache, method, *memory.pooled(cache, method, closing), closing)
     row = lambda values: jnp.asarray(values, jnp.int32)[None]
     kind = jnp.where(closing[:, None], row([token.kind for token in method.closes]), Kind.PAD)
     segment = jnp.broadcast_to(cache.chunks[:, None], kind.shape)

@@ -38,7 +38,8 @@ class Kind(enum.IntEnum):
     MEMORY = 7  # a key/value pair that a method wrote
 
 
-RAW = (Kind.TEXT, Kind.QUERY, Kind.REPEAT)
+TEXT = (Kind.TEXT, Kind.QUERY)
+RAW = (*TEXT, Kind.REPEAT)
 
 
 @jax.tree_util.register_dataclass
@@ -207,6 +208,8 @@ class Method:
       rule: who sees whom.
       closes: the tokens that are run to close a chunk, in order; empty if the method compresses nothing.
       writes: kinds, of those in `closes`, whose keys and values become memory.
+      pool: if set, text that no later segment sees becomes memory itself, without any token being run: the mean key
+        and value of every so many tokens of a segment, in order, appended; a rest of fewer makes a slot, too.
       mix: how written keys and values enter the memory: `None` appends them as new slots, a `Mix`
         blends them slot by slot into a memory of constant size.
       gate: kinds on which the adapter's LoRA acts.
@@ -228,6 +231,7 @@ class Method:
     rule: Rule
     closes: tuple[Token, ...] = ()
     writes: tuple[Kind, ...] = (Kind.COMP,)
+    pool: int | None = None
     mix: Mix | None = None
     gate: tuple[Kind, ...] = ()
     sink: bool = False
@@ -247,6 +251,11 @@ class Method:
                 f"method {self.name!r}: places in the cache (rope='cache') have no chunk's begin to count from"
             )
 
+        if self.pool is not None and (self.pool < 1 or self.closes or self.mix is not None or self.keep is not None):
+            raise ValueError(
+                f"method {self.name!r}: pool={self.pool} must be at least 1, and goes with none of closes, mix and keep"
+            )
+
     def closed_by(self, count: int | None) -> Method:
         """The method with only the first ``count`` of its closing tokens; None for all."""
         return self if count is None else dataclasses.replace(self, closes=self.closes[:count])
@@ -257,8 +266,13 @@ class Method:
         return self.rope == "cache" or self.keep is not None
 
     @property
+    def remembers(self) -> bool:
+        """Whether anything becomes memory."""
+        return bool(self.slots_per_chunk or self.pool or self.keep)
+
+    @property
     def slots_per_chunk(self) -> int:
-        """Memory slots that one closed chunk writes."""
+        """Memory slots that the closing tokens of a chunk write."""
         return sum(token.kind in self.writes for token in self.closes)
 
     @property
@@ -288,12 +302,16 @@ class Method:
         """Whether context chunks see earlier memory; if not, only the tail does (independent chunks)."""
         return any(Kind.TEXT in c.query and Kind.MEMORY in c.key for c in self.rule.sees)
 
-    def memory_slots(self, chunks: int) -> int:
-        """Memory slots after ``chunks`` closed chunks, at most; the sink not counted."""
+    def memory_slots(self, chunks: int, tokens: int = 0) -> int:
+        """Most memory slots after ``chunks`` closed chunks of up to ``tokens`` text tokens each, the sink not counted.
+
+        The tokens matter only where text is pooled.
+        """
         if self.keep is not None:
             return self.keep.slots * (1 if self.keep.constant else chunks)
         farthest = max((c.farthest for c in self.rule.sees if Kind.MEMORY in c.key), default=0)
-        return self.slots_per_chunk * min(chunks, farthest)
+        pooled = -(-tokens // self.pool) if self.pool else 0
+        return (self.slots_per_chunk + pooled) * min(chunks, farthest)
 
 
 @jax.tree_util.register_dataclass
@@ -303,15 +321,18 @@ class Packed:
 
     Attributes:
       source: ``int32 [B, P]``, places in the row of the tokens that write memory; unused entries are 0
-        and reach only slots of kind PAD.
+        and reach only slots of kind PAD, or have no share.
       slots: `Slots` of ``[B, M]``, kind MEMORY or PAD.
       mix: ``float32 [B, M, P]``, weights of the sources in each memory slot, or None where memory slot
         j is source j (M = P). Rows of dead slots are zero.
+      share: ``float32 [B, P]`` or None. If given, memory slot j is the sum of the c = P / M sources from ``j c`` on,
+        each times its share (pooling).
     """
 
     source: Array
     slots: Slots
     mix: Array | None
+    share: Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -115,7 +115,7 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
         result["gradient"] = {"relative_gap": gap, "norm": norm, "losses": [loss, other], "passed": fine}
         passed = passed and fine
     result["passed"] = passed
-    _print(result, sees_memory=bool(method.slots_per_chunk))
+    _print(result, sees_memory=method.remembers)
     if options.workdir is not None:
         _write(config, options.workdir, result)
     return result

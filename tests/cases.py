@@ -33,6 +33,10 @@ METHODS: dict[str, Method] = {
     "window_sink": build("window", size=9, sink=True),
     "gist_n2": build("gist", comp_tokens=2),
     "gist_n1_sink": build("gist", comp_tokens=1, sink=True),
+    "gist_online": build("gist", comp_tokens=2, online=True),
+    "compressive": build("compressive", ratio=2),
+    "compressive_now_sink": build("compressive", ratio=3, recent=0, sink=True),
+    "compressive_segments": build("compressive", ratio=2, recent=2, segment=2),
     **{
         f"{name}_{label}": build(f"ccm_{name}", **options)
         for name in ("concat", "merge", "ema")

@@ -269,7 +269,7 @@ def test_reachable_is_what_somebody_can_see(name):
     )
     now = np.array([4]), np.array([30])
     kept = layout.reachable(rule, keys, *now)[0]
-    later = [(kind, 4 + ahead, 30 + 3 * ahead) for ahead in range(3) for kind in Kind]
+    later = [(kind, 4 + ahead, 30 + 3 * ahead) for ahead in range(4) for kind in Kind]
     queries = Slots(
         *(np.array([[x[i] for x in later]]) for i in (0, 1)),
         np.full((1, len(later)), 99),

@@ -22,7 +22,7 @@ from jax_ccm.types import Chunk, Kind
 from tests import cases
 
 MODEL = cases.model(tokens=3)
-REMEMBERS = {name: method for name, method in cases.METHODS.items() if method.closes}
+REMEMBERS = {name: method for name, method in cases.METHODS.items() if method.remembers}
 
 
 def gap(ours, theirs) -> float:
@@ -37,13 +37,13 @@ def test_parallel_is_recurrent(name):
     parallel = parity.parallel_logits(MODEL, method, sessions)
     recurrent = parity.recurrent_logits(MODEL, method, sessions)
     assert gap(parallel, recurrent) < 1e-5
-    if method.closes:
+    if method.remembers:
         without = parity.parallel_logits(MODEL, method, sessions, with_memory=False)
         assert gap(parallel, without) > 0.05
 
 
 # One variant of each kind of memory; the rest take minutes to compile.
-QUICK = ("concat_n2_sink", "merge_n3_independent", "ema_n2_all", "gist_n2", "loma", "sentinel")
+QUICK = ("concat_n2_sink", "merge_n3_independent", "ema_n2_all", "gist_n2", "loma", "sentinel", "compressive")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in REMEMBERS])

@@ -19,7 +19,7 @@ from jax_ccm.types import Batch, Method
 
 def caps(config: DataConfig, method: Method) -> layout.Sizes:
     """The static sizes of a training batch."""
-    return layout.Sizes(config.tokens, config.max_chunks * method.slots_per_chunk, config.scored)
+    return layout.Sizes(config.tokens, layout.most_slots(method, config.tokens, config.max_chunks), config.scored)
 
 
 def joined(example: Example, join: float, uncompressed: float, rng: np.random.Generator) -> Example:
@@ -148,7 +148,7 @@ def prepare(config: DataConfig, method: Method, tokenizer: Any, vocab_size: int)
         method that has no chunks to join.
     """
     for name in ("join", "uncompressed"):
-        if getattr(config, name) and (method.context != "chunks" or not method.closes or method.chunk):
+        if getattr(config, name) and (method.context != "chunks" or not method.remembers or method.chunk):
             why = "cuts text by itself" if method.chunk else "compresses no chunks"
             raise UserError(
                 f"data.{name}={getattr(config, name)} has no effect with method {method.name!r}, which {why}; "

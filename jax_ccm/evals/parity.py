@@ -98,7 +98,7 @@ def target_steps(method: Method, examples: Sequence[Example]) -> list[np.ndarray
 def cache_for(model: Transformer, method: Method, examples: Sequence[Example], dtype=jnp.float32) -> MemoryCache:
     """A cache with just the room that the examples need."""
     rows = [arrange(method, example) for example in examples]
-    chunks = max(len(row) for row in rows) - 1
+    chunks = max(max(len(row) for row in rows) - 1, 1)
     # Text that some later segment can see stays in the cache.
     keeps = any(set(clause.key) & set(RAW) and clause.farthest > 0 for clause in method.rule.sees)
     lengths = [[len(segment.tokens) for segment in row] for row in rows]
@@ -106,7 +106,7 @@ def cache_for(model: Transformer, method: Method, examples: Sequence[Example], d
         model.config,
         method,
         len(rows),
-        memory_capacity=max(method.memory_slots(max(chunks, 1)), 1),
+        memory_capacity=max(method.memory_slots(chunks, max(map(max, lengths))), 1),
         raw_capacity=max(sum(row) if keeps else max(row) for row in lengths),
         dtype=dtype,
     )
@@ -244,7 +244,9 @@ def context_slots(method: Method, example: Example) -> int:
     place = np.arange(text)[None]
     kind = np.where(place == 0, Kind.SINK if method.sink else Kind.TEXT, Kind.TEXT)
     slots = Slots(kind, own[None], place, place)
-    return int(reachable(method.rule, slots, np.array([len(context)]), np.array([text])).sum())
+    seen = reachable(method.rule, slots, np.array([len(context)]), np.array([text]))[0]
+    pooled = sum(-(-int(count) // method.pool) for count in np.bincount(own[~seen])) if method.pool else 0
+    return int(seen.sum()) + pooled
 
 
 def held_slots(method: Method, example: Example) -> int:

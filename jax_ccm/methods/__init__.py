@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jax_ccm.errors import UserError, unknown
-from jax_ccm.methods import baselines, ccm, eviction, loma, sentinel
+from jax_ccm.methods import baselines, ccm, compressive, eviction, loma, sentinel
 from jax_ccm.types import Method
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -19,6 +19,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ccm_concat": ccm.concat,
     "ccm_merge": ccm.merge,
     "ccm_ema": ccm.ema,
+    "compressive": compressive.compressive,
     "loma": loma.loma,
     "sentinel": sentinel.sentinel,
     "local": baselines.local,

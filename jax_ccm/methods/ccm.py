@@ -15,59 +15,13 @@ In merge, ``M2`` is a mixture of the states of both chunks.
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
 
 from jax_ccm.errors import UserError
 from jax_ccm.types import INF, Ema, Kind, Mean, Method, Mix, Rule, Token, see
 
 TEXT, QUERY, COMP, REPEAT, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.REPEAT, Kind.SINK, Kind.MEMORY
 EVERY = (TEXT, QUERY, COMP, SINK)
-
-
-def _method(
-    name: str,
-    *,
-    comp_tokens: int,
-    sink: bool,
-    independent: bool,
-    conditional: bool,
-    farthest: int,
-    mix: Mix | None,
-    context: Literal["chunks", "joined"] = "chunks",
-    streaming: bool = False,
-    repeat: bool = False,
-    fewest: int | None = None,
-) -> Method:
-    if comp_tokens < 1:
-        raise UserError(f"comp_tokens is {comp_tokens}; a chunk is compressed into at least 1 token")
-    if fewest is not None and not 1 <= fewest <= comp_tokens:
-        raise UserError(f"fewest is {fewest}; it must lie between 1 and comp_tokens={comp_tokens}")
-    readers = (QUERY,) if independent else (TEXT, QUERY, COMP)
-    clauses = [
-        see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
-        see(COMP, COMP, 0, 0),
-        see(readers, MEMORY, 1, farthest),
-    ]
-    if sink:
-        clauses.append(see(EVERY, SINK, 0, INF))
-    gate = (COMP,) if conditional else EVERY
-    if repeat:
-        # A chunk's repetition sees the memory just after that chunk, and each token itself.
-        clauses += [see(REPEAT, MEMORY, 0, 0), see(REPEAT, REPEAT, 0, 0, window=1)]
-        gate += (REPEAT,)
-    return Method(
-        name=name,
-        rule=Rule(tuple(clauses)),
-        # Compression tokens are not counted: they share positions with the text that follows.
-        closes=tuple(Token(COMP, row=k, offset=k) for k in range(comp_tokens)),
-        mix=mix,
-        gate=gate,
-        sink=sink,
-        context=context,
-        rope="cache" if streaming else "running",
-        repeat=Token(REPEAT, row=comp_tokens) if repeat else None,
-        fewest=fewest,
-    )
 
 
 def concat(
@@ -93,16 +47,31 @@ def concat(
       fewest: in training, each session is compressed into a random number of tokens a chunk, from this to
         ``comp_tokens``: one adapter then serves every such ``comp_tokens``; in no paper.
     """
-    return _method(
-        "ccm_concat",
-        comp_tokens=comp_tokens,
+    if comp_tokens < 1:
+        raise UserError(f"comp_tokens is {comp_tokens}; a chunk is compressed into at least 1 token")
+    if fewest is not None and not 1 <= fewest <= comp_tokens:
+        raise UserError(f"fewest is {fewest}; it must lie between 1 and comp_tokens={comp_tokens}")
+    clauses = [
+        see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
+        see(COMP, COMP, 0, 0),
+        see((QUERY,) if independent else (TEXT, QUERY, COMP), MEMORY, 1, INF),
+    ]
+    if sink:
+        clauses.append(see(EVERY, SINK, 0, INF))
+    gate = (COMP,) if conditional else EVERY
+    if repeat:
+        # A chunk's repetition sees the memory just after that chunk, and each token itself.
+        clauses += [see(REPEAT, MEMORY, 0, 0), see(REPEAT, REPEAT, 0, 0, window=1)]
+        gate += (REPEAT,)
+    return Method(
+        name="ccm_concat",
+        rule=Rule(tuple(clauses)),
+        # Compression tokens are not counted: they share positions with the text that follows.
+        closes=tuple(Token(COMP, row=k, offset=k) for k in range(comp_tokens)),
+        gate=gate,
         sink=sink,
-        independent=independent,
-        conditional=conditional,
-        farthest=INF,
-        mix=None,
-        streaming=streaming,
-        repeat=repeat,
+        rope="cache" if streaming else "running",
+        repeat=Token(REPEAT, row=comp_tokens) if repeat else None,
         fewest=fewest,
     )
 
@@ -117,18 +86,8 @@ def merge(
     fewest: int | None = None,
 ) -> Method:
     """CCM-merge: the running mean of all chunks' states in ``comp_tokens`` slots. Arguments as for `concat`."""
-    return _method(
-        "ccm_merge",
-        comp_tokens=comp_tokens,
-        sink=sink,
-        independent=independent,
-        conditional=conditional,
-        farthest=1,
-        mix=Mean(),
-        streaming=streaming,
-        repeat=repeat,
-        fewest=fewest,
-    )
+    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, fewest)
+    return _mixed("ccm_merge", appending, Mean())
 
 
 def ema(
@@ -147,29 +106,23 @@ def ema(
       comp_tokens, sink, independent, conditional, streaming, repeat, fewest: as for `concat`.
       decay: weight of the newest chunk.
     """
-    return _method(
-        "ccm_ema",
-        comp_tokens=comp_tokens,
-        sink=sink,
-        independent=independent,
-        conditional=conditional,
-        farthest=1,
-        mix=Ema(decay),
-        streaming=streaming,
-        repeat=repeat,
-        fewest=fewest,
-    )
+    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, fewest)
+    return _mixed("ccm_ema", appending, Ema(decay))
 
 
-def gist(comp_tokens: int = 1, sink: bool = False, conditional: bool = True) -> Method:
-    """Gisting (Mu et al. 2023): the whole context is one chunk, compressed once. Arguments as `concat`."""
-    return _method(
-        "gist",
-        comp_tokens=comp_tokens,
-        sink=sink,
-        independent=False,
-        conditional=conditional,
-        farthest=1,
-        mix=None,
-        context="joined",
-    )
+def gist(comp_tokens: int = 1, sink: bool = False, conditional: bool = True, online: bool = False) -> Method:
+    """Gisting (Mu et al. 2023): the whole context is one chunk, compressed once, which the tail sees.
+
+    Args:
+      comp_tokens, sink, conditional: as for `concat`.
+      online: gisting-online, CCM's baseline: each chunk is compressed alone as it comes, and the memories stand side by
+        side. Adapters serve both: the paper trains on whole contexts.
+    """
+    alone = concat(comp_tokens, sink, independent=True, conditional=conditional)
+    return dataclasses.replace(alone, name="gist", context="chunks" if online else "joined")
+
+
+def _mixed(name: str, method: Method, mix: Mix) -> Method:
+    """The method with a mixture for its memory: of all states of the mixture, text sees the latest."""
+    latest = lambda c: dataclasses.replace(c, farthest=min(c.farthest, 1)) if MEMORY in c.key else c
+    return dataclasses.replace(method, name=name, rule=Rule(tuple(map(latest, method.rule.sees))), mix=mix)

@@ -248,6 +248,9 @@ def received(attend, v, memory_v, weights):
 def pack(memory: Packed, x):
     """Memory entries ``[B, M, K, H]`` out of the tokens' keys or values ``[B, T, K, H]``."""
     source = jnp.take_along_axis(x, memory.source[:, :, None, None], axis=1)
+    if memory.share is not None:
+        parts = source.astype(jnp.float32) * memory.share[:, :, None, None]
+        return jnp.sum(parts.reshape(*memory.slots.kind.shape, -1, *x.shape[2:]), axis=2).astype(x.dtype)
     if memory.mix is None:
         return source
     mixed = jnp.einsum("bmp,bpkh->bmkh", memory.mix, source.astype(jnp.float32))

@@ -25,7 +25,7 @@ from jax_ccm.nn import AdapterConfig, Transformer
 from jax_ccm.types import Method
 from jax_ccm.weights import lora, peft, reference
 from jax_ccm.weights.folders import read_json, read_tensors, safetensors_bytes, write_folder
-from jax_ccm.weights.identity import check_base, check_method, describe_base, serves_fewer
+from jax_ccm.weights.identity import check_base, check_method, describe_base
 from jax_ccm.weights.lora import COMP, Adapter
 
 Format = Literal["own", "peft", "reference"]
@@ -227,8 +227,8 @@ def _check_fits(adapter: Adapter, method: Method) -> None:
 
 
 def _with_rows(adapter: Adapter, method: Method) -> Adapter:
-    """The adapter with only the rows that a method uses, if it was trained to serve fewer (`Method.fewest`)."""
-    if adapter.method is None or adapter.config.tokens <= method.rows or not serves_fewer(adapter.method, method):
+    """The adapter with only the rows that a method that it fits uses: the first; it may have been trained with more."""
+    if adapter.method is None or adapter.config.tokens <= method.rows:
         return adapter
     arrays = {path: x[: method.rows] if path == COMP else x for path, x in adapter.arrays.items()}
     return dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, tokens=method.rows), arrays=arrays)

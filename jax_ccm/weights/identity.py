@@ -17,8 +17,9 @@ from jax_ccm.types import Method, Rule
 from jax_ccm.weights.hf import parameters
 
 # How a method is called, and where its keys are rotated, is not what the adapter has learned: streaming with an adapter
-# that was trained without is the paper's own use (CCM, section 4.3). The weight of a loss matters in training only.
-_IRRELEVANT = ("name", "rope", "repeat_weight", "fewest")
+# that was trained without is the paper's own use (CCM, section 4.3), and gisting-online is gisting's adapter with the
+# context in chunks. The weight of a loss matters in training only.
+_IRRELEVANT = ("name", "rope", "context", "repeat_weight", "fewest")
 _SAMPLED = ("embed_tokens.embedding", "layers.self_attn.q_proj.kernel", "layers.self_attn.v_proj.kernel",
             "layers.mlp.down_proj.kernel")  # fmt: skip
 _SAMPLES = 64
@@ -28,8 +29,8 @@ _AGREEMENT = 0.9
 def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     """Compares the method that an adapter was trained for with the one it is to serve.
 
-    Streaming is no difference, and an adapter that was trained with a random number of closing tokens
-    (`Method.fewest`) serves any of these numbers. Among methods that compress nothing only whether the LoRA acts
+    Streaming is no difference, an adapter that was trained with a random number of closing tokens (`Method.fewest`)
+    serves any of these numbers, and one that was trained to repeat chunks also serves the method without it. Among methods that compress nothing only whether the LoRA acts
     counts: a plain LoRA serves full context, a window and no context alike.
 
     Raises:
@@ -38,9 +39,11 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     # A field that an older file does not have yet has its default there.
     there = describe_method(Method("", Rule(()))) | stored
     here = describe_method(method)
-    if there["closes"] or here["closes"]:
+    if there["closes"] or here["closes"] or there["pool"]:
         if serves_fewer(stored, method):
             there = there | {"closes": here["closes"]}
+        if method.repeat is None:
+            there, here = _without_repetition(there), _without_repetition(here)
         differ = [key for key in sorted(there | here) if there.get(key) != here.get(key) and key not in _IRRELEVANT]
     else:
         differ = ["gate"] * (bool(there["gate"]) != bool(here["gate"]))
@@ -56,6 +59,13 @@ def serves_fewer(stored: dict[str, Any], method: Method) -> bool:
     """Whether an adapter was trained to serve a method that closes chunks with fewer of its tokens, and this is one."""
     fewest, closes = stored.get("fewest"), describe_method(method)["closes"]
     return bool(fewest) and len(closes) >= fewest and stored["closes"][: len(closes)] == closes
+
+
+def _without_repetition(method: dict[str, Any]) -> dict[str, Any]:
+    """A described method without its repetition tokens, which nobody else sees: what is left of it outside training."""
+    kinds = lambda names: [name for name in names if name != "REPEAT"]
+    sees = {pair: spans for pair, spans in method["sees"].items() if not pair.startswith("REPEAT ")}
+    return method | {"repeat": None, "sees": sees, **{key: kinds(method[key]) for key in ("gate", "both_ways")}}
 
 
 def describe_base(model: Transformer, name: str) -> dict[str, Any]:

@@ -125,6 +125,44 @@ def test_streaming_takes_the_adapter(saved):
     load_adapter(saved, MODEL, method=build("ccm_concat", comp_tokens=2, streaming=True))
 
 
+def test_gisting_online_takes_the_adapter_of_gisting(tmp_path):
+    save_adapter(tmp_path / "a", MODEL, method=build("gist", comp_tokens=2), base="tiny")
+    load_adapter(tmp_path / "a", MODEL, method=build("gist", comp_tokens=2, online=True))
+
+
+@pytest.mark.parametrize(
+    "trained, plain",
+    [
+        (build("loma", ratio=2, memory_tokens=2), build("loma", ratio=2, memory_tokens=2, repeat=False)),
+        (build("ccm_merge", comp_tokens=1, repeat=True), build("ccm_merge", comp_tokens=1)),
+    ],
+)
+def test_repetition_is_a_matter_of_training(tmp_path, trained, plain):
+    """Trained with repetition tokens, an adapter also serves the method without them, less their row; not in reverse."""
+    path = save_adapter(tmp_path / "a", MODEL, method=trained, base="tiny")
+    served = load_adapter(path, base_only(MODEL), method=plain, base="tiny")
+    assert served.embed_tokens.comp[...].shape[0] == 1
+    examples = cases.sessions()
+    for a, b in zip(
+        parity.parallel_logits(served, plain, examples), parity.parallel_logits(MODEL, trained, examples), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    path = save_adapter(tmp_path / "b", served, method=plain, base="tiny")
+    with pytest.raises(UserError, match="repeat: null there"):
+        load_adapter(path, MODEL, method=trained, base="tiny")
+
+
+def test_pooling_is_part_of_the_method(tmp_path):
+    """A plain LoRA serves text that is pooled, but one that was trained on pooled text serves no other."""
+    plain = cases.model()
+    path = save_adapter(tmp_path / "a", plain, method=build("full"), base="tiny")
+    load_adapter(path, plain, method=build("compressive"))
+    path = save_adapter(tmp_path / "b", plain, method=build("compressive", ratio=4), base="tiny")
+    for method in (build("compressive", ratio=8), build("full")):
+        with pytest.raises(UserError, match="pool: 4 there"):
+            load_adapter(path, plain, method=method)
+
+
 def test_decay_is_part_of_the_method(tmp_path):
     save_adapter(tmp_path / "a", MODEL, method=build("ccm_ema", comp_tokens=2, decay=0.5), base="tiny")
     with pytest.raises(UserError, match=r'mix: .*"decay": 0.5.* there.*"decay": 0.25.* here'):
