@@ -1,5 +1,7 @@
 """Compressed context memory for pretrained language models, in JAX."""
 
+from jax_ccm.closing import Closing as Closing
+from jax_ccm.closing import prefill as prefill
 from jax_ccm.errors import RunError as RunError
 from jax_ccm.errors import UserError as UserError
 from jax_ccm.generate import Sampling as Sampling
@@ -21,7 +23,6 @@ from jax_ccm.steps import compress as compress
 from jax_ccm.steps import compress_scan as compress_scan
 from jax_ccm.steps import compress_step as compress_step
 from jax_ccm.steps import parallel_forward as parallel_forward
-from jax_ccm.steps import prefill as prefill
 from jax_ccm.steps import read as read
 from jax_ccm.steps import repeat as repeat
 from jax_ccm.types import Batch as Batch

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from jax_ccm import cli, layout, memory, steps
-from jax_ccm.data.pieces import Pieces
+from jax_ccm.closing import Closing, policy, prefill
+from jax_ccm.data.pieces import Pieces, sentence_ends
 from jax_ccm.errors import UserError
 from jax_ccm.experiment import Experiment, load_experiment
 from jax_ccm.generate import Sampling, generate
@@ -45,6 +46,11 @@ class Options:
     """With a temperature: only the most likely tokens whose probabilities add up to this."""
     seed: int = 0
     """Of the sampling."""
+    span: int = 0
+    """Compress question and answer while they are read and made, in spans of this many tokens (Sentinel tokens are
+    trained on 2 to 25); 0 for turn by turn."""
+    sentences: bool = False
+    """With a span: end one with each sentence, too."""
     workdir: Path | None = None
     """Where to write the conversation, as chat.json; not written if left out."""
 
@@ -58,7 +64,15 @@ class Conversation:
       said: int32, all tokens so far; kept only for methods that compress all of them anew each turn.
     """
 
-    def __init__(self, experiment: Experiment, *, max_tokens: int = 48, sampling: Sampling = Sampling(), seed: int = 0):
+    def __init__(
+        self,
+        experiment: Experiment,
+        *,
+        max_tokens: int = 48,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        closing: Closing | None = None,
+    ):
         """Starts an empty session.
 
         Args:
@@ -66,6 +80,7 @@ class Conversation:
           max_tokens: most tokens of an answer.
           sampling: how tokens are drawn.
           seed: of the sampling.
+          closing: where text is compressed while it is read and made; None for turn by turn.
         """
         if experiment.tokenizer is None or experiment.config.data.format not in ("dialogue", "online"):
             raise UserError(
@@ -73,7 +88,8 @@ class Conversation:
             )
         self.experiment = experiment
         self.pieces = Pieces.of(experiment.config.data, experiment.tokenizer)
-        self.sampling, self.max_tokens = sampling, max_tokens
+        self.sampling, self.max_tokens, self.closing = sampling, max_tokens, closing
+        policy(experiment.method, closing, query=True)  # refuses what cannot be
         self.key = jax.random.key(seed)
         self.turns = 0
         self.cache = self.empty()
@@ -128,9 +144,8 @@ class Conversation:
         return np.concatenate([opening, encode([text])[0], self.pieces.answer])
 
     def memory_bytes(self) -> tuple[int, int, int]:
-        """Live slots of memory; their bytes; and the bytes that full context would hold by now."""
-        kinds = np.asarray(self.cache.slots.kind)
-        slots = int(((kinds == Kind.MEMORY) | (kinds == Kind.SINK)).sum())
+        """Live slots (memory, and text that stays); their bytes; and what full context would hold by now."""
+        slots = int(np.asarray(self.cache.slots.live).sum())
         each = self.experiment.model_config.kv_bytes_per_slot(self.cache.k.dtype.itemsize)
         return slots, slots * each, int(self.cache.tokens[0]) * each
 
@@ -147,6 +162,8 @@ class Conversation:
             max_tokens=self.max_tokens,
             sampling=self.sampling,
             stop_tokens=stops,
+            closing=self.closing,
+            vocabulary=len(tokenizer),
         )
         tokens = np.asarray(tokens)[0, : int(lengths[0])]
         return tokenizer.decode(tokens, skip_special_tokens=True).strip(), cache, tokens
@@ -156,24 +173,26 @@ class Conversation:
         most = self.experiment.config.cache.raw_capacity
         if tokens > most:
             raise UserError(
-                f"method {self.experiment.method.name!r} compresses the whole conversation anew each turn, by now up to "
-                f"{tokens} tokens, which do not fit cache.raw_capacity={most}; raise it, or take a method that "
+                f"method {self.experiment.method.name!r} compresses the whole conversation anew each turn, by now up "
+                f"to {tokens} tokens, which do not fit cache.raw_capacity={most}; raise it, or take a method that "
                 "compresses turn by turn (method.online: true for gist)"
             )
 
     def _read(self, cache: MemoryCache, tokens: np.ndarray, *, query: bool) -> MemoryCache:
         size = -(-len(tokens) // MULTIPLE) * MULTIPLE
         room = memory.raw_capacity(cache)
-        if self.experiment.method.chunk:
+        if self.experiment.method.chunk or self.closing:
             room = size  # it is closed as it is read
-        elif len(tokens) + self.max_tokens > room:
+        elif len(tokens) + self.max_tokens * query > room:
             most = self.experiment.config.cache.raw_capacity
             raise UserError(
                 f"a turn of {len(tokens)} tokens and an answer of up to {self.max_tokens} do not fit "
                 f"cache.raw_capacity={most}; say it in several turns, or raise cache.raw_capacity"
             )
         chunk = layout.chunk([tokens], min(size, room), self.experiment.model_config.vocab_size)
-        return _read(self.experiment.model, cache, chunk, method=self.experiment.method, query=query)
+        return _read(
+            self.experiment.model, cache, chunk, method=self.experiment.method, query=query, closing=self.closing
+        )
 
     @functools.cache  # noqa: B019  one conversation a process
     def _line_ends(self) -> tuple[int, ...]:
@@ -184,11 +203,7 @@ class Conversation:
         return tuple(i for i, text in enumerate(texts) if "\n" in text)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "query"))
-def _read(model, cache, chunk, *, method, query):
-    return steps.prefill(model, cache, chunk, method=method, query=query)
-
-
+_read = jax.jit(prefill, static_argnames=("method", "query", "closing"))
 _compress = jax.jit(steps.compress, static_argnames="method")
 
 
@@ -196,7 +211,15 @@ def main() -> None:
     options, config, _ = cli.parse(Options, command="jax_ccm.chat")
     sampling = Sampling(options.temperature, top_p=options.top_p)
     experiment = load_experiment(config, adapter=options.adapter)
-    session = Conversation(experiment, max_tokens=options.max_tokens, sampling=sampling, seed=options.seed)
+    closing = None
+    if options.span:
+        ends = sentence_ends(experiment.tokenizer) if options.sentences else ()
+        closing = Closing(options.span, ends, shortest=min(2, options.span))
+    elif options.sentences:
+        raise UserError("--sentences needs --span, the most tokens of a span")
+    session = Conversation(
+        experiment, max_tokens=options.max_tokens, sampling=sampling, seed=options.seed, closing=closing
+    )
     print(f"{experiment.method.name} on {experiment.base_name}; an empty line ends the conversation")
     record = []
     turns = iter(options.say) if options.say else iter(lambda: _input(), "")

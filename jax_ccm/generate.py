@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ccm import memory
+from jax_ccm.closing import Closing, close_due, policy
 from jax_ccm.errors import UserError
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.steps import close_full, read
+from jax_ccm.steps import read
 from jax_ccm.types import Chunk, MemoryCache, Method
 
 
@@ -74,11 +75,13 @@ def generate(
     sampling: Sampling = Sampling(),
     stop_tokens: Sequence[int] = (),
     rows=None,
+    closing: Closing | None = None,
+    vocabulary: int | None = None,
 ):
     """Continues sessions from their pending logits until each has met a stop token or its limit.
 
-    The tokens, without the stop token, are read into the sessions as they come; compress afterwards to close the turn
-    (methods with `Method.chunk` have closed every full chunk by then).
+    The tokens, without the stop token, are read into the sessions as they come; compress afterwards to close the turn,
+    or give ``closing`` to have the answer compressed while it is made (methods with `Method.chunk` do so in any case).
 
     Args:
       model: the decoder with its adapter.
@@ -89,13 +92,16 @@ def generate(
       sampling: how tokens are drawn.
       stop_tokens: ids that end a row.
       rows: ``bool [B]``, the rows to continue; None for all.
+      closing: where the answer is closed while it is made; None leaves it open.
+      vocabulary: ids from this on are never drawn: rows of the head that the tokenizer does not know. None for V.
 
     Returns:
       The cache; tokens ``int32 [B, max_tokens]``, 0 behind the end; lengths ``int32 [B]``.
 
     Raises:
-      UserError: if a session has read nothing yet, or there is no room for the tokens.
+      UserError: if a session has read nothing yet, there is no room for the tokens, or the method cannot close.
     """
+    closing, query = policy(method, closing, query=True)
     if key is None:
         if sampling.temperature > 0:
             raise UserError(f"temperature {sampling.temperature} needs a PRNG key: pass key=jax.random.key(seed)")
@@ -116,25 +122,31 @@ def generate(
         jnp.asarray(rows),
         method=method,
         max_tokens=max_tokens,
+        closing=closing,
+        query=query,
+        vocabulary=vocabulary,
     )
     memory.check(cache)
     return cache, tokens, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("method", "max_tokens"))
-def _loop(model, cache, key, temperature, top_k, top_p, stops, rows, *, method, max_tokens):
+@functools.partial(jax.jit, static_argnames=("method", "max_tokens", "closing", "query", "vocabulary"))
+def _loop(model, cache, key, temperature, top_k, top_p, stops, rows, *, method, max_tokens, closing, query, vocabulary):
     def running(state):
         step, _, _, _, done = state
         return (step < max_tokens) & ~jnp.all(done)
 
     def step(state):
         i, cache, tokens, lengths, done = state
-        token = sample(jax.random.fold_in(key, i), cache.logits, temperature, top_k, top_p)
+        logits = cache.logits
+        if vocabulary is not None:
+            logits = jnp.where(jnp.arange(logits.shape[1]) < vocabulary, logits, -jnp.inf)
+        token = sample(jax.random.fold_in(key, i), logits, temperature, top_k, top_p)
         done = done | jnp.any(token[:, None] == stops, axis=1)
         tokens = tokens.at[:, i].set(jnp.where(done, 0, token))
         chunk = Chunk(jnp.where(done, 0, token)[:, None], ~done[:, None])
-        cache, _ = read(model, cache, chunk, method=method, query=True)
-        cache = close_full(model, cache, method=method)
+        cache, _ = read(model, cache, chunk, method=method, query=query)
+        cache = close_due(model, cache, chunk.tokens[:, 0], ~done, method=method, closing=closing)
         return i + 1, cache, tokens, lengths + ~done, done
 
     tokens = jnp.zeros((cache.tokens.shape[0], max_tokens), jnp.int32)

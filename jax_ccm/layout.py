@@ -155,26 +155,28 @@ def measure(method: Method, example: Example) -> Sizes:
     """The sizes that one example needs."""
     method = method.closed_by(example.closing)
     segments = arrange(method, example)
-    chunks = len(segments) - 1
+    chunks = len(segments) - 1 + _repeats_tail(method, segments)
     text = sum(len(segment.tokens) for segment in segments)
     scored = sum(int(segment.scored.sum()) for segment in segments) - int(segments[0].scored[:1].sum())
-    repeated = text - len(segments[-1].tokens) if method.repeat else 0
+    repeated = sum(len(segment.tokens) for segment in segments[:chunks]) if method.repeat else 0
     slots = chunks * method.slots_per_chunk
     if method.pool:
-        sizes = [len(segment.tokens) for segment in segments[:-1]]
-        sizes[:1] = [size - int(method.sink) for size in sizes[:1]]
-        slots = sum(-(-size // method.pool) for size in sizes)
+        ends = np.cumsum([0] + [len(segment.tokens) for segment in segments[:-1]])
+        slots = int(np.sum(-(-np.diff(np.maximum(ends - method.sink, 0)) // method.pool)))
     return Sizes(text + repeated + chunks * len(method.closes), slots, scored + repeated)
 
 
 def bound(method: Method, text: int, chunks: int, scored: int) -> Sizes:
     """Sizes enough for any example of at most so many text tokens, context chunks and scored tokens."""
     if method.chunk is not None:
-        chunks = max(text - 1, 0) // method.chunk
+        chunks = (text if method.repeat else max(text - 1, 0)) // method.chunk
     repeated = text if method.repeat else 0
-    return Sizes(
-        text + repeated + chunks * len(method.closes), most_slots(method, text, chunks), scored + repeated
-    )
+    return Sizes(text + repeated + chunks * len(method.closes), most_slots(method, text, chunks), scored + repeated)
+
+
+def _repeats_tail(method: Method, segments: Sequence[Segment]) -> bool:
+    """Whether training closes the tail as well: a full chunk, that it may be repeated though nothing follows it."""
+    return method.repeat is not None and len(segments[-1].tokens) == method.chunk
 
 
 def most_slots(method: Method, text: int, chunks: int) -> int:
@@ -237,7 +239,7 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
     tokens, kind, segment, position, scored, answers = [], [], [], [], [], []
     text = 0
     for number, piece in enumerate(segments):
-        tail = number == len(segments) - 1
+        tail = number == len(segments) - 1 and not _repeats_tail(method, segments)
         count = len(piece.tokens)
         if not count:
             raise UserError(f"{where}: segment {number} is empty; drop it, or join it to its neighbour")
@@ -283,8 +285,7 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
     }
     length = len(row["tokens"])
     row["index"] = np.arange(length)
-    if method.sink:
-        row["kind"][0] = Kind.SINK
+    row["kind"][np.flatnonzero(np.isin(row["kind"], TEXT))[: method.sink]] = Kind.SINK
     closes = row["tokens"] >= vocab
     scored = np.flatnonzero(np.concatenate(scored))
     scored = scored[scored > 0]

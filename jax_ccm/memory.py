@@ -59,6 +59,11 @@ def init_cache(
         )
     if raw_capacity < 1:
         raise UserError(f"raw_capacity is {raw_capacity}; it must hold at least the longest chunk")
+    if method.chunk is not None and raw_capacity % method.chunk:
+        raise UserError(
+            f"raw_capacity is {raw_capacity}; method {method.name!r} takes {method.chunk} tokens at a time, so give a "
+            f"multiple of that, such as {-(-raw_capacity // method.chunk) * method.chunk}"
+        )
     size = memory_capacity + raw_capacity + int(method.sink)
     shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
     # Every array is its own buffer, so that a cache may be donated.

@@ -98,7 +98,7 @@ def read(
         text = jnp.where(chunk.kept, Kind.QUERY, text)
     kind = jnp.where(chunk.valid, text, Kind.PAD)
     if method.sink:
-        kind = jnp.where(chunk.valid & (position == 0), Kind.SINK, kind)
+        kind = jnp.where(chunk.valid & (position < method.sink), Kind.SINK, kind)
     segment = jnp.broadcast_to(cache.chunks[:, None], position.shape)
     slots = Slots(kind, segment, position, position)
     places = None
@@ -196,59 +196,6 @@ def compress(
     return memory.write(cache, method, pick(k, 2), pick(v, 2), entry, closing)
 
 
-def close_full(
-    model: Transformer, cache: MemoryCache, *, method: Method, implementation: str | None = None
-) -> MemoryCache:
-    """`compress` in the rows whose open text has reached `Method.chunk` tokens; nothing for methods without it."""
-    if method.chunk is None:
-        return cache
-    full = jnp.sum(memory.open_raw(cache, method), axis=1) >= method.chunk
-    close = lambda cache: compress(model, cache, full, method=method, implementation=implementation)
-    return jax.lax.cond(jnp.any(full), close, lambda cache: cache, cache)
-
-
-def prefill(
-    model: Transformer,
-    cache: MemoryCache,
-    chunk: Chunk,
-    *,
-    method: Method,
-    query: bool = False,
-    implementation: str | None = None,
-) -> MemoryCache:
-    """Reads text of any length, closing a chunk whenever it is full: `read` for methods that cut text themselves.
-
-    Args:
-      model: the decoder with its adapter.
-      cache: the sessions; their open chunks may be filled to different degrees.
-      chunk: the text.
-      method: static. Without `Method.chunk` this is `read`.
-      query: as for `read`.
-      implementation: of the attention.
-    """
-    size = method.chunk
-    if size is None:
-        return read(model, cache, chunk, method=method, query=query, implementation=implementation)[0]
-    front = jnp.argsort(~chunk.valid, axis=1, stable=True)
-    tokens = jnp.take_along_axis(chunk.tokens, front, axis=1)
-    count = jnp.sum(chunk.valid, axis=1)
-    length = tokens.shape[1]
-
-    def fill(carry, _):
-        cache, done = carry
-        room = size - jnp.sum(memory.open_raw(cache, method), axis=1)
-        take = jnp.minimum(room, count - done)
-        place = jnp.minimum(done[:, None] + jnp.arange(size), length - 1)
-        piece = Chunk(jnp.take_along_axis(tokens, place, axis=1), jnp.arange(size) < take[:, None])
-        cache, _ = read(model, cache, piece, method=method, query=query, implementation=implementation)
-        return (close_full(model, cache, method=method, implementation=implementation), done + take), None
-
-    # A row whose chunk is open already needs one round more than its text has chunks.
-    rounds = -(-length // size) + 1
-    (cache, _), _ = jax.lax.scan(fill, (cache, jnp.zeros_like(count)), length=rounds)
-    return cache
-
-
 def repeat(
     model: Transformer,
     cache: MemoryCache,
@@ -337,7 +284,14 @@ def stream_step(
 
     Returns:
       The cache, and the logits as `read` returns them.
+
+    Raises:
+      UserError: for a window no larger than the sink.
     """
+    if window <= method.sink:
+        raise UserError(
+            f"a window of {window} live slots has no room for text beside the sink's {int(method.sink)}; raise the window"
+        )
     full = jnp.sum(cache.slots.live, axis=1) >= window
     cache, logits = read(model, cache, chunk, method=method, implementation=implementation)
     raw = is_in(cache.slots.kind, RAW)

@@ -213,7 +213,7 @@ class Method:
       mix: how written keys and values enter the memory: `None` appends them as new slots, a `Mix`
         blends them slot by slot into a memory of constant size.
       gate: kinds on which the adapter's LoRA acts.
-      sink: whether the first token of a session is of kind `Kind.SINK`, which the rule lets everybody see.
+      sink: how many of a session's first tokens are of kind `Kind.SINK`, which the rule lets everybody see.
       context: what training and evaluation feed before the tail: its "chunks", each closed by itself;
         all of them "joined" into one chunk; or nothing ("dropped").
       rope: keys in the cache are rotated once by their "running" position, or stored unrotated and
@@ -234,7 +234,7 @@ class Method:
     pool: int | None = None
     mix: Mix | None = None
     gate: tuple[Kind, ...] = ()
-    sink: bool = False
+    sink: int = 0
     context: Literal["chunks", "joined", "dropped"] = "chunks"
     rope: Literal["running", "cache"] = "running"
     chunk: int | None = None

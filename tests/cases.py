@@ -31,6 +31,7 @@ METHODS: dict[str, Method] = {
     "none": build("none"),
     "window": build("window", size=9),
     "window_sink": build("window", size=9, sink=True),
+    "window_sinks": build("window", size=6, sink=True, sinks=4),
     "gist_n2": build("gist", comp_tokens=2),
     "gist_n1_sink": build("gist", comp_tokens=1, sink=True),
     "gist_online": build("gist", comp_tokens=2, online=True),

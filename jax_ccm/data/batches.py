@@ -19,7 +19,11 @@ from jax_ccm.types import Batch, Method
 
 def caps(config: DataConfig, method: Method) -> layout.Sizes:
     """The static sizes of a training batch."""
-    return layout.Sizes(config.tokens, layout.most_slots(method, config.tokens, config.max_chunks), config.scored)
+    chunks = config.max_chunks
+    if method.chunk is not None:
+        # As many as the row has places for, whatever chunks the data have.
+        chunks = config.tokens // (method.chunk * (2 if method.repeat else 1) + len(method.closes))
+    return layout.Sizes(config.tokens, layout.most_slots(method, config.tokens, chunks), config.scored)
 
 
 def joined(example: Example, join: float, uncompressed: float, rng: np.random.Generator) -> Example:
@@ -153,6 +157,14 @@ def prepare(config: DataConfig, method: Method, tokenizer: Any, vocab_size: int)
             raise UserError(
                 f"data.{name}={getattr(config, name)} has no effect with method {method.name!r}, which {why}; "
                 "set it to 0"
+            )
+    if method.chunk is not None and config.format == "text":
+        window = config.option("chunk") * (config.max_chunks + 1)
+        if window % method.chunk:
+            raise UserError(
+                f"windows of data.chunk={config.option('chunk')} x (data.max_chunks={config.max_chunks} + 1) = "
+                f"{window} tokens are no multiple of the {method.chunk} tokens that method {method.name!r} takes at a time; the "
+                "rest of each would never be compressed"
             )
     format = documents.build(config, tokenizer)
     units, report = format.load(sources.open_sources(config.train, config.format))

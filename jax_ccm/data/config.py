@@ -17,7 +17,9 @@ FORMAT_OPTIONS: dict[str, dict[str, Any]] = {
         **_TEXT_PIECES, "opening": "Input:", "separator": " Input:", "answer": " Output:", "shots": 16,
         "max_turn_tokens": 256, "max_tokens": 1024, "max_tokens_evaluation": 1024, "demonstrations": (),
     },
-    "text": {"bos": True, "chunk": 24, "ratio": None, "hide": "spans", "span": 25},
+    "text": {
+        "bos": True, "chunk": 24, "ratio": None, "hide": "spans", "span": 25, "unit": "tokens", "sampler": "exact",
+    },
     "recall": {},
 }  # fmt: skip
 
@@ -74,7 +76,10 @@ class DataConfig:
       ratio: text: share of a window's places that compression frees, in (0, 1): instead of chunks, spans are drawn anew
         each time, and what is outside them is kept (Sentinel). None for chunks.
       hide: text with ratio: "spans" of 2 to ``span`` tokens (default), or single "tokens" (the scattered baseline).
-      span: text with ratio: most tokens of a span (default 25).
+      span: text with ratio: most tokens, or words, of a span (default 25).
+      unit: text with ratio: spans are of "tokens" (default), or of whole "words" as in the paper.
+      sampler: text with ratio: "exact" frees just the share asked for (default; with words as nearly as they allow);
+        "released" is the paper's code, which frees about half when asked for 0.9.
     """
 
     train: tuple[str, ...] = ()
@@ -108,6 +113,8 @@ class DataConfig:
     ratio: float | None = None
     hide: Literal["spans", "tokens"] | None = None
     span: int | None = None
+    unit: Literal["tokens", "words"] | None = None
+    sampler: Literal["exact", "released"] | None = None
 
     def __post_init__(self):
         for name in ("train", "validation", "test", "demonstrations"):
@@ -162,10 +169,18 @@ class DataConfig:
                 )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UserError(f"data.ratio is {self.ratio}; it must lie in (0, 1): the share of places that spans free")
-        if self.ratio is None and (self.hide is not None or self.span is not None):
-            raise UserError("data.hide and data.span have no effect without data.ratio; set it, or remove them")
-        if self.format == "text" and self.option("hide") not in ("spans", "tokens"):
-            raise unknown("data.hide", self.option("hide"), ("spans", "tokens"))
+        for name in ("hide", "span", "unit", "sampler"):
+            if getattr(self, name) is None:
+                continue
+            if self.ratio is None:
+                raise UserError(f"data.{name} has no effect without data.ratio; set it, or remove data.{name}")
+            if self.hide == "tokens" and name != "hide":
+                raise UserError(f"data.{name} has no effect with data.hide='tokens', which hides single tokens")
+        for name, allowed in {
+            "hide": ("spans", "tokens"), "unit": ("tokens", "words"), "sampler": ("exact", "released"),
+        }.items():  # fmt: skip
+            if self.format == "text" and self.option(name) not in allowed:
+                raise unknown(f"data.{name}", self.option(name), allowed)
         if self.format == "text":
             self._at_least("span", 2)
         if self.format == "text" and (self.max_chunks + 1) * self.option("chunk") > self.tokens:

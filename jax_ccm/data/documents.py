@@ -18,6 +18,17 @@ from jax_ccm.sessions import Example, glued
 from jax_ccm.types import Method
 
 
+@dataclasses.dataclass(frozen=True)
+class TextUnit(Unit):
+    """A window of a text.
+
+    Attributes:
+      begins: bool ``[c]``, tokens with which a word begins.
+    """
+
+    begins: np.ndarray
+
+
 class Text:
     """``{"text"}``: a text is cut into windows of ``max_chunks + 1`` chunks of ``chunk`` tokens; the last is the tail.
 
@@ -27,6 +38,10 @@ class Text:
 
     def __init__(self, config: DataConfig, pieces: Pieces):
         self.config, self.pieces = config, pieces
+        self._words = config.option("unit") == "words"
+        self._sampler = None
+        if config.ratio is not None and config.option("hide") == "spans":
+            self._sampler = spans.Sampler(config.ratio, config.option("span"), config.option("sampler") == "released")
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
         report, units = Report("windows"), []
@@ -34,7 +49,7 @@ class Text:
         for source in sources:
             for index in range(len(source)):
                 report.records += 1
-                (tokens,) = self.pieces.plain([source[index]["text"]])
+                tokens, begins = self._tokens(source[index]["text"])
                 for first in range(0, len(tokens), chunk * chunks):
                     window = tokens[first : first + chunk * chunks]
                     report.units += 1
@@ -42,9 +57,17 @@ class Text:
                         report.drop("with fewer than 2 chunks")
                         continue
                     cut = [window[place : place + chunk] for place in range(0, len(window), chunk)]
-                    units.append(Unit(f"{source.where(index)} from token {first}", tuple(cut)))
+                    where = f"{source.where(index)} from token {first}"
+                    units.append(TextUnit(where, tuple(cut), begins[first : first + len(window)]))
         report.kept = len(units)
         return units, report
+
+    def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a text, and those with which a word begins (all of them where words do not matter)."""
+        if self._words:
+            return self.pieces.words(text)
+        (tokens,) = self.pieces.plain([text])
+        return tokens, np.ones(len(tokens), bool)
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         return self.build(unit, self.config.loss, rng)
@@ -55,16 +78,25 @@ class Text:
         segments = tuple(filled(piece, number >= first) for number, piece in enumerate(unit.pieces))
         if self.config.ratio is not None and rng is not None:
             whole = glued(*segments)
-            if self.config.option("hide") == "spans":
-                longest = self.config.option("span")
-                segments = spans.segments_of(whole.tokens, whole.scored, self.config.ratio, longest, rng)
+            if self._sampler is not None:
+                assert isinstance(unit, TextUnit)
+                found = self._sampler.draw(unit.begins[:-1], self._words, rng)
+                segments = spans.split(whole.tokens, whole.scored, found)
             else:
                 segments = spans.scattered(whole.tokens, whole.scored, self.config.ratio, rng)
         return Example(self.pieces.start, self.pieces.separator[:0], segments, unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
-        # The number of spans depends on the length alone, so that one draw tells the size of all.
-        return measure(method, self.build(unit, self.config.loss, np.random.default_rng(0)))
+        example = self.build(unit, self.config.loss, np.random.default_rng(0))
+        sizes = measure(method, example)
+        if self._sampler is None:
+            return sizes
+        # A draw may have more spans than this one.
+        assert isinstance(unit, TextUnit)
+        more = self._sampler.most(unit.begins[:-1], self._words) - (len(example.segments) - 1)
+        return Sizes(
+            sizes.tokens + more * len(method.closes), sizes.memory + more * method.slots_per_chunk, sizes.scored
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,17 @@ class Pieces:
         """int32 tokens of each text by itself, unstripped."""
         return self._encode(texts)
 
+    def words(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """int32 tokens of a text by itself, and bool, those with which a word (after white space) begins."""
+        made = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
+        begins = [
+            any(not text[i].isspace() and (i == 0 or text[i - 1].isspace()) for i in range(first, last))
+            for first, last in made["offset_mapping"]
+        ]
+        return np.array(made["input_ids"], np.int32), np.array(begins, bool)
+
     def _special(self, name: str, wanted: bool) -> np.ndarray:
         if not wanted:
             return np.zeros(0, np.int32)
@@ -121,3 +132,9 @@ class Pieces:
                 )
             found.append(row[len(known) :])
         return found
+
+
+def sentence_ends(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of the tokens that end in a full stop, a question or exclamation mark, or hold a line break."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return tuple(i for i, text in enumerate(texts) if "\n" in text or text.strip().endswith((".", "?", "!", "…", "。")))

@@ -102,12 +102,13 @@ def cache_for(model: Transformer, method: Method, examples: Sequence[Example], d
     # Text that some later segment can see stays in the cache.
     keeps = any(set(clause.key) & set(RAW) and clause.farthest > 0 for clause in method.rule.sees)
     lengths = [[len(segment.tokens) for segment in row] for row in rows]
+    raw, unit = max(sum(row) if keeps else max(row) for row in lengths), method.chunk or 1
     return memory.init_cache(
         model.config,
         method,
         len(rows),
         memory_capacity=max(method.memory_slots(chunks, max(map(max, lengths))), 1),
-        raw_capacity=max(sum(row) if keeps else max(row) for row in lengths),
+        raw_capacity=-(-raw // unit) * unit,
         dtype=dtype,
     )
 
@@ -242,7 +243,7 @@ def context_slots(method: Method, example: Example) -> int:
     text = sum(len(segment.tokens) for segment in context)
     own = np.concatenate([np.full(len(segment.tokens), number) for number, segment in enumerate(context)])
     place = np.arange(text)[None]
-    kind = np.where(place == 0, Kind.SINK if method.sink else Kind.TEXT, Kind.TEXT)
+    kind = np.where(place < method.sink, Kind.SINK, Kind.TEXT)
     slots = Slots(kind, own[None], place, place)
     seen = reachable(method.rule, slots, np.array([len(context)]), np.array([text]))[0]
     pooled = sum(-(-int(count) // method.pool) for count in np.bincount(own[~seen])) if method.pool else 0

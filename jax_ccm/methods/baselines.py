@@ -19,19 +19,23 @@ def none() -> Method:
     return Method(name="none", rule=Rule((see(RAW, RAW, 0, 0),)), gate=RAW, context="dropped")
 
 
-def window(size: int, sink: bool = False, streaming: bool = False) -> Method:
-    """The newest ``size`` text tokens, and the first one if ``sink``.
+def window(size: int, sink: bool = False, streaming: bool = False, sinks: int = 1) -> Method:
+    """The newest ``size`` text tokens, and the first ones if ``sink``.
 
     Args:
       size: tokens that a token sees, itself included.
       sink: keep the first token of the session visible to all (StreamingLLM, Xiao et al. 2023).
       streaming: positions are places in the cache, as in StreamingLLM; recurrent only.
+      sinks: how many first tokens a sink keeps (StreamingLLM's own choice is 4).
     """
     if size < 1:
         raise UserError(f"window size is {size}; it must be at least 1 token")
+    sinks = _sinks(sinks) if sink else 0
+    if size < sinks:
+        raise UserError(f"window size is {size}, smaller than the sinks={sinks} beside it; raise size or lower sinks")
     clauses = (see(RAW, RAW, 0, INF, window=size),) + ((see(EVERY, Kind.SINK, 0, INF),) if sink else ())
     rope = "cache" if streaming else "running"
-    return Method(name="window", rule=Rule(clauses), gate=EVERY if sink else RAW, sink=sink, rope=rope)
+    return Method(name="window", rule=Rule(clauses), gate=EVERY if sink else RAW, sink=sinks, rope=rope)
 
 
 def local(hidden: float) -> Method:
@@ -58,11 +62,20 @@ def scattered() -> Method:
     return Method(name="scattered", rule=Rule(clauses), gate=RAW)
 
 
-def streaming_llm() -> Method:
-    """The first token and the newest text, dropped in chunks as a compressing stream would close them.
+def streaming_llm(sinks: int = 1) -> Method:
+    """The first tokens and the newest text, dropped in chunks as a compressing stream would close them.
 
     The baseline of CCM's streaming experiments, after StreamingLLM (Xiao et al. 2023): positions are places in the
     cache. `steps.stream_step` decides how much is dropped, so that sizes can equal those of a compressed stream.
+
+    Args:
+      sinks: how many first tokens stay.
     """
     clauses = (see(RAW, RAW, 0, 0), see(EVERY, Kind.SINK, 0, INF))
-    return Method(name="streaming_llm", rule=Rule(clauses), gate=EVERY, sink=True, rope="cache")
+    return Method(name="streaming_llm", rule=Rule(clauses), gate=EVERY, sink=_sinks(sinks), rope="cache")
+
+
+def _sinks(number: int) -> int:
+    if number < 1:
+        raise UserError(f"sinks is {number}; it must be at least 1 token")
+    return number

@@ -36,7 +36,9 @@ def compressive(ratio: int = 4, recent: int = 1, segment: int | None = None, sin
     if recent < 0:
         raise UserError(f"recent is {recent}; it must be at least 0, the number of closed chunks that stay as they are")
     if segment is not None and (segment < 1 or segment % ratio):
-        raise UserError(f"segment is {segment}; it must be a multiple of ratio={ratio}, so that it pools without a rest")
+        raise UserError(
+            f"segment is {segment}; it must be a multiple of ratio={ratio}, so that it pools without a rest"
+        )
     clauses = [see((TEXT, QUERY), (TEXT, QUERY), 0, recent), see((TEXT, QUERY), MEMORY, recent + 1, INF)]
     if sink:
         clauses.append(see(EVERY, SINK, 0, INF))

@@ -30,8 +30,9 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     """Compares the method that an adapter was trained for with the one it is to serve.
 
     Streaming is no difference, an adapter that was trained with a random number of closing tokens (`Method.fewest`)
-    serves any of these numbers, and one that was trained to repeat chunks also serves the method without it. Among methods that compress nothing only whether the LoRA acts
-    counts: a plain LoRA serves full context, a window and no context alike.
+    serves any of these numbers, and one that was trained to repeat chunks also serves the method without it. Among
+    methods that compress nothing only whether the LoRA acts counts: a plain LoRA serves full context, a window and no
+    context alike, and text that is pooled.
 
     Raises:
       UserError: with both names and what differs.

@@ -138,7 +138,7 @@ def test_gisting_online_takes_the_adapter_of_gisting(tmp_path):
     ],
 )
 def test_repetition_is_a_matter_of_training(tmp_path, trained, plain):
-    """Trained with repetition tokens, an adapter also serves the method without them, less their row; not in reverse."""
+    """An adapter that was trained with repetition tokens serves the method without them, too; not in reverse."""
     path = save_adapter(tmp_path / "a", MODEL, method=trained, base="tiny")
     served = load_adapter(path, base_only(MODEL), method=plain, base="tiny")
     assert served.embed_tokens.comp[...].shape[0] == 1
