@@ -218,7 +218,7 @@ def pooled(cache: MemoryCache, method: Method, closing):
     hidden = hidden & closing[:, None]
     order = jnp.argsort(~hidden, axis=1, stable=True)
     order = jnp.pad(order, ((0, 0), (0, max(width * size - order.shape[1], 0))))[:, : width * size]
-    used = (jnp.arange(width * size) < jnp.sum(hidden, axis=1, keepdims=True)).reshape(-1, width, size)
+    used = (jnp.arange(width * size) < jnp.sum(hidden, axis=1, keepdims=True)).reshape(order.shape[0], width, size)
     count = jnp.sum(used, axis=2)
     share = used / jnp.maximum(count, 1)[:, :, None]
 

@@ -290,7 +290,7 @@ def stream_step(
     """
     if window <= method.sink:
         raise UserError(
-            f"a window of {window} live slots has no room for text beside the sink's {int(method.sink)}; raise the window"
+            f"a window of {window} live slots has no room for text beside the sink's {method.sink}; raise the window"
         )
     full = jnp.sum(cache.slots.live, axis=1) >= window
     cache, logits = read(model, cache, chunk, method=method, implementation=implementation)

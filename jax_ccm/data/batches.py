@@ -163,8 +163,8 @@ def prepare(config: DataConfig, method: Method, tokenizer: Any, vocab_size: int)
         if window % method.chunk:
             raise UserError(
                 f"windows of data.chunk={config.option('chunk')} x (data.max_chunks={config.max_chunks} + 1) = "
-                f"{window} tokens are no multiple of the {method.chunk} tokens that method {method.name!r} takes at a time; the "
-                "rest of each would never be compressed"
+                f"{window} tokens are no multiple of the {method.chunk} tokens that method {method.name!r} takes "
+                "at a time; the rest of each would never be compressed"
             )
     format = documents.build(config, tokenizer)
     units, report = format.load(sources.open_sources(config.train, config.format))

@@ -253,7 +253,7 @@ def context_slots(method: Method, example: Example) -> int:
 def held_slots(method: Method, example: Example) -> int:
     """Key/value slots that a session holds when all of its text is read, the tail raw."""
     *context, tail = arrange(method, example)
-    if method.closes or method.keep is not None:
+    if method.remembers:
         return context_slots(method, example) + len(tail.tokens)
     segments = [*context, tail]
     counts = [len(segment.tokens) for segment in segments]
@@ -262,7 +262,7 @@ def held_slots(method: Method, example: Example) -> int:
     )
     place = np.arange(sum(counts))[None]
     kind = np.where(kept, Kind.QUERY, Kind.TEXT)[None]
-    kind = np.where(place == 0, Kind.SINK, kind) if method.sink else kind
+    kind = np.where(place < method.sink, Kind.SINK, kind)
     slots = Slots(kind, np.repeat(np.arange(len(counts)), counts)[None], place, place)
     return int(reachable(method.rule, slots, np.array([len(counts)]), np.array([sum(counts)])).sum())
 
