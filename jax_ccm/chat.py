@@ -120,7 +120,7 @@ class Conversation:
             # All that was said is one chunk.
             self.said = np.concatenate([self.said, prompt, tokens])
             after = self._read(self.empty(), self.said, query=False)
-        elif not method.sees_memory_in_context or Kind.QUERY not in method.compresses:
+        elif self.closing is None and (not method.sees_memory_in_context or Kind.QUERY not in method.compresses):
             # Chunks of these methods are compressed without a view of the memory, or only if they were read as context;
             # the answer was made otherwise.
             after = self._read(before, np.concatenate([prompt, tokens]), query=False)

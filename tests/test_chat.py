@@ -9,8 +9,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jax_ccm import methods
+from jax_ccm import layout, methods, steps
 from jax_ccm.chat import Conversation
+from jax_ccm.closing import Closing
 from jax_ccm.config import from_mapping
 from jax_ccm.errors import UserError
 from jax_ccm.experiment import Experiment
@@ -62,6 +63,39 @@ def test_turns_become_spans():
         session.say("hello there")
         kinds = np.asarray(session.cache.slots.kind)
         assert (kinds == Kind.MEMORY).sum() == turn and (kinds != Kind.PAD).sum() == turn
+
+
+def test_spans_within_turns():
+    """Question and answer are closed while they are read and made; what is left is the turn's last span."""
+    session, slots = Conversation(experiment("sentinel"), max_tokens=6, closing=Closing(4)), 0
+    for _ in range(2):
+        before = int(session.cache.tokens[0])
+        session.say("hello there")
+        slots += -(-(int(session.cache.tokens[0]) - before) // 4)
+        kinds = np.asarray(session.cache.slots.kind)
+        assert (kinds == Kind.MEMORY).sum() == slots == session.memory_bytes()[0]
+    with pytest.raises(UserError, match="compresses chunks that saw no memory"):
+        Conversation(experiment(comp_tokens=2, independent=True), closing=Closing(4))
+
+
+def test_gist_compresses_everything_anew():
+    """The memory is that of the whole conversation as one chunk; online, each turn stays by itself."""
+    made = experiment("gist", comp_tokens=2)
+    session = Conversation(made, max_tokens=3)
+    for _ in range(2):
+        session.say("hello")
+    assert session.cache.tokens.tolist() == [len(session.said)] and session.cache.chunks.tolist() == [1]
+    chunk = layout.chunk([session.said], len(session.said), made.model_config.vocab_size)
+    whole = steps.compress_step(made.model, session.empty(), chunk, method=made.method)
+    np.testing.assert_allclose(session.cache.k, whole.k, atol=1e-5)
+    assert session.memory_bytes()[0] == 2
+    with pytest.raises(UserError, match="compresses the whole conversation anew .* cache.raw_capacity=64"):
+        session.say("x" * 50)
+    assert session.turns == 2
+    session = Conversation(experiment("gist", comp_tokens=2, online=True), max_tokens=3)
+    for turn in range(1, 3):
+        session.say("hello")
+        assert session.memory_bytes()[0] == 2 * turn
 
 
 def test_mistakes():

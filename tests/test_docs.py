@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jax_ccm import types
 from jax_ccm.draw import draw
 from jax_ccm.evals import parity, report
 from jax_ccm.methods import METHODS, build
+from jax_ccm.sessions import Example, Segment
 from tests import cases
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +35,35 @@ def test_masks_are_drawn_by_the_code(page):
     assert len(drawn) == page.read_text().count("<!-- draw:")
     for expression, picture in drawn:
         assert eval(f"draw({expression})", {"draw": draw, "build": build}) == picture
+
+
+def test_slots_by_formula():
+    """The table of costs: what its formulas give is what sessions hold between turns."""
+    page = (ROOT / "docs" / "methods" / "README.md").read_text()
+    formulas = {
+        (name, "online" in cell): formula
+        for cell, formula in re.findall(r"^\| (`.*?) \| `(.*?)` \|", page, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", cell)
+        if name in METHODS
+    }
+    assert {name for name, _ in formulas} == set(METHODS) - {"streaming_llm"}, "whose slots are those of its stream"
+    n, c, r, k, u, h, w = 3, 12, 4, 2, 5, 0.25, 30
+    options = {name: dict(comp_tokens=n) for name in ("ccm_concat", "ccm_merge", "ccm_ema", "gist")} | {
+        "compressive": dict(ratio=r, recent=k),
+        "loma": dict(ratio=r, memory_tokens=c // r),
+        "local": dict(hidden=h),
+        "evict": dict(slots=n, sink=False),
+        "window": dict(size=w),
+    }
+    for (name, online), formula in formulas.items():
+        method = build(name, **options.get(name, {}), **({"online": True} if online else {}))
+        keep = np.arange(c) < u if method.keeps_text and name in ("sentinel", "scattered") else None
+        for t in (2, 3, 5):
+            chunk = Segment(np.full(c, 7, np.int32), np.zeros(c, bool), keep)
+            tail = Segment(np.full(1, 7, np.int32), np.ones(1, bool))
+            session = Example(np.zeros(0, np.int32), np.zeros(0, np.int32), (chunk,) * t + (tail,))
+            values = dict(t=t, n=n, c=c, r=r, k=k, u=u, h=h, w=w, ceil=math.ceil, min=min)
+            assert parity.context_slots(method, session) == eval(formula, values), (name, t)
 
 
 def test_every_method_has_a_page_and_a_line():

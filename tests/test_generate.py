@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -79,6 +81,17 @@ def test_compiled_once():
         sampling = Sampling(temperature=0.5 + i, top_k=i, top_p=0.5)
         generate(MODEL, prompt(), jax.random.key(i), method=METHOD, max_tokens=4, sampling=sampling, stop_tokens=[i])
     assert _loop._cache_size() == before
+
+
+def test_tokens_that_the_tokenizer_does_not_know():
+    """Rows of the head beyond the vocabulary are never drawn, however likely (S12); nor are compression tokens."""
+    state = prompt()
+    assert state.logits.shape[1] == cases.VOCAB
+    boost = jnp.where(jnp.arange(cases.VOCAB) == cases.VOCAB - 1, 100.0, 0.0)
+    state = dataclasses.replace(state, logits=state.logits + boost)
+    for vocabulary, most in ((None, cases.VOCAB - 1), (cases.VOCAB - 1, cases.VOCAB - 2)):
+        _, tokens, _ = generate(MODEL, state, method=METHOD, max_tokens=1, vocabulary=vocabulary)
+        assert (np.asarray(tokens) <= most).all() and (np.asarray(tokens) == cases.VOCAB - 1).all() == (not vocabulary)
 
 
 def test_sampling():

@@ -243,7 +243,8 @@ def context_slots(method: Method, example: Example) -> int:
     text = sum(len(segment.tokens) for segment in context)
     own = np.concatenate([np.full(len(segment.tokens), number) for number, segment in enumerate(context)])
     place = np.arange(text)[None]
-    kind = np.where(place < method.sink, Kind.SINK, Kind.TEXT)
+    kept = np.concatenate([np.zeros(len(s.tokens), bool) if s.kept is None else s.kept for s in context])
+    kind = np.where(place < method.sink, Kind.SINK, np.where(kept, Kind.QUERY, Kind.TEXT))
     slots = Slots(kind, own[None], place, place)
     seen = reachable(method.rule, slots, np.array([len(context)]), np.array([text]))[0]
     pooled = sum(-(-int(count) // method.pool) for count in np.bincount(own[~seen])) if method.pool else 0

@@ -19,6 +19,8 @@ from jax_ccm.methods import build
 from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Chunk, Kind
 from tests import cases
+from tests.data.support import ids
+from tests.data.test_formats import load
 
 METHOD = build("loma", ratio=2, memory_tokens=2)
 READING = dataclasses.replace(METHOD, repeat=None)
@@ -151,6 +153,48 @@ def test_repetition_on_top_of_ccm(name):
         begin += count
 
 
+def test_a_last_full_chunk_is_repeated():
+    """A text of a multiple of t c tokens is closed and repeated to its end; its text logits are none the wiser."""
+    example = text(8)
+    made = laid_out([example])
+    again = np.asarray(losses.repeated(made))[0]
+    assert made.targets[0][again].tolist() == example.segments[0].tokens.tolist()
+    assert made.memory.slots.live.sum() == 4 and (made.slots.kind[0] == Kind.COMP).sum() == 4
+    assert layout.measure(METHOD, example) == layout.bound(METHOD, 8, 9, 7)
+    without = laid_out([example], READING)
+    assert without.memory.slots.live.sum() == 2
+    ours = losses.scored_logits(MODEL, hidden_of(made), made)[0, :7]
+    np.testing.assert_allclose(ours, losses.scored_logits(MODEL, hidden_of(without, READING), without)[0], atol=1e-5)
+
+
+def test_first_token_may_be_pinned():
+    """With a sink the first token outlives its chunk and is seen by all later ones; without, it goes with it (L11)."""
+    for sink, options in ((True, {"sink": True}), (False, {})):
+        method = build("loma", ratio=2, memory_tokens=2, **options)
+        cache = parity.cache_for(MODEL, method, [text(9)])
+        for segment in layout.arrange(method, text(9))[:-1]:
+            cache = steps.compress_step(MODEL, cache, layout.chunk([segment.tokens], 4, cases.VOCAB), method=method)
+        kinds = np.asarray(cache.slots.kind[0])
+        assert (kinds == Kind.SINK).sum() == sink and (kinds != Kind.PAD).sum() == 4 + sink
+        made = laid_out([text(9)], method)
+        tail = layout.visible(method.rule, made.slots, made.slots)[0][made.slots.segment[0] == 2]
+        assert tail[0, 0] == sink
+
+
+def test_documents_share_no_row():
+    """A row is one session: a window never reaches from one document into the next (L14)."""
+    texts = ["abcdefgh" * 3, "stuvwxyz" * 2 + "st"]
+    format, units, _ = load(
+        [{"text": text} for text in texts], format="text", chunk=4, max_chunks=1, tokens=60, loss="all", bos=False
+    )
+    for number, document in enumerate(texts):
+        mine = [unit for unit in units if unit.id.startswith(f"r[{number}]")]
+        found = [token for unit in mine for piece in unit.pieces for token in piece.tolist()]
+        assert found == ids(document)[: len(found)] and len(found) >= 16
+        for unit in mine:
+            assert len(format.draw(unit, np.random.default_rng(0)).segments) == len(unit.pieces)
+
+
 def test_methods_without_repetition_say_so():
     method = build("ccm_concat")
     cache = parity.cache_for(MODEL, method, cases.sessions())
@@ -245,7 +289,7 @@ def test_gradients_do_not_leak():
 
 def test_each_loss_has_its_own_mean():
     """A longer tail leaves the repetition loss alone, padding both (L12 and L13)."""
-    short, long = text(10), text(12)
+    short, long = text(10), text(11)
     value = lambda made, method: float(losses.mean_loss(MODEL, hidden_of(made, method), made, method)[0])
     parts = {}
     for name, example in (("short", short), ("long", long)):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from jax_ccm import layout, steps
+from jax_ccm import layout, steps, training
+from jax_ccm.config import OptimizerConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
 from jax_ccm.methods import build
@@ -130,6 +133,34 @@ def test_only_attention_is_adapted():
     adapter = nnx.to_pure_dict(nnx.state(MODEL, nnx.LoRAParam))
     assert set(adapter["layers"]) == {"self_attn"}
     assert sum(x.shape[0] for x in jax.tree.leaves(adapter["embed_tokens"])) == METHOD.rows == 2
+
+
+def test_weight_decay_leaves_the_vocabulary_alone():
+    """Decay and Adam's state touch the two new rows, which are a table of their own, and no old one (S11)."""
+    graphdef, params, frozen = training.split(MODEL, "adapter")
+    assert set(params["embed_tokens"]) == {"comp"} and set(frozen["embed_tokens"]) == {"embedding"}
+    optimizer = training.make_optimizer(OptimizerConfig(weight_decay=0.1), optax.constant_schedule(1e-2))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    new = nnx.merge(graphdef, optax.apply_updates(params, updates), frozen).embed_tokens
+    old = MODEL.embed_tokens
+    np.testing.assert_array_equal(new.embedding[...], old.embedding[...])
+    assert (np.asarray(new.comp[...]) != old.comp[...]).all()
+
+
+def test_opener_is_a_constant():
+    """<CL> sees only itself: the same values in every layer whatever stands around it, and one for every span.
+
+    So nothing is gained by keeping it in the cache: it rides in the pass that runs <CR>, when the span closes.
+    """
+    made = [laid_out(example(seed)) for seed in (0, 7)]
+    states = [
+        MODEL(m.tokens, m.slots, layout.gate(METHOD, m.slots), rule=METHOD.rule, memory=m.memory)[1][1][:, 0]
+        for m in made
+    ]
+    opener = np.flatnonzero(made[0].slots.kind[0] == Kind.OPEN)
+    values = np.stack([np.asarray(x)[:, opener] for x in states])
+    assert values.shape[:3] == (2, cases.CONFIG.num_layers, 2)
+    np.testing.assert_allclose(values, np.broadcast_to(values[:1, :, :1], values.shape), atol=1e-6)
 
 
 @pytest.mark.parametrize(
