@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,40 +81,38 @@ class TrainingSet:
         closing = int(rng.integers(self.method.fewest, len(self.method.closes) + 1))
         return dataclasses.replace(example, closing=closing)
 
-    def iterator(self, *, seed: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-        """An endless iterator over numpy batches of ``batch_size / process_count`` rows.
+    def iterator(self, *, seed: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        """An endless iterator over numpy batches.
 
         It is a grain iterator: ``get_state()`` gives a small dict for JSON and ``set_state()`` takes it back, after
-        which the same batches follow. Each epoch has its own order and its own draws. Processes take the rows of a
-        global batch in turn, so that the data do not depend on their number.
+        which the same batches follow. Each epoch has its own order and its own draws. What the batches are, and the
+        state, is the same whoever asks for which rows: the data do not depend on the number of processes, and no
+        record is lost or read twice.
 
         Args:
           seed: of order and draws, unless the config has its own.
-          process_index: this process, ``jax.process_index()``.
-          process_count: ``jax.process_count()``.
+          rows: which of the ``batch_size`` rows to give (those of this process); None for all.
 
         Raises:
-          UserError: if the batch cannot be split evenly among the processes.
+          UserError: for rows that the batch does not have.
         """
         import grain
 
-        rows, rest = divmod(self.config.batch_size, process_count)
-        if rest:
-            raise UserError(
-                f"data.batch_size={self.config.batch_size} rows cannot be split evenly among {process_count} processes"
-            )
+        size = self.config.batch_size
+        rows = range(size) if rows is None else rows
+        if not rows or min(rows) < 0 or max(rows) >= size:
+            raise UserError(f"rows {list(rows)} of a batch of data.batch_size={size}; they must lie in 0..{size - 1}")
         seed = seed if self.config.shuffle_seed is None else self.config.shuffle_seed
         # Everything is in memory already: threads would only fight for the interpreter lock.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         # A repeated MapDataset counts on: index // len is the epoch for the shuffle, and the index seeds the draw.
         if self.config.buckets:
-            mine = slice(process_index, None, process_count)
-            data = grain.MapDataset.source(self.groups(seed)).seed(seed).shuffle()
-            data = data.random_map(lambda group, rng: self.draw_group(group, rng)[mine]).repeat()
-            return iter(data.map(self.batch).to_iter_dataset(options))
-        data = grain.MapDataset.source(self.units).seed(seed).shuffle().random_map(self.draw).repeat()
-        data = data[process_index::process_count].to_iter_dataset(options)
-        return iter(data.batch(rows, batch_fn=self.batch))
+            # All rows are drawn everywhere, because all of them together say which bucket holds the batch.
+            data = grain.MapDataset.source(self.groups(seed)).seed(seed).shuffle().random_map(self.draw_group).repeat()
+            return iter(data.map(functools.partial(self.batch, rows=rows)).to_iter_dataset(options))
+        drawn = grain.MapDataset.source(self.units).seed(seed).shuffle().random_map(self.draw).repeat()
+        batches = grain.MapDataset.range(len(drawn) // size)
+        return iter(batches.map(lambda i: self.batch([drawn[i * size + r] for r in rows])).to_iter_dataset(options))
 
     def groups(self, seed: int) -> list[list[Unit]]:
         """Units in batches of similar length: sorted, ties by chance, and cut; the last overlaps the one before."""
@@ -129,13 +128,19 @@ class TrainingSet:
         """Examples of a batch, each from draws of its own."""
         return [self.draw(unit, draws) for unit, draws in zip(group, rng.spawn(len(group)), strict=True)]
 
-    def batch(self, examples: list[Example]) -> Batch:
-        """The rows as arrays of the smallest sizes allowed that hold them."""
+    def batch(self, examples: list[Example], rows: Sequence[int] | None = None) -> Batch:
+        """Rows as arrays of the smallest sizes allowed that hold all examples.
+
+        Args:
+          examples: of a whole batch, or, where there is one size only, of some of its rows.
+          rows: which of the examples to lay out; None for all.
+        """
         needs = [layout.measure(self.method, example) for example in examples]
         tokens, scored = max(need.tokens for need in needs), max(need.scored for need in needs)
         allowed = buckets(self.config, self.method)
         sizes = next((b for b in allowed if b.tokens >= tokens and b.scored >= scored), allowed[-1])
-        return layout.batch(self.method, examples, sizes, self.vocab_size)
+        chosen = examples if rows is None else [examples[row] for row in rows]
+        return layout.batch(self.method, chosen, sizes, self.vocab_size)
 
 
 def prepare(config: DataConfig, method: Method, tokenizer: Any, vocab_size: int) -> TrainingSet:
@@ -200,11 +205,10 @@ def train_iterator(
     vocab_size: int,
     *,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     log: Callable[[str], None] = print,
 ) -> Iterator[Batch]:
     """`prepare`, a line on what is used and what was dropped through ``log``, and `TrainingSet.iterator`."""
     data = prepare(config, method, tokenizer, vocab_size)
     log(f"training data: {data.report}")
-    return data.iterator(seed=seed, process_index=process_index, process_count=process_count)
+    return data.iterator(seed=seed, rows=rows)

@@ -1,5 +1,6 @@
 """The pipeline: same shapes, same draws after a restart, nothing lost in silence."""
 
+import dataclasses
 import json
 
 import jax
@@ -74,15 +75,32 @@ def test_epochs_differ_and_seeds_count(config):
     same(take(prepare(fixed, METHOD, tokenizer(), VOCAB).iterator(seed=1), 3), batches[:3])
 
 
-def test_processes_share_the_global_batch(config):
+@pytest.mark.parametrize("buckets", [(), (64, 96, 128, 192)])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_the_global_batch(config, buckets, processes):
+    """The blocks of the processes are the batch that one would read, in the same order and the same bucket."""
+    data = prepare(dataclasses.replace(config, buckets=buckets), METHOD, tokenizer(), VOCAB)
+    iterator, count = data.iterator(seed=2), 4 // processes
+    whole = take(iterator, 12)  # into the fifth epoch
+    parts = [data.iterator(seed=2, rows=range(i * count, (i + 1) * count)) for i in range(processes)]
+    for batch, *blocks in zip(whole, *(take(part, 12) for part in parts), strict=True):
+        same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks), batch)
+    assert len({batch.tokens.shape for batch in whole}) == (4 if buckets else 1)
+    assert all(part.get_state() == iterator.get_state() for part in parts)
+
+
+def test_a_checkpoint_of_one_process_is_read_by_two(config):
     data = prepare(config, METHOD, tokenizer(), VOCAB)
-    whole = take(data.iterator(seed=2), 4)
-    parts = [take(data.iterator(seed=2, process_index=i, process_count=2), 4) for i in range(2)]
-    for batch, left, right in zip(whole, *parts, strict=True):
-        assert sorted(rows(batch)) == sorted(rows(left) + rows(right))
-        assert len(rows(left)) == 2
-    with pytest.raises(UserError, match="batch_size=4 rows cannot be split evenly among 3 processes"):
-        data.iterator(seed=2, process_count=3)
+    iterator = data.iterator(seed=2)
+    take(iterator, 3)
+    other = data.iterator(seed=2, rows=[1, 3])
+    other.set_state(json.loads(json.dumps(iterator.get_state())))
+    same(next(other), jax.tree.map(lambda leaf: leaf[1::2], next(iterator)))
+
+
+def test_rows_outside_the_batch(config):
+    with pytest.raises(UserError, match=r"rows \[3, 4\] of a batch of data.batch_size=4; they must lie in 0..3"):
+        prepare(config, METHOD, tokenizer(), VOCAB).iterator(seed=2, rows=range(3, 5))
 
 
 def test_what_does_not_fit_is_counted(tmp_path):
