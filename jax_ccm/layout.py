@@ -19,7 +19,8 @@ import numpy as np
 
 from jax_ccm.errors import UserError
 from jax_ccm.sessions import Example, Segment, cut, glued, join, opened
-from jax_ccm.types import INF, RAW, TEXT, Array, Batch, Chunk, Kind, Method, Mix, Packed, Rule, Slots
+from jax_ccm.types import INF, RAW, TEXT, Array, Batch, Chunk, Kind, Method, Packed, Rule, Slots
+from jax_ccm.updates import Mix
 
 
 def is_in(kind: Array, kinds: tuple[Kind, ...]) -> Array:

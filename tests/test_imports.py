@@ -13,10 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1] / "jax_ccm"
 
 # What each part may import of the library; parts are the first name below jax_ccm.
-CORE = {"errors", "types"}
+CORE = {"errors", "types", "updates"}
 ALLOWED = {
     "errors": set(),
-    "types": set(),
+    "updates": set(),
+    "types": {"updates"},
     "sessions": set(),
     "layout": CORE | {"sessions"},
     "describe": CORE,

@@ -10,7 +10,8 @@ from jax_ccm.errors import UserError
 from jax_ccm.layout import Sizes, batch, measure, visible
 from jax_ccm.methods import METHODS, build
 from jax_ccm.sessions import Example, Segment, join
-from jax_ccm.types import Ema, Kind, Slots
+from jax_ccm.types import Kind, Slots
+from jax_ccm.updates import Ema
 from tests import cases
 
 V = cases.VOCAB

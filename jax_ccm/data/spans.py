@@ -98,7 +98,8 @@ def draw_released(units: int, ratio: float, longest: int, rng: np.random.Generat
 
 
 def _attempts(wanted: int, mean: float) -> int:
-    return 3 * int(wanted / mean)
+    # One more, without which short texts would get no span at low ratios; the code's own counts have them.
+    return 3 * int(wanted / mean) + 1
 
 
 def draw_words(edges: np.ndarray, ratio: float, longest: int, rng: np.random.Generator) -> list[tuple[int, int]]:

@@ -66,6 +66,7 @@ def test_released_sampler_jams(units, reached):
         freed.append(sum(end - begin - 1 for begin, end in found) / units)
     assert np.mean(freed) == pytest.approx(reached, abs=0.01)
     assert spans.draw_released(29, 0.9, 25, rng()) == []
+    assert len(spans.draw_released(60, 0.1, 25, rng())) == 1
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jax_ccm import layout, memory, steps
+from jax_ccm import layout, memory
 from jax_ccm.draw import draw
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
@@ -24,10 +24,10 @@ def closed(method, lengths, **options):
     rng, raw = np.random.default_rng(0), []
     for number, length in enumerate(lengths):
         chunk = layout.chunk([rng.integers(10, 90, length)], 8, cases.VOCAB)
-        cache, _ = steps.read(MODEL, cache, chunk, method=method)
+        cache, _ = parity._read(MODEL, cache, chunk, method=method, query=False, implementation=None)
         own = (np.asarray(cache.slots.segment[0]) == number) & np.isin(cache.slots.kind[0], [Kind.TEXT])
         raw.append([np.asarray(x)[:, 0, own] for x in (cache.k, cache.v)])
-        cache = steps.compress(MODEL, cache, method=method)
+        cache = parity._compress(MODEL, cache, chunk.valid.any(1), method=method, implementation=None)
     return cache, raw
 
 
