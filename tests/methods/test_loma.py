@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from jax_ccm import layout, losses, memory, steps
+from jax_ccm.closing import prefill
 from jax_ccm.draw import draw
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
@@ -169,11 +170,12 @@ def test_a_last_full_chunk_is_repeated():
 
 def test_first_token_may_be_pinned():
     """With a sink the first token outlives its chunk and is seen by all later ones; without, it goes with it (L11)."""
-    for sink, options in ((True, {"sink": True}), (False, {})):
-        method = build("loma", ratio=2, memory_tokens=2, **options)
+    step = jax.jit(steps.compress_step, static_argnames="method")
+    for sink in (True, False):
+        method = build("loma", ratio=2, memory_tokens=2, sink=sink)
         cache = parity.cache_for(MODEL, method, [text(9)])
         for segment in layout.arrange(method, text(9))[:-1]:
-            cache = steps.compress_step(MODEL, cache, layout.chunk([segment.tokens], 4, cases.VOCAB), method=method)
+            cache = step(MODEL, cache, layout.chunk([segment.tokens], 4, cases.VOCAB), method=method)
         kinds = np.asarray(cache.slots.kind[0])
         assert (kinds == Kind.SINK).sum() == sink and (kinds != Kind.PAD).sum() == 4 + sink
         made = laid_out([text(9)], method)
@@ -246,7 +248,7 @@ def test_generation_compresses_as_it_goes():
         text(4, seed=3).segments[0].tokens,
     ]
     cache = memory.init_cache(cases.CONFIG, METHOD, 3, memory_capacity=20, raw_capacity=4)
-    fill = jax.jit(steps.prefill, static_argnames="method")
+    fill = jax.jit(prefill, static_argnames="method")
     for first in (0, 3):
         rows = [prompt[:3] if first == 0 else prompt[3:] for prompt in prompts]
         cache = fill(MODEL, cache, layout.chunk(rows, 8, cases.VOCAB), method=METHOD)
