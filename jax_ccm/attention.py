@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ccm.layout import visible
+from jax_ccm.sharding import constrain, context_shards
 from jax_ccm.types import Rule, Slots
 
 IMPLEMENTATIONS = ("xla",)
@@ -57,34 +58,40 @@ def memory_attention(
         v = jnp.concatenate([memory_v, v], axis=1)
         seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), memory_slots, slots)
     # Heads in front, so that the products are plain matrix products.
-    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    k, v = (constrain(jnp.moveaxis(x, 1, 2), "rows", "heads") for x in (k, v))
     # Recomputed in the backward pass: what is kept for it grows with T and S, not with T x S.
     attend = jax.checkpoint(functools.partial(_attend, rule=rule))
-    length = q.shape[1]
-    if length <= QUERY_BLOCK:
+    batch, length = q.shape[:2]
+    # Where devices share the tokens of a row, a block takes as many from each.
+    shards = context_shards() if length % context_shards() == 0 else 1
+    own = length // shards
+    if own <= QUERY_BLOCK:
         return attend(q, slots, k, v, seen)
-    blocks = -(-length // QUERY_BLOCK)
+    blocks = -(-own // QUERY_BLOCK)
 
     def split(x):
-        x = jnp.pad(x, [(0, 0), (0, blocks * QUERY_BLOCK - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+        x = x.reshape(batch, shards, own, *x.shape[2:])
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, blocks * QUERY_BLOCK - own)] + [(0, 0)] * (x.ndim - 3))
+        x = jnp.moveaxis(x.reshape(batch, shards, blocks, QUERY_BLOCK, *x.shape[3:]), 2, 0)
+        return x.reshape(blocks, batch, shards * QUERY_BLOCK, *x.shape[4:])
 
     # Queries that the last block lacks are of kind PAD and see nothing.
     out = jax.lax.map(lambda block: attend(*block, k, v, seen), (split(q), jax.tree.map(split, slots)))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
+    out = jnp.moveaxis(out.reshape(blocks, batch, shards, QUERY_BLOCK, *q.shape[2:]), 0, 2)
+    return out.reshape(batch, shards, -1, *q.shape[2:])[:, :, :own].reshape(q.shape)
 
 
 def _attend(q, slots: Slots, k, v, seen: Slots, *, rule: Rule):
     """Attention of a block of queries ``[B, T, N, H]`` to all keys and values ``[B, K, S, H]``."""
     batch, length, heads, size = q.shape
     kv_heads = k.shape[1]
-    # The query heads of a group share their keys as rows of one matrix.
-    rows = (batch, kv_heads, heads // kv_heads * length)
-    q = jnp.moveaxis(q.reshape(batch, length, kv_heads, -1, size), 1, 3).reshape(*rows, size)
+    q = constrain(q, "rows", "tokens", "heads")
+    # The query heads of a group share their keys as rows of one matrix; tokens in front, as devices may share them.
+    rows = (batch, kv_heads, length * heads // kv_heads)
+    q = jnp.moveaxis(q.reshape(batch, length, kv_heads, -1, size), 1, 2).reshape(*rows, size)
     scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32) * size**-0.5
-    scores = scores.reshape(batch, kv_heads, -1, length, k.shape[2])
-    mask = visible(rule, slots, seen)[:, None, None]
+    scores = scores.reshape(batch, kv_heads, length, -1, k.shape[2])
+    mask = visible(rule, slots, seen)[:, None, :, None]
     # A query that sees nothing (padding) must give zeros and finite gradients, not NaN.
     scores = jnp.where(mask, scores, -1e30)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -93,6 +100,6 @@ def _attend(q, slots: Slots, k, v, seen: Slots, *, rule: Rule):
     # Divided after the product: T x H numbers instead of T x S.
     weights = weights.astype(v.dtype).reshape(*rows, -1)
     out = jnp.einsum("bkqs,bksh->bkqh", weights, v, preferred_element_type=jnp.float32)
-    out = out.reshape(batch, kv_heads, -1, length, size) / total
-    out = jnp.moveaxis(out.astype(v.dtype), 3, 1)
-    return out.reshape(batch, length, heads, size)
+    out = out.reshape(batch, kv_heads, length, -1, size) / total
+    out = jnp.moveaxis(out.astype(v.dtype), 1, 2)
+    return constrain(out.reshape(batch, length, heads, size), "rows", "tokens", "heads")

@@ -198,6 +198,20 @@ class CacheConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of all processes share the work; the product of the sizes is their number, and -1 is the rest."""
+
+    data: int = -1
+    """Copies of the model; rows of a batch and sessions are spread over them."""
+    fsdp: int = 1
+    """Pieces of the weights, gathered layer by layer; rows are spread over these, too."""
+    tensor: int = 1
+    """Devices that share each layer: heads, MLP units and vocabulary."""
+    context: int = 1
+    """Devices that share the tokens of a row in training, for rows that do not fit one."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -209,6 +223,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     cache: CacheConfig = CacheConfig()
+    mesh: MeshConfig = MeshConfig()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

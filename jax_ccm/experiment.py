@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_ccm import methods
+from jax_ccm import methods, sharding
 from jax_ccm.config import Config, ScratchConfig
 from jax_ccm.errors import UserError
-from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer
+from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
 from jax_ccm.types import Method
 
 if TYPE_CHECKING:
@@ -33,12 +33,14 @@ class Experiment:
       model: base and adapter.
       method: the compression method.
       tokenizer: a fast tokenizer of transformers, or None for generated data that has token ids already.
+      mesh: the devices that the model is spread over; use the model within `sharding.use(mesh)`.
     """
 
     config: Config
     model: Transformer
     method: Method
     tokenizer: Any
+    mesh: jax.sharding.Mesh
 
     @property
     def model_config(self) -> ModelConfig:
@@ -98,7 +100,8 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
             _require_shape(stored.config, shape, config.adapter.load)
         shape = dataclasses.replace(stored.config, dropout=config.adapter.dropout)
     tokenizer = _tokenizer(config)
-    model = _base(config, shape, tokenizer, stored)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    model = _base(config, shape, tokenizer, stored, mesh)
     if config.adapter.merge:
         model = merge_adapter(config.adapter.merge, model, base=config.model.source)
     if config.model.source and config.data.tokens > model.config.max_position:
@@ -109,7 +112,7 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         )
     if stored is not None:
         model = load_adapter(stored, model, method=method, base=config.model.source)
-    return Experiment(config, model, method, tokenizer)
+    return Experiment(config, model, method, tokenizer, mesh)
 
 
 def _adapter_config(config: Config, method: Method) -> AdapterConfig:
@@ -143,22 +146,36 @@ def _tokenizer(config: Config) -> Any:
     )
 
 
-def _base(config: Config, adapter: AdapterConfig, tokenizer: Any, stored: Adapter | None) -> Transformer:
-    """The base with a fresh adapter."""
+def _base(
+    config: Config, adapter: AdapterConfig, tokenizer: Any, stored: Adapter | None, mesh: jax.sharding.Mesh
+) -> Transformer:
+    """The base with a fresh adapter, each array born where it belongs."""
     dtype = jnp.dtype(config.model.dtype)
     key = jax.random.key(config.train.seed)
     source = config.model.source
     if stored is not None and TRAINED_BASE in stored.extra:
         source = str(Path(stored.source) / stored.extra[TRAINED_BASE])
     if source:
-        from jax_ccm.weights import load_model
+        from jax_ccm.weights import load_model, read_config
 
-        return load_model(source, adapter=adapter, dtype=dtype, key=key)
+        shape = read_config(source)
+        return load_model(source, adapter=adapter, dtype=dtype, key=key, shardings=_places(mesh, shape, adapter))
     try:
         shape = scratch_model(config.model.scratch, 0 if tokenizer is None else len(tokenizer))
     except ValueError as e:
         raise UserError(f"model.scratch: {e}") from e
-    return jax.jit(lambda key: _scratch(key, shape, adapter, dtype))(key)
+    places = _places(mesh, shape, adapter)
+    return jax.jit(lambda key: _scratch(key, shape, adapter, dtype), out_shardings=places)(key)
+
+
+def _places(mesh: jax.sharding.Mesh, shape: ModelConfig, adapter: AdapterConfig) -> Any:
+    """Where each array of the model goes.
+
+    Raises:
+      UserError: for a mesh that does not fit the model.
+    """
+    sharding.check(mesh, shape)
+    return sharding.parameter_shardings(mesh, abstract_transformer(shape, adapter), shape)
 
 
 def _scratch(key, shape: ModelConfig, adapter: AdapterConfig, dtype) -> Transformer:

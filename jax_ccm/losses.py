@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_ccm.nn.transformer import Transformer
+from jax_ccm.sharding import constrain
 from jax_ccm.types import Batch, Kind, Method
 
 
 def scored_logits(model: Transformer, hidden, batch: Batch):
     """Logits that predict the scored tokens, ``float32 [B, Q, V]``, from hidden states ``[B, T, D]``."""
-    return model.logits(jnp.take_along_axis(hidden, batch.places[:, :, None], axis=1))
+    hidden = constrain(jnp.take_along_axis(hidden, batch.places[:, :, None], axis=1), "rows")
+    return constrain(model.logits(hidden), "rows", None, "vocab")
 
 
 def scored_losses(model: Transformer, hidden, batch: Batch):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_ccm import sharding
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
 from jax_ccm.layout import is_in, reachable
@@ -68,7 +69,7 @@ def init_cache(
     shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
     # Every array is its own buffer, so that a cache may be donated.
     zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
-    return MemoryCache(
+    make = lambda: MemoryCache(
         k=jnp.zeros(shape, dtype),
         v=jnp.zeros(shape, dtype),
         slots=Slots(*(zeros(batch, size) for _ in range(4))),
@@ -80,6 +81,7 @@ def init_cache(
         memory_capacity=memory_capacity,
         overflow=overflow,
     )
+    return sharding.born(make, sharding.cache_shardings)
 
 
 def raw_capacity(cache: MemoryCache) -> int:

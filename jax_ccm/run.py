@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_ccm import training
+from jax_ccm import sharding, training
 from jax_ccm.checkpoints import Checkpoints, require_same
 from jax_ccm.config import Config, from_mapping, save_config, to_mapping
 from jax_ccm.data.batches import TrainingSet, prepare
@@ -57,34 +57,45 @@ class Run:
                 before = to_mapping(from_mapping(stored["config"]))
                 self._announce_changes(require_same(before, to_mapping(config), self.workdir))
             self.experiment = load_experiment(config)
-            self._describe()
-            train, self.validation = self._open_data(self.experiment)
-            self.batches = train.iterator(seed=config.train.seed)
-            self.graphdef, params, self.frozen = training.split(self.experiment.model, config.train.trainable)
-            if not jax.tree.leaves(params):
-                raise UserError(
-                    f"there is nothing to train: adapter.rank is {config.adapter.rank} and method "
-                    f"{config.method.name!r} adds no tokens; raise adapter.rank, or set train.trainable: all"
-                )
-            self.schedule = training.make_schedule(config.optimizer, config.train.steps)
-            optimizer = training.make_optimizer(config.optimizer, self.schedule)
-            method = self.experiment.method
-            self._step = training.make_step(config, self.graphdef, method, optimizer)
-            self._validation_loss = training.make_validation(self.graphdef, method)
-            # Committed to its device, as what is restored is: both compile to the same program.
-            self.state = jax.device_put(training.init_state(params, optimizer), jax.devices()[0])
-            self._count(params)
-            if stored is not None and latest is not None:
-                self.state = self.checkpoints.state(latest, self.state)
-                self.batches.set_state(stored["data"])
-                self.progress = Progress(**stored["progress"])
-                if latest > config.train.steps:
-                    raise UserError(
-                        f"the checkpoint in {self.workdir} is at step {latest}, beyond train.steps = "
-                        f"{config.train.steps}; raise train.steps, or use another --workdir"
-                    )
-                print(f"resuming from the checkpoint of step {latest} in {self.workdir}")
+            with sharding.use(self.experiment.mesh):
+                self._prepare(latest, stored)
             stack.pop_all()
+
+    def _prepare(self, latest: int | None, stored: dict[str, Any] | None) -> None:
+        """Opens the data, and places what is trained: fresh, or from the checkpoint ``latest``."""
+        config = self.config
+        self._check_spread()
+        self._describe()
+        train, self.validation = self._open_data(self.experiment)
+        self.batches = train.iterator(seed=config.train.seed)
+        self.graphdef, params, self.frozen = training.split(self.experiment.model, config.train.trainable)
+        if not jax.tree.leaves(params):
+            raise UserError(
+                f"there is nothing to train: adapter.rank is {config.adapter.rank} and method "
+                f"{config.method.name!r} adds no tokens; raise adapter.rank, or set train.trainable: all"
+            )
+        self.schedule = training.make_schedule(config.optimizer, config.train.steps)
+        optimizer = training.make_optimizer(config.optimizer, self.schedule)
+        method = self.experiment.method
+        init = lambda params: training.init_state(params, optimizer)
+        mesh, shape = self.experiment.mesh, self.experiment.model_config
+        places = sharding.parameter_shardings(mesh, jax.eval_shape(init, params), shape)
+        # The model's own arrays become those of the state.
+        self.state = jax.jit(init, donate_argnums=0, out_shardings=places)(params)
+        shardings = (places, sharding.replicated(mesh))
+        self._step = training.make_step(config, self.graphdef, method, optimizer, shardings)
+        self._validation_loss = training.make_validation(self.graphdef, method)
+        self._count(params)
+        if stored is not None and latest is not None:
+            self.state = self.checkpoints.state(latest, self.state)
+            self.batches.set_state(stored["data"])
+            self.progress = Progress(**stored["progress"])
+            if latest > config.train.steps:
+                raise UserError(
+                    f"the checkpoint in {self.workdir} is at step {latest}, beyond train.steps = "
+                    f"{config.train.steps}; raise train.steps, or use another --workdir"
+                )
+            print(f"resuming from the checkpoint of step {latest} in {self.workdir}")
 
     def train(self) -> dict[str, Any]:
         """Trains to the last step, or until SIGTERM or Ctrl-C, and exports what was learned.
@@ -103,7 +114,7 @@ class Run:
             self.workdir, start=progress.step, steps=last, wandb=config.train.wandb, config=to_mapping(self.config)
         )
         compile_seconds = 0.0
-        with self.checkpoints, metrics, self._signals():
+        with self.checkpoints, metrics, self._signals(), sharding.use(self.experiment.mesh):
             if progress.step < last:
                 compile_seconds = self._loop(metrics)
             else:
@@ -135,6 +146,8 @@ class Run:
         began = time.perf_counter()
         while progress.step < train.steps:
             batch = next(groups)
+            tokens = int((batch.slots.kind != Kind.PAD).sum())
+            batch = sharding.place(self.experiment.mesh, batch, leading=1)
             if batch.tokens.shape not in executables:
                 self._settle(pending, metrics)
                 pending = None
@@ -151,7 +164,7 @@ class Run:
             # The step before is looked at while this one runs.
             self._settle(pending, metrics)
             progress.step += 1
-            pending = (progress.step, found, int((batch.slots.kind != Kind.PAD).sum()))
+            pending = (progress.step, found, tokens)
             now, final = progress.step, progress.step == train.steps
             log = final or now % train.log_every == 0
             validate = bool(train.eval_every) and (final or now % train.eval_every == 0)
@@ -216,7 +229,8 @@ class Run:
         progress = self.progress
         if not self.validation:
             return
-        loss = self._validation_loss(self.state["params"], self.frozen, self.validation)
+        batches = (sharding.place(self.experiment.mesh, batch) for batch in self.validation)
+        loss = self._validation_loss(self.state["params"], self.frozen, batches)
         progress.validation_loss = loss
         metrics.write(progress.step, {"validation_loss": loss})
         better = math.isfinite(loss) and (progress.best is None or loss < progress.best)
@@ -269,12 +283,17 @@ class Run:
         print(f"validation data: {held_out.report}; {count * data.batch_size:,} examples are scored each time")
         return train, list(itertools.islice(held_out.iterator(seed=config.train.seed), count))
 
+    def _check_spread(self) -> None:
+        data, mesh = self.config.data, self.experiment.mesh
+        sharding.check_rows(mesh, "data.batch_size", data.batch_size)
+        for tokens in (data.tokens, *data.buckets):
+            sharding.check_tokens(mesh, "data.buckets" if tokens in data.buckets else "data.tokens", tokens)
+
     def _describe(self) -> None:
         config, experiment = self.config, self.experiment
-        device = jax.devices()[0]
         print(
             f"training {config.method.name} on {experiment.base_name} for {config.train.steps} steps of "
-            f"{config.optimizer.accumulation} x {config.data.batch_size} rows; {device.device_kind}, "
+            f"{config.optimizer.accumulation} x {config.data.batch_size} rows; {sharding.describe(experiment.mesh)}, "
             f"{config.model.dtype}; output in {self.workdir}"
         )
 

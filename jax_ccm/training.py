@@ -58,14 +58,19 @@ def init_state(params: Tree, optimizer: optax.GradientTransformation) -> dict[st
 
 
 def make_step(
-    config: Config, graphdef: nnx.GraphDef, method: Method, optimizer: optax.GradientTransformation
+    config: Config,
+    graphdef: nnx.GraphDef,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    shardings: tuple[Tree, Any] | None = None,
 ) -> Callable:
     """The jitted training step ``(state, frozen, batches, key) -> (state, metrics)``; ``state`` is donated.
 
     ``batches`` is a `Batch` of numpy arrays with a leading axis of micro-batches ``[A, B, ...]``. The loss is the
     average of the micro-batches' mean losses, as in the reference. ``frozen`` is an argument and no part of the
     program. Dropout draws from ``key`` folded with the step and the number of the micro-batch. Metrics are scalars:
-    loss, grad_norm (before clipping), scored (tokens).
+    loss, grad_norm (before clipping), scored (tokens). ``shardings`` are those of the state and of the metrics; None
+    leaves them to the compiler.
     """
     dropout = config.adapter.dropout > 0
 
@@ -75,7 +80,7 @@ def make_step(
         hidden = parallel_forward(model, batch, method=method, dropout_key=key, remat=config.train.remat)
         return mean_loss(model, hidden, batch, method)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def step(state, frozen, batches, key):
         params = state["params"]
         key = jax.random.fold_in(key, state["step"])

@@ -17,6 +17,7 @@ from jax_ccm.layout import with_window
 from jax_ccm.nn import rope
 from jax_ccm.nn.config import AdapterConfig, ModelConfig
 from jax_ccm.nn.linear import Linear
+from jax_ccm.sharding import constrain
 from jax_ccm.types import MemoryCache, Packed, Rule, Slots
 
 
@@ -51,7 +52,7 @@ class Attention(nnx.Module):
 
     def project(self, x, gate, keys):
         """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``, not yet rotated."""
-        heads = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
+        heads = lambda y: constrain(y.reshape(*y.shape[:-1], -1, self.head_dim), "rows", "tokens", "heads")
         q = heads(self.q_proj(x, gate, keys[0]))
         k = heads(self.k_proj(x, gate, keys[1]))
         v = heads(self.v_proj(x, gate, keys[2]))
@@ -71,7 +72,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(keys[2], f, d, bias=bias, dtype=dtype)
 
     def __call__(self, x):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(constrain(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), "rows", "tokens", "inner"))
 
 
 class Block(nnx.Module):
@@ -202,12 +203,12 @@ class Transformer(nnx.Module):
             else:
                 y, more = received(lambda v, mv: attend(q, rotated, v, mk, mv), v, mv, observe)
             x = x + block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), gate, keys[3])
-            out = x + block.mlp(block.post_attention_layernorm(x))
+            out = constrain(x + block.mlp(block.post_attention_layernorm(x)), "rows", "tokens")
             return out, (k if by_place else rotated, v, out if collect else more)
 
         if remat:
             body = jax.checkpoint(body, prevent_cse=False)
-        x = self.embed_tokens(tokens)
+        x = constrain(self.embed_tokens(tokens), "rows", "tokens")
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         hidden, (k, v, more) = jax.lax.scan(body, x, (self.layers, past, keys))
         hidden = self.norm(hidden)

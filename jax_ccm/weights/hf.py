@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_ccm.errors import UserError
 from jax_ccm.nn import Transformer
+from jax_ccm.sharding import path_of
 from jax_ccm.weights import hf_config
 
 Index = tuple[slice, ...]
@@ -144,9 +145,7 @@ def base_parameters(model: Transformer) -> dict[str, Any]:
 def parameters(tree) -> dict[str, Any]:
     """All leaves of a model, a state of it, or a pure dict of the same structure, by path."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    part = lambda key: str(getattr(key, "name", getattr(key, "key", key)))
-    path = lambda keys: ".".join(part(key) for key in keys).removesuffix(".value")
-    return {path(keys): leaf for keys, leaf in leaves}
+    return {path_of(keys): leaf for keys, leaf in leaves}
 
 
 def is_adapter(path: str) -> bool:

@@ -132,7 +132,6 @@ def merge_into_base(model: Transformer, adapter: Adapter) -> Transformer:
         )
     graphdef, state = nnx.split(model)
     leaves = parameters(state)
-    merge = jax.jit(_add_low_rank, static_argnames="scale")
     for target in adapter.config.targets if adapter.config.rank else ():
         stem = f"layers.self_attn.{target}"
         kernel, a, b = leaves[f"{stem}.kernel"], adapter.arrays[f"{stem}.lora_a"], adapter.arrays[f"{stem}.lora_b"]
@@ -141,6 +140,7 @@ def merge_into_base(model: Transformer, adapter: Adapter) -> Transformer:
                 f"{adapter.source} does not fit this model: tensors {stem + '.lora_a'!r} {list(a.shape)} and lora_b "
                 f"{list(b.shape)} against a weight of {list(kernel.shape)}"
             )
+        merge = jax.jit(_add_low_rank, static_argnames="scale", out_shardings=kernel.sharding)
         leaves[f"{stem}.kernel"] = merge(kernel, a, b, scale=adapter.config.scale)
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), list(leaves.values())))
 
