@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
-from jax_ccm.config import Config, check, from_mapping, read_yaml
+from jax_ccm.config import Config, check, from_mapping
 from jax_ccm.errors import RunError, UserError
+from jax_ccm.mappings import read_yaml
 
 T = TypeVar("T")
 
