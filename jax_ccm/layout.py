@@ -156,7 +156,7 @@ def measure(method: Method, example: Example) -> Sizes:
     """The sizes that one example needs."""
     method = method.closed_by(example.closing)
     segments = arrange(method, example)
-    chunks = len(segments) - 1 + _repeats_tail(method, segments)
+    chunks = len(closed(method, segments))
     text = sum(len(segment.tokens) for segment in segments)
     scored = sum(int(segment.scored.sum()) for segment in segments) - int(segments[0].scored[:1].sum())
     repeated = sum(len(segment.tokens) for segment in segments[:chunks]) if method.repeat else 0
@@ -175,9 +175,14 @@ def bound(method: Method, text: int, chunks: int, scored: int) -> Sizes:
     return Sizes(text + repeated + chunks * len(method.closes), most_slots(method, text, chunks), scored + repeated)
 
 
-def _repeats_tail(method: Method, segments: Sequence[Segment]) -> bool:
-    """Whether training closes the tail as well: a full chunk, that it may be repeated though nothing follows it."""
-    return method.repeat is not None and len(segments[-1].tokens) == method.chunk
+def closed(method: Method, segments: Sequence[Segment]) -> Sequence[Segment]:
+    """The segments that a row of the parallel forward closes: all but the tail.
+
+    In training with repetition (`Method.repeat`) also a tail that is a full chunk: it can be repeated, though no text
+    follows that could see its memory.
+    """
+    full = method.repeat is not None and len(segments[-1].tokens) == method.chunk
+    return segments if full else segments[:-1]
 
 
 def most_slots(method: Method, text: int, chunks: int) -> int:
@@ -240,7 +245,7 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
     tokens, kind, segment, position, scored, answers = [], [], [], [], [], []
     text = 0
     for number, piece in enumerate(segments):
-        tail = number == len(segments) - 1 and not _repeats_tail(method, segments)
+        tail = number >= len(closed(method, segments))
         count = len(piece.tokens)
         if not count:
             raise UserError(f"{where}: segment {number} is empty; drop it, or join it to its neighbour")

@@ -13,7 +13,7 @@ from jax_ccm.config import load_config
 from jax_ccm.data.evaluation import Evaluation
 from jax_ccm.evals.parity import held_slots
 from jax_ccm.experiment import load_experiment
-from jax_ccm.layout import arrange, chunk
+from jax_ccm.layout import arrange, chunk, closed
 from jax_ccm.methods import build
 from jax_ccm.weights.adapters import save_adapter
 from tests.data import support as data
@@ -90,7 +90,7 @@ def test_what_is_repeated(tmp_path, monkeypatch, capsys):
     right, exact, tokens, chunks = 0, 0, 0, 0
     for example in Evaluation.open(load_config(config).data, experiment.tokenizer).texts():
         cache = memory.init_cache(model.config, experiment.method, 1, memory_capacity=64, raw_capacity=4)
-        for segment in arrange(experiment.method, example)[:-1]:
+        for segment in closed(experiment.method, arrange(experiment.method, example)):
             cache = read(model, cache, chunk([segment.tokens], 4, model.config.vocab_size), method=experiment.method)
             hits = np.asarray(repeat(model, cache, length=4, method=experiment.method))[0].argmax(-1) == segment.tokens
             right, exact, tokens, chunks = right + hits.sum(), exact + hits.all(), tokens + 4, chunks + 1

@@ -14,7 +14,7 @@ from jax_ccm.evals.parity import held_slots
 from jax_ccm.evals.perplexity import Measured, Stage, System
 from jax_ccm.evals.scoring import Store, score
 from jax_ccm.evals.statistics import Resamples, estimate, tree_to_json
-from jax_ccm.layout import arrange
+from jax_ccm.layout import arrange, closed
 from jax_ccm.types import Kind, Method
 
 
@@ -73,7 +73,7 @@ def repetition(
     scores = score(system.model, system.method, examples, repeats=True, **known)
     right, exact, tokens, chunks = (np.zeros(len(examples)) for _ in range(4))
     for i, (example, found) in enumerate(zip(examples, scores, strict=True)):
-        sizes = [len(segment.tokens) for segment in arrange(system.method, example)[:-1]]
+        sizes = [len(segment.tokens) for segment in closed(system.method, arrange(system.method, example))]
         hits = np.split(found.hit[len(found.hit) - sum(sizes) :], np.cumsum(sizes)[:-1]) if sizes else []
         right[i], exact[i] = sum(hit.sum() for hit in hits), sum(bool(hit.all()) for hit in hits)
         tokens[i], chunks[i] = sum(sizes), len(sizes)
