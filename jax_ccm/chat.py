@@ -213,7 +213,7 @@ def main() -> None:
     experiment = load_experiment(config, adapter=options.adapter)
     closing = None
     if options.span:
-        ends = sentence_ends(experiment.tokenizer) if options.sentences else ()
+        ends = sentence_ends(experiment.tokenizer) if options.sentences and experiment.tokenizer else ()
         closing = Closing(options.span, ends, shortest=min(2, options.span))
     elif options.sentences:
         raise UserError("--sentences needs --span, the most tokens of a span")

@@ -46,7 +46,11 @@ _fill = jax.jit(prefill, static_argnames=("method", "query", "closing"))
 @functools.cache
 def talked(name):
     """Two sessions of different lengths, read in two goes and continued, with what a span's length says."""
-    method = {"sentinel": SENTINEL, "concat": build("ccm_concat", comp_tokens=2)}[name]
+    method = {
+        "sentinel": SENTINEL,
+        "concat": build("ccm_concat", comp_tokens=2),
+        "compressive": build("compressive", ratio=2, recent=0),
+    }[name]
     closing, prompts = Closing(4), [text(9, 1), text(6, 2)]
     cache = empty(method, 2)
     for part in (slice(0, 3), slice(3, 9)):
@@ -58,13 +62,13 @@ def talked(name):
     return method, prompts, before, cache, np.asarray(tokens)
 
 
-@pytest.mark.parametrize("name", ["sentinel", "concat"])
+@pytest.mark.parametrize("name", ["sentinel", "concat", "compressive"])
 def test_length(name):
     """The answer is that of one parallel forward over the same spans."""
     method, prompts, before, cache, tokens = talked(name)
     assert before.chunks.tolist() == [2, 1] and cache.chunks.tolist() == [3, 3]
     kinds = np.asarray(cache.slots.kind)
-    each = method.slots_per_chunk
+    each = method.memory_slots(1, 4)
     assert (kinds == Kind.MEMORY).sum(1).tolist() == [3 * each, 3 * each]
     assert (kinds != Kind.PAD).sum(1).tolist() == [3 * each + 3, 3 * each]
     for prompt, answer in zip(prompts, tokens, strict=True):

@@ -56,9 +56,12 @@ class Text:
                     if len(window) <= chunk:
                         report.drop("with fewer than 2 chunks")
                         continue
+                    own = begins[first : first + len(window)]
+                    if self._sampler is not None and not self._sampler.reaches(own[:-1], self._words):
+                        report.drop(f"too short for spans that free {self.config.ratio} of them")
+                        continue
                     cut = [window[place : place + chunk] for place in range(0, len(window), chunk)]
-                    where = f"{source.where(index)} from token {first}"
-                    units.append(TextUnit(where, tuple(cut), begins[first : first + len(window)]))
+                    units.append(TextUnit(f"{source.where(index)} from token {first}", tuple(cut), own))
         report.kept = len(units)
         return units, report
 

@@ -172,8 +172,20 @@ class Sampler:
             return draw_words(edges, self.ratio, self.longest, rng)
         return draw_spans(len(edges) - 1, self.ratio, self.longest, rng)
 
+    def reaches(self, begins: np.ndarray, words: bool) -> bool:
+        """Whether the text is long enough for spans that free the share."""
+        try:
+            self.most(begins, words)
+        except UserError:
+            return False
+        return True
+
     def most(self, begins: np.ndarray, words: bool) -> int:
-        """The most spans that `draw` may give."""
+        """The most spans that `draw` may give.
+
+        Raises:
+          UserError: if no spans of this length free the share.
+        """
         units = len(word_edges(begins)) - 1 if words else len(begins)
         if not self.released:
             return count_spans(units, self.ratio, self.longest)[0]

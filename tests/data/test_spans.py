@@ -160,6 +160,14 @@ def test_windows_of_other_samplers(sampler, unit):
         assert max(counts) > 3
 
 
+def test_windows_that_are_too_short():
+    """What is left at the end of a text may have too few words; it is dropped and counted."""
+    text = [{"text": "a in on is it me we " * 3 + "whatsoever"}]
+    fields = FIELDS | dict(chunk=7, max_chunks=6, tokens=120, ratio=0.8, unit="words")
+    _, units, report = load(text, **fields)
+    assert len(units) == 1 and report.dropped == {"too short for spans that free 0.8 of them": 1}
+
+
 @pytest.mark.parametrize("hide", ["spans", "tokens"])
 def test_windows_with_spans(hide):
     """The same tokens, all scored but the first, whatever is hidden; of the announced size (S6, S15)."""
