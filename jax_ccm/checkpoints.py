@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import os
+import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jax_ccm import processes
 from jax_ccm.config import differences
 from jax_ccm.errors import RunError, UserError
 
 # Keys that a resumed run may change: how long it runs, and what it reports when.
 FREE = (
     "train.steps", "train.log_every", "train.eval_every", "train.eval_examples", "train.checkpoint_every", "train.keep",
-    "train.wandb", "train.remat", "data.test", "eval", "cache", "mesh",
+    "train.grace", "train.wandb", "train.remat", "data.test", "eval", "cache", "mesh",
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read, and those that could not be.
+
+    Attributes:
+      step: optimizer steps done.
+      state: a pytree of arrays.
+      progress: JSON values.
+      damaged: newer checkpoints that were set aside: where each is now, and what is wrong with it.
+    """
+
+    step: int
+    state: Any
+    progress: dict[str, Any]
+    damaged: dict[Path, str]
 
 
 class Checkpoints:
     """The newest checkpoints of a run, through Orbax. A checkpoint that was not completed does not count.
+
+    Orbax reads back whatever a damaged file decodes to, so each checkpoint carries a `fingerprint` of its arrays. With
+    several processes all of them write, and all of them must call every method.
 
     Use as a context manager, or call `close`.
     """
@@ -30,7 +57,9 @@ class Checkpoints:
 
         self._ocp = ocp
         self.folder = Path(os.path.abspath(folder))
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "progress"))
 
     def __enter__(self) -> Checkpoints:
@@ -57,38 +86,129 @@ class Checkpoints:
         Args:
           step: optimizer steps done.
           state: a pytree of arrays.
-          progress: JSON values: the state of the data iterator, the config, and so on.
+          progress: JSON values: the state of the data iterator, the config, and so on. Those of the first process are
+            written.
+
+        Raises:
+          RunError: if it cannot be written. Older ones are as they were.
         """
         if step in self._manager.all_steps():
             return
         args = self._ocp.args
-        self._manager.save(
-            step, args=args.Composite(state=args.StandardSave(state), progress=args.JsonSave(dict(progress)))
-        )
+        record: dict[str, Any] = {"progress": dict(progress), "fingerprint": fingerprint(state)}
+        record["checksum"] = _checksum(record)
+        try:
+            self._manager.save(
+                step, args=args.Composite(state=args.StandardSave(state), progress=args.JsonSave(record))
+            )
+        except Exception as e:  # Orbax raises many kinds, and one that says little when a disk is full.
+            last = self.latest()
+            kept = "there is none before it" if last is None else f"the one of step {last} is kept"
+            raise RunError(
+                f"the checkpoint of step {step} cannot be written to {self.folder} ({_reason(e)}); {kept}. See that "
+                "the disk has room and can be written, and run the same command again to go on"
+            ) from e
 
-    def progress(self, step: int) -> dict[str, Any]:
-        """The JSON values of a checkpoint."""
-        args = self._ocp.args
-        return self._read(step, args.Composite(progress=args.JsonRestore())).progress
+    def progress(self) -> dict[str, Any] | None:
+        """The JSON values of the newest checkpoint that has readable ones; None without one."""
+        for step in reversed(self.steps()):
+            try:
+                return self._record(step)["progress"]
+            except Exception:  # `restore` says what is wrong with it.
+                continue
+        return None
 
-    def state(self, step: int, like: Any) -> Any:
-        """The arrays of a checkpoint.
+    def restore(self, like: Any) -> Restored | None:
+        """The newest checkpoint that is whole; None if there are none at all.
+
+        Newer ones that are not are renamed to ``STEP.damaged``, so that their step can be saved again.
 
         Args:
-          step: one of `steps`.
           like: a pytree of arrays or `jax.ShapeDtypeStruct`, of the structure, shapes, dtypes and shardings to restore.
-        """
-        args = self._ocp.args
-        return self._read(step, args.Composite(state=args.StandardRestore(jax.tree.map(_abstract, like)))).state
 
-    def _read(self, step: int, args: Any) -> Any:
+        Raises:
+          RunError: if there are checkpoints, and none of them is whole.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            found, why = self._read(step, like)
+            if found is not None:
+                state, progress = found
+                aside = {self._set_aside(number): text for number, text in damaged.items()}
+                return Restored(step, state, progress, aside)
+            damaged[step] = why
+        if not damaged:
+            return None
+        listed = "; ".join(f"{step}: {why}" for step, why in damaged.items())
+        raise RunError(
+            f"no checkpoint in {self.folder} can be read ({listed}). Put a good copy there, or remove the folder to "
+            "start over"
+        )
+
+    def _read(self, step: int, like: Any) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
+        """State and progress of a checkpoint; or None, and what is wrong with it."""
+        state, record, why = None, {}, "another process cannot read its part"
+        # Orbax' handlers read without waiting for other processes: one that fails leaves nobody behind.
         try:
-            return self._manager.restore(step, args=args)
-        except Exception as e:  # Orbax raises many kinds for a damaged folder.
-            older = [other for other in self.steps() if other < step]
-            remedy = f"remove that folder to resume from step {older[-1]}" if older else "remove it to start over"
-            why = f"{type(e).__name__}: {_first_line(e)}"
-            raise RunError(f"the checkpoint {self.folder / str(step)} cannot be read ({why}); {remedy}") from e
+            record = self._record(step)
+            restore = self._ocp.args.StandardRestore(jax.tree.map(_abstract, like))
+            state = self._ocp.StandardCheckpointHandler().restore(self._epath(step, "state"), args=restore)
+        except Exception as e:
+            why = _reason(e)
+        if not processes.agree(state is not None):
+            return None, why
+        found, wanted = fingerprint(state), record["fingerprint"]
+        bad = [path for path in wanted if found.get(path) != wanted[path]]
+        if bad or found.keys() != wanted.keys():
+            return None, f"{len(bad)} of {len(wanted)} arrays are not what was saved, {bad[0]} for one"
+        return (state, record["progress"]), ""
+
+    def _record(self, step: int) -> dict[str, Any]:
+        record = dict(self._ocp.JsonCheckpointHandler().restore(self._epath(step, "progress")))
+        if record.pop("checksum", None) != _checksum(record):
+            raise ValueError("its progress is not what was saved")
+        return record
+
+    def _epath(self, step: int, item: str) -> Any:
+        return self._manager.directory / str(step) / item
+
+    def _set_aside(self, step: int) -> Path:
+        """Renames a checkpoint, so that it does not count."""
+        bad = self.folder / f"{step}.damaged"
+        if processes.is_first():
+            shutil.rmtree(bad, ignore_errors=True)
+            os.replace(self.folder / str(step), bad)
+        processes.wait(f"set aside {step}")
+        self._manager.reload()
+        return bad
+
+
+def fingerprint(tree: Any) -> dict[str, int]:
+    """A number of 32 bits for each array, by path: any one changed element changes it.
+
+    It is the sum of the elements' bits, each times an odd number that depends on its place, modulo 2^32. Whole numbers
+    have no rounding, so the result is the same for every sharding; no array is gathered to compute it.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): int(x) for (path, _), x in zip(leaves, _sums(tree), strict=True)}
+
+
+@jax.jit
+def _sums(tree: Any) -> list[jax.Array]:
+    def of(x: jax.Array) -> jax.Array:
+        bits = x.astype(jnp.uint8) if x.dtype == bool else x
+        bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
+        weights = jnp.ones(x.shape, jnp.uint32)
+        for axis in range(x.ndim):
+            stride = jnp.uint32(2 * math.prod(x.shape[axis + 1 :]) % 2**32)
+            weights += stride * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits * weights, dtype=jnp.uint32)
+
+    return [of(x) for x in jax.tree.leaves(tree)]
+
+
+def _checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def require_same(
@@ -126,5 +246,5 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

@@ -23,6 +23,7 @@ class Progress:
       validation_loss: latest.
       best: lowest validation loss.
       best_step: where that was.
+      unvalidated: a validation of this step was left out, because the run had to stop.
       window: sums over the steps since the latest record: loss, grad_norm, steps, tokens, scored, seconds.
     """
 
@@ -34,6 +35,7 @@ class Progress:
     validation_loss: float | None = None
     best: float | None = None
     best_step: int | None = None
+    unvalidated: bool = False
     window: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, loss: float, grad_norm: float, scored: int, tokens: int) -> None:

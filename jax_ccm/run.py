@@ -9,8 +9,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +18,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_ccm import sharding, training
+from jax_ccm import processes, sharding, training
 from jax_ccm.checkpoints import Checkpoints, require_same
 from jax_ccm.config import Config, from_mapping, save_config, to_mapping
 from jax_ccm.data.batches import TrainingSet, prepare
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.experiment import TRAINED_BASE, Experiment, load_experiment
 from jax_ccm.metrics import Metrics, Progress, clock
+from jax_ccm.preemption import StopRequest
 from jax_ccm.types import Batch, Kind
 
 
@@ -38,11 +37,12 @@ class Run:
 
         Raises:
           UserError: for a bad config, missing files, or a checkpoint of another config.
-          RunError: for a checkpoint that cannot be read.
+          RunError: if there are checkpoints, and none of them can be read.
         """
         self.config, self.workdir = config, Path(workdir)
         self.progress = Progress()
-        self._stop: str | None = None
+        self._stop = StopRequest(config.train.grace, self._last_good)
+        self._warned = False
         folder = self.workdir / "checkpoints"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -50,19 +50,18 @@ class Run:
             raise UserError(f"--workdir {workdir} cannot be used: {e}") from e
         with contextlib.ExitStack() as stack:
             self.checkpoints = stack.enter_context(Checkpoints(folder, config.train.keep))
-            latest = self.checkpoints.latest()
-            stored = None if latest is None else self.checkpoints.progress(latest)
+            stored = self.checkpoints.progress()
             if stored is not None:
                 # Read through the dataclasses: keys that an older version did not have yet get their defaults.
                 before = to_mapping(from_mapping(stored["config"]))
                 self._announce_changes(require_same(before, to_mapping(config), self.workdir))
             self.experiment = load_experiment(config)
             with sharding.use(self.experiment.mesh):
-                self._prepare(latest, stored)
+                self._prepare()
             stack.pop_all()
 
-    def _prepare(self, latest: int | None, stored: dict[str, Any] | None) -> None:
-        """Opens the data, and places what is trained: fresh, or from the checkpoint ``latest``."""
+    def _prepare(self) -> None:
+        """Opens the data, and places what is trained: fresh, or from the newest checkpoint."""
         config = self.config
         self._check_spread()
         self._describe()
@@ -86,16 +85,20 @@ class Run:
         self._step = training.make_step(config, self.graphdef, method, optimizer, shardings)
         self._validation_loss = training.make_validation(self.graphdef, method)
         self._count(params)
-        if stored is not None and latest is not None:
-            self.state = self.checkpoints.state(latest, self.state)
-            self.batches.set_state(stored["data"])
-            self.progress = Progress(**stored["progress"])
-            if latest > config.train.steps:
-                raise UserError(
-                    f"the checkpoint in {self.workdir} is at step {latest}, beyond train.steps = "
-                    f"{config.train.steps}; raise train.steps, or use another --workdir"
-                )
-            print(f"resuming from the checkpoint of step {latest} in {self.workdir}")
+        restored = self.checkpoints.restore(self.state)
+        if restored is None:
+            return
+        for path, why in restored.damaged.items():
+            print(f"the checkpoint {path.stem} in {path.parent} is damaged ({why}); it is now {path.name}")
+        self.state = restored.state
+        self.batches.set_state(restored.progress["data"])
+        self.progress = Progress(**restored.progress["progress"])
+        if restored.step > config.train.steps:
+            raise UserError(
+                f"the checkpoint in {self.workdir} is at step {restored.step}, beyond train.steps = "
+                f"{config.train.steps}; raise train.steps, or use another --workdir"
+            )
+        print(f"resuming from the checkpoint of step {restored.step} in {self.workdir}")
 
     def train(self) -> dict[str, Any]:
         """Trains to the last step, or until SIGTERM or Ctrl-C, and exports what was learned.
@@ -104,8 +107,17 @@ class Run:
           What was written to ``summary.json``.
 
         Raises:
-          RunError: when the loss is no longer a number; the last good checkpoint stays.
+          RunError: when the loss is no longer a number, or something cannot be written; the last good checkpoint stays.
         """
+        try:
+            return self._train()
+        except OSError as e:
+            raise RunError(
+                f"at step {self.progress.step} the output in {self.workdir} could not be written ({e}); "
+                f"{self._last_good()}. Mend that, and run the same command again to go on"
+            ) from e
+
+    def _train(self) -> dict[str, Any]:
         began = time.perf_counter()
         config, progress = self.config, self.progress
         last = config.train.steps
@@ -114,7 +126,7 @@ class Run:
             self.workdir, start=progress.step, steps=last, wandb=config.train.wandb, config=to_mapping(self.config)
         )
         compile_seconds = 0.0
-        with self.checkpoints, metrics, self._signals(), sharding.use(self.experiment.mesh):
+        with self.checkpoints, metrics, self._stop, sharding.use(self.experiment.mesh):
             if progress.step < last:
                 compile_seconds = self._loop(metrics)
             else:
@@ -128,8 +140,8 @@ class Run:
             print(f"done: {self._report()}; summary in {self.workdir / 'summary.json'}")
         else:
             print(
-                f"stopped by {self._stop} at step {progress.step} of {last}; the checkpoint is saved. Run the same "
-                "command again to go on"
+                f"stopped by {self._stop.name} at step {progress.step} of {last}; the checkpoint is saved. Run the "
+                "same command again to go on"
             )
         return summary
 
@@ -143,6 +155,9 @@ class Run:
         executables: dict[tuple[int, ...], Any] = {}
         compile_seconds = 0.0
         pending: tuple[int, Any, int] | None = None
+        vote = processes.Vote(lambda: self._stop.name is not None)
+        if progress.unvalidated:
+            self._validate(metrics)
         began = time.perf_counter()
         while progress.step < train.steps:
             batch = next(groups)
@@ -160,6 +175,7 @@ class Run:
                 rows, length = batch.tokens.shape[1:]
                 metrics.say(f"compiled the training step for {rows} x {length} tokens in {seconds:.1f} s")
                 began = time.perf_counter()
+            asked = vote.ask()
             self.state, found = executables[batch.tokens.shape](self.state, self.frozen, batch, key)
             # The step before is looked at while this one runs.
             self._settle(pending, metrics)
@@ -168,7 +184,8 @@ class Run:
             now, final = progress.step, progress.step == train.steps
             log = final or now % train.log_every == 0
             validate = bool(train.eval_every) and (final or now % train.eval_every == 0)
-            save = final or now % train.checkpoint_every == 0 or self._stop is not None
+            stopping = asked()
+            save = final or now % train.checkpoint_every == 0 or stopping
             if not (log or validate or save):
                 continue
             self._settle(pending, metrics)
@@ -176,12 +193,15 @@ class Run:
             progress.add_seconds(time.perf_counter() - began)
             if log:
                 self._record(metrics)
-            if validate:
+            if validate and stopping and not final:
+                progress.unvalidated = True  # It may take longer than the grace; the resumed run begins with it.
+            elif validate:
                 self._validate(metrics)
-            # A stop that came during validation waits for no further step.
-            if save or self._stop is not None:
-                self._save()
-            if self._stop is not None and not final:
+                # A stop that came during validation waits for no further step.
+                stopping = vote.ask()()
+            if save or stopping:
+                self._save(metrics)
+            if stopping and not final:
                 break
             began = time.perf_counter()
         return compile_seconds
@@ -197,10 +217,8 @@ class Run:
         step, found, tokens = pending
         loss, norm = float(found["loss"]), float(found["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            good = self.checkpoints.latest()
-            kept = f"the checkpoint of step {good} is kept" if good else "there is no checkpoint yet"
             raise RunError(
-                f"at step {step} the loss is {loss} and the norm of its gradient {norm}; {kept}. Lower "
+                f"at step {step} the loss is {loss} and the norm of its gradient {norm}; {self._last_good()}. Lower "
                 f"optimizer.learning_rate ({self.config.optimizer.learning_rate:g}), or set optimizer.clip_norm"
             )
         self.progress.add(loss, norm, int(found["scored"]), tokens)
@@ -227,6 +245,7 @@ class Run:
 
     def _validate(self, metrics: Metrics) -> None:
         progress = self.progress
+        progress.unvalidated = False
         if not self.validation:
             return
         batches = (sharding.place(self.experiment.mesh, batch) for batch in self.validation)
@@ -239,13 +258,27 @@ class Run:
             progress.best, progress.best_step = loss, progress.step
             self._export(metrics, "_best")
 
-    def _save(self) -> None:
+    def _last_good(self) -> str:
+        good = self.checkpoints.latest()
+        return f"the checkpoint of step {good} is kept" if good else "there is no checkpoint yet"
+
+    def _save(self, metrics: Metrics) -> None:
+        began = time.perf_counter()
         progress = {
             "config": to_mapping(self.config),
             "data": self.batches.get_state(),
             "progress": dataclasses.asdict(self.progress),
         }
         self.checkpoints.save(self.progress.step, self.state, progress)
+        grace, a_step = self.config.train.grace, self.progress.seconds / self.progress.step
+        needed = a_step + time.perf_counter() - began
+        if grace and needed > grace and not self._warned:
+            self._warned = True
+            metrics.say(
+                f"a step ({a_step:.1f} s) and a checkpoint ({needed - a_step:.1f} s) take longer than train.grace = "
+                f"{grace:g} s: SIGTERM would lose the steps since the last checkpoint. Lower train.checkpoint_every, "
+                "or make the step shorter"
+            )
 
     def _export(self, metrics: Metrics, suffix: str) -> None:
         """Writes the adapter in our own format, and the base as well if it was trained."""
@@ -338,26 +371,6 @@ class Run:
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
         }
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C let the step in hand finish; a second Ctrl-C interrupts at once."""
-
-        def stop(number, _):
-            self._stop = signal.Signals(number).name
-            signal.signal(number, signal.default_int_handler)
-            # Printing is not safe in a signal handler; a plain write is.
-            os.write(2, f"{self._stop}: stopping after the step in hand\n".encode())
-
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread only.
-            return
-        old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 def _grouped(batches: Iterator[Batch], count: int) -> Iterator[Batch]:

@@ -100,7 +100,7 @@ class TrainingSet:
 
         size = self.config.batch_size
         rows = range(size) if rows is None else rows
-        if not rows or min(rows) < 0 or max(rows) >= size:
+        if not len(rows) or min(rows) < 0 or max(rows) >= size:
             raise UserError(f"rows {list(rows)} of a batch of data.batch_size={size}; they must lie in 0..{size - 1}")
         seed = seed if self.config.shuffle_seed is None else self.config.shuffle_seed
         # Everything is in memory already: threads would only fight for the interpreter lock.
