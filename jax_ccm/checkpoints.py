@@ -22,7 +22,7 @@ from jax_ccm.errors import RunError, UserError
 # Keys that a resumed run may change: how long it runs, and what it reports when.
 FREE = (
     "train.steps", "train.log_every", "train.eval_every", "train.eval_examples", "train.checkpoint_every", "train.keep",
-    "train.grace", "train.wandb", "train.remat", "data.test", "eval", "cache", "mesh",
+    "train.grace", "train.heartbeat", "train.wandb", "train.remat", "data.test", "eval", "cache", "mesh",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
+from jax_ccm import processes
 from jax_ccm.config import Config, check, from_mapping
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.mappings import read_yaml
@@ -73,4 +74,5 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    processes.leave(code)
     sys.exit(code)

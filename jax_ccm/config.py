@@ -167,6 +167,8 @@ class TrainConfig:
     grace: float = 30.0
     """Seconds from SIGTERM to the kill that follows it, in which the step in hand is finished and saved; 0 for no
     limit. A step that takes longer is given up: the checkpoint before stays."""
+    heartbeat: int = 60
+    """With several processes: seconds of silence after which one counts as dead, and the others stop."""
     wandb: str = ""
     """Weights & Biases project to log to as well; empty for none."""
 
@@ -294,8 +296,8 @@ def check(config: Config) -> None:
     at_least = {
         "adapter.rank": 0, "optimizer.accumulation": 1, "optimizer.clip_norm": 0, "optimizer.weight_decay": 0,
         "train.steps": 1, "train.log_every": 1, "train.eval_every": 0, "train.eval_examples": 1,
-        "train.checkpoint_every": 1, "train.keep": 1, "train.grace": 0, "train.seed": 0, "eval.batch_size": 1,
-        "eval.max_examples": 0, "cache.memory_capacity": 1, "cache.raw_capacity": 1,
+        "train.checkpoint_every": 1, "train.keep": 1, "train.grace": 0, "train.heartbeat": 1, "train.seed": 0,
+        "eval.batch_size": 1, "eval.max_examples": 0, "cache.memory_capacity": 1, "cache.raw_capacity": 1,
     }  # fmt: skip
     for path, least in at_least.items():
         section, name = path.split(".")

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jax_ccm import processes
+
 
 @dataclasses.dataclass
 class Progress:
@@ -121,6 +123,33 @@ class Metrics:
             self._wandb.finish()
         if self._progress is not None:
             self._progress.close()
+
+
+class NoMetrics(Metrics):
+    """Writes and shows nothing: for all processes of a run but the first."""
+
+    def __init__(self):
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def advance(self, step: int, loss: float) -> None:
+        pass
+
+    def report(self, step: int, steps: int, values: dict[str, float], remaining: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def open_metrics(workdir: Path, **options: Any) -> Metrics:
+    """`Metrics` in the first process, `NoMetrics` in the others."""
+    return Metrics(workdir, **options) if processes.is_first() else NoMetrics()
 
 
 class _Line:

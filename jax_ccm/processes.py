@@ -2,13 +2,91 @@
 
 from __future__ import annotations
 
+import glob
+import importlib.util
+import os
+import sys
+import uuid
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jax_ccm.errors import RunError, UserError
+
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def initialize(heartbeat: int) -> None:
+    """Joins the other processes, if the environment says that there are some. Call it before any device is touched.
+
+    In this order: the variables of `VARIABLES`, all three of them; SLURM (inside ``srun``) and Open MPI; a Cloud TPU
+    slice, as a TPU VM or on GKE. Otherwise, and for one process, nothing is done. Only the first process writes to the
+    standard output from then on; all of them write errors.
+
+    Args:
+      heartbeat: seconds of silence after which a process counts as dead and the others stop.
+
+    Raises:
+      UserError: for variables that are missing or make no sense.
+      RunError: if the others do not come.
+    """
+    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    if given and len(given) < len(VARIABLES):
+        missing = ", ".join(name for name in VARIABLES if name not in given)
+        raise UserError(f"{', '.join(given)} without {missing}: set all three for a run of several processes, or none")
+    arguments: dict[str, Any] = {}
+    if given:
+        address, *numbers = (given[name] for name in VARIABLES)
+        if not all(number.isdecimal() for number in numbers) or not int(numbers[1]) < int(numbers[0]):
+            raise UserError(
+                f"JAX_NUM_PROCESSES={numbers[0]} and JAX_PROCESS_ID={numbers[1]}; the first is the number of "
+                "processes, the second this one's, from 0 on"
+            )
+        if int(numbers[0]) == 1:
+            return
+        arguments = {"num_processes": int(numbers[0]), "process_id": int(numbers[1])}
+        arguments |= {"coordinator_address": address, "cluster_detection_method": "deactivate"}
+    elif not _in_cluster():
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without effect on other devices
+    try:
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat)
+    except Exception as e:  # Timeouts, unreachable hosts, metadata servers: JAX raises many kinds.
+        where = f"at {given[VARIABLES[0]]}" if given else "that JAX looked for"
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise RunError(
+            f"the processes {where} did not find each other ({reason}). See that all of them were started and can "
+            "reach the first; JAX_NUM_PROCESSES=1 with the other two variables runs this one alone"
+        ) from e
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # for the rest of this process
+
+
+def _in_cluster() -> bool:
+    """Whether JAX can find other processes by itself."""
+    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ
+    mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+    if slurm or mpi:
+        return True
+    if "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu") or importlib.util.find_spec("libtpu") is None:
+        return False
+    gke = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    # The chips of a TPU VM, whose metadata server knows the other hosts.
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    return gke or (bool(chips) and "TPU_SKIP_MDS_QUERY" not in os.environ and "TPU_WORKER_HOSTNAMES" not in os.environ)
+
+
+def leave(code: int) -> None:
+    """Ends a process that failed, if it is one of several: at once, for a usual exit would wait for the others."""
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def is_first() -> bool:
@@ -19,6 +97,8 @@ def is_first() -> bool:
 def wait(name: str) -> None:
     """Waits until all processes are here."""
     if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
         multihost_utils.sync_global_devices(name)
 
 
@@ -26,7 +106,43 @@ def agree(yes: bool) -> bool:
     """Whether all processes say yes; each of them waits for the others."""
     if jax.process_count() == 1:
         return yes
+    from jax.experimental import multihost_utils
+
     return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
+
+
+def whole(x: Any) -> np.ndarray:
+    """An array on the host, all of it in each process; each of them waits for the others."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def require_shared(folder: Path) -> None:
+    """Refuses a folder that is not the same for all processes.
+
+    Raises:
+      UserError: on each of them.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    mark = folder / f".shared-{uuid.uuid4().hex}"
+    if is_first():
+        mark.touch()
+    name = np.frombuffer(mark.name.encode(), np.uint8)
+    seen = folder / bytes(np.asarray(multihost_utils.broadcast_one_to_all(name))).decode()
+    shared = agree(seen.exists())
+    if is_first():
+        mark.unlink()
+    if not shared:
+        raise UserError(
+            f"{folder} is not the same folder for all {jax.process_count()} processes; put --workdir on storage that "
+            "all hosts share, because all of them write the checkpoints"
+        )
 
 
 class Vote:

@@ -7,8 +7,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +21,11 @@ from jax_ccm.checkpoints import Checkpoints, require_same
 from jax_ccm.config import Config, from_mapping, save_config, to_mapping
 from jax_ccm.data.batches import TrainingSet, prepare
 from jax_ccm.errors import RunError, UserError
-from jax_ccm.experiment import TRAINED_BASE, Experiment, load_experiment
-from jax_ccm.metrics import Metrics, Progress, clock
+from jax_ccm.experiment import Experiment, load_experiment
+from jax_ccm.exports import export
+from jax_ccm.metrics import Metrics, Progress, clock, open_metrics
 from jax_ccm.preemption import StopRequest
-from jax_ccm.types import Batch, Kind
+from jax_ccm.types import Batch
 
 
 class Run:
@@ -48,6 +47,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"--workdir {workdir} cannot be used: {e}") from e
+        processes.require_shared(folder)
         with contextlib.ExitStack() as stack:
             self.checkpoints = stack.enter_context(Checkpoints(folder, config.train.keep))
             stored = self.checkpoints.progress()
@@ -66,7 +66,7 @@ class Run:
         self._check_spread()
         self._describe()
         train, self.validation = self._open_data(self.experiment)
-        self.batches = train.iterator(seed=config.train.seed)
+        self.batches = train.iterator(seed=config.train.seed, rows=self._rows())
         self.graphdef, params, self.frozen = training.split(self.experiment.model, config.train.trainable)
         if not jax.tree.leaves(params):
             raise UserError(
@@ -111,6 +111,13 @@ class Run:
         """
         try:
             return self._train()
+        except jax.errors.JaxRuntimeError as e:
+            if jax.process_count() == 1:
+                raise
+            raise RunError(
+                f"process {jax.process_index()} stops at step {self.progress.step}: another one is gone, or the "
+                f"connection to it ({str(e).splitlines()[0]}); {self._last_good()}. Start all processes again to go on"
+            ) from e
         except OSError as e:
             raise RunError(
                 f"at step {self.progress.step} the output in {self.workdir} could not be written ({e}); "
@@ -121,8 +128,9 @@ class Run:
         began = time.perf_counter()
         config, progress = self.config, self.progress
         last = config.train.steps
-        save_config(config, self.workdir / "config.yaml")
-        metrics = Metrics(
+        if processes.is_first():
+            save_config(config, self.workdir / "config.yaml")
+        metrics = open_metrics(
             self.workdir, start=progress.step, steps=last, wandb=config.train.wandb, config=to_mapping(self.config)
         )
         compile_seconds = 0.0
@@ -135,7 +143,9 @@ class Run:
             if finished:
                 self._export(metrics, "")
         summary = self._summary(finished, compile_seconds, time.perf_counter() - began)
-        (self.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if processes.is_first():
+            (self.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        processes.wait("summary")
         if finished:
             print(f"done: {self._report()}; summary in {self.workdir / 'summary.json'}")
         else:
@@ -154,14 +164,13 @@ class Run:
         # be traced again behind our back.
         executables: dict[tuple[int, ...], Any] = {}
         compile_seconds = 0.0
-        pending: tuple[int, Any, int] | None = None
+        pending: tuple[int, Any] | None = None
         vote = processes.Vote(lambda: self._stop.name is not None)
         if progress.unvalidated:
             self._validate(metrics)
         began = time.perf_counter()
         while progress.step < train.steps:
             batch = next(groups)
-            tokens = int((batch.slots.kind != Kind.PAD).sum())
             batch = sharding.place(self.experiment.mesh, batch, leading=1)
             if batch.tokens.shape not in executables:
                 self._settle(pending, metrics)
@@ -180,7 +189,7 @@ class Run:
             # The step before is looked at while this one runs.
             self._settle(pending, metrics)
             progress.step += 1
-            pending = (progress.step, found, tokens)
+            pending = (progress.step, found)
             now, final = progress.step, progress.step == train.steps
             log = final or now % train.log_every == 0
             validate = bool(train.eval_every) and (final or now % train.eval_every == 0)
@@ -206,7 +215,7 @@ class Run:
             began = time.perf_counter()
         return compile_seconds
 
-    def _settle(self, pending: tuple[int, Any, int] | None, metrics: Metrics) -> None:
+    def _settle(self, pending: tuple[int, Any] | None, metrics: Metrics) -> None:
         """Waits for a step's numbers, and counts them.
 
         Raises:
@@ -214,14 +223,14 @@ class Run:
         """
         if pending is None:
             return
-        step, found, tokens = pending
+        step, found = pending
         loss, norm = float(found["loss"]), float(found["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunError(
                 f"at step {step} the loss is {loss} and the norm of its gradient {norm}; {self._last_good()}. Lower "
                 f"optimizer.learning_rate ({self.config.optimizer.learning_rate:g}), or set optimizer.clip_norm"
             )
-        self.progress.add(loss, norm, int(found["scored"]), tokens)
+        self.progress.add(loss, norm, int(found["scored"]), int(found["tokens"]))
         window = self.progress.window
         metrics.advance(step, window["loss"] / window["steps"])
 
@@ -281,22 +290,11 @@ class Run:
             )
 
     def _export(self, metrics: Metrics, suffix: str) -> None:
-        """Writes the adapter in our own format, and the base as well if it was trained."""
-        from jax_ccm.weights import save_hf
-        from jax_ccm.weights.adapters import save_adapter
-
-        experiment, extra = self.experiment, {"step": self.progress.step}
-        model = nnx.merge(self.graphdef, self.state["params"], self.frozen)
-        if self.config.train.trainable == "all":
-            folder = self.workdir / f"model{suffix}"
-            _replace_folder(folder, lambda new: save_hf(model, new))
-            extra[TRAINED_BASE] = f"../{folder.name}"
-        shape = experiment.adapter_config
-        if shape.rank or shape.tokens:
-            path = self.workdir / f"adapter{suffix}"
-            save_adapter(path, model, method=experiment.method, base=experiment.base_name, extra=extra)
-            if not suffix:
-                metrics.say(f"wrote the adapter to {path}")
+        params = jax.tree.map(processes.whole, self.state["params"])
+        model = nnx.merge(self.graphdef, params, self.frozen)
+        path = export(self.workdir, model, self.experiment, step=self.progress.step, suffix=suffix)
+        if path is not None and not suffix:
+            metrics.say(f"wrote the adapter to {path}")
 
     def _open_data(self, experiment: Experiment) -> tuple[TrainingSet, list[Batch]]:
         """The training data, and the fixed batches of the validation."""
@@ -314,7 +312,11 @@ class Run:
         held_out = prepare(data, experiment.method, experiment.tokenizer, vocab)
         count = math.ceil(min(config.train.eval_examples, len(held_out.units)) / data.batch_size)
         print(f"validation data: {held_out.report}; {count * data.batch_size:,} examples are scored each time")
-        return train, list(itertools.islice(held_out.iterator(seed=config.train.seed), count))
+        return train, list(itertools.islice(held_out.iterator(seed=config.train.seed, rows=self._rows()), count))
+
+    def _rows(self) -> np.ndarray:
+        """The rows of each global batch that this process reads."""
+        return sharding.process_rows(self.experiment.mesh, self.config.data.batch_size)
 
     def _check_spread(self) -> None:
         data, mesh = self.config.data, self.experiment.mesh
@@ -395,15 +397,3 @@ def _out_of_memory_as_error(call: Any) -> Any:
             ) from e
 
     return wrapped
-
-
-def _replace_folder(folder: Path, write: Any) -> None:
-    """Writes a folder beside ``folder`` and puts it in its place."""
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
-    write(new)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)

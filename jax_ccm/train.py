@@ -24,8 +24,10 @@ class Options:
 
 def main() -> None:
     options, config, _ = cli.parse(Options, command="jax_ccm.train")
+    from jax_ccm import processes
     from jax_ccm.run import Run
 
+    processes.initialize(config.train.heartbeat)
     Run(config, options.workdir).train()
 
 

@@ -16,7 +16,7 @@ from jax_ccm.config import Config, OptimizerConfig
 from jax_ccm.losses import mean_loss, repeated, scored_losses
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.steps import parallel_forward
-from jax_ccm.types import Batch, Method
+from jax_ccm.types import Batch, Kind, Method
 
 Tree = Any
 
@@ -69,8 +69,8 @@ def make_step(
     ``batches`` is a `Batch` of numpy arrays with a leading axis of micro-batches ``[A, B, ...]``. The loss is the
     average of the micro-batches' mean losses, as in the reference. ``frozen`` is an argument and no part of the
     program. Dropout draws from ``key`` folded with the step and the number of the micro-batch. Metrics are scalars:
-    loss, grad_norm (before clipping), scored (tokens). ``shardings`` are those of the state and of the metrics; None
-    leaves them to the compiler.
+    loss, grad_norm (before clipping), scored (tokens), tokens (padding not counted). ``shardings`` are those of the
+    state and of the metrics; None leaves them to the compiler.
     """
     dropout = config.adapter.dropout > 0
 
@@ -97,6 +97,7 @@ def make_step(
         grads = jax.tree.map(lambda x: x / count, grads)
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
         metrics = {"loss": loss / count, "grad_norm": optax.global_norm(grads), "scored": scored}
+        metrics["tokens"] = jnp.sum(batches.slots.kind != Kind.PAD)
         new = {"params": optax.apply_updates(params, updates), "optimizer": opt_state, "step": state["step"] + 1}
         return new, metrics
 

@@ -18,6 +18,8 @@ ALLOWED = {
     "errors": set(),
     "updates": set(),
     "types": {"updates"},
+    "processes": CORE,
+    "preemption": set(),
     "sessions": set(),
     "layout": CORE | {"sessions"},
     "describe": CORE,
@@ -32,7 +34,7 @@ ALLOWED = {
     "losses": CORE | {"nn", "sharding"},
     "closing": CORE | {"memory", "nn", "steps"},
     "generate": CORE | {"closing", "memory", "nn", "steps"},
-    "weights": CORE | {"describe", "nn", "methods", "sharding"},
+    "weights": CORE | {"processes", "describe", "nn", "methods", "sharding"},
     "data": CORE | {"layout", "sessions"},
     "evals": CORE | {"sessions", "layout", "memory", "nn", "steps", "losses", "generate", "data", "methods"},
 }

@@ -19,6 +19,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from jax_ccm import processes
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.nn import AdapterConfig, Transformer
@@ -53,11 +54,11 @@ def save_adapter(
 ) -> Path:
     """Writes the adapter of a model, as a whole or not at all.
 
-    In a run of several processes only one should call it.
+    In a run of several processes all call it, and the first writes.
 
     Args:
       path: the folder; an adapter of the same format that is there is replaced.
-      model: its adapter must be on devices of this process.
+      model: the model.
       method: the method it was trained for.
       base: what a person calls the base model, usually its source.
       extra: JSON values to keep with it.
@@ -72,6 +73,8 @@ def save_adapter(
     adapter = lora.extract(model)
     _check_tokens(adapter, method, "the model's adapter")
     about = {"method": describe_method(method), "base": describe_base(model, base), "extra": extra or {}}
+    if not processes.is_first():
+        return Path(path)
     return write_adapter(path, dataclasses.replace(adapter, **about), format=format)
 
 

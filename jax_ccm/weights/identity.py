@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jax_ccm import processes
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
 from jax_ccm.nn import Transformer
@@ -93,7 +94,7 @@ def _sample(model: Transformer) -> dict[str, str]:
     for path in _SAMPLED:
         x = arrays[path]
         places = np.linspace(0, x.size - 1, min(_SAMPLES, x.size)).astype(np.int64)
-        picked = np.asarray(x[np.unravel_index(places, x.shape)]).astype(ml_dtypes.bfloat16)
+        picked = processes.whole(x[np.unravel_index(places, x.shape)]).astype(ml_dtypes.bfloat16)
         out[path] = picked.view(np.uint16).astype(">u2").tobytes().hex()
     return out
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_ccm import processes
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, Transformer, abstract_transformer
 from jax_ccm.weights.hf import parameters
@@ -72,7 +73,9 @@ def extract(model: Transformer) -> Adapter:
     Raises:
       UserError: if the model has none.
     """
-    arrays = {path: np.asarray(x, np.float32) for path, x in parameters(nnx.state(model, nnx.LoRAParam)).items()}
+    arrays = {
+        path: processes.whole(x).astype(np.float32) for path, x in parameters(nnx.state(model, nnx.LoRAParam)).items()
+    }
     if model.adapter is None or not arrays:
         raise UserError("this model has no adapter; build it with an AdapterConfig")
     return Adapter(model.adapter, arrays)
