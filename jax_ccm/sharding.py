@@ -263,10 +263,12 @@ def born(make, shardings_of) -> Tree:
       make: makes a pytree of arrays.
       shardings_of: ``(mesh, abstract tree) -> tree of shardings``, such as `cache_shardings`.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return make()
-    shardings = shardings_of(jax.sharding.get_mesh(), jax.eval_shape(make))
-    return jax.jit(make, out_shardings=shardings)()
+    # Specs, not shardings: they also serve where this is being traced, and only an abstract mesh is known.
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings_of(mesh, jax.eval_shape(make)))
+    return jax.jit(make, out_shardings=specs)()
 
 
 def constrain(x, *names: str | None):

@@ -1,0 +1,134 @@
+"""Collectives of a compiled program, read from its text."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterable
+
+OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Collective:
+    """Equal exchanges of a program.
+
+    Attributes:
+      operation: such as "all-gather".
+      shape: what each device holds of the larger side, such as "bf16[4096,1024]".
+      group: devices that take part together.
+      count: how often it happens in a run of the program.
+      bytes: of ``shape``, once.
+    """
+
+    operation: str
+    shape: str
+    group: int
+    count: int
+    bytes: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends in all, by the ring algorithm."""
+        share = (self.group - 1) / self.group if self.group > 1 else 1.0
+        return self.count * self.bytes * share * (2 if self.operation == "all-reduce" else 1)
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a compiled program, those in loops counted for every turn.
+
+    Args:
+      text: of the optimised program, ``compiled.as_text()``.
+    """
+    bodies, entry = _computations(text)
+
+    @functools.cache
+    def inside(name: str) -> collections.Counter:
+        total: collections.Counter = collections.Counter()
+        for line in bodies.get(name, ()):
+            found = _INSTRUCTION.match(line)
+            if found is None:
+                continue
+            result, operation = found.groups()
+            plain = operation.removesuffix("-start")
+            if plain in OPERATIONS:
+                total[_one(plain, result, line, operation != plain)] += 1
+            times = _turns(line, bodies) if operation == "while" else 1
+            for called in _CALLED.findall(line):
+                for other in re.findall(r"[\w.\-]+", called):
+                    for key, count in inside(other).items():
+                        total[key] += count * times
+        return total
+
+    found = [Collective(*key[:3], count, key[3]) for key, count in inside(entry).items()]
+    return sorted(found)
+
+
+def lines(found: Iterable[Collective]) -> list[str]:
+    """A line for each, for people and golden files."""
+    return [f"{c.count:4d} x {c.operation} {c.shape} over {c.group}" for c in found]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        if head is not None:
+            current = head[2]
+            bodies[current] = []
+            entry = current if head[1] else entry
+        elif current is not None:
+            bodies[current].append(line)
+    return bodies, entry
+
+
+def _turns(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a loop runs: as the compiler noted, or the constant that its counter is compared with; else 1."""
+    known = _TRIPS.search(line)
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    if known is not None or condition is None:
+        return int(known[1]) if known else 1
+    constants = [int(n) for text in bodies[condition[1]] for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)]
+    return constants[0] if len(constants) == 1 else 1
+
+
+def _one(operation: str, result: str, line: str, started: bool) -> tuple[str, str, int, int]:
+    """Operation, shape, group and bytes of an instruction."""
+    shapes = [(kind, tuple(map(int, dims.split(","))) if dims else ()) for kind, dims in _SHAPE.findall(result)]
+    size = lambda shape: math.prod(shape[1]) * _bits(shape[0]) // 8
+    # What is started gives operand and result (and counters); several results together are one exchange.
+    shapes = [max(shapes, key=size)] if started or len(shapes) == 1 else shapes
+    group = _group(line)
+    if operation == "reduce-scatter":
+        shapes = [(kind, (group * dims[0], *dims[1:])) for kind, dims in shapes]
+    text = "+".join(f"{kind}[{','.join(map(str, dims))}]" for kind, dims in shapes)
+    return operation, text, group, sum(map(size, shapes))
+
+
+def _bits(kind: str) -> int:
+    digits = re.match(r"[a-z]+(\d+)", kind)
+    return _BITS.get(kind, int(digits[1]) if digits else 8)
+
+
+def _group(line: str) -> int:
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    if iota:
+        return int(iota[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    if listed:
+        return len(listed[1].split(","))
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named[2]))
+    return 2 if "source_target_pairs" in line else 1

@@ -1,0 +1,133 @@
+"""The programs of training and serving with abstract arguments: shapes and shardings, no memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_ccm import layout, memory, sharding, training
+from jax_ccm.config import Config
+from jax_ccm.data.batches import caps
+from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
+from jax_ccm.sessions import Example, Segment
+from jax_ccm.steps import compress, read
+from jax_ccm.types import Batch, Chunk, MemoryCache, Method
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A jitted function and abstract arguments for it.
+
+    Attributes:
+      function: the jitted function.
+      arguments: trees of `jax.ShapeDtypeStruct` with shardings.
+      kinds: the arguments once more, by what they are: "weights", "adapter", "optimizer", "cache", "batch".
+      mesh: the devices.
+    """
+
+    function: Any
+    arguments: tuple[Tree, ...]
+    kinds: dict[str, Tree]
+    mesh: jax.sharding.Mesh
+
+    def compile(self) -> Any:
+        """Lowers and compiles for the devices of the mesh."""
+        with sharding.use(self.mesh):
+            return self.function.lower(*self.arguments).compile()
+
+
+def on(shardings: Tree, tree: Tree) -> Tree:
+    """The abstract tree with a sharding on each array."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def device_bytes(tree: Tree) -> int:
+    """Bytes of an abstract tree on each device."""
+    sizes = (np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return int(sum(sizes))
+
+
+def abstract_model(config: Config, shape: ModelConfig, method: Method, mesh: jax.sharding.Mesh) -> Transformer:
+    """The model of a config, base and adapter, with the shardings that it is born with."""
+    given = config.adapter
+    adapter = AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=method.rows)
+    model = abstract_transformer(shape, adapter, jnp.dtype(config.model.dtype))
+    return on(sharding.parameter_shardings(mesh, model, shape), model)
+
+
+def abstract_batch(config: Config, shape: ModelConfig, method: Method, rows: int) -> Batch:
+    """A training batch of the sizes that the config fixes, as numpy makes it."""
+    token = Segment(np.zeros(1, np.int32), np.ones(1, bool))
+    example = Example(np.zeros(1, np.int32), np.zeros(0, np.int32), (token,))
+    made = layout.batch(method, [example], caps(config.data, method), shape.vocab_size)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), made)
+
+
+def training_step(
+    config: Config, shape: ModelConfig, method: Method, mesh: jax.sharding.Mesh, rows: int, accumulation: int
+) -> Program:
+    """The training step of `jax_ccm.run`, for so many rows of a micro-batch over all devices."""
+    model = abstract_model(config, shape, method, mesh)
+    graphdef, params, frozen = training.split(model, config.train.trainable)
+    optimizer = training.make_optimizer(
+        config.optimizer, training.make_schedule(config.optimizer, config.train.steps)
+    )
+    state = jax.eval_shape(lambda params: training.init_state(params, optimizer), params)
+    places = sharding.parameter_shardings(mesh, state, shape)
+    state = on(places, state)
+    batch = abstract_batch(config, shape, method, rows)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((accumulation, *x.shape), x.dtype), batch)
+    batch = on(sharding.batch_shardings(mesh, batch, leading=1), batch)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+    step = training.make_step(config, graphdef, method, optimizer, (places, sharding.replicated(mesh)))
+    kinds = {"weights": frozen, "adapter": state["params"], "optimizer": state["optimizer"], "batch": batch}
+    return Program(step, (state, frozen, batch, key), kinds, mesh)
+
+
+def abstract_cache(
+    config: Config, shape: ModelConfig, method: Method, mesh: jax.sharding.Mesh, sessions: int, slots: int, raw: int
+) -> MemoryCache:
+    """The cache of so many sessions, ``slots`` for memory and ``raw`` for text."""
+    make = lambda: memory.init_cache(
+        shape, method, sessions, memory_capacity=slots, raw_capacity=raw, dtype=jnp.dtype(config.model.dtype)
+    )
+    cache = jax.eval_shape(make)
+    return on(sharding.cache_shardings(mesh, cache), cache)
+
+
+def decode_step(config: Config, shape: ModelConfig, method: Method, mesh: jax.sharding.Mesh, cache: MemoryCache) -> Program:
+    """One token for every session: the most likely next one is taken and read."""
+
+    def step(model, cache):
+        token = jnp.argmax(cache.logits, axis=-1).astype(jnp.int32)
+        chunk = Chunk(token[:, None], jnp.ones((token.shape[0], 1), bool))
+        return read(model, cache, chunk, method=method, query=True)[0], token
+
+    return _serving(config, shape, method, mesh, cache, step)
+
+
+def compress_step(
+    config: Config, shape: ModelConfig, method: Method, mesh: jax.sharding.Mesh, cache: MemoryCache
+) -> Program:
+    """Every session closes its chunk: the method's tokens are run over its raw text, and its memory is written."""
+
+    def step(model, cache):
+        return compress(model, cache, method=method), cache.tokens
+
+    return _serving(config, shape, method, mesh, cache, step)
+
+
+def _serving(config, shape, method, mesh, cache: MemoryCache, step: Callable) -> Program:
+    model = abstract_model(config, shape, method, mesh)
+    places = jax.tree.map(lambda x: x.sharding, cache)
+    function = jax.jit(step, donate_argnums=1, out_shardings=(places, None))
+    _, adapter, base = training.split(model, "adapter")
+    return Program(function, (model, cache), {"weights": base, "adapter": adapter, "cache": cache}, mesh)

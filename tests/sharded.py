@@ -1,0 +1,97 @@
+"""A program of its own, with eight simulated devices: what a mesh computes, beside one device.
+
+    python -m tests.sharded '[["concat_n2_sink", {"data": 8}], ...]'
+
+prints a line of JSON for each pair of a method of `tests.cases.METHODS` and a mesh: the largest differences.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+import tests.conftest  # noqa: F401  (quick compilation)
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_ccm import memory, sharding, training
+from jax_ccm.evals import parity
+from jax_ccm.generate import _loop
+from jax_ccm.layout import batch
+from jax_ccm.losses import mean_loss
+from jax_ccm.steps import compress_scan, parallel_forward, read
+from jax_ccm.types import Method
+from tests import cases
+
+ROWS = ((5, 3, 7, 4), (2, 6), (4, 1, 3, 3, 2), (6, 2, 2), (1, 4, 3), (3, 3, 3, 3), (7, 2), (2, 2, 5, 1))
+
+
+def program(method: Method):
+    """One jitted program with all that a mesh must not change: ``(params, frozen, batch, cache, context, tail)``."""
+
+    def run(graphdef, params, frozen, made, cache, context, tail):
+        def loss_of(params):
+            model = nnx.merge(graphdef, params, frozen)
+            return mean_loss(model, parallel_forward(model, made, method=method, remat=True), made, method)[0]
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        model = nnx.merge(graphdef, params, frozen)
+        after = compress_scan(model, cache, context, method=method)
+        full, _ = read(model, after, tail, method=method, query=True)
+        greedy = (jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.full(1, -1), jnp.ones(len(ROWS), bool))
+        _, tokens, _ = _loop(model, full, jax.random.key(0), *greedy, method=method, max_tokens=3)
+        return {"loss": loss, "grads": grads, "memory": after, "tokens": tokens}
+
+    return jax.jit(run, static_argnums=0)
+
+
+def compute(method: Method, sizes: dict[str, int] | None):
+    """The program's results on a mesh of these sizes, or on one device for None."""
+    devices = jax.devices()[: 1 if sizes is None else 8]
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | (sizes or {}), devices)
+    examples = cases.sessions_for(method, lengths=ROWS)
+    caps = parity.caps_for(method, examples)
+    caps = type(caps)(-(-caps.tokens // 8) * 8, caps.memory, caps.scored)
+    model = cases.model(tokens=max(method.rows, 1), num_layers=2)
+    sessions = parity.stream(method, examples)
+    with sharding.use(mesh):
+        model = jax.device_put(model, sharding.parameter_shardings(mesh, model, model.config))
+        made = sharding.place(mesh, batch(method, examples, caps, cases.VOCAB))
+        least = jax.eval_shape(lambda: parity.cache_for(model, method, examples))
+        slots, raw = least.memory_capacity, memory.raw_capacity(least) + 3
+        cache = memory.init_cache(model.config, method, len(ROWS), memory_capacity=slots, raw_capacity=raw)
+        graphdef, params, frozen = training.split(model, "all")
+        found = program(method)(graphdef, params, frozen, made, cache, sessions.context, sessions.tail)
+        jax.block_until_ready(found)
+    spread = {
+        "parameters": len(params["layers"]["mlp"]["up_proj"]["kernel"].sharding.device_set),
+        "kernel": params["layers"]["mlp"]["up_proj"]["kernel"].addressable_shards[0].data.size,
+        "cache": cache.k.addressable_shards[0].data.size,
+    }
+    return jax.tree.map(np.asarray, found), spread
+
+
+def difference(a, b) -> float:
+    """Largest difference of two trees, relative to the largest number where that is above 1."""
+    gaps = [np.abs(x - y).max(initial=0) / max(1, np.abs(y).max(initial=0)) for x, y in zip(*map(jax.tree.leaves, (a, b)))]
+    return float(max(gaps))
+
+
+def main() -> None:
+    ones: dict[str, tuple] = {}
+    for name, sizes in json.loads(sys.argv[1]):
+        method = cases.METHODS[name]
+        if name not in ones:
+            ones[name] = compute(method, None)
+        (one, whole), (many, spread) = ones[name], compute(method, sizes)
+        gaps = {part: difference(many[part], one[part]) for part in one}
+        shares = {part: whole[part] / spread[part] for part in ("kernel", "cache")}
+        print(json.dumps({"method": name, "mesh": sizes, "gaps": gaps, "shares": shares}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
