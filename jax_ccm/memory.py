@@ -175,15 +175,15 @@ def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing, recei
     """
     old = cache.slots
     count = k.shape[2]
+    enter = lambda memory, new: new
     if method.mix is not None:
         is_memory = old.kind == Kind.MEMORY
         rank = jnp.cumsum(is_memory, axis=1) - 1
         pick = (is_memory[:, None] & (rank[:, None] == jnp.arange(count)[:, None])).astype(jnp.float32)
-        rate = method.mix.rate(cache.chunks + 1).astype(jnp.float32)[None, :, None, None, None]
-        blend = lambda memory, new: (
-            (1 - rate) * jnp.einsum("bns,lbskh->lbnkh", pick, memory.astype(jnp.float32)) + rate * new
+        rate = method.mix.rate(cache.chunks + 1).astype(jnp.float32)[:, None, None, None]
+        enter = lambda memory, new: (
+            (1 - rate) * jnp.einsum("bns,bskh->bnkh", pick, memory.astype(jnp.float32)) + rate * new
         )
-        k, v = blend(cache.k, k), blend(cache.v, v)
     join = lambda a, b: jnp.concatenate([a, b], axis=1)
     all_slots = Slots(*(join(a, b) for a, b in zip(_fields(old), _fields(slots), strict=True)))
     kept = reachable(method.rule, all_slots, cache.chunks + 1, cache.tokens) & all_slots.live
@@ -193,8 +193,7 @@ def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing, recei
     excess = jnp.maximum(jnp.sum(memory, axis=1) - cache.memory_capacity, 0)
     # Memory stands in order of age, so the oldest are those of the lowest rank.
     kept = kept & ~(memory & (jnp.cumsum(memory, axis=1) <= excess[:, None]))
-    received = None if cache.received is None else join_layers(cache.received, received)
-    cache = compact(cache, join_layers(cache.k, k), join_layers(cache.v, v), all_slots, kept, received)
+    cache = compact(cache, all_slots, kept, k, v, received, enter)
     lost = excess if cache.overflow == "error" else jnp.zeros_like(excess)
     return dataclasses.replace(cache, chunks=cache.chunks + closing, lost=cache.lost + lost)
 
@@ -237,26 +236,41 @@ def pooled(cache: MemoryCache, method: Method, closing):
     return mean(cache.k), mean(cache.v), entries
 
 
-def join_layers(memory, new):
-    """``[L, B, S + n, ...]``: entries of a cache and new ones behind, in the cache's dtype."""
-    return jnp.concatenate([memory, new.astype(memory.dtype)], axis=2)
+def compact(cache: MemoryCache, slots: Slots, kept, k, v, received=None, enter=lambda memory, new: new) -> MemoryCache:
+    """The cache with just those of its entries and of new ones that are kept, in order of index, in front.
 
-
-def compact(cache: MemoryCache, k, v, slots: Slots, kept, received=None) -> MemoryCache:
-    """The cache with just the entries ``kept`` (bool ``[B, S']``) of longer arrays, in order of index, in front."""
+    Args:
+      cache: the state.
+      slots: `Slots` of ``[B, S + n]``: its own, and behind them those of the new entries.
+      kept: ``bool [B, S + n]``.
+      k, v: ``[L, B, n, K, H]``, the new entries.
+      received: ``float32 [L, B, n, K]`` for `MemoryCache.received`.
+      enter: ``(memory [B, S, K, H], new [B, n, K, H]) -> [B, n, K, H]``, what is written for new keys and values.
+    """
     size = cache.k.shape[2]
     order = jnp.argsort(jnp.where(kept, slots.index, jnp.iinfo(jnp.int32).max), axis=1, stable=True)[:, :size]
     take = lambda x: jnp.take_along_axis(x, order, axis=1)
     live = take(kept)
     kind = jnp.where(live, take(slots.kind), Kind.PAD)
-    new = Slots(kind, *(jnp.where(live, take(x), 0) for x in (slots.segment, slots.index, slots.position)))
+    placed = Slots(kind, *(jnp.where(live, take(x), 0) for x in (slots.segment, slots.index, slots.position)))
 
-    def gather(x):
-        inner = lambda a: a.reshape(1, *a.shape, *(1,) * (x.ndim - 3))
-        return jnp.where(inner(live), jnp.take_along_axis(x, inner(order), axis=2), 0)
+    def gather(x, new, enter):
+        inner = lambda a: a.reshape(*a.shape, *(1,) * (x.ndim - 3))
 
-    received = None if received is None else gather(received)
-    return dataclasses.replace(cache, k=gather(k), v=gather(v), slots=new, received=received)
+        # Layer by layer in place: a copy of the whole cache would halve the sessions that fit.
+        def layer(number, x):
+            own = x[number]
+            joined = jnp.concatenate([own, enter(own, new[number]).astype(x.dtype)], axis=1)
+            moved = jnp.where(inner(live), jnp.take_along_axis(joined, inner(order), axis=1), 0)
+            return jax.lax.dynamic_update_index_in_dim(x, moved, number, 0)
+
+        return jax.lax.fori_loop(0, x.shape[0], layer, x)
+
+    if cache.received is not None:
+        received = gather(cache.received, received, lambda memory, new: new)
+    return dataclasses.replace(
+        cache, k=gather(cache.k, k, enter), v=gather(cache.v, v, enter), slots=placed, received=received
+    )
 
 
 def open_raw(cache: MemoryCache, method: Method):

@@ -12,12 +12,12 @@ import os
 import sys
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-import tests.conftest  # noqa: F401  (quick compilation)
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import tests.conftest  # noqa: F401  (quick compilation)
 from jax_ccm import memory, sharding, training
 from jax_ccm.evals import parity
 from jax_ccm.generate import _loop
@@ -77,7 +77,8 @@ def compute(method: Method, sizes: dict[str, int] | None):
 
 def difference(a, b) -> float:
     """Largest difference of two trees, relative to the largest number where that is above 1."""
-    gaps = [np.abs(x - y).max(initial=0) / max(1, np.abs(y).max(initial=0)) for x, y in zip(*map(jax.tree.leaves, (a, b)))]
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    gaps = [np.abs(x - y).max(initial=0) / max(1, np.abs(y).max(initial=0)) for x, y in pairs]
     return float(max(gaps))
 
 

@@ -87,4 +87,6 @@ def devices(topology: str) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
     except Exception as e:  # the plugin raises its own kinds
-        raise UserError(f"--topology {topology} is not one that the TPU compiler knows: {str(e).splitlines()[0]}") from e
+        raise UserError(
+            f"--topology {topology} is not one that the TPU compiler knows: {str(e).splitlines()[0]}"
+        ) from e

@@ -15,6 +15,7 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 
 
@@ -51,9 +52,10 @@ def collectives(text: str) -> list[Collective]:
     """
     bodies, entry = _computations(text)
 
+    # An exchange that runs beside other work stands in several computations, under one number.
     @functools.cache
-    def inside(name: str) -> collections.Counter:
-        total: collections.Counter = collections.Counter()
+    def inside(name: str) -> dict[str, tuple[tuple, int]]:
+        total: dict[str, tuple[tuple, int]] = {}
         for line in bodies.get(name, ()):
             found = _INSTRUCTION.match(line)
             if found is None:
@@ -61,16 +63,19 @@ def collectives(text: str) -> list[Collective]:
             result, operation = found.groups()
             plain = operation.removesuffix("-start")
             if plain in OPERATIONS:
-                total[_one(plain, result, line, operation != plain)] += 1
+                number = _CHANNEL.search(line)
+                total[number[1] if number else line] = (_one(plain, result, line, operation != plain), 1)
             times = _turns(line, bodies) if operation == "while" else 1
             for called in _CALLED.findall(line):
                 for other in re.findall(r"[\w.\-]+", called):
-                    for key, count in inside(other).items():
-                        total[key] += count * times
+                    for number, (exchange, count) in inside(other).items():
+                        total[number] = (exchange, max(count * times, total.get(number, (None, 0))[1]))
         return total
 
-    found = [Collective(*key[:3], count, key[3]) for key, count in inside(entry).items()]
-    return sorted(found)
+    total: collections.Counter = collections.Counter()
+    for exchange, count in inside(entry).values():
+        total[exchange] += count
+    return sorted(Collective(*exchange[:3], count, exchange[3]) for exchange, count in total.items())
 
 
 def lines(found: Iterable[Collective]) -> list[str]:

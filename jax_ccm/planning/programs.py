@@ -76,9 +76,7 @@ def training_step(
     """The training step of `jax_ccm.run`, for so many rows of a micro-batch over all devices."""
     model = abstract_model(config, shape, method, mesh)
     graphdef, params, frozen = training.split(model, config.train.trainable)
-    optimizer = training.make_optimizer(
-        config.optimizer, training.make_schedule(config.optimizer, config.train.steps)
-    )
+    optimizer = training.make_optimizer(config.optimizer, training.make_schedule(config.optimizer, config.train.steps))
     state = jax.eval_shape(lambda params: training.init_state(params, optimizer), params)
     places = sharding.parameter_shardings(mesh, state, shape)
     state = on(places, state)
@@ -103,7 +101,9 @@ def abstract_cache(
     return on(sharding.cache_shardings(mesh, cache), cache)
 
 
-def decode_step(config: Config, shape: ModelConfig, method: Method, mesh: jax.sharding.Mesh, cache: MemoryCache) -> Program:
+def decode_step(
+    config: Config, shape: ModelConfig, method: Method, mesh: jax.sharding.Mesh, cache: MemoryCache
+) -> Program:
     """One token for every session: the most likely next one is taken and read."""
 
     def step(model, cache):
