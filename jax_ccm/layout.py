@@ -44,20 +44,25 @@ def visible(rule: Rule, q: Slots, k: Slots) -> Array:
         C     . . x x . | x .
         c     . . . . x | x x
     """
-    back = q.segment[..., :, None] - k.segment[..., None, :]
-    causal = q.index[..., :, None] >= k.index[..., None, :]
+    return sees(rule, q.map(lambda x: x[..., :, None]), k.map(lambda x: x[..., None, :]))
+
+
+def sees(rule: Rule, q: Slots, k: Slots) -> Array:
+    """Whether each query sees its key: ``bool``, for slots of any shapes that broadcast to each other."""
+    back = q.segment - k.segment
+    causal = q.index >= k.index
     seen = None
     for clause in rule.sees:
-        hit = is_in(q.kind, clause.query)[..., :, None] & is_in(k.kind, clause.key)[..., None, :]
+        hit = is_in(q.kind, clause.query) & is_in(k.kind, clause.key)
         hit = hit & (back >= clause.nearest)
         if clause.farthest < INF:
             hit = hit & (back <= clause.farthest)
         if not set(clause.query + clause.key) <= set(rule.both_ways):
             hit = hit & causal
         if clause.window is not None:
-            hit = hit & (q.position[..., :, None] - k.position[..., None, :] < clause.window)
+            hit = hit & (q.position - k.position < clause.window)
         if clause.hidden is not None:
-            hit = hit & (k.position[..., None, :] >= first_seen(q.position, clause.hidden)[..., :, None])
+            hit = hit & (k.position >= first_seen(q.position, clause.hidden))
         seen = hit if seen is None else seen | hit
     return seen
 

@@ -1,0 +1,144 @@
+"""Which blocks of keys each block of queries sees, found without looking at pairs of places, as a list of pairs.
+
+For CCM-concat with chunks of 6 + 2 places, blocks of 8 queries and of 8 keys: the text's own blocks left, the memory's
+(2 slots a chunk) right, and the list that the kernel walks::
+
+           text          memory
+    q0     x . . .       . .        (0, t0)
+    q1     . x . .       x .        (1, t1) (1, m0)
+    q2     . . x .       x .        (2, t2) (2, m0)
+    q3     . . . x       x .        (3, t3) (3, m0)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_ccm.layout import first_seen
+from jax_ccm.types import INF, Array, Clause, Kind, Rule, Slots
+
+# What the list says of a pair besides its two blocks.
+FIRST = 1  # of its row
+LAST = 2  # of its row
+SOURCE = 4  # the key block is of the first source; shifted left by one for each further source; none set: nothing seen
+# Bits of `Pairs.rows`: 11 of the batch row, 16 of the block, 4 of flags; of `Pairs.columns`: 16 for each source.
+MAX_BATCH, MAX_BLOCKS = 1 << 11, 1 << 15
+
+
+class Bounds(NamedTuple):
+    """Of the places of one kind in each block: whether there are any, and their extremes. ``[B, n]`` each."""
+
+    some: Array
+    low: Slots
+    high: Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Pairs of blocks to visit, row after row (all pairs of a row in sequence). Each row has at least one.
+
+    Attributes:
+      rows: ``int32 [P + 1]``, batch row << 20 | block << 4 | flags.
+      columns: ``int32 [P + 1]``: the block in each source, 16 bits each, the first source in the lowest. Only that of
+        the flagged source is visited; the others repeat what was visited last, so that nothing is loaded for them.
+      count: ``int32 []``, how many of the P entries are in use.
+    """
+
+    rows: Array
+    columns: Array
+    count: Array
+
+
+def pad_slots(slots: Slots, size: int) -> Slots:
+    """Slots ``[B, S]`` with places of kind PAD behind, so that S is a multiple of ``size``."""
+    short = -slots.kind.shape[1] % size
+    return slots.map(lambda x: jnp.pad(x, ((0, 0), (0, short)))) if short else slots
+
+
+def bounds(slots: Slots, size: int, kinds: set[Kind]) -> dict[Kind, Bounds]:
+    """The `Bounds` of every kind, for slots ``[B, S]`` in blocks of ``size``."""
+    blocked = pad_slots(slots, size).map(lambda x: x.reshape(x.shape[0], -1, size))
+    found = {}
+    for kind in kinds:
+        mine = blocked.kind == int(kind)
+        some = jnp.any(mine, axis=-1)
+        # Zero where there are none: differences of the extremes must not overflow.
+        low = blocked.map(lambda x, m=mine, s=some: jnp.where(s, jnp.min(jnp.where(m, x, INF), axis=-1), 0))
+        high = blocked.map(lambda x, m=mine, s=some: jnp.where(s, jnp.max(jnp.where(m, x, -INF), axis=-1), 0))
+        found[kind] = Bounds(some, low, high)
+    return found
+
+
+def visible_blocks(rule: Rule, q: Slots, k: Slots, q_size: int, k_size: int) -> Array:
+    """Which blocks of keys hold something that the block of queries sees: ``bool [B, T / q_size, S / k_size]``.
+
+    Every visible pair of places lies in a block that is found. The other way round it holds for the layouts of all
+    methods, where a segment's places follow each other and index and position grow with the segment; elsewhere a
+    block may be found in which nothing is seen.
+
+    Args:
+      rule: who sees whom.
+      q, k: `Slots` of ``[B, T]`` and ``[B, S]``.
+      q_size, k_size: places of a block; the last one may be short.
+    """
+    queries = bounds(q, q_size, {kind for clause in rule.sees for kind in clause.query})
+    keys = bounds(k, k_size, {kind for clause in rule.sees for kind in clause.key})
+    found = None
+    for clause in rule.sees:
+        ordered = not set(clause.query + clause.key) <= set(rule.both_ways)
+        for query in clause.query:
+            for key in clause.key:
+                hit = _meet(clause, ordered, queries[query], keys[key])
+                found = hit if found is None else found | hit
+    return found
+
+
+def _meet(clause: Clause, ordered: bool, q: Bounds, k: Bounds) -> Array:
+    """Whether the extremes leave room for a query that sees a key: ``bool [B, n, m]``."""
+    rows, columns = lambda x: x[:, :, None], lambda x: x[:, None, :]
+    hit = rows(q.some) & columns(k.some)
+    hit &= rows(q.high.segment) - columns(k.low.segment) >= clause.nearest
+    if clause.farthest < INF:
+        hit &= rows(q.low.segment) - columns(k.high.segment) <= clause.farthest
+    if ordered:
+        hit &= rows(q.high.index) >= columns(k.low.index)
+    if clause.window is not None:
+        hit &= rows(q.low.position) - columns(k.high.position) < clause.window
+    if clause.hidden is not None:
+        hit &= columns(k.high.position) >= rows(first_seen(q.low.position, clause.hidden))
+    return hit
+
+
+def list_pairs(*seen: Array) -> Pairs:
+    """The pairs of blocks to visit.
+
+    Args:
+      *seen: for each source of columns ``bool [B, n, m]``: whether row block n and column block m see each other. A row
+        that sees nothing gets one pair without a source, so that its result is written all the same.
+    """
+    batch, count = seen[0].shape[:2]
+    widths = [x.shape[2] for x in seen]
+    if batch > MAX_BATCH or max(count, *widths) > MAX_BLOCKS:
+        raise ValueError(f"{batch} rows of {count} and {widths} blocks; at most {MAX_BATCH} rows of {MAX_BLOCKS}")
+    joined = jnp.concatenate(seen, axis=2)
+    joined = jnp.concatenate([joined, ~jnp.any(joined, axis=2, keepdims=True)], axis=2)
+    total, width = joined.size, joined.shape[2]
+    place = jnp.nonzero(joined.reshape(-1), size=total + 1, fill_value=total)[0].astype(jnp.int32)
+    row, column = place // width, place % width
+    first = row != jnp.concatenate([jnp.full((1,), -1, jnp.int32), row[:-1]])
+    last = row != jnp.concatenate([row[1:], jnp.full((1,), -1, jnp.int32)])
+    flags, columns, start = first * FIRST + last * LAST, 0, 0
+    for source, size in enumerate(widths):
+        mine = (column >= start) & (column < start + size)
+        flags += mine * (SOURCE << source)
+        latest = jax.lax.cummax(jnp.where(mine, jnp.arange(total + 1), -1))
+        column_of = jnp.where(latest >= 0, column[jnp.maximum(latest, 0)] - start, 0)
+        columns += column_of << (16 * source)
+        start += size
+    rows = (row // count) << 20 | (row % count) << 4 | flags
+    return Pairs(rows, columns, jnp.sum(joined, dtype=jnp.int32))
