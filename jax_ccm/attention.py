@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 
+from jax_ccm.kernels.sizes import Refused
 from jax_ccm.layout import visible
 from jax_ccm.sharding import constrain, context_shards
 from jax_ccm.types import Rule, Slots
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "pallas")
 # Queries that are attended at once: scores take this times S numbers for each head, whatever T.
 QUERY_BLOCK = 512
+logger = logging.getLogger(__name__)
 
 
 def memory_attention(
@@ -37,7 +40,10 @@ def memory_attention(
       rule: who sees whom.
       slots: `Slots` of ``[B, T]``.
       memory_slots: `Slots` of ``[B, M]``.
-      implementation: "xla" (the default).
+      implementation: "xla", plain matrix products in blocks of queries; "pallas", a kernel that visits only what is
+        visible, compiled for the devices of the mesh in context, or else the default ones, and interpreted on a CPU;
+        None for "pallas" where there is a kernel for the device, else "xla". What is chosen, and what a kernel refuses
+        and is done by "xla" instead, is logged with the reason (INFO, once).
 
     Returns:
       ``[B, T, N, H]``; zeros for a query that sees nothing.
@@ -52,11 +58,48 @@ def memory_attention(
             f"queries {q.shape}, keys {k.shape} and values {v.shape} do not fit together: expected [B, T, N, H] and "
             "twice [B, T, K, H] with N a multiple of K"
         )
-    seen = slots
-    if memory_k is not None and memory_v is not None and memory_slots is not None:
-        k = jnp.concatenate([memory_k, k], axis=1)
-        v = jnp.concatenate([memory_v, v], axis=1)
-        seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), memory_slots, slots)
+    sources = [(k, v, slots)]
+    if memory_k is not None and memory_v is not None and memory_slots is not None and memory_k.shape[1]:
+        sources.append((memory_k, memory_v, memory_slots))
+    kernel = _kernel(implementation)
+    if kernel is not None:
+        try:
+            return kernel(q, slots, tuple(sources), rule=rule)
+        except Refused as e:
+            _say(f"attention runs as 'xla': the kernel refuses, {e}")
+    return _xla(q, slots, sources, rule)
+
+
+def _kernel(implementation: str | None):
+    """The kernel that is wanted and fits the device, or None."""
+    if implementation == "xla":
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    platform = device.platform if device is not None else jax.default_backend()
+    if mesh.size > 1 and not mesh.are_all_axes_manual:
+        _say(f"attention runs as 'xla': kernels run on one device, the mesh has {mesh.size}")
+        return None
+    if platform == "tpu":
+        _say("attention runs as 'pallas', compiled for TPU")
+    elif implementation is None:
+        _say(f"attention runs as 'xla': there is no kernel for {platform}")
+        return None
+    from jax_ccm.kernels import tpu
+
+    return functools.partial(tpu.attend, interpret=platform != "tpu")
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Logs what was decided, once."""
+    logger.info(message)
+
+
+def _xla(q, slots: Slots, sources, rule: Rule):
+    """Plain matrix products, a block of queries at a time. Memory goes in front of the text."""
+    k, v = (jnp.concatenate([source[i] for source in reversed(sources)], axis=1) for i in (0, 1))
+    seen = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *(source[2] for source in reversed(sources)))
     # Heads in front, so that the products are plain matrix products.
     k, v = (constrain(jnp.moveaxis(x, 1, 2), "rows", "heads") for x in (k, v))
     # Recomputed in the backward pass: what is kept for it grows with T and S, not with T x S.

@@ -26,7 +26,8 @@ ALLOWED = {
     "methods": CORE,
     "sharding": CORE,
     "draw": CORE | {"layout", "sessions"},
-    "attention": CORE | {"layout", "sharding"},
+    "kernels": CORE | {"layout"},
+    "attention": CORE | {"layout", "kernels", "sharding"},
     "nn": CORE | {"layout", "attention", "sharding"},
     # memory needs only the sizes of the model.
     "memory": CORE | {"describe", "layout", "nn.config", "sharding"},

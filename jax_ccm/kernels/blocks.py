@@ -30,7 +30,7 @@ MAX_BATCH, MAX_BLOCKS = 1 << 11, 1 << 15
 
 
 class Bounds(NamedTuple):
-    """Of the places of one kind in each block: whether there are any, and their extremes. ``[B, n]`` each."""
+    """Of the places of some kinds in each block: whether there are any, and their extremes. ``[B, n, kinds]`` each."""
 
     some: Array
     low: Slots
@@ -60,18 +60,15 @@ def pad_slots(slots: Slots, size: int) -> Slots:
     return slots.map(lambda x: jnp.pad(x, ((0, 0), (0, short)))) if short else slots
 
 
-def bounds(slots: Slots, size: int, kinds: set[Kind]) -> dict[Kind, Bounds]:
-    """The `Bounds` of every kind, for slots ``[B, S]`` in blocks of ``size``."""
-    blocked = pad_slots(slots, size).map(lambda x: x.reshape(x.shape[0], -1, size))
-    found = {}
-    for kind in kinds:
-        mine = blocked.kind == int(kind)
-        some = jnp.any(mine, axis=-1)
-        # Zero where there are none: differences of the extremes must not overflow.
-        low = blocked.map(lambda x, m=mine, s=some: jnp.where(s, jnp.min(jnp.where(m, x, INF), axis=-1), 0))
-        high = blocked.map(lambda x, m=mine, s=some: jnp.where(s, jnp.max(jnp.where(m, x, -INF), axis=-1), 0))
-        found[kind] = Bounds(some, low, high)
-    return found
+def bounds(slots: Slots, size: int, kinds: tuple[Kind, ...]) -> Bounds:
+    """The `Bounds` of every one of ``kinds``, for slots ``[B, S]`` in blocks of ``size``."""
+    codes = jnp.stack(jax.tree.leaves(pad_slots(slots, size)))
+    codes = codes.reshape(*codes.shape[:2], -1, 1, size)
+    mine = codes[0] == jnp.asarray(kinds, jnp.int32)[:, None]
+    some = jnp.any(mine, axis=-1)
+    # Zero where there are none: differences of the extremes must not overflow.
+    extreme = lambda of, far: jnp.where(some, of(jnp.where(mine, codes, far), axis=-1), 0)
+    return Bounds(some, Slots(*extreme(jnp.min, INF)), Slots(*extreme(jnp.max, -INF)))
 
 
 def visible_blocks(rule: Rule, q: Slots, k: Slots, q_size: int, k_size: int) -> Array:
@@ -86,31 +83,32 @@ def visible_blocks(rule: Rule, q: Slots, k: Slots, q_size: int, k_size: int) -> 
       q, k: `Slots` of ``[B, T]`` and ``[B, S]``.
       q_size, k_size: places of a block; the last one may be short.
     """
-    queries = bounds(q, q_size, {kind for clause in rule.sees for kind in clause.query})
-    keys = bounds(k, k_size, {kind for clause in rule.sees for kind in clause.key})
+    looking = tuple(sorted({kind for clause in rule.sees for kind in clause.query}))
+    looked_at = tuple(sorted({kind for clause in rule.sees for kind in clause.key}))
+    queries, keys = bounds(q, q_size, looking), bounds(k, k_size, looked_at)
     found = None
     for clause in rule.sees:
-        ordered = not set(clause.query + clause.key) <= set(rule.both_ways)
-        for query in clause.query:
-            for key in clause.key:
-                hit = _meet(clause, ordered, queries[query], keys[key])
-                found = hit if found is None else found | hit
+        # [B, n, 1, a, 1] and [B, 1, m, 1, b]: every kind that looks with every kind that is seen.
+        rows = jax.tree.map(lambda x, c=clause: x[:, :, [looking.index(kind) for kind in c.query]], queries)
+        columns = jax.tree.map(lambda x, c=clause: x[:, :, [looked_at.index(kind) for kind in c.key]], keys)
+        rows = jax.tree.map(lambda x: x[:, :, None, :, None], rows)
+        columns = jax.tree.map(lambda x: x[:, None, :, None, :], columns)
+        hit = jnp.any(_meet(clause, rule.both_ways, rows, columns), axis=(3, 4))
+        found = hit if found is None else found | hit
     return found
 
 
-def _meet(clause: Clause, ordered: bool, q: Bounds, k: Bounds) -> Array:
-    """Whether the extremes leave room for a query that sees a key: ``bool [B, n, m]``."""
-    rows, columns = lambda x: x[:, :, None], lambda x: x[:, None, :]
-    hit = rows(q.some) & columns(k.some)
-    hit &= rows(q.high.segment) - columns(k.low.segment) >= clause.nearest
+def _meet(clause: Clause, both_ways: tuple[Kind, ...], q: Bounds, k: Bounds) -> Array:
+    """Whether the extremes leave room for a query that sees a key."""
+    hit = q.some & k.some & (q.high.segment - k.low.segment >= clause.nearest)
     if clause.farthest < INF:
-        hit &= rows(q.low.segment) - columns(k.high.segment) <= clause.farthest
-    if ordered:
-        hit &= rows(q.high.index) >= columns(k.low.index)
+        hit &= q.low.segment - k.high.segment <= clause.farthest
+    if not set(clause.query + clause.key) <= set(both_ways):
+        hit &= q.high.index >= k.low.index
     if clause.window is not None:
-        hit &= rows(q.low.position) - columns(k.high.position) < clause.window
+        hit &= q.low.position - k.high.position < clause.window
     if clause.hidden is not None:
-        hit &= columns(k.high.position) >= rows(first_seen(q.low.position, clause.hidden))
+        hit &= k.high.position >= first_seen(q.low.position, clause.hidden)
     return hit
 
 

@@ -1,8 +1,25 @@
-"""Sizes of the kernels' blocks."""
+"""Sizes of the kernels' blocks: what fills whole vectors, fits on the chip, and is refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+
+LANES = 128
+# The smallest block of rows: one tile of bfloat16.
+ROWS = 16
+# What a kernel may use without asking for more, on every TPU from v4 on; the rest is left for the compiler's own.
+VMEM_BYTES = 14 * 2**20
+# Of the 1 MiB of scalar memory; two integers a pair of blocks.
+SCALAR_BYTES = 768 * 2**10
+HEAD_SIZES = (64, 96, 128, 256)
+# Sizes of blocks of queries and keys, best first by `cost.analytic` on long rows; shorter rows take smaller ones.
+LONG, SHORT = (256, 512), (128, 128)
+LONG_ROW = 2048
+
+
+class Refused(ValueError):
+    """The kernel does not take this call; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,3 +37,70 @@ class Sizes:
     k: tuple[int, ...]
     kv_heads: int
     group: int
+
+
+def choose(
+    batch: int, length: int, keys: tuple[int, ...], heads: int, kv_heads: int, size: int, itemsize: int, short: bool
+) -> Sizes:
+    """Sizes for a call on a TPU.
+
+    Args:
+      batch, length: B and T.
+      keys: places of each source.
+      heads, kv_heads, size: N, K and H.
+      itemsize: bytes of a number.
+      short: a few queries against long sources (decoding): all key heads in one step.
+
+    Raises:
+      Refused: for what the kernel does not take.
+    """
+    some, group = _heads(heads, kv_heads, size)
+    if short and kv_heads * size * itemsize * LONG[1] * 8 <= VMEM_BYTES // 2:
+        some, group = kv_heads, heads // kv_heads
+    wish = LONG if max(length, *keys) >= LONG_ROW else SHORT
+    for shrink in (1, 2, 4):
+        q = _block(length, max(wish[0] // shrink, LANES))
+        sizes = Sizes(q, tuple(_block(n, max(wish[1] // shrink, LANES)) for n in keys), some, group)
+        if vmem_bytes(sizes, size, itemsize) <= VMEM_BYTES:
+            break
+    else:
+        need = vmem_bytes(sizes, size, itemsize)
+        raise Refused(f"{some} x {group} heads of {size} need {need / 2**20:.0f} MiB of VMEM a step")
+    if pair_bytes(batch, length, keys, sizes) > SCALAR_BYTES:
+        raise Refused(f"the list of pairs of {batch} x {length} queries and {keys} keys does not fit in scalar memory")
+    return sizes
+
+
+def _heads(heads: int, kv_heads: int, size: int) -> tuple[int, int]:
+    """Key heads of a step and query heads of each: neighbours that fill whole vectors, or all of them."""
+    group = heads // kv_heads
+    some = math.lcm(size, LANES) // size
+    if kv_heads % some:
+        return kv_heads, group
+    if some > 1:
+        return some, group
+    # Large groups are split over the grid.
+    return 1, max(part for part in range(1, group + 1) if group % part == 0 and part * size <= 1024)
+
+
+def _block(length: int, wish: int) -> int:
+    """The size of a block: ``wish``, or all of a shorter row, in whole tiles."""
+    tile = ROWS if length < LANES else LANES
+    return min(wish, -(-length // tile) * tile)
+
+
+def vmem_bytes(sizes: Sizes, size: int, itemsize: int) -> int:
+    """An estimate of the VMEM that the hungriest of the three kernels uses. Inputs and outputs are double-buffered."""
+    queries = sizes.q * sizes.kv_heads * sizes.group * size
+    keys = [k * sizes.kv_heads * size for k in sizes.k]
+    scores = 5 * 4 * sizes.q * max(sizes.k)
+    d_q = 2 * itemsize * (4 * queries + 2 * sum(keys)) + 4 * queries
+    d_kv = 2 * itemsize * (2 * queries + 4 * max(keys)) + 2 * 4 * max(keys)
+    return max(d_q, d_kv) + scores
+
+
+def pair_bytes(batch: int, length: int, keys: tuple[int, ...], sizes: Sizes) -> int:
+    """Scalar memory of the longest list of pairs that there may be."""
+    rows = -(-length // sizes.q)
+    columns = sum(-(-n // k) for n, k in zip(keys, sizes.k, strict=True))
+    return 8 * (batch * rows * (columns + 1) + 1)

@@ -19,12 +19,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_ccm.kernels import blocks
 from jax_ccm.kernels.blocks import FIRST, LAST, SOURCE, Pairs
-from jax_ccm.kernels.sizes import Sizes
+from jax_ccm.kernels.sizes import HEAD_SIZES, ROWS, Refused, Sizes, choose
 from jax_ccm.layout import sees
 from jax_ccm.types import Rule, Slots
 
 # A hidden score, and the maximum before anything was seen: far enough apart that exp(HIDDEN - UNSEEN) is 0.
 HIDDEN, UNSEEN = -1e30, -1e20
+# Up to so many queries times group, the heads of a group become rows of one block.
+SHORT_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +148,18 @@ def _probabilities(call: _Call, k, q, mask, lse, head: int):
     return jnp.where(mask, jnp.exp(scores - lse[0, 0, head : head + 1]), 0.0)
 
 
-def _queries_kernel(rows, columns, q_slots, q, d_out, lse, delta, *refs, call: _Call):
-    """Gradient of the queries."""
-    *keys, d_q, sums = refs
+def _queries_kernel(rows, columns, q_slots, q, out, d_out, lse, *refs, call: _Call):
+    """Gradient of the queries; and delta, the part of each softmax gradient that is the same for all keys."""
+    *keys, d_q, delta, sums = refs
     flags = rows[pl.program_id(1)]
 
     @pl.when((flags & FIRST) != 0)
     def _():
         sums[...] = jnp.zeros(sums.shape, sums.dtype)
+        for head in range(call.step_heads):
+            lanes = call.lanes(head)
+            product = out[0, :, lanes].astype(jnp.float32) * d_out[0, :, lanes].astype(jnp.float32)
+            delta[0, 0, head : head + 1] = jnp.sum(jnp.transpose(product), axis=0, keepdims=True)
 
     def visit(slots, k, v, block, length):
         mask = _visible(call.rule, q_slots, slots)
@@ -195,7 +201,8 @@ def _keys_kernel(rows, columns, slots, k, v, q_slots, q, d_out, lse, delta, d_k,
             d_head = _rows(d_out, call.lanes(head), block, call.length)
             weights = _probabilities(call, _rows(k, lanes, place, length), query, mask, lse, head)
             d_weights = _dot(_rows(v, lanes, place, length), d_head, 1, 1)
-            d_scores = weights * (d_weights - delta[0, 0, head : head + 1])
+            # The delta of places behind the end is anything, and 0 times anything may not be 0.
+            d_scores = jnp.where(mask, weights * (d_weights - delta[0, 0, head : head + 1]), 0.0)
             sums_v[kv_head] += _dot(weights.astype(d_head.dtype), d_head, 1, 0)
             sums_k[kv_head] += _dot(d_scores.astype(query.dtype), query, 1, 0)
 
@@ -287,25 +294,21 @@ def _forward(call: _Call, q, q_slots: Slots, sources):
 
 
 def _backward(call: _Call, q, q_slots: Slots, sources, out, lse, d_out):
-    # The part of each softmax gradient that is the same for all its keys, laid out like the logsumexp.
-    delta = jnp.sum((out.astype(jnp.float32) * d_out.astype(jnp.float32)).reshape(*q.shape[:2], -1, call.size), axis=-1)
-    delta = jnp.pad(delta, ((0, 0), (0, _padded(call) - call.length), (0, 0)))
-    delta = jnp.moveaxis(delta, 1, 2).reshape(lse.shape)
     seen = [blocks.visible_blocks(call.rule, q_slots, s[2], call.sizes.q, size) for s, size in zip(sources, call.sizes.k)]
     pairs = blocks.list_pairs(*seen)
     slots, wide, narrow = _query_specs(call)
     codes = _codes(q_slots, call.sizes.q)
-    d_q = _run(
+    d_q, delta = _run(
         call,
         functools.partial(_queries_kernel, call=call),
         "memory_attention_dq",
         pairs,
         (call.head_blocks, pairs.count),
-        [slots, wide, wide, narrow, narrow, *_source_specs(call)],
-        wide,
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        [slots, wide, wide, wide, narrow, *_source_specs(call)],
+        [wide, narrow],
+        [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, lse.dtype)],
         [pltpu.VMEM((call.step_heads, call.size, call.sizes.q), jnp.float32)],
-        (codes, q, d_out, lse, delta, *_key_arguments(call, sources)),
+        (codes, q, out, d_out, lse, *_key_arguments(call, sources)),
     )
     return d_q, [
         _key_gradients(call, seen[i], source, call.sizes.k[i], (codes, q, d_out, lse, delta))
@@ -366,7 +369,7 @@ def _attend_backward(call: _Call, kept, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend(q, q_slots: Slots, sources, *, rule: Rule, sizes: Sizes, interpret: bool = False):
+def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, sizes: Sizes | None = None):
     """Attention of queries to the visible keys of several sources.
 
     Args:
@@ -374,15 +377,44 @@ def attend(q, q_slots: Slots, sources, *, rule: Rule, sizes: Sizes, interpret: b
       q_slots: `Slots` of ``[B, T]``.
       sources: for each source of keys ``(k, v, slots)``: ``[B, S, K, H]`` twice and `Slots` of ``[B, S]``.
       rule: who sees whom.
-      sizes: of the blocks.
       interpret: run the kernel's operations one by one, on any device.
+      sizes: of the blocks; None to choose them.
 
     Returns:
       ``[B, T, N, H]``, differentiable in queries, keys and values; zeros for a query that sees nothing.
+
+    Raises:
+      Refused: for what the kernel does not take.
     """
-    flat = lambda x: x.reshape(*x.shape[:2], -1)
-    keys = tuple(k.shape[1] for k, _, _ in sources)
+    batch, length, heads, size = q.shape
     kv_heads = sources[0][0].shape[2]
-    call = _Call(rule, sizes, q.shape[2], kv_heads, q.shape[3], q.shape[1], keys, interpret)
+    group = heads // kv_heads
+    if short := sizes is None and length * group <= SHORT_ROWS:
+        # A few queries, as in decoding: the heads that share a key become queries of one head.
+        q = jnp.moveaxis(q.reshape(batch, length, kv_heads, group, size), 3, 2)
+        q = q.reshape(batch, length * group, kv_heads, size)
+        q_slots = q_slots.map(lambda x: jnp.repeat(x, group, axis=1))
+    q, q_slots = _whole_tile(q), _whole_slots(q_slots)
+    sources = tuple((_whole_tile(k), _whole_tile(v), _whole_slots(slots)) for k, v, slots in sources)
+    keys = tuple(k.shape[1] for k, _, _ in sources)
+    if sizes is None:
+        if size not in HEAD_SIZES and not interpret:
+            raise Refused(f"heads of {size} are not among {', '.join(map(str, HEAD_SIZES))}")
+        sizes = choose(batch, q.shape[1], keys, q.shape[2], kv_heads, size, q.dtype.itemsize, short)
+    flat = lambda x: x.reshape(*x.shape[:2], -1)
+    call = _Call(rule, sizes, q.shape[2], kv_heads, size, q.shape[1], keys, interpret)
     out = _attend(call, flat(q), q_slots, tuple((flat(k), flat(v), slots) for k, v, slots in sources))
-    return out.reshape(q.shape)
+    if not short:
+        return out.reshape(q.shape)[:, :length]
+    out = out[:, : length * group].reshape(batch, length, group, kv_heads, size)
+    return jnp.moveaxis(out, 2, 3).reshape(batch, length, heads, size)
+
+
+def _whole_tile(x):
+    """``x [B, S, ...]`` with at least as many places as a tile has rows."""
+    short = ROWS - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))) if short > 0 else x
+
+
+def _whole_slots(slots: Slots) -> Slots:
+    return blocks.pad_slots(slots, ROWS) if slots.kind.shape[1] < ROWS else slots

@@ -10,21 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_ccm import layout
-from jax_ccm.evals import parity
 from jax_ccm.kernels import blocks
 from jax_ccm.methods import build
 from jax_ccm.types import Kind, Slots
 from tests import cases
-
-LENGTHS = ((9, 7, 5, 6, 12), (3, 8), (1, 17, 2, 2, 4, 3))
-
-
-def made_for(method):
-    """A ragged, padded batch."""
-    sessions = cases.sessions_for(method, lengths=LENGTHS)
-    sizes = parity.caps_for(method, sessions)
-    return layout.batch(method, sessions, layout.Sizes(sizes.tokens + 9, sizes.memory + 5, sizes.scored), cases.VOCAB)
-
+from tests.kernels.support import made_for
 
 def exact(rule, q: Slots, k: Slots, q_size: int, k_size: int) -> np.ndarray:
     """The definition: whether any place of the one block sees any of the other."""

@@ -1,0 +1,119 @@
+"""The TPU kernel, interpreted, against the definition in float64: forward and all gradients."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_ccm.evals import parity
+from jax_ccm.kernels import tpu
+from jax_ccm.kernels.sizes import Sizes
+from jax_ccm.types import Kind, Slots
+from tests import cases
+from tests.kernels.support import draw, exact, made_for
+
+# One method for each rule: many differ in positions or in what is written only.
+RULES = {method.rule: name for name, method in reversed(cases.METHODS.items())}
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "sizes"))
+def attend(q, q_slots, sources, key_slots, d_out, *, rule, sizes=None):
+    """Output and gradients of the kernel."""
+
+    def call(q, sources):
+        joined = tuple((*values, slots) for values, slots in zip(sources, key_slots, strict=True))
+        return tpu.attend(q, q_slots, joined, rule=rule, sizes=sizes, interpret=True)
+
+    out, pull = jax.vjp(call, q, sources)
+    return out, *pull(d_out)
+
+
+def check(rule, q_slots, key_slots, arrays, **options):
+    q, sources, d_out = arrays
+    found = attend(q, q_slots, sources, key_slots, d_out, rule=rule, **options)
+    expected = exact(rule, q_slots, q, [(*s, slots) for s, slots in zip(sources, key_slots, strict=True)], d_out)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    return found
+
+
+@pytest.mark.parametrize("name", RULES.values())
+def test_rules(name):
+    """Every rule, on ragged rows with padding; text and memory in blocks that divide neither."""
+    method = cases.METHODS[name]
+    made = made_for(method)
+    keys = [made.slots] + ([made.memory.slots] if made.memory is not None else [])
+    arrays = draw(0, 3, made.tokens.shape[1], [s.kind.shape[1] for s in keys], 2, 1, 8)
+    sizes = Sizes(32, (16, 16)[: len(keys)], 1, 2)
+    out, d_q, d_sources = check(method.rule, made.slots, keys, arrays, sizes=sizes)
+    for slots, x in ((made.slots, out), (made.slots, d_q), (made.slots, d_sources[0][0]), (keys[-1], d_sources[-1][1])):
+        assert np.abs(np.asarray(x)[np.asarray(slots.kind) == Kind.PAD]).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "split"),
+    [(4, 4, 64, None), (6, 2, 96, None), (4, 1, 128, 2), (8, 2, 256, None), (8, 1, 64, 4)],
+)
+def test_heads(heads, kv_heads, size, split):
+    """Groups of 1, 3, 4 and 8, one key head for all, and groups that are split over the grid."""
+    method = cases.METHODS["concat_n2_sink"]
+    made = made_for(method)
+    keys = [made.slots, made.memory.slots]
+    arrays = draw(1, 3, made.tokens.shape[1], [s.kind.shape[1] for s in keys], heads, kv_heads, size)
+    sizes = None if split is None else Sizes(32, (32, 16), 1, split)
+    check(method.rule, made.slots, keys, arrays, sizes=sizes)
+
+
+def test_few_queries():
+    """Decoding: one query a row against a long cache; the heads of a group are rows of one block."""
+    method = cases.METHODS["concat_n2_sink"]
+    made = made_for(method)
+    own = made.slots.map(lambda x: x[:, 30:31])
+    keys = [own, made.slots.map(lambda x: x[:, :30]), made.memory.slots]
+    arrays = draw(2, 3, 1, [s.kind.shape[1] for s in keys], 6, 2, 64)
+    check(method.rule, own, keys[:2], (arrays[0], arrays[1][:2], arrays[2]))
+
+
+SLOT = st.tuples(st.sampled_from([0, 1, 1, 2, 3, 6, 7, 7]), st.integers(0, 3), st.integers(0, 12), st.integers(0, 12))
+
+
+@given(st.lists(SLOT, min_size=26, max_size=26), st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_any_slots(drawn, seed):
+    """Slots in no order, rows that see nothing among them."""
+    slots = Slots(*np.asarray(drawn, np.int32).T[:, None])
+    text, memory = slots.map(lambda x: x[:, :19]), slots.map(lambda x: x[:, 19:])
+    arrays = draw(seed, 1, 19, (19, 7), 2, 1, 8)
+    check(cases.METHODS["concat_n2_sink"].rule, text, [text, memory], arrays, sizes=Sizes(16, (16, 16), 1, 2))
+
+
+def test_dead_places_hold_anything():
+    """What stands in a place of kind PAD, even NaN, reaches no output."""
+    method = cases.METHODS["concat_n2_sink"]
+    made = made_for(method)
+    q, sources, d_out = draw(3, 3, made.tokens.shape[1], (made.tokens.shape[1], made.memory.slots.kind.shape[1]), 2, 1, 8)
+    keys = [made.slots, made.memory.slots]
+    clean = attend(q, made.slots, sources, keys, d_out, rule=method.rule)
+    huge = lambda x, slots: np.where((np.asarray(slots.kind) == Kind.PAD)[..., None, None], 1e9, x)
+    dirty = [tuple(huge(x, slots) for x in source) for source, slots in zip(sources, keys, strict=True)]
+    other = attend(q, made.slots, dirty, keys, d_out, rule=method.rule)
+    np.testing.assert_array_equal(clean[0], other[0])
+    np.testing.assert_array_equal(clean[1], other[1])
+
+
+@pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n1", "sentinel"])
+def test_parallel_is_recurrent(name):
+    """The whole model with the kernel: training's forward and the recurrence agree, and agree with plain products."""
+    method = cases.METHODS[name]
+    model, sessions = cases.model(method.rows), cases.sessions_for(method)
+    ours = parity.parallel_logits(model, method, sessions, implementation="pallas")
+    plain = parity.parallel_logits(model, method, sessions, implementation="xla")
+    recurrent = parity.recurrent_logits(model, method, sessions, implementation="pallas")
+    for a, b, c in zip(ours, plain, recurrent, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, c, atol=1e-5)
