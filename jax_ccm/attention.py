@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jax_ccm.kernels.sizes import Refused
 from jax_ccm.layout import visible
-from jax_ccm.sharding import constrain, context_shards
+from jax_ccm.sharding import activation_spec, constrain, context_shards
 from jax_ccm.types import Rule, Slots
 
 IMPLEMENTATIONS = ("xla", "pallas")
@@ -75,19 +75,32 @@ def _kernel(implementation: str | None):
     if implementation == "xla":
         return None
     mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    platform = device.platform if device is not None else jax.default_backend()
-    if mesh.size > 1 and not mesh.are_all_axes_manual:
-        _say(f"attention runs as 'xla': kernels run on one device, the mesh has {mesh.size}")
-        return None
+    platform = mesh.abstract_device.platform if mesh.abstract_device is not None else jax.default_backend()
     if platform == "tpu":
         _say("attention runs as 'pallas', compiled for TPU")
-    elif implementation is None:
+    elif platform != "cpu" or implementation is None:
         _say(f"attention runs as 'xla': there is no kernel for {platform}")
         return None
     from jax_ccm.kernels import tpu
 
-    return functools.partial(tpu.attend, interpret=platform != "tpu")
+    kernel = functools.partial(tpu.attend, interpret=platform != "tpu")
+    return kernel if mesh.size <= 1 or mesh.are_all_axes_manual else functools.partial(_spread, kernel)
+
+
+def _spread(kernel, q, slots: Slots, sources, *, rule: Rule):
+    """The kernel on each device of the mesh in use: rows and heads as they lie; queries see all tokens of their row."""
+    tokens, heads = activation_spec(slots.kind.shape, "rows", "tokens"), activation_spec(q.shape, "rows", None, "heads")
+    if len(heads) > 2 and activation_spec(sources[0][0].shape, "rows", None, "heads") != heads:
+        raise Refused(f"{sources[0][0].shape[2]} key heads cannot be spread like {q.shape[2]} query heads")
+    queries = activation_spec(q.shape, "rows", "tokens", "heads")
+    rows = activation_spec(slots.kind.shape, "rows")
+    own = jax.shard_map(
+        functools.partial(kernel, rule=rule),
+        in_specs=(queries, tokens, tuple((heads, heads, rows) for _ in sources)),
+        out_specs=queries,
+        check_vma=False,
+    )
+    return own(q, slots, sources)
 
 
 @functools.cache

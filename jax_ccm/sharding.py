@@ -278,11 +278,15 @@ def constrain(x, *names: str | None):
       x: an array under `jax.jit`.
       *names: of its dimensions in `ACTIVATIONS`, or None for whole; those not given are whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(jnp.shape(x), *names))
+
+
+def activation_spec(shape: Sequence[int], *names: str | None) -> P:
+    """How an activation of that shape is spread over the mesh in use; ``names`` as for `constrain`."""
     spec = P(*(None if name is None else ACTIVATIONS[name] for name in names))
-    return jax.lax.with_sharding_constraint(x, fit(mesh, spec, jnp.shape(x)))
+    return fit(jax.sharding.get_abstract_mesh(), spec, shape)
 
 
 def context_shards() -> int:
