@@ -1,0 +1,366 @@
+"""``python -m jax_ccm.bench CONFIG.yaml --workdir DIR``: speed and memory side by side, against the machine's rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_ccm import cli, memory, steps, training
+from jax_ccm.config import Config, save_config, to_mapping
+from jax_ccm.errors import UserError
+from jax_ccm.evals import efficiency
+from jax_ccm.experiment import Experiment, load_experiment
+from jax_ccm.layout import batch, measure
+from jax_ccm.methods import build
+from jax_ccm.sessions import Example, Segment
+from jax_ccm.types import Batch, Chunk, Method
+
+COMMAND = "jax_ccm.bench"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measures on this machine: a turn of a conversation after many others, compression, and training.
+
+    Full context, a window, and compressed memories (concatenated, with and without forgetting, and merged) keep the
+    same conversation. Each number is the median of repeated runs after a warm-up; within a round everything is run
+    once, one after the other, so that what disturbs one disturbs all. A conversation of 1,000 turns is not talked
+    through: the cache is put into the state in which it would be, and one turn is run. Weights do not matter, so no
+    adapter is asked for; the number of compression tokens, the sink and the memory capacity are those of the config.
+    Writes bench.json, turns.md, steps.md, sessions.md, plot.png, summary.json and config.yaml into the working
+    directory.
+    """
+
+    workdir: Path
+    """Where all output goes."""
+    turns: tuple[int, ...] = (1, 10, 30, 100, 300, 1000)
+    """Closed turns before the one that is measured."""
+    prompt: int = 16
+    """Tokens of a question."""
+    reply: int = 16
+    """Tokens of an answer."""
+    window: int = 256
+    """Newest text tokens that the sliding window keeps."""
+    chunk: int = 128
+    """Tokens of the chunk that is compressed at once, and of a row in training."""
+    prefill: int = 512
+    """Tokens of the text that is read at once."""
+    rounds: int = 5
+    """How often everything is measured."""
+    train_rounds: int = 3
+    """How often a training step is measured; 0 for no training."""
+    clock: efficiency.Clock = "wall"
+    """What a second is: of the clock on the wall, or of processor time ("cpu"), which does not count waiting for a
+    machine that others use too. On one core (taskset -c 0, XLA_FLAGS=--xla_cpu_multi_thread_eigen=false) of an idle
+    machine they are the same."""
+    memory_gib: float = 16.0
+    """Memory that weights, sessions and temporaries may take, for the number of sessions that fit; 0 leaves it out."""
+    reference: Path | None = None
+    """A JSON file with figures of another implementation, which the table then shows beside ours."""
+
+
+def main() -> None:
+    options, config, _ = cli.parse(Options, command=COMMAND)
+    bench(config, options, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
+
+
+def bench(config: Config, options: Options, *, command: str = "") -> dict[str, Any]:
+    """Runs the measurements and writes their files.
+
+    Args:
+      config: the config.
+      options: of the command.
+      command: the command line, for the record.
+
+    Returns:
+      What was written to ``bench.json``.
+
+    Raises:
+      UserError: for sizes that cannot be, or a working directory or reference that cannot be used.
+    """
+    from jax_ccm.evals import speed
+
+    start = time.perf_counter()
+    reference = _check(options)
+    experiment = load_experiment(config)
+    given = config.method.options()
+    rivals = efficiency.rivals(
+        comp_tokens=given.get("comp_tokens", 2),
+        sink=given.get("sink", True),
+        capacity=config.cache.memory_capacity,
+        window=options.window,
+    )
+    device = jax.devices()[0]
+    results: dict[str, Any] = {
+        "command": command,
+        "title": f"{experiment.base_name.rsplit('/', 1)[-1]}, {config.model.dtype}, {_machine()}",
+        "config": to_mapping(config),
+        "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
+        },
+        "device": f"{device.platform} ({device.device_kind})",
+        "cores": _cores(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "how": "each number is the median of repeated runs after warm-up; rivals take turns within a round. Turns: the "
+        "cache is put into the state after so many turns and one turn is run; no 1,000 turns were talked through",
+        "rivals": {rival.name: rival.note for rival in rivals},
+        "weights_bytes": efficiency.weights_bytes(experiment.model),
+        "kv_bytes_per_slot": experiment.model_config.kv_bytes_per_slot(jnp.dtype(config.model.dtype).itemsize),
+    }
+    results["turns"] = [_turns(experiment, rivals, options, turns) for turns in options.turns]
+    results |= _steps(experiment, rivals, options)
+    if options.memory_gib:
+        results["sessions"] = _sessions(experiment, rivals, options)
+    if reference is not None:
+        results["reference"] = reference
+    results["seconds"] = round(time.perf_counter() - start, 1)
+    _write(config, options.workdir, results)
+    speed.print_tables(results)
+    print(f"results in {options.workdir / 'bench.json'}, picture in plot.png; {results['seconds']:.0f} s")
+    return results
+
+
+def _check(options: Options) -> dict[str, Any] | None:
+    """The reference figures, if asked for."""
+    least = {"prompt": 1, "reply": 1, "window": 1, "chunk": 1, "prefill": 1, "rounds": 1, "train_rounds": 0}
+    for name, smallest in least.items():
+        if getattr(options, name) < smallest:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least {smallest}")
+    if not options.turns or min(options.turns) < 1 or sorted(set(options.turns)) != list(options.turns):
+        raise UserError(f"--turns is {list(options.turns)}; give different numbers from 1, in order, such as 1 10 100")
+    if options.memory_gib < 0:
+        raise UserError(f"--memory_gib is {options.memory_gib}; it must be at least 0")
+    try:
+        options.workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--workdir {options.workdir} cannot be used: {e}") from e
+    if options.reference is None:
+        return None
+    try:
+        found = json.loads(options.reference.read_text(encoding="utf-8"))
+        seconds = {name: [float(x) for x in span] for name, span in found["seconds"].items()}
+        return {"source": str(found["source"]), "seconds": seconds}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f'--reference {options.reference} cannot be used ({e}); it must be JSON like {{"source": "what and where", '
+            '"seconds": {"decode": [0.08, 0.12]}}'
+        ) from e
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _machine() -> str:
+    device = jax.devices()[0]
+    return f"{_cores()} CPU cores" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
+
+
+def _turns(experiment: Experiment, rivals: list[efficiency.Rival], options: Options, turns: int) -> dict[str, Any]:
+    """A turn after so many, for each rival."""
+    found: dict[str, dict[str, list[efficiency.Sample]]] = {rival.name: {} for rival in rivals}
+    conversations = [
+        efficiency.Conversation(experiment.model, rival, turns=turns, prompt=options.prompt, reply=options.reply)
+        for rival in rivals
+    ]
+    for _ in range(options.rounds):
+        for conversation in conversations:
+            for part, sample in conversation.run().items():
+                found[conversation.rival.name].setdefault(part, []).append(sample)
+    row: dict[str, Any] = {"turns": turns, "tokens": turns * (options.prompt + options.reply), "systems": {}}
+    for conversation in conversations:
+        name = conversation.rival.name
+        parts = {part: efficiency.summary(samples, options.clock) for part, samples in found[name].items()}
+        whole = parts["first token"]["seconds"] + options.reply * parts["token"]["seconds"] + parts["close"]["seconds"]
+        row["systems"][name] = parts | {
+            "turn": whole, "state_bytes": conversation.bytes, "live_slots": conversation.slots,
+            "compile_seconds": round(conversation.compile_seconds, 2),
+        }  # fmt: skip
+    for cell in row["systems"].values():
+        cell["to_full"] = cell["turn"] / row["systems"]["full"]["turn"]
+    told = ", ".join(f"{name} {cell['turn']:.2f} s" for name, cell in row["systems"].items())
+    print(f"a turn after {turns:,}: {told}", flush=True)
+    return row
+
+
+def _steps(experiment: Experiment, rivals: list[efficiency.Rival], options: Options) -> dict[str, Any]:
+    """The machine's rates, and single steps measured against them."""
+    model, shape = experiment.model, experiment.model_config
+    dtype = jnp.dtype(experiment.config.model.dtype)
+    product, product_flops = efficiency.matrix_product(dtype)
+    copy, copy_bytes = efficiency.copy()
+    concat = next(rival for rival in rivals if rival.name == "concat, evicting")
+    chunk, count = options.chunk, options.prefill
+    calls: dict[str, Callable[[], Any]] = {"matrix product": product, "copy": copy}
+    work = {"matrix product": product_flops}
+    tokens = {"prefill": count, "compress_step": chunk, "decode": 1}
+
+    row = _example(shape.vocab_size, [count])
+    text = batch(build("full"), [row], measure(build("full"), row), shape.vocab_size)
+    full = dataclasses.replace(build("full"), gate=())
+    forward = jax.jit(lambda model, made: model.logits(steps.parallel_forward(model, made, method=full)[:, -1]))
+    calls["prefill"] = lambda: forward(model, text)
+    work["prefill"] = efficiency.forward_flops(shape, count, count * (count + 1) // 2, 1)
+
+    slots = concat.memory or 0
+    cache = memory.init_cache(
+        shape, concat.method, 1, memory_capacity=slots, raw_capacity=chunk, dtype=dtype, overflow="evict"
+    )
+    past = slots // max(concat.method.slots_per_chunk, 1)
+    cache = efficiency.fill(cache, concat.method, turns=past, turn=chunk)
+    piece = lambda length: Chunk(np.ones((1, length), np.int32), np.ones((1, length), bool))
+    compress = jax.jit(steps.compress_step, static_argnames="method")
+    calls["compress_step"] = lambda: compress(model, cache, piece(chunk), method=concat.method)
+    seen = chunk * (chunk + 1) // 2 + chunk * slots
+    work["compress_step"] = efficiency.forward_flops(shape, chunk + concat.method.slots_per_chunk, seen, 1)
+
+    decode = jax.jit(lambda model, cache, one: steps.read(model, cache, one, method=concat.method, query=True)[0])
+    calls["decode"] = lambda: decode(model, cache, piece(1))
+    work["decode"] = efficiency.forward_flops(shape, 1, slots, 1)
+
+    seconds = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds[name] = round(time.perf_counter() - start, 2)
+    samples = efficiency.interleaved(calls, options.rounds)
+    found = {name: efficiency.summary(those, options.clock) for name, those in samples.items()}
+    beside = dict.fromkeys(tokens, found["matrix product"])
+    if options.train_rounds:
+        step, sizes, work["train"] = _training(experiment, chunk)
+        start = time.perf_counter()
+        step()
+        seconds["train"] = round(time.perf_counter() - start, 2)
+        samples = efficiency.interleaved({"matrix product": product, "train": step}, options.train_rounds)
+        found["train"] = efficiency.summary(samples["train"], options.clock)
+        beside["train"] = efficiency.summary(samples["matrix product"], options.clock)
+        tokens["train"] = sizes["tokens"]
+    machine = {
+        "flops_per_second": product_flops / found["matrix product"]["seconds"],
+        "copy_bytes_per_second": copy_bytes / found["copy"]["seconds"],
+    }
+    rows: dict[str, Any] = {}
+    for name, count in tokens.items():
+        taken = found[name]["seconds"]
+        # Of the rate that the matrix product reached in the same rounds.
+        share = work[name] / product_flops * beside[name]["seconds"] / taken
+        rows[name] = found[name] | {
+            "tokens": count, "tokens_per_second": count / taken, "flops": work[name], "of_matrix_rate": share,
+            "compile_seconds": seconds[name],
+        }  # fmt: skip
+    reading = _read_bytes(experiment) / machine["copy_bytes_per_second"]
+    rows["decode"]["times_reading_weights"] = rows["decode"]["seconds"] / reading
+    rows["compress_step"]["memory_slots"] = slots
+    if options.train_rounds:
+        rows["train"] |= sizes
+    return {"machine": machine, "steps": rows}
+
+
+def _read_bytes(experiment: Experiment) -> int:
+    """Bytes of the weights that one decoded token must read: all of the layers, and the head."""
+    shape = experiment.model_config
+    head = shape.vocab_size * shape.hidden_size
+    itemsize = jnp.dtype(experiment.config.model.dtype).itemsize
+    return (efficiency.linear_parameters(shape) + head) * itemsize
+
+
+def _example(vocab: int, lengths: list[int]) -> Example:
+    """A session of random text."""
+    rng = np.random.default_rng(0)
+    nothing = np.zeros(0, np.int32)
+    text = lambda size: Segment(rng.integers(0, vocab, size).astype(np.int32), np.ones(size, bool))
+    return Example(nothing, nothing, tuple(text(size) for size in lengths))
+
+
+def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], dict[str, int], float]:
+    """A training step of the config on rows of about ``length`` tokens: the call, its sizes, and the FLOPs it needs."""
+    config, method, shape = experiment.config, experiment.method, experiment.model_config
+    turn = max(min(16, length // 4), 1)
+    chunks = max(length // (turn + len(method.closes)) - 1, 1)
+    row = _example(shape.vocab_size, [turn] * (chunks + 1))
+    sizes = measure(method, row)
+    made = batch(method, [row] * config.data.batch_size, sizes, shape.vocab_size)
+    graphdef, params, frozen = training.split(experiment.model, config.train.trainable)
+    optimizer = training.make_optimizer(config.optimizer, training.make_schedule(config.optimizer, 100))
+    step = training.make_step(config, graphdef, method, optimizer)
+    batches: Batch = jax.tree.map(lambda x: np.asarray(x)[None], made)
+    # A copy: the step is given its state for good, and the model's arrays are still needed.
+    state = [jax.tree.map(jnp.copy, training.init_state(params, optimizer))]
+    key = jax.random.key(0)
+
+    def run() -> Any:
+        state[0], metrics = step(state[0], frozen, batches, key)
+        return jax.block_until_ready(metrics)
+
+    tokens = config.data.batch_size * sizes.tokens
+    pairs = config.data.batch_size * _pairs(method, made)
+    forward = efficiency.forward_flops(shape, tokens, 0, config.data.batch_size * sizes.scored)
+    attention = efficiency.forward_flops(shape, 0, pairs, 0)
+    # Backward through a frozen base: one product for each one forward, two in attention; another where it is trained.
+    backward = forward * (2 if config.train.trainable == "all" else 1) + 2 * attention
+    counts = {"rows": config.data.batch_size, "tokens": tokens, "scored": config.data.batch_size * sizes.scored}
+    return run, counts, forward + attention + backward
+
+
+def _pairs(method: Method, made: Batch) -> int:
+    """Pairs of query and key that one row's attention needs."""
+    from jax_ccm.layout import visible
+
+    first = lambda slots: slots.map(lambda x: np.asarray(x)[:1])
+    own = visible(method.rule, first(made.slots), first(made.slots)).sum()
+    if made.memory is None:
+        return int(own)
+    return int(own + visible(method.rule, first(made.slots), first(made.memory.slots)).sum())
+
+
+def _sessions(experiment: Experiment, rivals: list[efficiency.Rival], options: Options) -> dict[str, Any]:
+    """How many sessions fit, for each rival."""
+    budget = int(options.memory_gib * 2**30)
+    turn = options.prompt + options.reply
+    found = {
+        rival.name: efficiency.most_sessions(
+            experiment.model, rival, budget, turns=options.turns[-1], turn=turn, prompt=options.prompt
+        )
+        for rival in rivals
+    }
+    return {"budget_bytes": budget, "turns": options.turns[-1], "systems": found}
+
+
+def _write(config: Config, workdir: Path, results: dict[str, Any]) -> None:
+    from jax_ccm.evals import speed
+
+    save_config(config, workdir / "config.yaml")
+    write = lambda name, text: (workdir / name).write_text(text, encoding="utf-8")
+    write("bench.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    for name in speed.TABLES:
+        write(f"{name}.md", speed.markdown(results, name))
+    speed.plot(results, workdir / "plot.png")
+    last = results["turns"][-1]
+    summary = {
+        "status": "finished", "command": results["command"], "turns": last["turns"],
+        "seconds_of_a_turn": {name: cell["turn"] for name, cell in last["systems"].items()},
+        "tokens_per_second": {name: cell["tokens_per_second"] for name, cell in results["steps"].items()},
+        "seconds": results["seconds"],
+    }  # fmt: skip
+    write("summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)
