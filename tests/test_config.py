@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_ccm import cli, config
+from jax_ccm import cli, config, sharding
 from jax_ccm.config import Config, differences, load_config, save_config, to_mapping
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.train import Options
@@ -167,6 +167,8 @@ def test_every_field_is_read_somewhere():
                 read.add(node.attr)
     # Options of a method are passed on by name; formats are asked for theirs with option("name").
     method = {f.name for f in dataclasses.fields(config.MethodConfig)}
+    # The mesh is made of all its axes, by name.
+    read.update(sharding.AXES)
     idle = [
         ".".join(path)
         for path, _ in fields(Config)
