@@ -241,6 +241,20 @@ def test_chunk():
             layout.chunk([[token]], 3, V)
 
 
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("window", dict(size=0), "window size is 0"),
+        ("window", dict(size=3, sink=True, sinks=4), "window size is 3, smaller than the sinks=4"),
+        ("window", dict(size=3, sink=True, sinks=0), "sinks is 0"),
+        ("streaming_llm", dict(sinks=0), "sinks is 0"),
+    ],
+)
+def test_windows_and_sinks_that_do_not_go_together(name, options, message):
+    with pytest.raises(UserError, match=message):
+        build(name, **options)
+
+
 def test_every_method_builds():
     for name in METHODS:
         method = build(name, **{"window": {"size": 4}, "local": {"hidden": 0.5}}.get(name, {}))

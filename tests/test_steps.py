@@ -284,6 +284,8 @@ def test_bad_input():
     cache, _ = steps.read(MODEL, cache, full(3), method=method)
     with pytest.raises(UserError, match="larger raw_capacity"):
         memory.check(cache)
+    with pytest.raises(UserError, match="a window of 4 live slots has no room for text beside the sink's 4"):
+        steps.stream_step(MODEL, cache, full(1), method=build("streaming_llm", sinks=4), window=4, closes=1)
 
 
 def test_empty_chunk_passes_through():

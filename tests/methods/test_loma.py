@@ -12,6 +12,8 @@ from flax import nnx
 
 from jax_ccm import layout, losses, memory, steps
 from jax_ccm.closing import prefill
+from jax_ccm.data.batches import prepare
+from jax_ccm.data.config import DataConfig
 from jax_ccm.draw import draw
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
@@ -20,7 +22,7 @@ from jax_ccm.methods import build
 from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Chunk, Kind
 from tests import cases
-from tests.data.support import ids
+from tests.data.support import ids, tokenizer, write
 from tests.data.test_formats import load
 
 METHOD = build("loma", ratio=2, memory_tokens=2)
@@ -195,6 +197,19 @@ def test_documents_share_no_row():
         assert found == ids(document)[: len(found)] and len(found) >= 16
         for unit in mine:
             assert len(format.draw(unit, np.random.default_rng(0)).segments) == len(unit.pieces)
+
+
+def test_windows_that_t_c_does_not_divide(tmp_path):
+    """Training text is cut into windows of whole chunks: the rest of each would never be compressed."""
+    path = write(tmp_path / "text.jsonl", [{"text": "abcdefgh" * 9}])
+    data = DataConfig(train=(path,), format="text", chunk=5, max_chunks=3, tokens=99, scored=64, loss="all", bos=False)
+    with pytest.raises(
+        UserError, match=r"data.chunk=5 x \(data.max_chunks=3 \+ 1\) = 20 tokens are no multiple of the 8"
+    ):
+        prepare(data, build("loma", ratio=4, memory_tokens=2), tokenizer(), 300)
+    made = prepare(data, METHOD, tokenizer(), 300)
+    sizes = made.format.needs(made.units[0], METHOD)
+    assert sizes == layout.Sizes(20 + 20 + 5 * 2, 5 * 2, 19 + 20)
 
 
 def test_methods_without_repetition_say_so():
