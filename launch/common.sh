@@ -27,6 +27,6 @@ wait_for() {
 
 # The comment at the top of the script: how it is used.
 usage() {
-    sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0" >&2
+    sed -nE '2,/^([^#]|$)/{s/^# ?//p}' "$0" >&2
     exit 2
 }
