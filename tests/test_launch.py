@@ -148,7 +148,7 @@ def test_without_dry_run_the_commands_are_run(outside):
     assert lines[0].startswith("gcloud compute tpus tpu-vm create t ") and lines[1] == "kubectl apply -f -"
 
 
-# What a JobSet (jobset.x-k8s.io/v1alpha2) and what is inside may hold, as far as the manifests go, and what must be there.
+# What a JobSet (jobset.x-k8s.io/v1alpha2) may hold, as far as the manifests go; "!" must be there.
 POD = {
     "restartPolicy!": str, "terminationGracePeriodSeconds": int, "nodeSelector": {"*": str},
     "tolerations": [{"key": str, "operator": str, "effect": str}],

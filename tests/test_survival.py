@@ -1,13 +1,8 @@
-"""What a run outlives: kill -9, signals, damaged checkpoints, a full disk, a folder that cannot be written, lost data.
-
-Runs that are to be killed are forked from a server that has imported everything and started nothing, so that a life
-costs a second and not ten.
-"""
+"""What a run outlives: kill -9, signals, damaged checkpoints, full disks, folders that cannot be written, lost data."""
 
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import random
 import resource
@@ -24,10 +19,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jax_ccm.checkpoints import Checkpoints
-from jax_ccm.config import from_mapping, to_mapping
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.run import Run
 from tests.data.support import dialogues, tokenizer, write
+from tests.lives import Life, use_programs
 from tests.test_checkpoints import flip, largest
 from tests.test_train import TINY, last_state, records, tiny
 
@@ -49,47 +44,6 @@ def programs(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-def use_programs(folder):
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-@pytest.fixture(scope="module")
-def server():
-    """Forks processes in which nothing has to be imported any more."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_survival", "orbax.checkpoint", "grain", "tensorboardX"])
-    return context
-
-
-def live(tree, workdir, programs, user, answer):
-    """One life of a run, in a process of its own."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    use_programs(programs)
-    if user is not None:
-        os.setuid(user)
-    try:
-        status = Run(from_mapping(tree), workdir).train()["status"]
-    except (RunError, UserError) as e:
-        status = f"{type(e).__name__}: {e}"
-    answer.send(status)
-
-
-def start(server, config, workdir, programs, user=None):
-    receive, send = server.Pipe(duplex=False)
-    process = server.Process(target=live, args=(to_mapping(config), workdir, programs, user, send))
-    process.start()
-    return process, receive
-
-
-def finish(process, receive):
-    """What a life came to."""
-    assert receive.poll(300)
-    process.join(60)
-    assert process.exitcode == 0
-    return receive.recv()
-
-
 def equal(one, two, step):
     """Whether two runs left the same, bit for bit."""
     assert records(one) == records(two)
@@ -106,17 +60,16 @@ def completed(workdir):
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_again_and_again(server, tmp_path, programs, kills):
+def test_killed_again_and_again(tmp_path, programs, kills):
     """Every other kill comes while a checkpoint is being written, the rest at any time after that."""
     rng = random.Random(kills)
     steps = 8 * kills
     config = tiny(train={**OFTEN, "steps": steps})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process, receive = start(server, tiny(train={**OFTEN, "steps": steps, "checkpoint_every": steps}), whole, programs)
-    assert finish(process, receive) == "finished"
+    assert Life(tiny(train={**OFTEN, "steps": steps, "checkpoint_every": steps}), whole, programs).end() == "finished"
     torn, seen = 0, []
     for number in range(kills):
-        process, receive = start(server, config, broken, programs)
+        process = Life(config, broken, programs).process
         before = completed(broken)
         while not completed(broken) - before:  # some progress in each life
             assert process.is_alive()
@@ -133,8 +86,7 @@ def test_killed_again_and_again(server, tmp_path, programs, kills):
         seen.append(max(completed(broken)))
     assert torn >= kills // 4, "hardly any kill came within a write"
     assert seen == sorted(seen) and seen[-1] < steps
-    process, receive = start(server, config, broken, programs)
-    assert finish(process, receive) == "finished"
+    assert Life(config, broken, programs).end() == "finished"
     equal(whole, broken, steps)
 
 
@@ -263,22 +215,23 @@ def test_a_file_where_a_folder_should_be(tmp_path):
         Run(tiny(train=SHORT), tmp_path)
 
 
-def test_read_only_workdir(server, short, programs):
+def test_read_only_workdir(short, programs):
     """Root may write everywhere, so the run becomes nobody; pytest's own folders are closed to nobody."""
     base = Path(tempfile.mkdtemp(prefix="jax_ccm"))
     try:
         shutil.copytree(short, base / "run")
         for path in [base, *base.rglob("*")]:
             path.chmod(0o555 if path.is_dir() else 0o444)
-        before = {path: path.stat().st_mtime_ns for path in base.rglob("*")}
+        times = lambda: {path: path.stat().st_mtime_ns for path in (base / "run").rglob("*")}
+        before = times()
         user = 65534 if os.getuid() == 0 else None
         config = tiny(train={**SHORT, "steps": 8})
-        failed = finish(*start(server, config, base / "run", programs, user))
+        failed = Life(config, base / "run", programs, user=user).end(1)
         assert failed.startswith("RunError: ") and "Permission denied" in failed
         assert "the checkpoint of step 6 is kept" in failed
-        failed = finish(*start(server, config, base / "new", programs, user))
+        failed = Life(config, base / "new", programs, user=user).end(1)
         assert failed.startswith("UserError: --workdir") and "Permission denied" in failed
-        assert {path: path.stat().st_mtime_ns for path in base.rglob("*")} == before
+        assert times() == before and not (base / "new").exists()
     finally:
         for path in [base, *base.rglob("*")]:
             path.chmod(path.stat().st_mode | stat.S_IRWXU)
