@@ -314,9 +314,9 @@ class Run:
         print(f"validation data: {held_out.report}; {count * data.batch_size:,} examples are scored each time")
         return train, list(itertools.islice(held_out.iterator(seed=config.train.seed, rows=self._rows()), count))
 
-    def _rows(self) -> np.ndarray:
+    def _rows(self) -> list[int]:
         """The rows of each global batch that this process reads."""
-        return sharding.process_rows(self.experiment.mesh, self.config.data.batch_size)
+        return sharding.process_rows(self.experiment.mesh, self.config.data.batch_size).tolist()
 
     def _check_spread(self) -> None:
         data, mesh = self.config.data, self.experiment.mesh

@@ -100,7 +100,7 @@ class TrainingSet:
 
         size = self.config.batch_size
         rows = range(size) if rows is None else rows
-        if not len(rows) or min(rows) < 0 or max(rows) >= size:
+        if not rows or min(rows) < 0 or max(rows) >= size:
             raise UserError(f"rows {list(rows)} of a batch of data.batch_size={size}; they must lie in 0..{size - 1}")
         seed = seed if self.config.shuffle_seed is None else self.config.shuffle_seed
         # Everything is in memory already: threads would only fight for the interpreter lock.
@@ -110,7 +110,7 @@ class TrainingSet:
             # All rows are drawn everywhere, because all of them together say which bucket holds the batch.
             data = grain.MapDataset.source(self.groups(seed)).seed(seed).shuffle().random_map(self.draw_group).repeat()
             return iter(data.map(functools.partial(self.batch, rows=rows)).to_iter_dataset(options))
-        drawn = grain.MapDataset.source(self.units).seed(seed).shuffle().random_map(self.draw).repeat()
+        drawn: Any = grain.MapDataset.source(self.units).seed(seed).shuffle().random_map(self.draw).repeat()
         batches = grain.MapDataset.range(len(drawn) // size)
         return iter(batches.map(lambda i: self.batch([drawn[i * size + r] for r in rows])).to_iter_dataset(options))
 
