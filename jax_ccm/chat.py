@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_ccm import cli, layout, memory, steps
+from jax_ccm import cli, layout, memory, sharding, steps
 from jax_ccm.closing import Closing, policy, prefill
 from jax_ccm.data.pieces import Pieces, sentence_ends
 from jax_ccm.errors import UserError
@@ -209,8 +209,13 @@ _compress = jax.jit(steps.compress, static_argnames="method")
 
 def main() -> None:
     options, config, _ = cli.parse(Options, command="jax_ccm.chat")
-    sampling = Sampling(options.temperature, top_p=options.top_p)
     experiment = load_experiment(config, adapter=options.adapter)
+    with sharding.use(experiment.mesh):
+        _talk(experiment, options)
+
+
+def _talk(experiment: Experiment, options: Options) -> None:
+    sampling = Sampling(options.temperature, top_p=options.top_p)
     closing = None
     if options.span:
         ends = sentence_ends(experiment.tokenizer) if options.sentences and experiment.tokenizer else ()

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm import cli
+from jax_ccm import cli, sharding
 from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError, unknown
@@ -72,13 +72,20 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
     Raises:
       UserError: for a missing adapter, empty data, a working directory that belongs to a training run.
     """
+    start = time.perf_counter()
+    _check(config, options)
+    experiment = load_experiment(config, adapter=options.adapter)
+    sharding.check_rows(experiment.mesh, "eval.batch_size", config.eval.batch_size)
+    with sharding.use(experiment.mesh):
+        return _evaluate(experiment, options, command, start)
+
+
+def _evaluate(experiment: Experiment, options: Options, command: str, start: float) -> dict[str, Any]:
     from jax_ccm.data.evaluation import Evaluation
     from jax_ccm.evals import perplexity, texts
     from jax_ccm.evals.scoring import Store
 
-    start = time.perf_counter()
-    _check(config, options)
-    experiment = load_experiment(config, adapter=options.adapter)
+    config = experiment.config
     evaluation = Evaluation.open(config.data, experiment.tokenizer, options.split)
     print(f"{options.split} data: {evaluation.report}")
     choices = config.eval.by == "step" and evaluation.has_choices

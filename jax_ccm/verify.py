@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_ccm import cli
+from jax_ccm import cli, sharding
 from jax_ccm.config import Config, save_config
 from jax_ccm.errors import UserError
 from jax_ccm.experiment import Experiment, load_experiment
@@ -98,7 +98,7 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
     examples, source = sessions(experiment, options)
     examples = [parity.everything_scored(example) for example in examples]
     print(f"{method.name}, {adapter}; {len(examples)} sessions of {source}")
-    with jax.default_matmul_precision("highest"):
+    with sharding.use(experiment.mesh), jax.default_matmul_precision("highest"):
         parallel = parity.parallel_logits(model, method, examples)
         recurrent = parity.recurrent_logits(model, method, examples)
         bare = parity.parallel_logits(model, method, examples, with_memory=False)
@@ -106,7 +106,7 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
     result = {"command": command, "method": method.name, "adapter": adapter, "sessions": source, "steps": steps}
     passed = all(row["passed"] for row in steps)
     if options.gradients and jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
-        with jax.default_matmul_precision("highest"):
+        with sharding.use(experiment.mesh), jax.default_matmul_precision("highest"):
             loss, ours = parity.parallel_gradients(model, method, examples)
             other, theirs = parity.recurrent_gradients(model, method, examples)
         norm = float(np.sqrt(sum(float(np.sum(np.square(np.asarray(x, np.float64)))) for x in jax.tree.leaves(ours))))

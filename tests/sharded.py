@@ -20,11 +20,10 @@ from flax import nnx
 import tests.conftest  # noqa: F401  (quick compilation)
 from jax_ccm import memory, sharding, training
 from jax_ccm.evals import parity
-from jax_ccm.generate import _loop
 from jax_ccm.layout import batch
 from jax_ccm.losses import mean_loss
 from jax_ccm.steps import compress_scan, parallel_forward, read
-from jax_ccm.types import Method
+from jax_ccm.types import Chunk, Method
 from tests import cases
 
 ROWS = ((5, 3, 7, 4), (2, 6), (4, 1, 3, 3, 2), (6, 2, 2), (1, 4, 3), (3, 3, 3, 3), (7, 2), (2, 2, 5, 1))
@@ -42,8 +41,13 @@ def program(method: Method):
         model = nnx.merge(graphdef, params, frozen)
         after = compress_scan(model, cache, context, method=method)
         full, _ = read(model, after, tail, method=method, query=True)
-        greedy = (jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.full(1, -1), jnp.ones(len(ROWS), bool))
-        _, tokens, _ = _loop(model, full, jax.random.key(0), *greedy, method=method, max_tokens=3)
+
+        def next_token(cache, _):
+            token = jnp.argmax(cache.logits, axis=-1).astype(jnp.int32)[:, None]
+            cache, _ = read(model, cache, Chunk(token, jnp.ones(token.shape, bool)), method=method, query=True)
+            return cache, token
+
+        _, tokens = jax.lax.scan(next_token, full, length=3)
         return {"loss": loss, "grads": grads, "memory": after, "tokens": tokens}
 
     return jax.jit(run, static_argnums=0)

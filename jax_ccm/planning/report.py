@@ -1,0 +1,87 @@
+"""A plan as a table and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+KINDS = ("weights", "adapter", "optimizer", "cache", "batch", "temporaries", "other")
+
+
+def markdown(plan: dict[str, Any]) -> str:
+    """The plan's tables; nothing in them was run."""
+    chip = plan["chip"]["hbm_bytes"] / GIB
+    lines = [
+        f"Compiled, not run: {plan['model']} for {plan['topology']} ({plan['devices']} chips of {chip:.0f} GiB).",
+        "",
+    ]
+    if "training" in plan:
+        lines += [
+            "| compiled, not run | rows x micro-batches | HBM a chip | fits | roofline |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [_step(name, entry) for name, entry in plan["training"].items() if entry]
+        lines += [""]
+    if "sessions" in plan:
+        lines += [
+            "| compiled, not run: conversation | raw tokens | full context | concat | merge |",
+            "|---|---|---|---|---|",
+            *map(_sessions, plan["sessions"]),
+        ]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _step(name: str, entry: dict[str, Any]) -> str:
+    fits = "yes" if entry["fits"] else "no"
+    time = f"{entry['seconds']['roofline']:.2f} s" if entry["fits"] else ""
+    size = f"{entry['hbm_bytes'] / GIB:.2f} GiB"
+    return f"| {name.replace('_', ' ')} | {entry['rows']} x {entry['accumulation']} | {size} | {fits} | {time} |"
+
+
+def _sessions(row: dict[str, Any]) -> str:
+    setting, full = row["setting"], row["systems"]["full"]["sessions"]
+    cells = [f"{full:,}"]
+    for name in ("concat", "merge"):
+        most = row["systems"][name]["sessions"]
+        cells.append(f"{most:,} ({most / full:.1f} x)" if full else f"{most:,}")
+    talk = f"{setting['chunks']:,} chunks of {setting['chunk_tokens']}"
+    return f"| {talk} | {setting['raw']} | {' | '.join(cells)} |"
+
+
+def plot(plan: dict[str, Any], path: Path) -> None:
+    """Memory of each step by kind, and sessions side by side."""
+    from matplotlib.figure import Figure
+
+    steps = {f"training\n{name}": entry for name, entry in plan.get("training", {}).items() if entry}
+    for row in plan.get("sessions", [])[:1]:
+        for system, found in row["systems"].items():
+            steps |= {f"{system}\n{name.removesuffix('_step')}": entry for name, entry in found["steps"].items()}
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    below = [0.0] * len(steps)
+    for kind in KINDS:
+        sizes = [entry["hbm_bytes_by_kind"].get(kind, 0) / GIB for entry in steps.values()]
+        left.bar(list(steps), sizes, bottom=below, label=kind)
+        below = [a + b for a, b in zip(below, sizes, strict=True)]
+    left.axhline(plan["chip"]["hbm_bytes"] / GIB, color="black", linewidth=1)
+    left.set_ylabel("GiB a chip")
+    left.tick_params(axis="x", labelsize=7)
+    left.legend(fontsize=8)
+    rows = plan.get("sessions", [])
+    for offset, system in enumerate(("full", "concat", "merge")):
+        right.bar(
+            [number + 0.27 * (offset - 1) for number in range(len(rows))],
+            [row["systems"][system]["sessions"] for row in rows],
+            width=0.25,
+            label=system,
+        )
+    label = lambda s: f"{s['chunks']} x {s['chunk_tokens']}\n{s['raw']} raw"
+    right.set_xticks(range(len(rows)), [label(row["setting"]) for row in rows])
+    right.set_ylabel("live sessions that fit")
+    if rows:
+        right.set_yscale("log")
+        right.legend(fontsize=8)
+    figure.suptitle(f"{plan['model']} on {plan['topology']}: compiled, not run")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,104 @@
+"""How many live sessions fit: full context, concat and merge side by side, everything counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ccm import methods, sharding
+from jax_ccm.config import Config
+from jax_ccm.nn import ModelConfig
+from jax_ccm.planning import programs
+from jax_ccm.planning.chips import Chip
+from jax_ccm.planning.measure import Need, largest, need
+from jax_ccm.types import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A conversation.
+
+    Attributes:
+      chunks: closed so far.
+      chunk_tokens: of each.
+      raw: places for raw text that is not compressed yet: the input and the answer in hand.
+    """
+
+    chunks: int
+    chunk_tokens: int
+    raw: int
+
+
+def systems(config: Config) -> dict[str, Method]:
+    """Full context, and both ways to compress with the compression tokens that the config's method has."""
+    given = config.method.options()
+    options = {name: given[name] for name in ("comp_tokens", "independent", "sink") if name in given}
+    return {
+        "full": methods.build("full"),
+        "concat": methods.build("ccm_concat", **options),
+        "merge": methods.build("ccm_merge", **options),
+    }
+
+
+def places(method: Method, setting: Setting) -> tuple[int, int]:
+    """Memory slots and places for raw text of a session."""
+    slots = method.memory_slots(setting.chunks)
+    if method.closes:
+        return slots, setting.raw
+    return slots, setting.raw + setting.chunks * setting.chunk_tokens
+
+
+def serving_mesh(shape: ModelConfig, devices: Sequence[Any]) -> jax.sharding.Mesh:
+    """As many devices share the heads as divide them, so that weights are never moved; the rest hold other sessions."""
+    tensor = math.gcd(shape.num_kv_heads, len(devices))
+    return sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": tensor, "context": 1}, devices)
+
+
+def most_sessions(
+    config: Config,
+    shape: ModelConfig,
+    method: Method,
+    setting: Setting,
+    mesh: jax.sharding.Mesh,
+    chip: Chip,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The largest number of sessions for which the step that needs most fits, and what both steps need then.
+
+    That is closing a chunk in all sessions at once, or, with full context, reading a token.
+    """
+    slots, raw = places(method, setting)
+    step = sharding.row_shares(mesh)
+    one = programs.abstract_cache(config, shape, method, mesh, step, slots, raw)
+    each = programs.device_bytes(one) / step
+    weights = programs.device_bytes(programs.abstract_model(config, shape, method, mesh))
+    guess = int((0.97 * chip.hbm_bytes - weights) / (each * (1 + 2 / shape.num_layers)))
+
+    def program(kind: Callable, sessions: int):
+        cache = programs.abstract_cache(config, shape, method, mesh, sessions, slots, raw)
+        return kind(config, shape, method, mesh, cache)
+
+    def needs(kind: Callable, sessions: int) -> Need:
+        found = need(program(kind, sessions), chip)
+        verdict = "fits" if found.fits else "does not fit"
+        say(f"{method.name}, {kind.__name__} of {sessions:,} sessions: {found.bytes / 2**30:.2f} GiB, {verdict}")
+        return found
+
+    heavy = programs.compress_step if method.closes else programs.decode_step
+    most, tried = largest(lambda n: needs(heavy, n), step=step, guess=guess, limit=chip.hbm_bytes)
+    steps = {heavy.__name__: tried[most]} if most else {}
+    if most and heavy is not programs.decode_step:
+        steps["decode_step"] = needs(programs.decode_step, most)
+    itemsize = jnp.dtype(config.model.dtype).itemsize
+    return {
+        "sessions": most,
+        "slots": slots + raw + int(method.sink),
+        "cache_bytes_per_session": (slots + raw + int(method.sink)) * shape.kv_bytes_per_slot(itemsize),
+        "first_that_does_not_fit": min(n for n, found in tried.items() if not found.fits),
+        "steps": {name: found.to_json() for name, found in steps.items()},
+    }
