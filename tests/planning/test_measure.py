@@ -1,0 +1,115 @@
+"""The search for what fits, topologies, and work by formula."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from jax_ccm.config import from_mapping
+from jax_ccm.errors import UserError
+from jax_ccm.experiment import build_method, scratch_model
+from jax_ccm.nn import abstract_transformer
+from jax_ccm.planning import chips, costs, measure, programs, sessions
+from jax_ccm.weights.hf import base_parameters
+
+
+def needing(size: int, fixed: int, each: float, limit: int, cliff: int = 10**9) -> measure.Need:
+    total = int(fixed + each * size) + (limit if size >= cliff else 0)
+    return measure.Need(total <= limit, total, {}, [], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("step", "guess", "fixed", "each", "cliff", "most"),
+    [
+        (16, 900, 1000, 10.0, 10**9, 896),  # (10000 - 1000) / 10 = 900
+        (16, 16, 1000, 10.0, 10**9, 896),
+        (16, 5000, 1000, 10.0, 10**9, 896),
+        (1, 300, 0, 10.0, 10**9, 1000),
+        (8, 64, 9990, 10.0, 10**9, 0),  # not even one step
+        (1, 100, 0, 10.0, 500, 499),  # the line lies
+    ],
+)
+def test_largest(step, guess, fixed, each, cliff, most):
+    calls = []
+
+    def needs(size):
+        calls.append(size)
+        return needing(size, fixed, each, 10_000, cliff)
+
+    found, tried = measure.largest(needs, step=step, guess=guess, limit=10_000)
+    assert found % step == 0 and (not found or tried[found].fits)
+    assert most * (1 - measure.PRECISION) - step < found <= most
+    beyond = min(size for size, need in tried.items() if not need.fits)
+    assert beyond - found <= max(step, found * measure.PRECISION)
+    assert len(calls) == len(set(calls)) < 15
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "4x4", "v5e:4x4x"])
+def test_bad_topologies(topology):
+    with pytest.raises(UserError, match="such as v5e:4x4"):
+        chips.parse(topology)
+
+
+def test_unknown_chips():
+    with pytest.raises(UserError, match="unknown chip 'v9'.*v5e, v5p, v6e"):
+        chips.parse("v9:4x4")
+    assert chips.parse("v5p:2x2x2") == ("v5p", 8)
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'libtpu==0\.0\.\d+\.\*' --no-deps"):
+        chips.devices("v5e:4x4")
+
+
+def test_weights_are_counted():
+    config = from_mapping({"model": {"scratch": {"vocab_size": 50, "layers": 3, "kv_heads": 1}}})
+    shape = scratch_model(config.model.scratch, 0)
+    kernels = {p: x for p, x in base_parameters(abstract_transformer(shape)).items() if p.endswith("kernel")}
+    layers = sum(x.size for path, x in kernels.items() if path.startswith("layers."))
+    assert costs.layer_weights(shape) == layers
+
+
+def test_training_cost():
+    """Frozen weights: 2 passes of 2 P each, a third with remat; trained ones 3, as the usual 6 P a token."""
+    tree = {"model": {"scratch": {"vocab_size": 50}}, "data": {"tokens": 16, "scored": 4, "max_chunks": 2}}
+    config = from_mapping(tree)
+    trained = from_mapping(tree | {"train": {"trainable": "all", "remat": True}})
+    shape = scratch_model(config.model.scratch, 0)
+    weights = costs.layer_weights(shape)
+
+    def per_token(config):
+        batch = programs.abstract_batch(config, shape, build_method(config), 2)
+        cost = costs.training_cost(config, shape, batch, 3, 1)
+        rows, length, memory = 6, 16, batch.memory.source.shape[1]
+        passes = 4 + config.train.remat
+        attention = passes * rows * costs.attention_flops(shape, length, length + memory)
+        head = 2 * (3 if config.train.trainable == "all" else 2) * shape.hidden_size * 50 * rows * batch.places.shape[1]
+        return (cost.flops - attention - head) / (rows * length * weights)
+
+    assert per_token(config) == pytest.approx(4)
+    assert per_token(trained) == pytest.approx(8)
+
+
+def test_sessions_of_each_system():
+    """Slots of a session: 16 chunks of 50 tokens with n = 8, and 32 raw tokens."""
+    config = from_mapping({"method": {"name": "ccm_merge", "comp_tokens": 8, "independent": True}})
+    setting = sessions.Setting(16, 50, 32)
+    found = {name: sum(sessions.places(m, setting)) for name, m in sessions.systems(config).items()}
+    assert found == {"full": 832, "concat": 160, "merge": 40}
+
+
+def test_abstract_programs_take_no_memory():
+    """What is compiled are the real steps: a one-device mesh, and bytes by kind as the shapes say."""
+    config = from_mapping(
+        {"model": {"scratch": {"vocab_size": 50}}, "data": {"tokens": 16, "scored": 4, "max_chunks": 2}}
+    )
+    shape, method = scratch_model(config.model.scratch, 0), build_method(config)
+    mesh = programs.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    program = programs.training_step(config, shape, method, mesh, 2, 3)
+    assert program.arguments[2].tokens.shape == (3, 2, 16)
+    adapter, optimizer = (programs.device_bytes(program.kinds[name]) for name in ("adapter", "optimizer"))
+    assert 2 * adapter < optimizer <= 2 * adapter + 64
+    found = measure.need(program, chips.CHIPS["v5e"])
+    assert found.fits and not found.collectives
+    assert found.bytes >= sum(size for kind, size in found.kinds.items() if kind not in ("temporaries", "other"))
