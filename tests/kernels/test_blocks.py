@@ -16,6 +16,7 @@ from jax_ccm.types import Kind, Slots
 from tests import cases
 from tests.kernels.support import made_for
 
+
 def exact(rule, q: Slots, k: Slots, q_size: int, k_size: int) -> np.ndarray:
     """The definition: whether any place of the one block sees any of the other."""
     cells = np.asarray(layout.visible(rule, q, k))
@@ -96,4 +97,5 @@ def test_pairs_of_the_docstring():
     assert np.asarray(memory.kind != Kind.PAD).sum() == 6
     text = blocks.visible_blocks(method.rule, made.slots, made.slots, 8, 8)
     pairs = blocks.list_pairs(text, blocks.visible_blocks(method.rule, made.slots, memory, 8, 8))
-    assert [x[1:4] for x in walk(pairs, 2)] == [(0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 2), (2, 1, 0), (3, 0, 3), (3, 1, 0)]
+    expected = [(0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 2), (2, 1, 0), (3, 0, 3), (3, 1, 0)]
+    assert [x[1:4] for x in walk(pairs, 2)] == expected

@@ -80,19 +80,20 @@ def test_kernel_visits_what_is_counted(monkeypatch):
         interpret=True,
     )
     expected = cost.count(method.rule, made.slots, keys, cost.Shape(4, 2, 8, 4), sizes)
-    area = [sum(visited // (sizes.q * k) for visited, k in zip(_by_source(made, method, sizes), sizes.k, strict=True))]
+    area = list(_by_source(made, method, sizes))
+    pairs = sum(cells // (sizes.q * k) for cells, k in zip(area, sizes.k, strict=True))
     out, pull = jax.vjp(attend, q, *sources)
     jax.block_until_ready(out)
     jax.effects_barrier()
     # Four query heads are four blocks of heads.
-    assert len(visits) == 4 * area[0]
+    assert len(visits) == 4 * pairs
     jax.block_until_ready(pull(d_out))
     jax.effects_barrier()
-    assert len(visits) == 3 * 4 * area[0]
+    assert len(visits) == 3 * 4 * pairs
     # Rows that see nothing have a step, and no arithmetic.
-    assert expected["forward"].steps >= 4 * area[0]
+    assert expected["forward"].steps >= 4 * pairs
     assert expected["forward"].flops == 2 * 2 * expected["forward"].visited * 4 * 8
-    assert expected["forward"].visited == sum(_by_source(made, method, sizes))
+    assert expected["forward"].visited == sum(area)
 
 
 def _by_source(made, method, sizes):

@@ -1,0 +1,79 @@
+"""The kernels compiled for TPUs that are not here: they are in the program, and it needs no T x S array."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_ccm.kernels import ahead
+from jax_ccm.methods import build
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
+    # libtpu says so of every process that only compiles.
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+OTHERS = [pytest.param(target, marks=pytest.mark.slow) for target in ahead.TOPOLOGIES if target != "v5e"]
+CONCAT = build("ccm_concat", comp_tokens=8).rule
+MIB = 2**20
+
+
+@pytest.mark.parametrize("target", ["v5e", *OTHERS])
+def test_gradients(target):
+    """32 query and 8 key heads of 128 in bfloat16 at T = 4,096: forward, queries, and keys of text and of memory."""
+    _, gradients, arguments = ahead.call(CONCAT, 1, 4096, 560)
+    found = ahead.compile_for(ahead.mesh_for(target), gradients, *arguments)
+    assert found.kernels == 4
+    assert found.temporaries <= 48 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ahead.TOPOLOGIES)
+def test_gradients_of_long_rows(target):
+    """T = 32,768: memory grows with the length alone."""
+    _, gradients, arguments = ahead.call(CONCAT, 1, 32768, 4520)
+    found = ahead.compile_for(ahead.mesh_for(target), gradients, *arguments)
+    assert found.kernels == 4
+    assert found.temporaries <= 448 * MIB
+
+
+@pytest.mark.parametrize("target", ["v5e", *OTHERS])
+def test_decoding(target):
+    """One query of each of 64 sessions against caches of 1,024: the caches are not copied."""
+    forward, _, (arrays, _, slots) = ahead.call(CONCAT, 64, 1, 1024)
+    found = ahead.compile_for(ahead.mesh_for(target), forward, arrays, slots)
+    assert found.kernels == 1
+    cache = 2 * arrays[3].size * 2
+    assert found.temporaries < cache / 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [(9, 3, 64), (32, 8, 64), (32, 32, 96), (16, 8, 256), (32, 1, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+def test_heads(heads, dtype):
+    """Heads of 64, 96, 128 and 256, alone and in large groups, at lengths that no block divides."""
+    _, gradients, arguments = ahead.call(CONCAT, 1, 1000, 137, ahead.Heads(*heads), dtype)
+    assert ahead.compile_for(ahead.mesh_for("v5e"), gradients, *arguments).kernels == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"), [("local", {"hidden": 0.3}), ("window", {"size": 100, "sink": True}), ("loma", {})]
+)
+def test_rules(name, options):
+    """Clauses with windows, hidden fractions and both directions compile."""
+    forward, _, (arrays, _, slots) = ahead.call(build(name, **options).rule, 1, 1000, 137)
+    assert ahead.compile_for(ahead.mesh_for("v5e"), forward, arrays, slots).kernels == 1
+
+
+@pytest.mark.slow
+def test_mesh():
+    """Rows and heads spread over four devices: each runs the kernel on its own."""
+    mesh = ahead.mesh_for("v5e", data=2, tensor=2)
+    forward, _, (arrays, _, slots) = ahead.call(CONCAT, 2, 1024, 128)
+    assert ahead.compile_for(mesh, forward, arrays, slots).kernels == 1
+    assert jax.default_backend() == "cpu"
