@@ -152,8 +152,9 @@ class TrainConfig:
     """Of fresh weights, data order and dropout."""
     trainable: Literal["adapter", "all"] = "adapter"
     """Train the adapter on a frozen base, or everything (a model from scratch)."""
-    remat: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    remat: Literal["none", "dots", "all"] = "none"
+    """What the backward pass recomputes of each layer instead of keeping it: nothing; all but the products with weights
+    (less memory, hardly slower); or everything (least memory, about a third slower)."""
     log_every: int = 10
     """Steps between lines of metrics."""
     eval_every: int = 100

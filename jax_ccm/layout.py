@@ -106,11 +106,16 @@ def with_window(rule: Rule, window: int | None) -> Rule:
     return dataclasses.replace(rule, sees=tuple(clauses))
 
 
-def gate(method: Method, slots: Slots) -> Array | None:
-    """``float32 [..., S]``: 1 on the kinds where the method's LoRA acts; None if it acts nowhere."""
-    if not method.gate:
-        return None
-    return is_in(slots.kind, method.gate).astype("float32")
+def gate(method: Method, slots: Slots, kinds: tuple[Kind, ...] = tuple(Kind)) -> Array | None:
+    """``float32 [..., S]``: 1 on the kinds where the method's LoRA acts; None if it acts on none of ``kinds``.
+
+    Args:
+      method: the compression method.
+      slots: of any shape.
+      kinds: which kinds the slots can be of.
+    """
+    acts = tuple(kind for kind in method.gate if kind in kinds)
+    return is_in(slots.kind, acts).astype("float32") if acts else None
 
 
 def arrange(method: Method, example: Example) -> tuple[Segment, ...]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.sharding import constrain
 from jax_ccm.types import Batch, Kind, Method
+
+# Logits that exist at once, forward and backward: 64 MiB of float32, unless a few columns of the batch are more.
+BLOCK = 2**24
+COLUMNS = 16
 
 
 def scored_logits(model: Transformer, hidden, batch: Batch):
@@ -18,9 +25,122 @@ def scored_logits(model: Transformer, hidden, batch: Batch):
 
 def scored_losses(model: Transformer, hidden, batch: Batch):
     """Negative log-likelihood in nats of each scored token, ``float32 [B, Q]``, 0 on padding."""
-    logits = scored_logits(model, hidden, batch)
-    target = jnp.take_along_axis(logits, batch.targets[:, :, None], axis=2)[:, :, 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - target) * batch.weights
+    hidden = constrain(jnp.take_along_axis(hidden, batch.places[:, :, None], axis=1), "rows")
+    head, axes = model.head
+    return token_losses(axes, hidden, head, batch.targets) * batch.weights
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def token_losses(axes: str, hidden, head, targets):
+    """Negative log-likelihood in nats of each target, without ever holding all logits.
+
+    Logits are made in blocks of columns. Where the head is frozen, as in training an adapter, the gradient of each
+    block is made at once, in the forward pass, and its logits are never needed again; where it is trained they are made
+    a second time in the backward pass.
+
+    Args:
+      axes: of the head, "vd" or "dv".
+      hidden: ``[B, Q, D]``.
+      head: ``[V, D]`` or ``[D, V]``.
+      targets: ``int32 [B, Q]``.
+
+    Returns:
+      ``float32 [B, Q]``.
+    """
+    step = lambda block: _likelihood(_logits(axes, block[0], head), block[1])[0]
+    return _by_blocks(step, head, axes, hidden, targets)
+
+
+def _forward(axes, hidden, head, targets):
+    trained = head.perturbed
+    hidden, head, targets = hidden.value, head.value, targets.value
+
+    def step(block):
+        hidden, targets = block
+        logits = _logits(axes, hidden, head)
+        losses, total = _likelihood(logits, targets)
+        if trained:
+            return losses, total
+        return losses, _to_hidden(axes, _slope(logits, total, targets), head).astype(hidden.dtype)
+
+    losses, kept = _by_blocks(step, head, axes, hidden, targets)
+    return losses, ((hidden, head, targets, kept) if trained else (kept,))
+
+
+def _backward(axes, residuals, g):
+    if len(residuals) == 1:
+        (slope,) = residuals
+        return g[:, :, None].astype(slope.dtype) * slope, None, None
+    hidden, head, targets, totals = residuals
+
+    def step(gradient, block):
+        hidden, targets, total, g = block
+        slope = _slope(_logits(axes, hidden, head), total, targets) * g[:, :, None]
+        order = {"v": slope, "d": hidden}
+        terms = [f"bq{axis}" for axis in axes]
+        found = jnp.einsum(
+            f"{','.join(terms)}->{axes}", *(order[axis] for axis in axes), preferred_element_type=jnp.float32
+        )
+        return gradient + found, _to_hidden(axes, slope, head).astype(hidden.dtype)
+
+    blocks, size = _blocks(head, axes, targets)
+    zero = jnp.zeros(head.shape, jnp.float32)
+    split = functools.partial(_split, blocks=blocks, size=size)
+    gradient, slopes = jax.lax.scan(step, zero, tuple(map(split, (hidden, targets, totals, g))))
+    return _joined(slopes, targets.shape[1]), gradient.astype(head.dtype), None
+
+
+token_losses.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _logits(axes: str, hidden, head):
+    logits = jnp.einsum(f"bqd,{axes}->bqv", hidden, head, preferred_element_type=jnp.float32)
+    return constrain(logits, "rows", None, "vocab")
+
+
+def _likelihood(logits, targets):
+    """Losses and the logarithms of the normalisers, ``[B, q]`` each."""
+    total = jax.nn.logsumexp(logits, axis=-1)
+    return total - jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0], total
+
+
+def _slope(logits, total, targets):
+    """The gradient of the losses for the logits: probabilities, less 1 at the target."""
+    hit = jnp.arange(logits.shape[-1]) == targets[:, :, None]
+    return jnp.exp(logits - total[:, :, None]) - hit
+
+
+def _to_hidden(axes: str, slope, head):
+    return jnp.einsum(f"bqv,{axes}->bqd", slope.astype(head.dtype), head, preferred_element_type=jnp.float32)
+
+
+def _blocks(head, axes: str, targets) -> tuple[int, int]:
+    """How many blocks of how many columns."""
+    batch, columns = targets.shape
+    most = max(BLOCK // (batch * head.shape[axes.index("v")]), COLUMNS)
+    blocks = math.ceil(columns / most)
+    return blocks, math.ceil(columns / max(blocks, 1))
+
+
+def _split(x, *, blocks: int, size: int):
+    """``[B, Q, ...]`` as ``[blocks, B, size, ...]``, zeros behind."""
+    x = jnp.pad(x, [(0, 0), (0, blocks * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
+
+
+def _joined(x, columns: int):
+    """``[blocks, B, size, ...]`` as ``[B, columns, ...]``."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :columns]
+
+
+def _by_blocks(step, head, axes: str, hidden, targets):
+    """``step`` of hidden states and targets, block by block."""
+    blocks, size = _blocks(head, axes, targets)
+    if blocks <= 1:
+        return step((hidden, targets))
+    found = jax.lax.map(step, tuple(_split(x, blocks=blocks, size=size) for x in (hidden, targets)))
+    return jax.tree.map(lambda x: _joined(x, targets.shape[1]), found)
 
 
 def repeated(batch: Batch):

@@ -393,7 +393,7 @@ def _out_of_memory_as_error(call: Any) -> Any:
                 raise
             raise RunError(
                 "the device has not enough memory for a training step. Lower data.batch_size and raise "
-                f"optimizer.accumulation, set train.remat: true, or lower data.tokens ({str(e).splitlines()[0]})"
+                f"optimizer.accumulation, set train.remat: all, or lower data.tokens ({str(e).splitlines()[0]})"
             ) from e
 
     return wrapped

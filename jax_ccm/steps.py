@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax_ccm import memory
 from jax_ccm.errors import UserError
 from jax_ccm.layout import gate, is_in
-from jax_ccm.nn.transformer import Transformer
+from jax_ccm.nn.linear import Gate
+from jax_ccm.nn.transformer import Remat, Transformer
 from jax_ccm.types import RAW, Array, Batch, Chunk, Kind, MemoryCache, Method, Slots
 
 
@@ -29,7 +30,7 @@ def parallel_forward(
     *,
     method: Method,
     dropout_key=None,
-    remat: bool = False,
+    remat: Remat = "none",
     implementation: str | None = None,
 ):
     """All chunks of a session at once: what the recurrence computes, in one causal pass.
@@ -39,16 +40,21 @@ def parallel_forward(
       batch: laid out by `layout.batch` for the same method.
       method: static.
       dropout_key: PRNG key for the dropout on the LoRA's input; None in evaluation.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass recomputes, as for `Transformer`.
       implementation: of the attention.
 
     Returns:
       Hidden states after the final norm, ``[B, T, D]``.
     """
+    gated = gate(method, batch.slots)
+    if gated is not None and batch.memory is not None and set(method.gate) <= set(method.writes):
+        # Only tokens that write memory need the LoRA: it is run on them alone. Unused entries of the source point to
+        # the first place of the row, which no such token can have.
+        gated = Gate(jnp.take_along_axis(gated, batch.memory.source, axis=1), batch.memory.source)
     hidden, _, _ = model(
         batch.tokens,
         batch.slots,
-        gate(method, batch.slots),
+        gated,
         rule=method.rule,
         memory=batch.memory,
         dropout_key=dropout_key,
@@ -110,7 +116,7 @@ def read(
     hidden, (k, v), received = model(
         chunk.tokens,
         slots,
-        gate(method, slots),
+        gate(method, slots, (Kind.TEXT, Kind.QUERY, Kind.SINK)),
         rule=method.rule,
         memory=cache,
         places=places,

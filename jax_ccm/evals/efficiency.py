@@ -90,7 +90,7 @@ def slots_after(method: Method, turns: int, turn: int, capacity: int) -> Slots:
       capacity: memory slots that there is room for; the oldest are gone.
     """
     place = np.arange(turns * turn)
-    kind = np.where(method.sink & (place == 0), int(Kind.SINK), int(Kind.TEXT))
+    kind = np.where(place < method.sink, int(Kind.SINK), int(Kind.TEXT))
     parts = [Slots(kind, place // turn, place, place)]
     begin = np.arange(turns) * turn
     for token in method.closes:
@@ -129,7 +129,7 @@ def fill(cache: MemoryCache, method: Method, *, turns: int, turn: int) -> Memory
 @functools.partial(jax.jit, static_argnames="method", donate_argnames="cache")
 def ask(model: Transformer, cache: MemoryCache, prompt: Chunk, *, method: Method):
     """Reads the question; returns the cache and the first token of the answer, ``int32 [B]``."""
-    cache = steps.prefill(model, cache, prompt, method=method, query=True)
+    cache, _ = steps.read(model, cache, prompt, method=method, query=True)
     return cache, jnp.argmax(cache.logits, axis=-1).astype(jnp.int32)
 
 

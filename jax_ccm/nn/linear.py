@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jax_ccm.nn.config import AdapterConfig
+from jax_ccm.types import Array
+
+
+class Gate(NamedTuple):
+    """A gate that is 0 but for a few tokens of each row.
+
+    Attributes:
+      values: ``float32 [B, P]``.
+      places: ``int32 [B, P]``, the tokens that have them; a place that stands twice counts twice.
+    """
+
+    values: Array
+    places: Array
 
 
 class Linear(nnx.Module):
@@ -55,7 +70,8 @@ class Linear(nnx.Module):
 
         Args:
           x: ``[B, T, in]``.
-          gate: ``float32 [B, T]``, 1 where the LoRA acts; None for nowhere.
+          gate: ``float32 [B, T]``, 1 where the LoRA acts; a `Gate`, for which it is run on few tokens; or None for
+            nowhere.
           dropout_key: PRNG key of the dropout on the LoRA's input, or None for no dropout.
 
         Returns:
@@ -66,9 +82,18 @@ class Linear(nnx.Module):
             y = y + self.bias[...]
         if self.lora_a is None or gate is None:
             return y
+        if isinstance(gate, Gate):
+            rows = jnp.arange(x.shape[0])[:, None]
+            delta = self._branch(x[rows, gate.places], gate.values, dropout_key)
+            return y.at[rows, gate.places].add(delta.astype(y.dtype))
+        return y + self._branch(x, gate, dropout_key).astype(y.dtype)
+
+    def _branch(self, x, gate, dropout_key):
+        """``gate * (alpha / r) * dropout(x) A B``, float32."""
+        assert self.lora_a is not None and self.lora_b is not None
         h = x.astype(jnp.float32)
         if dropout_key is not None and self.dropout:
             keep = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, h.shape)
             h = jnp.where(keep, h / (1.0 - self.dropout), 0.0)
         delta = (h @ self.lora_a[...]) @ self.lora_b[...]
-        return y + (gate[..., None] * self.scale * delta).astype(y.dtype)
+        return gate[..., None] * self.scale * delta

@@ -7,6 +7,7 @@ memory is either packed out of the tokens themselves (`Packed`, parallel) or giv
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from jax_ccm.nn.config import AdapterConfig, ModelConfig
 from jax_ccm.nn.linear import Linear
 from jax_ccm.sharding import constrain
 from jax_ccm.types import MemoryCache, Packed, Rule, Slots
+
+Remat = Literal["none", "dots", "all"]
 
 
 class RMSNorm(nnx.Module):
@@ -146,7 +149,7 @@ class Transformer(nnx.Module):
         memory: Packed | MemoryCache | None = None,
         places=None,
         dropout_key=None,
-        remat: bool = False,
+        remat: Remat = "none",
         collect: bool = False,
         observe=None,
         implementation: str | None = None,
@@ -156,13 +159,14 @@ class Transformer(nnx.Module):
         Args:
           tokens: ``int32 [B, T]``.
           slots: `Slots` of ``[B, T]``.
-          gate: ``float32 [B, T]``, 1 where the adapter's LoRA acts; None for nowhere.
+          gate: ``float32 [B, T]``, 1 where the adapter's LoRA acts; a `Gate` of few tokens; None for nowhere.
           rule: who sees whom.
           memory: keys and values besides the tokens' own.
           places: ``int32 [B, T]`` or None. If given, RoPE goes by the place in the cache and not by `Slots.position`:
             the tokens take these, the entries of a `MemoryCache` their index, and keys are returned unrotated.
           dropout_key: PRNG key, or None to run without dropout.
-          remat: recompute each layer in the backward pass instead of keeping its activations.
+          remat: what the backward pass recomputes of each layer: "none" of it; all but the products with weights
+            ("dots"), which are most of the work; or "all" of it, which keeps one activation a layer.
           collect: also return the hidden state before each layer and after the final norm.
           observe: ``float32 [B, T]`` or None. If given, also return the attention that every key receives, each query
             counting so much. Needs a `MemoryCache`.
@@ -206,8 +210,9 @@ class Transformer(nnx.Module):
             out = constrain(x + block.mlp(block.post_attention_layernorm(x)), "rows", "tokens")
             return out, (k if by_place else rotated, v, out if collect else more)
 
-        if remat:
-            body = jax.checkpoint(body, prevent_cse=False)
+        if remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         x = constrain(self.embed_tokens(tokens), "rows", "tokens")
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         hidden, (k, v, more) = jax.lax.scan(body, x, (self.layers, past, keys))
@@ -220,10 +225,15 @@ class Transformer(nnx.Module):
     def logits(self, hidden):
         """``float32 [..., V]`` for hidden states ``[..., D]``. Compression tokens have no column."""
         # Accumulated and kept in float32: rounding logits to bfloat16 would cost more than it saves.
+        head, axes = self.head
+        return jnp.einsum(f"...d,{axes}->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    @property
+    def head(self) -> tuple[jax.Array, Literal["vd", "dv"]]:
+        """The projection to the vocabulary, and the order of its axes: ``[V, D]`` where embeddings are tied."""
         if self.config.tie_embeddings:
-            table = self.embed_tokens.embedding[...]
-            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return jnp.matmul(hidden, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
+            return self.embed_tokens.embedding[...], "vd"
+        return self.lm_head.kernel[...], "dv"
 
 
 def received(attend, v, memory_v, weights):

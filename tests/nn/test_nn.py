@@ -106,8 +106,8 @@ def test_remat_and_tied_heads():
         hidden = steps.parallel_forward(nnx.merge(graphdef, adapter, base), made, method=method, remat=remat)
         return jnp.sum(model.logits(hidden) ** 2)
 
-    ours, theirs = (jax.jit(jax.grad(total), static_argnums=1)(adapter, remat) for remat in (False, True))
-    assert parity.gradient_gap(ours, theirs) < 1e-6
+    grads = [jax.jit(jax.grad(total), static_argnums=1)(adapter, remat) for remat in ("none", "dots", "all")]
+    assert max(parity.gradient_gap(grads[0], other) for other in grads[1:]) < 1e-6
     hidden = jax.random.normal(jax.random.key(0), (1, 2, 32))
     np.testing.assert_allclose(model.logits(hidden), hidden @ model.embed_tokens.embedding[...].T, atol=1e-5)
 
