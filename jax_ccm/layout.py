@@ -333,19 +333,9 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
             memory["index"].reshape(-1, method.slots_per_chunk).max(1, initial=0).repeat(method.slots_per_chunk)
         )
     row |= {f"memory_{f}": x for f, x in memory.items()}
-    caps = {
-        "tokens": sizes.tokens,
-        "kind": sizes.tokens,
-        "segment": sizes.tokens,
-        "position": sizes.tokens,
-        "index": sizes.tokens,
-        "places": sizes.scored,
-        "targets": sizes.scored,
-        "steps": sizes.scored,
-        "weights": sizes.scored,
-        "source": sizes.memory * (method.pool or 1),
-        "share": sizes.memory * (method.pool or 1),
-    }
+    caps = dict.fromkeys(("tokens", "kind", "segment", "position", "index"), sizes.tokens)
+    caps |= dict.fromkeys(("places", "targets", "steps", "weights"), sizes.scored)
+    caps |= dict.fromkeys(("source", "share"), sizes.memory * (method.pool or 1))
     pad = lambda x, size: np.concatenate([x, np.zeros(size - len(x), x.dtype)])  # np.pad is ten times slower
     return {
         name: x
