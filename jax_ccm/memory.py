@@ -162,9 +162,6 @@ def best(cache: MemoryCache, method: Method, selected, closing):
 def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing, received=None) -> MemoryCache:
     """Closes a chunk in some rows: enters its memory and removes what the rule hides from now on.
 
-    Appending methods add the entries as slots; mixtures blend them into the memory slot by slot,
-    ``memory = (1 - a) memory + a new`` with ``a = mix.rate(number of this chunk)`` (CCM, equation 3).
-
     Args:
       cache: the state, its raw slots labelled with the segment that they belong to after this.
       method: the compression method.
@@ -173,8 +170,36 @@ def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing, recei
       closing: ``bool [B]``, rows that close a chunk; the others keep their memory.
       received: ``float32 [L, B, n, K]`` for `MemoryCache.received`.
     """
+    after, store = closed(cache, method, slots, closing)
+
+    def every_layer(x, new):
+        # In place: a copy of the whole cache would halve the sessions that fit.
+        layer = lambda number, x: jax.lax.dynamic_update_index_in_dim(x, store(x[number], new[number]), number, 0)
+        return jax.lax.fori_loop(0, x.shape[0], layer, x)
+
+    received = None if cache.received is None else every_layer(cache.received, received)
+    return dataclasses.replace(after, k=every_layer(cache.k, k), v=every_layer(cache.v, v), received=received)
+
+
+def closed(cache: MemoryCache, method: Method, slots: Slots, closing):
+    """The slots and counters of a cache whose chunk is closed, and what happens to the entries of each layer.
+
+    Appending methods add the entries as slots; mixtures blend them into the memory slot by slot,
+    ``memory = (1 - a) memory + a new`` with ``a = mix.rate(number of this chunk)`` (CCM, equation 3). Live entries then
+    stand in front, in order of index.
+
+    Args:
+      cache: the state, its raw slots labelled with the segment that they belong to after this.
+      method: the compression method.
+      slots: `Slots` of ``[B, n]`` for what is written, kind MEMORY.
+      closing: ``bool [B]``, rows that close a chunk; the others keep their memory.
+
+    Returns:
+      The cache with its old keys and values, and ``store(own [B, S, ...], new [B, n, ...]) -> [B, S, ...]`` that makes
+      the new ones of a layer.
+    """
     old = cache.slots
-    count = k.shape[2]
+    count = slots.kind.shape[1]
     enter = lambda memory, new: new
     if method.mix is not None:
         is_memory = old.kind == Kind.MEMORY
@@ -185,17 +210,30 @@ def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing, recei
             (1 - rate) * jnp.einsum("bns,bskh->bnkh", pick, memory.astype(jnp.float32)) + rate * new
         )
     join = lambda a, b: jnp.concatenate([a, b], axis=1)
-    all_slots = Slots(*(join(a, b) for a, b in zip(_fields(old), _fields(slots), strict=True)))
-    kept = reachable(method.rule, all_slots, cache.chunks + 1, cache.tokens) & all_slots.live
-    is_new = jnp.arange(all_slots.kind.shape[1]) >= old.kind.shape[1]
-    kept = jnp.where(closing[:, None], kept, all_slots.live & ~is_new)
-    memory = kept & (all_slots.kind == Kind.MEMORY)
+    both = Slots(*(join(a, b) for a, b in zip(_fields(old), _fields(slots), strict=True)))
+    kept = reachable(method.rule, both, cache.chunks + 1, cache.tokens) & both.live
+    is_new = jnp.arange(both.kind.shape[1]) >= old.kind.shape[1]
+    kept = jnp.where(closing[:, None], kept, both.live & ~is_new)
+    memory = kept & (both.kind == Kind.MEMORY)
     excess = jnp.maximum(jnp.sum(memory, axis=1) - cache.memory_capacity, 0)
     # Memory stands in order of age, so the oldest are those of the lowest rank.
     kept = kept & ~(memory & (jnp.cumsum(memory, axis=1) <= excess[:, None]))
-    cache = compact(cache, all_slots, kept, k, v, received, enter)
-    lost = excess if cache.overflow == "error" else jnp.zeros_like(excess)
-    return dataclasses.replace(cache, chunks=cache.chunks + closing, lost=cache.lost + lost)
+    order = jnp.argsort(jnp.where(kept, both.index, jnp.iinfo(jnp.int32).max), axis=1, stable=True)
+    order = order[:, : cache.k.shape[2]]
+    take = lambda x: jnp.take_along_axis(x, order, axis=1)
+    live = take(kept)
+    placed = Slots(
+        jnp.where(live, take(both.kind), Kind.PAD),
+        *(jnp.where(live, take(x), 0) for x in (both.segment, both.index, both.position)),
+    )
+
+    def store(own, new):
+        inner = lambda a: a.reshape(*a.shape, *(1,) * (own.ndim - 2))
+        joined = jnp.concatenate([own, enter(own, new).astype(own.dtype)], axis=1)
+        return jnp.where(inner(live), jnp.take_along_axis(joined, inner(order), axis=1), 0)
+
+    lost = cache.lost + (excess if cache.overflow == "error" else jnp.zeros_like(excess))
+    return dataclasses.replace(cache, slots=placed, chunks=cache.chunks + closing, lost=lost), store
 
 
 def pooled(cache: MemoryCache, method: Method, closing):
@@ -234,43 +272,6 @@ def pooled(cache: MemoryCache, method: Method, closing):
     kind = jnp.where(count > 0, Kind.MEMORY, Kind.PAD)
     entries = Slots(kind, pick(slots.segment), pick(slots.index), pick(slots.position))
     return mean(cache.k), mean(cache.v), entries
-
-
-def compact(cache: MemoryCache, slots: Slots, kept, k, v, received=None, enter=lambda memory, new: new) -> MemoryCache:
-    """The cache with just those of its entries and of new ones that are kept, in order of index, in front.
-
-    Args:
-      cache: the state.
-      slots: `Slots` of ``[B, S + n]``: its own, and behind them those of the new entries.
-      kept: ``bool [B, S + n]``.
-      k, v: ``[L, B, n, K, H]``, the new entries.
-      received: ``float32 [L, B, n, K]`` for `MemoryCache.received`.
-      enter: ``(memory [B, S, K, H], new [B, n, K, H]) -> [B, n, K, H]``, what is written for new keys and values.
-    """
-    size = cache.k.shape[2]
-    order = jnp.argsort(jnp.where(kept, slots.index, jnp.iinfo(jnp.int32).max), axis=1, stable=True)[:, :size]
-    take = lambda x: jnp.take_along_axis(x, order, axis=1)
-    live = take(kept)
-    kind = jnp.where(live, take(slots.kind), Kind.PAD)
-    placed = Slots(kind, *(jnp.where(live, take(x), 0) for x in (slots.segment, slots.index, slots.position)))
-
-    def gather(x, new, enter):
-        inner = lambda a: a.reshape(*a.shape, *(1,) * (x.ndim - 3))
-
-        # Layer by layer in place: a copy of the whole cache would halve the sessions that fit.
-        def layer(number, x):
-            own = x[number]
-            joined = jnp.concatenate([own, enter(own, new[number]).astype(x.dtype)], axis=1)
-            moved = jnp.where(inner(live), jnp.take_along_axis(joined, inner(order), axis=1), 0)
-            return jax.lax.dynamic_update_index_in_dim(x, moved, number, 0)
-
-        return jax.lax.fori_loop(0, x.shape[0], layer, x)
-
-    if cache.received is not None:
-        received = gather(cache.received, received, lambda memory, new: new)
-    return dataclasses.replace(
-        cache, k=gather(cache.k, k, enter), v=gather(cache.v, v, enter), slots=placed, received=received
-    )
 
 
 def open_raw(cache: MemoryCache, method: Method):

@@ -3,7 +3,7 @@
 In the notation of CCM (Kim et al., ICLR 2024, section 3), for time step t::
 
     h(t)   = g_comp(Mem(t-1), c(t))        compress: run the compression tokens on the memory and the chunk
-    Mem(t) = g_update(Mem(t-1), h(t))      memory.write: append, or (1 - a_t) Mem(t-1) + a_t h(t)
+    Mem(t) = g_update(Mem(t-1), h(t))      memory.closed: append, or (1 - a_t) Mem(t-1) + a_t h(t)
     O(t)   = f(I(t) | Mem(t))              read: run the input on the memory
 
 All functions are pure; model, cache and batch are pytrees, `method` is static.
@@ -188,18 +188,26 @@ def compress(
     if method.rope == "cache":
         places = jnp.sum(slots.live & ~rest, axis=1, keepdims=True) + offsets
     tokens = jnp.broadcast_to(model.config.vocab_size + row([token.row for token in method.closes]), kind.shape)
-    _, (k, v), _ = model(
-        tokens, comp, gate(method, comp), rule=method.rule, memory=cache, places=places, implementation=implementation
-    )
-    written = [i for i, token in enumerate(method.closes) if token.kind in method.writes]
-    pick = lambda x, axis: jnp.take(x, jnp.asarray(written), axis=axis)
+    written = jnp.asarray([i for i, token in enumerate(method.closes) if token.kind in method.writes], jnp.int32)
+    pick = lambda x: jnp.take(x, written, axis=1)
     entry = Slots(
         jnp.where(closing[:, None], jnp.full((1, len(written)), Kind.MEMORY), Kind.PAD),
-        pick(comp.segment, 1),
+        pick(comp.segment),
         jnp.broadcast_to(last, (kind.shape[0], len(written))),
-        pick(comp.position, 1),
+        pick(comp.position),
     )
-    return memory.write(cache, method, pick(k, 2), pick(v, 2), entry, closing)
+    after, store = memory.closed(cache, method, entry, closing)
+    _, (k, v), _ = model(
+        tokens,
+        comp,
+        gate(method, comp),
+        rule=method.rule,
+        memory=cache,
+        places=places,
+        store=lambda own, new: store(own, pick(new)),
+        implementation=implementation,
+    )
+    return dataclasses.replace(after, k=k, v=v)
 
 
 def repeat(

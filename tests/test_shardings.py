@@ -1,4 +1,4 @@
-"""Every sharding and every collective stands in a small file, so that a change that adds an exchange shows in review."""
+"""Every sharding and every collective stands in a small file: a change that adds an exchange shows in review."""
 
 from __future__ import annotations
 

@@ -152,6 +152,7 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         collect: bool = False,
         observe=None,
+        store=None,
         implementation: str | None = None,
     ):
         """Runs the decoder over a row of tokens and a memory.
@@ -170,12 +171,16 @@ class Transformer(nnx.Module):
           collect: also return the hidden state before each layer and after the final norm.
           observe: ``float32 [B, T]`` or None. If given, also return the attention that every key receives, each query
             counting so much. Needs a `MemoryCache`.
+          store: ``(own [B, S, K, H], new [B, T, K, H]) -> [B, S, K, H]`` or None. If given, it replaces the entries of
+            a `MemoryCache` layer by layer, in place, and the whole is returned instead of the tokens' own keys and
+            values, which are then never held for all layers at once.
           implementation: passed on to `memory_attention`.
 
         Returns:
-          ``hidden [B, T, D]`` after the final norm; keys and values ``[L, B, T, K, H]`` of the tokens; and what was
-          asked for, else None: ``[L + 1, B, T, D]`` hidden states, or attention received by the tokens themselves
-          ``float32 [L, B, T, K]`` and by the entries of the cache ``[L, B, S, K]``, summed over the heads of a group.
+          ``hidden [B, T, D]`` after the final norm; keys and values ``[L, B, T, K, H]`` of the tokens (with ``store``
+          ``[L, B, S, K, H]`` of the cache); and what was asked for, else None: ``[L + 1, B, T, D]`` hidden states, or
+          attention received by the tokens themselves ``float32 [L, B, T, K]`` and by the entries of the cache
+          ``[L, B, S, K]``, summed over the heads of a group.
         """
         rule = with_window(rule, self.config.sliding_window)
         freqs = rope.frequencies(self.config)
@@ -185,8 +190,11 @@ class Transformer(nnx.Module):
         memory_slots = memory.slots if memory is not None else None
         past_angles = rope.angles(freqs, jnp.arange(past[0].shape[2])[None]) if by_place and past is not None else None
 
-        def body(x, scanned):
-            block, past, key = scanned
+        def body(carry, scanned):
+            x, whole = carry
+            block, past, number, key = scanned
+            if whole is not None:
+                past = tuple(each[number] for each in whole)
             keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
             q, k, v = block.self_attn.project(block.input_layernorm(x), gate, keys)
             rotated = rope.rotate(k, cos, sin)
@@ -208,14 +216,22 @@ class Transformer(nnx.Module):
                 y, more = received(lambda v, mv: attend(q, rotated, v, mk, mv), v, mv, observe)
             x = x + block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), gate, keys[3])
             out = constrain(x + block.mlp(block.post_attention_layernorm(x)), "rows", "tokens")
-            return out, (k if by_place else rotated, v, out if collect else more)
+            new = (k if by_place else rotated, v)
+            if whole is not None and past is not None:
+                replaced = (store(own, new) for own, new in zip(past, new, strict=True))
+                update = lambda each, layer: jax.lax.dynamic_update_index_in_dim(each, layer, number, 0)
+                whole, new = tuple(map(update, whole, replaced)), None
+            return (out, whole), (new, out if collect else more)
 
         if remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         x = constrain(self.embed_tokens(tokens), "rows", "tokens")
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
-        hidden, (k, v, more) = jax.lax.scan(body, x, (self.layers, past, keys))
+        whole, past = (None, past) if store is None else (past, None)
+        numbers = jnp.arange(self.config.num_layers)
+        (hidden, whole), (new, more) = jax.lax.scan(body, (x, whole), (self.layers, past, numbers, keys))
+        k, v = new if whole is None else whole
         hidden = self.norm(hidden)
         if collect:
             # The last entry is taken after the final norm, as Hugging Face does.
