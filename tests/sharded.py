@@ -35,7 +35,7 @@ def program(method: Method):
     def run(graphdef, params, frozen, made, cache, context, tail):
         def loss_of(params):
             model = nnx.merge(graphdef, params, frozen)
-            return mean_loss(model, parallel_forward(model, made, method=method, remat=True), made, method)[0]
+            return mean_loss(model, parallel_forward(model, made, method=method, remat="all"), made, method)[0]
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         model = nnx.merge(graphdef, params, frozen)

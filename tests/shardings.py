@@ -35,7 +35,7 @@ CONFIG = from_mapping(
         "model": {"scratch": {"heads": 4, "kv_heads": 2, "vocab_size": 96, "layers": 3}},
         "method": {"name": "ccm_concat", "comp_tokens": 2},
         "data": {"tokens": 32, "max_chunks": 4, "scored": 8},
-        "train": {"remat": True},
+        "train": {"remat": "all"},
     }
 )
 MESHES = {

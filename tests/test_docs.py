@@ -15,6 +15,7 @@ from jax_ccm import types
 from jax_ccm.draw import draw
 from jax_ccm.evals import comparison, parity, report
 from jax_ccm.methods import METHODS, build
+from jax_ccm.planning import report as plan_report
 from jax_ccm.sessions import Example, Segment
 from tests import cases
 
@@ -94,6 +95,15 @@ def test_tables_are_made_of_the_numbers(path):
     (found,) = [(path.parent / name, markdown) for name, markdown in made.items() if (path.parent / name).exists()]
     file, markdown = found
     assert markdown(json.loads(file.read_text())) == path.read_text()
+
+
+def test_the_table_of_plans_is_made_of_the_plans():
+    folder = ROOT / "results" / "plan"
+    plans = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    assert plans, "no plan is recorded"
+    assert plan_report.overview(plans) == (folder / "overview.md").read_text(), (
+        "python -m jax_ccm.planning.report results/plan"
+    )
 
 
 def test_readme_shows_the_tables():

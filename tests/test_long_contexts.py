@@ -63,7 +63,7 @@ def test_activations_grow_linearly():
     example = Example(np.zeros(1, np.int32), np.zeros(0, np.int32), (token,))
 
     def loss(model, made):
-        hidden = parallel_forward(model, made, method=METHOD, remat=True)
+        hidden = parallel_forward(model, made, method=METHOD, remat="all")
         return mean_loss(model, hidden, made, METHOD)[0]
 
     def temporaries(length):

@@ -51,17 +51,18 @@ def attention_flops(shape: ModelConfig, queries: int, keys: int) -> float:
 def training_cost(config: Config, shape: ModelConfig, batch: Batch, accumulation: int, tensor: int) -> Cost:
     """A training step of ``accumulation`` micro-batches (without its leading axis: ``[B, ...]``).
 
-    Frozen weights cost two passes, forward and the gradient of activations; trained ones a third. Layers (`remat`) and
-    attention (always) are computed once more in the backward pass.
+    Frozen weights cost two passes, forward and the gradient of activations; trained ones a third. In the backward pass
+    attention is computed once more, with ``remat: all`` all of a layer, and logits where the head is trained.
     """
     rows, length = batch.tokens.shape
     memory = 0 if batch.memory is None else batch.memory.source.shape[1]
     trained = config.train.trainable == "all"
-    passes = 2 + trained + config.train.remat
+    again = config.train.remat == "all"
+    passes = 2 + trained + again
     weights = layer_weights(shape)
     layers = 2.0 * passes * weights * rows * length
-    attention = (4 + config.train.remat) * rows * attention_flops(shape, length, length + memory)
-    head = 2.0 * (2 + trained) * shape.hidden_size * shape.vocab_size * rows * batch.places.shape[1]
+    attention = (4 + again) * rows * attention_flops(shape, length, length + memory)
+    head = 2.0 * (4 if trained else 2) * shape.hidden_size * shape.vocab_size * rows * batch.places.shape[1]
     itemsize = jnp.dtype(config.model.dtype).itemsize
     read = accumulation * passes * (weights + shape.hidden_size * shape.vocab_size) * itemsize / tensor
     return Cost(accumulation * (layers + attention + head), read)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,37 @@ def _sessions(row: dict[str, Any]) -> str:
     return f"| {talk} | {setting['raw']} | {' | '.join(cells)} |"
 
 
+def overview(plans: Sequence[dict[str, Any]]) -> str:
+    """One table of many plans, a line for each; nothing in it was run."""
+    lines = [
+        "| compiled, not run | training step, HBM a chip | roofline | conversation | full context | concat | merge |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for plan in plans:
+        name = f"{plan['model'].rsplit('/', 1)[-1]}, {plan['topology']}"
+        steps = [entry for entry in plan.get("training", {}).values() if entry]
+        cells = ["", ""]
+        if steps:
+            step = steps[-1]
+            size = f"{step['rows']} rows x {step['accumulation']}: {step['hbm_bytes'] / GIB:.1f} of "
+            size += f"{plan['chip']['hbm_bytes'] / GIB:.0f} GiB"
+            cells = [size, f"{step['seconds']['roofline']:.1f} s"] if step["fits"] else [f"{size}, too much", ""]
+        for row in plan.get("sessions", [None]):
+            talk = ["", "", "", ""]
+            if row is not None:
+                talk = _sessions(row).strip("| ").split(" | ")
+                talk = [f"{talk[0]}, {talk[1]} raw", *talk[2:]]
+            lines.append(f"| {' | '.join([name, *cells, *talk])} |")
+            name, cells = "", ["", ""]
+    return "\n".join(lines) + "\n"
+
+
+def write_overview(folder: Path) -> None:
+    """Writes ``overview.md`` of all plans (``*.json``) of a folder."""
+    plans = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    (folder / "overview.md").write_text(overview(plans), encoding="utf-8")
+
+
 def plot(plan: dict[str, Any], path: Path) -> None:
     """Memory of each step by kind, and sessions side by side."""
     from matplotlib.figure import Figure
@@ -85,3 +119,7 @@ def plot(plan: dict[str, Any], path: Path) -> None:
         right.legend(fontsize=8)
     figure.suptitle(f"{plan['model']} on {plan['topology']}: compiled, not run")
     figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    write_overview(Path(sys.argv[1]))

@@ -90,7 +90,9 @@ def most_sessions(
         return found
 
     heavy = programs.compress_step if method.closes else programs.decode_step
-    most, tried = largest(lambda n: needs(heavy, n), step=step, guess=guess, limit=chip.hbm_bytes)
+    # Compilers keep about 2 % of a chip's memory for themselves.
+    limit = int(0.98 * chip.hbm_bytes)
+    most, tried = largest(lambda n: needs(heavy, n), step=step, guess=guess, limit=limit)
     steps = {heavy.__name__: tried[most]} if most else {}
     if most and heavy is not programs.decode_step:
         steps["decode_step"] = needs(programs.decode_step, most)

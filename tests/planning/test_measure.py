@@ -74,7 +74,7 @@ def test_training_cost():
     """Frozen weights: 2 passes of 2 P each, a third with remat; trained ones 3, as the usual 6 P a token."""
     tree = {"model": {"scratch": {"vocab_size": 50}}, "data": {"tokens": 16, "scored": 4, "max_chunks": 2}}
     config = from_mapping(tree)
-    trained = from_mapping(tree | {"train": {"trainable": "all", "remat": True}})
+    trained = from_mapping(tree | {"train": {"trainable": "all", "remat": "all"}})
     shape = scratch_model(config.model.scratch, 0)
     weights = costs.layer_weights(shape)
 
@@ -82,9 +82,9 @@ def test_training_cost():
         batch = programs.abstract_batch(config, shape, build_method(config), 2)
         cost = costs.training_cost(config, shape, batch, 3, 1)
         rows, length, memory = 6, 16, batch.memory.source.shape[1]
-        passes = 4 + config.train.remat
+        passes = 4 + (config.train.remat == "all")
         attention = passes * rows * costs.attention_flops(shape, length, length + memory)
-        head = 2 * (3 if config.train.trainable == "all" else 2) * shape.hidden_size * 50 * rows * batch.places.shape[1]
+        head = 2 * (4 if config.train.trainable == "all" else 2) * shape.hidden_size * 50 * rows * batch.places.shape[1]
         return (cost.flops - attention - head) / (rows * length * weights)
 
     assert per_token(config) == pytest.approx(4)
