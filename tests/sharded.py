@@ -2,7 +2,8 @@
 
     python -m tests.sharded '[["concat_n2_sink", {"data": 8}], ...]'
 
-prints a line of JSON for each pair of a method of `tests.cases.METHODS` and a mesh: the largest differences.
+prints a line of JSON on reading weights, and one for each pair of a method of `tests.cases.METHODS` and a mesh: the
+largest differences.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 import jax
@@ -22,6 +24,7 @@ from jax_ccm import memory, sharding, training
 from jax_ccm.evals import parity
 from jax_ccm.layout import batch
 from jax_ccm.losses import mean_loss
+from jax_ccm.nn import abstract_transformer
 from jax_ccm.steps import compress_scan, parallel_forward, read
 from jax_ccm.types import Chunk, Method
 from tests import cases
@@ -72,7 +75,6 @@ def compute(method: Method, sizes: dict[str, int] | None):
         found = program(method)(graphdef, params, frozen, made, cache, sessions.context, sessions.tail)
         jax.block_until_ready(found)
     spread = {
-        "parameters": len(params["layers"]["mlp"]["up_proj"]["kernel"].sharding.device_set),
         "kernel": params["layers"]["mlp"]["up_proj"]["kernel"].addressable_shards[0].data.size,
         "cache": cache.k.addressable_shards[0].data.size,
     }
@@ -81,12 +83,36 @@ def compute(method: Method, sizes: dict[str, int] | None):
 
 def difference(a, b) -> float:
     """Largest difference of two trees, relative to the largest number where that is above 1."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    pairs = zip(*(jax.tree.leaves(jax.tree.map(np.asarray, tree)) for tree in (a, b)), strict=True)
     gaps = [np.abs(x - y).max(initial=0) / max(1, np.abs(y).max(initial=0)) for x, y in pairs]
     return float(max(gaps))
 
 
+def read_in_slices() -> dict[str, float]:
+    """Weights from safetensors: the largest share of a kernel that is read at once, and the largest difference."""
+    from jax_ccm.weights import load_model, save_hf
+    from jax_ccm.weights.hf import Safetensors, base_parameters
+
+    model = cases.model()
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
+    shares, whole = [], Safetensors.read
+
+    def read(self, name, index):
+        found = whole(self, name, index)
+        if name.endswith("proj.weight"):
+            shares.append(found.size / np.prod(self.shapes[name]))
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(model, folder)
+        Safetensors.read = read
+        places = sharding.parameter_shardings(mesh, abstract_transformer(model.config), model.config)
+        loaded = load_model(folder, shardings=places)
+    return {"share": max(shares), "gap": difference(base_parameters(loaded), base_parameters(model))}
+
+
 def main() -> None:
+    print(json.dumps({"weights": read_in_slices()}), flush=True)
     ones: dict[str, tuple] = {}
     for name, sizes in json.loads(sys.argv[1]):
         method = cases.METHODS[name]

@@ -43,7 +43,7 @@ def on_eight_devices(pairs) -> dict[str, dict]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {label((row["method"], row["mesh"])): row for row in found}
+    return {label((row["method"], row["mesh"])) if "mesh" in row else "weights": row for row in found}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,11 @@ def check_equal(row: dict) -> None:
 def test_a_mesh_computes_what_one_device_does(fast, case):
     """Loss, gradients of every parameter, memory after chunks and generated tokens; and each device holds its part."""
     check_equal(fast[label(case)])
+
+
+def test_weights_are_read_in_slices(fast):
+    """Of a kernel that eight devices share, no more than an eighth is ever read at once; and all of it is right."""
+    assert fast["weights"]["weights"] == {"share": 1 / 8, "gap": 0}
 
 
 @pytest.mark.slow
