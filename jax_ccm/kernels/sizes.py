@@ -54,20 +54,21 @@ def choose(
     Raises:
       Refused: for what the kernel does not take.
     """
-    some, group = _heads(heads, kv_heads, size)
-    if short and kv_heads * size * itemsize * LONG[1] * 8 <= VMEM_BYTES // 2:
-        some, group = kv_heads, heads // kv_heads
-    wish = LONG if max(length, *keys) >= LONG_ROW else SHORT
-    for shrink in (1, 2, 4):
-        q = _block(length, max(wish[0] // shrink, LANES))
-        sizes = Sizes(q, tuple(_block(n, max(wish[1] // shrink, LANES)) for n in keys), some, group)
-        if vmem_bytes(sizes, size, itemsize) <= VMEM_BYTES:
-            break
-    else:
-        need = vmem_bytes(sizes, size, itemsize)
-        raise Refused(f"{some} x {group} heads of {size} need {need / 2**20:.0f} MiB of VMEM a step")
+    # A few queries leave room for all heads, and one large read of the cache is quicker than many small ones.
+    every = [(kv_heads, heads // kv_heads)] if short else []
+    wish = LONG if short or max(length, *keys) >= LONG_ROW else SHORT
+    tried = []
+    for some, group in (*every, _heads(heads, kv_heads, size)):
+        for shrink in (1, 2, 4):
+            q = _block(length, max(wish[0] // shrink, LANES))
+            k = tuple(_block(n, max(wish[1] // shrink, LANES)) for n in keys)
+            tried.append(Sizes(q, k, some, group))
+    sizes = next((s for s in tried if vmem_bytes(s, size, itemsize) <= VMEM_BYTES), None)
+    if sizes is None:
+        least = min(vmem_bytes(s, size, itemsize) for s in tried)
+        raise Refused(f"{heads} query and {kv_heads} key heads of {size} need {least / 2**20:.0f} MiB of VMEM a step")
     if pair_bytes(batch, length, keys, sizes) > SCALAR_BYTES:
-        raise Refused(f"the list of pairs of {batch} x {length} queries and {keys} keys does not fit in scalar memory")
+        raise Refused(f"the list of pairs of {batch} x {length} queries and {keys} keys does not fit scalar memory")
     return sizes
 
 
