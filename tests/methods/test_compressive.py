@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from jax_ccm import layout, memory
+from jax_ccm.data.batches import prepare
+from jax_ccm.data.config import DataConfig
 from jax_ccm.draw import draw
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
 from jax_ccm.methods import build
 from jax_ccm.types import Kind, Method, Rule
 from tests import cases
+from tests.data.support import VOCAB, dialogues, tokenizer, write
 
 MODEL = cases.model()
 
@@ -84,6 +87,20 @@ def test_sizes_hold_every_row():
             np.testing.assert_allclose(made.memory.share.reshape(needs.memory, ratio).sum(1), 1, atol=1e-6)
             if recent == 0:
                 assert parity.context_slots(method, session) == needs.memory + method.sink
+
+
+def test_training_batches_keep_their_shape(tmp_path):
+    """Turns of any lengths, joined or not: one shape, and no slot without its full share."""
+    path = write(tmp_path / "d.jsonl", dialogues(5, 6, 7, 8))
+    config = DataConfig(train=(path,), tokens=256, max_chunks=6, scored=200, loss="every", join=0.5, batch_size=4)
+    data = prepare(config, build("compressive", ratio=4, sink=True), tokenizer(), VOCAB)
+    shapes, slots = set(), set()
+    for made, _ in zip(data.iterator(seed=0), range(5), strict=False):
+        shapes.add((made.memory.source.shape, made.memory.slots.kind.shape))
+        shares = made.memory.share.reshape(*made.memory.slots.kind.shape, 4).sum(2)
+        np.testing.assert_allclose(shares, made.memory.slots.live, atol=1e-6)
+        slots |= set(made.memory.slots.live.sum(1).tolist())
+    assert len(shapes) == 1 and len(slots) > 3
 
 
 @pytest.mark.parametrize(
