@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
 import json
+import logging
 import math
 import os
 import shutil
+import sys
+import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +23,8 @@ import jax.numpy as jnp
 from jax_ccm import processes
 from jax_ccm.config import differences
 from jax_ccm.errors import RunError, UserError
+
+T = TypeVar("T")
 
 # Keys that a resumed run may change: how long it runs, and what it reports when.
 FREE = (
@@ -94,28 +101,25 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        args = self._ocp.args
+        make = self._ocp.args
         record: dict[str, Any] = {"progress": dict(progress), "fingerprint": fingerprint(state)}
         record["checksum"] = _checksum(record)
-        try:
-            self._manager.save(
-                step, args=args.Composite(state=args.StandardSave(state), progress=args.JsonSave(record))
-            )
-        except Exception as e:  # Orbax raises many kinds, and one that says little when a disk is full.
+        args = make.Composite(state=make.StandardSave(state), progress=make.JsonSave(record))
+        _, why = _attempt(lambda: self._manager.save(step, args=args))
+        if why:
             last = self.latest()
             kept = "there is none before it" if last is None else f"the one of step {last} is kept"
             raise RunError(
-                f"the checkpoint of step {step} cannot be written to {self.folder} ({_reason(e)}); {kept}. See that "
-                "the disk has room and can be written, and run the same command again to go on"
-            ) from e
+                f"the checkpoint of step {step} cannot be written to {self.folder} ({why}); {kept}. See that the disk "
+                "has room and can be written, and run the same command again to go on"
+            )
 
     def progress(self) -> dict[str, Any] | None:
         """The JSON values of the newest checkpoint that has readable ones; None without one."""
         for step in reversed(self.steps()):
-            try:
-                return self._record(step)["progress"]
-            except Exception:  # `restore` says what is wrong with it.
-                continue
+            record, _ = _attempt(functools.partial(self._record, step))
+            if record is not None:  # `restore` says what is wrong with the others.
+                return record["progress"]
         return None
 
     def restore(self, like: Any) -> Restored | None:
@@ -147,19 +151,21 @@ class Checkpoints:
 
     def _read(self, step: int, like: Any) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
         """State and progress of a checkpoint; or None, and what is wrong with it."""
-        state, record, why = None, {}, "another process cannot read its part"
-        # Orbax' handlers read without waiting for other processes: one that fails leaves nobody behind.
-        try:
+        like = jax.tree.map(_abstract, like)
+
+        def read() -> tuple[Any, dict[str, Any]]:
+            # Orbax' handlers read without waiting for other processes: one that fails leaves nobody behind.
             record = self._record(step)
-            restore = self._ocp.args.StandardRestore(jax.tree.map(_abstract, like))
-            state = self._ocp.StandardCheckpointHandler().restore(self._epath(step, "state"), args=restore)
-        except Exception as e:
-            why = _reason(e)
-        if not processes.agree(state is not None):
-            return None, why
+            restore = self._ocp.args.StandardRestore(like)
+            return self._ocp.StandardCheckpointHandler().restore(self._epath(step, "state"), args=restore), record
+
+        result, why = _attempt(read)
+        if not processes.agree(result is not None) or result is None:
+            return None, why or "another process cannot read its part"
+        state, record = result
         found, wanted = fingerprint(state), record["fingerprint"]
-        bad = [path for path in wanted if found.get(path) != wanted[path]]
-        if bad or found.keys() != wanted.keys():
+        bad = sorted(path for path in found.keys() | wanted.keys() if found.get(path) != wanted.get(path))
+        if bad:
             return None, f"{len(bad)} of {len(wanted)} arrays are not what was saved, {bad[0]} for one"
         return (state, record["progress"]), ""
 
@@ -246,5 +252,25 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+def _attempt(call: Callable[[], T]) -> tuple[T | None, str]:
+    """What a call to Orbax returns, or None and why it failed, in one line.
+
+    Orbax raises many kinds of errors for a full disk or a damaged file, logs the tracebacks of all its threads, and
+    leaves readers behind that complain when they are collected.
+    """
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # coroutines that were never awaited
+            try:
+                return call(), ""
+            except Exception as e:
+                why = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
+            gc.collect()
+            return None, why
+    finally:
+        log.setLevel(level)
+        sys.unraisablehook = hook

@@ -6,6 +6,7 @@ import glob
 import importlib.util
 import os
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,8 @@ def initialize(heartbeat: int) -> None:
             f"the processes {where} did not find each other ({reason}). See that all of them were started and can "
             "reach the first; JAX_NUM_PROCESSES=1 with the other two variables runs this one alone"
         ) from e
+    shown = sys.excepthook
+    sys.excepthook = lambda *error: (shown(*error), leave(1))[0]
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # for the rest of this process
 
@@ -73,7 +76,7 @@ def _in_cluster() -> bool:
     mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
     if slurm or mpi:
         return True
-    if "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu") or importlib.util.find_spec("libtpu") is None:
+    if "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu") or importlib.util.find_spec("libtpu") is None:
         return False
     gke = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     # The chips of a TPU VM, whose metadata server knows the other hosts.
@@ -81,9 +84,17 @@ def _in_cluster() -> bool:
     return gke or (bool(chips) and "TPU_SKIP_MDS_QUERY" not in os.environ and "TPU_WORKER_HOSTNAMES" not in os.environ)
 
 
+def is_lost_connection(error: Exception) -> bool:
+    """Whether the runtime says that it cannot reach another process."""
+    words = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service")
+    return jax.process_count() > 1 and any(word in str(error) for word in words)
+
+
 def leave(code: int) -> None:
     """Ends a process that failed, if it is one of several: at once, for a usual exit would wait for the others."""
     if code and jax.distributed.is_initialized():
+        if is_first():
+            time.sleep(3)  # The others end with this one; those that have a reason of their own shall say it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -111,8 +111,8 @@ class Run:
         """
         try:
             return self._train()
-        except jax.errors.JaxRuntimeError as e:
-            if jax.process_count() == 1:
+        except (jax.errors.JaxRuntimeError, ValueError) as e:
+            if not processes.is_lost_connection(e):
                 raise
             raise RunError(
                 f"process {jax.process_index()} stops at step {self.progress.step}: another one is gone, or the "
