@@ -106,6 +106,15 @@ def test_the_table_of_plans_is_made_of_the_plans():
     )
 
 
+def test_the_table_of_plans_is_made_of_the_plans():
+    folder = ROOT / "results" / "plan"
+    plans = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    assert plans, "no plan is recorded"
+    assert plan_report.overview(plans) == (folder / "overview.md").read_text(), (
+        "python -m jax_ccm.planning.report results/plan"
+    )
+
+
 def test_readme_shows_the_tables():
     shown = re.findall(r"<!-- table: (\S+) -->\n((?:\|.*\n)+)", README.read_text())
     assert shown, "README shows no results"
