@@ -6,8 +6,11 @@ Everything here is counted or computed ("analytic"), nothing is measured.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_ccm.kernels import blocks
@@ -76,8 +79,7 @@ def count(rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, 
       shape: of the heads.
       sizes: of the blocks.
     """
-    seen = [blocks.visible_blocks(rule, q_slots, s, sizes.q, k) for s, k in zip(key_slots, sizes.k, strict=True)]
-    pairs = blocks.list_pairs(*seen)
+    pairs, transposed = _lists(rule, q_slots, tuple(key_slots), sizes)
     heads, group = shape.heads, shape.heads // shape.kv_heads
     parts = heads // (sizes.kv_heads * sizes.group)
     wide = sizes.kv_heads * sizes.group * shape.size * shape.itemsize
@@ -94,8 +96,7 @@ def count(rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, 
         found[name] = Cost(int(pairs.count) * parts, cells, flops, parts * moved)
     total = Cost(0, 0, 0, 0)
     splits = group // sizes.group
-    for columns, k in zip(seen, sizes.k, strict=True):
-        pairs = blocks.list_pairs(np.swapaxes(columns, 1, 2))
+    for pairs, k in zip(transposed, sizes.k, strict=True):
         cells, runs, loads = _walk(pairs, Sizes(k, (sizes.q,), 1, 1))
         # A split of the group changes the block of queries at every step.
         queries = (loads[0] if splits == 1 else splits * cells // (k * sizes.q)) * sizes.q
@@ -108,6 +109,13 @@ def count(rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, 
             total.bytes + parts * moved,
         )
     return {**found, "keys": total}
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "sizes"))
+def _lists(rule: Rule, q_slots: Slots, key_slots: tuple[Slots, ...], sizes: Sizes):
+    """The list of pairs of the queries' kernels, and that of each source's keys."""
+    seen = [blocks.visible_blocks(rule, q_slots, s, sizes.q, k) for s, k in zip(key_slots, sizes.k, strict=True)]
+    return blocks.list_pairs(*seen), [blocks.list_pairs(jnp.swapaxes(x, 1, 2)) for x in seen]
 
 
 def _walk(pairs: blocks.Pairs, sizes: Sizes) -> tuple[int, int, list[int]]:
