@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("NNX_GRAPH_MODE", "false")
 os.environ.setdefault("NNX_GRAPH_UPDATES", "false")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Commands that are run here leave nothing in the user's cache folder, and take nothing from it.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 # Tiny models compile for much longer than they run; this and the setting below make it four times as quick.
 if importlib.metadata.version("jax").startswith("0.10."):  # later versions have no such flag
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"

@@ -13,7 +13,7 @@ import pytest
 
 from jax_ccm import types
 from jax_ccm.draw import draw
-from jax_ccm.evals import comparison, parity, report
+from jax_ccm.evals import comparison, parity, report, speed
 from jax_ccm.methods import METHODS, build
 from jax_ccm.planning import report as plan_report
 from jax_ccm.sessions import Example, Segment
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
 RESULTS = sorted((ROOT / "results").rglob("table.md"))
+BENCHES = sorted((ROOT / "results").rglob("bench.json"))
 
 
 def test_example():
@@ -106,13 +107,11 @@ def test_the_table_of_plans_is_made_of_the_plans():
     )
 
 
-def test_the_table_of_plans_is_made_of_the_plans():
-    folder = ROOT / "results" / "plan"
-    plans = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    assert plans, "no plan is recorded"
-    assert plan_report.overview(plans) == (folder / "overview.md").read_text(), (
-        "python -m jax_ccm.planning.report results/plan"
-    )
+@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.parent.name)
+def test_tables_of_speed_are_made_of_the_numbers(path):
+    results = json.loads(path.read_text())
+    for name in speed.TABLES:
+        assert speed.markdown(results, name) == (path.parent / f"{name}.md").read_text()
 
 
 def test_readme_shows_the_tables():

@@ -28,7 +28,7 @@ from jax_ccm.errors import RunError, UserError
 from jax_ccm.experiment import load_experiment
 from jax_ccm.losses import mean_loss
 from jax_ccm.metrics import Metrics, clock, cut
-from jax_ccm.run import Run
+from jax_ccm.run import Run, _grouped
 from jax_ccm.steps import parallel_forward
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +116,28 @@ def test_outputs(whole):
 def test_compiled_once(whole):
     _, _, seen = whole
     assert seen[0] > 0 and set(seen) == {seen[0]}
+
+
+def test_a_step_stays_on_the_device(tmp_path):
+    """No callback, no transfer while it runs; the state is given away, the frozen weights are not copied."""
+    run = Run(tiny(train={"trainable": "adapter"}), tmp_path)
+    with run.checkpoints:
+        batch = next(_grouped(run.batches, 2))
+        key = jax.random.key(0)
+        on_host = (run.state, run.frozen, batch, key)
+        compiled = run._step.lower(*on_host).compile()
+        on_device = jax.device_put(on_host)
+        jax.block_until_ready(on_device)
+        with jax.transfer_guard("disallow"):
+            with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+                compiled(*on_host)
+            _, metrics = compiled(*on_device)
+            jax.block_until_ready(metrics)
+    assert not [word for word in ("callback", "infeed", "outfeed", "send(", "recv(") if word in compiled.as_text()]
+    assert all(x.is_deleted() for x in jax.tree.leaves(on_device[0]))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(on_device[1]))
+    sizes = compiled.memory_analysis()
+    assert sizes.alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(run.state))
 
 
 @pytest.fixture(scope="module")
