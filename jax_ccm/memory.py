@@ -107,10 +107,10 @@ def append(cache: MemoryCache, k, v, slots: Slots, received=None) -> MemoryCache
     rank = jnp.cumsum(slots.live, axis=1) - 1
     fits = slots.live & (raw + rank < raw_capacity(cache))
     place = jnp.where(fits, used + rank, cache.k.shape[2])
-    rows = jnp.arange(place.shape[0])[:, None]
-    put = lambda old, new: old.at[rows, place].set(new, mode="drop")
-    # [L, B, S] is indexed through a leading slice, so that the scatter can be done in place.
-    put_layers = lambda old, new: old.at[:, rows, place].set(new.astype(old.dtype), mode="drop")
+    # Row by row: with row numbers as indices the compiler would gather the sessions of all devices.
+    put_rows = jax.vmap(lambda old, new, place: old.at[place].set(new.astype(old.dtype), mode="drop"))
+    put = lambda old, new: put_rows(old, new, place)
+    put_layers = lambda old, new: jax.vmap(put)(old, new)
     return dataclasses.replace(
         cache,
         k=put_layers(cache.k, k),

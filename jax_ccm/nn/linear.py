@@ -83,9 +83,10 @@ class Linear(nnx.Module):
         if self.lora_a is None or gate is None:
             return y
         if isinstance(gate, Gate):
-            rows = jnp.arange(x.shape[0])[:, None]
-            delta = self._branch(x[rows, gate.places], gate.values, dropout_key)
-            return y.at[rows, gate.places].add(delta.astype(y.dtype))
+            # Row by row: with row numbers as indices the compiler would gather the rows of all devices.
+            delta = self._branch(jax.vmap(lambda x, place: x[place])(x, gate.places), gate.values, dropout_key)
+            add = jax.vmap(lambda y, place, delta: y.at[place].add(delta))
+            return add(y, gate.places, delta.astype(y.dtype))
         return y + self._branch(x, gate, dropout_key).astype(y.dtype)
 
     def _branch(self, x, gate, dropout_key):
