@@ -107,11 +107,14 @@ def _next(tried: dict[int, Need], low: int, high: int | None, margin: int, step:
     else:
         aim = last * limit / tried[last].bytes
     aim = int(aim * (1 - PRECISION / 4)) // step * step
-    if aim in tried or aim <= low:
-        aim = low + margin
-    if high is not None and aim >= high:
-        aim = (low + high) // 2 // step * step if (low + high) // 2 // step * step > low else high - step
-    return max(aim, low + step)
+    if high is None:
+        return aim if aim > low else low + margin
+    if low < aim < high and len(tried) < 6:
+        return aim
+    if low <= aim <= low + margin and len(tried) < 6:
+        return low + margin
+    # Bytes are no straight line here.
+    return max((low + high) // 2 // step * step, low + step)
 
 
 def host_bytes() -> int:
