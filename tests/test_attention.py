@@ -12,6 +12,8 @@ import pytest
 from jax_ccm import attention, layout
 from jax_ccm.attention import memory_attention
 from jax_ccm.evals import parity
+from jax_ccm.kernels import tpu
+from jax_ccm.kernels.sizes import Refused
 from jax_ccm.types import Kind, Slots
 from tests import cases
 
@@ -91,3 +93,24 @@ def test_memory_grows_with_the_length_alone():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(8192) < 4.5 * temporaries(2048)
+
+
+def test_what_is_chosen_is_said(caplog, monkeypatch):
+    """The platform decides, the log says so; what the kernel refuses is done all the same, and the reason said."""
+    method = cases.METHODS["concat_n2_sink"]
+    made, values = arrays(method)
+    attend = functools.partial(
+        memory_attention, *values, rule=method.rule, slots=made.slots, memory_slots=made.memory.slots
+    )
+    attention._say.cache_clear()
+    with caplog.at_level("INFO", logger="jax_ccm.attention"):
+        plain = attend()
+    assert caplog.messages == ["attention runs as 'xla': there is no kernel for cpu"]
+
+    def refuse(*args, **options):
+        raise Refused("no room")
+
+    monkeypatch.setattr(tpu, "choose", refuse)
+    with caplog.at_level("INFO", logger="jax_ccm.attention"):
+        np.testing.assert_array_equal(attend(implementation="pallas"), plain)
+    assert caplog.messages[1:] == ["attention runs as 'xla': the kernel refuses, no room"]

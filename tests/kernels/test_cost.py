@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_ccm import layout
-from jax_ccm.kernels import cost, tpu
+from jax_ccm.kernels import cost, tpu, tpu_steps
 from jax_ccm.kernels.sizes import SHORT, Refused, Sizes, choose
 from jax_ccm.methods import build
 from jax_ccm.sessions import Example, Segment
@@ -64,13 +64,13 @@ def test_kernel_visits_what_is_counted(monkeypatch):
     keys = (made.slots, made.memory.slots)
     q, sources, d_out = draw(0, 3, made.tokens.shape[1], [s.kind.shape[1] for s in keys], 4, 2, 8)
     sizes, visits = Sizes(16, (16, 32), 1, 1), []
-    evaluate = tpu._visible
+    evaluate = tpu_steps._visible
 
     def counted(*args):
         jax.debug.callback(lambda: visits.append(1))
         return evaluate(*args)
 
-    monkeypatch.setattr(tpu, "_visible", counted)
+    monkeypatch.setattr(tpu_steps, "_visible", counted)
     attend = lambda q, *values: tpu.attend(
         q,
         made.slots,

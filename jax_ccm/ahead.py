@@ -2,7 +2,7 @@
 
 Needs the ``libtpu`` wheel of the installed jax (``pip install "jax[tpu]"``) and no TPU. Nothing is run::
 
-    python -m jax_ccm.kernels.ahead results/kernels/tpu.json
+    python -m jax_ccm.ahead results/kernels/tpu.json
 """
 
 from __future__ import annotations
