@@ -22,24 +22,20 @@ STEPS = {
 }
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def turns_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a row for each rival after each number of turns."""
-    header = [
-        "turns before",
-        "kept as",
-        "first token, ms",
-        "each further, ms",
-        "close, ms",
-        "turn, s",
-        "to full",
-        "MiB",
-    ]
+    header = ["turns before", "kept as", "first token, ms", "each further, ms", "close, ms", "turn, ms"]
+    header += ["to full", "MiB"]
     rows = []
     for row in results["turns"]:
         for name, cell in row["systems"].items():
-            ms = [f"{cell[part]['seconds'] * 1e3:,.0f}" for part in ("first token", "token", "close")]
-            sizes = [f"{cell['turn']:.2f}", f"{cell['to_full']:.2f}", f"{cell['state_bytes'] / 2**20:,.1f}"]
-            rows.append([f"{row['turns']:,}", name, *ms, *sizes])
+            seconds = [*(cell[part]["seconds"] for part in ("first token", "token", "close")), cell["turn"]]
+            sizes = [f"{cell['to_full']:.2f}", _number(cell["state_bytes"] / 2**20)]
+            rows.append([f"{row['turns']:,}", name, *(_number(1e3 * x) for x in seconds), *sizes])
     return header, rows
 
 
@@ -49,7 +45,7 @@ def steps_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     header = ["step", "seconds", "tokens/s", "of the matrix rate"] + ["reference, s"] * bool(reference)
     rows = []
     for name, cell in results["steps"].items():
-        values = [f"{cell['seconds']:.3f}", f"{cell['tokens_per_second']:,.0f}", f"{cell['of_matrix_rate']:.0%}"]
+        values = [_number(cell["seconds"]), _number(cell["tokens_per_second"]), f"{cell['of_matrix_rate']:.0%}"]
         if "times_reading_weights" in cell:
             values[2] = f"{cell['times_reading_weights']:.2f} x reading the weights"
         if reference:
@@ -62,7 +58,7 @@ def sessions_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str
     """Header and rows: how many sessions fit, for each rival."""
     found = results["sessions"]
     rows = [
-        [name, f"{cell['sessions']:,}", f"{cell['bytes_per_session'] / 2**20:,.1f}"]
+        [name, f"{cell['sessions']:,}", _number(cell["bytes_per_session"] / 2**20)]
         for name, cell in found["systems"].items()
     ]
     return ["kept as", f"sessions in {found['budget_bytes'] / 2**30:g} GiB", "MiB for one more"], rows
