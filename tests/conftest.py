@@ -13,5 +13,21 @@ if importlib.metadata.version("jax").startswith("0.10."):  # later versions have
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
+import pytest
 
 jax.config.update("jax_disable_most_optimizations", True)
+
+# Bytes of a process at which its compiled programs are dropped: a few thousand of them take several gigabytes.
+MOST_BYTES = 3 * 2**30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_programs():
+    yield
+    try:
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no such file but on Linux
+        return
+    if used > MOST_BYTES:
+        jax.clear_caches()
