@@ -256,7 +256,7 @@ def _attempt(call: Callable[[], T]) -> tuple[T | None, str]:
     """What a call to Orbax returns, or None and why it failed, in one line.
 
     Orbax raises many kinds of errors for a full disk or a damaged file, logs the tracebacks of all its threads, and
-    leaves readers behind that complain when they are collected.
+    leaves readers behind that complain when they are collected; those that can be are collected here.
     """
     log, hook = logging.getLogger("absl"), sys.unraisablehook
     level = log.level

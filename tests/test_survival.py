@@ -23,9 +23,10 @@ from jax_ccm.errors import RunError, UserError
 from jax_ccm.run import Run
 from tests.data.support import dialogues, tokenizer, write
 from tests.lives import Life, use_programs
-from tests.test_checkpoints import flip, largest
+from tests.test_checkpoints import LEFTOVERS, _collected, flip, largest  # noqa: F401 - a fixture
 from tests.test_train import TINY, last_state, records, tiny
 
+pytestmark = [pytest.mark.filterwarnings(LEFTOVERS), pytest.mark.usefixtures("collected")]
 OFTEN = {"log_every": 1, "eval_every": 12, "checkpoint_every": 2}
 SHORT = {"steps": 6, "log_every": 2, "eval_every": 0, "checkpoint_every": 2}
 
