@@ -17,17 +17,18 @@ import pytest
 
 jax.config.update("jax_disable_most_optimizations", True)
 
-# Bytes of a process at which its compiled programs are dropped: a few thousand of them take several gigabytes.
-MOST_BYTES = 3 * 2**30
+# A few thousand compiled programs take gigabytes, and memory maps up to the limit of a Linux process (65,530): beyond it
+# the compiler crashes. Before that they are dropped.
+MOST_BYTES, MOST_MAPS = 3 * 2**30, 20_000
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _drop_programs():
     yield
     try:
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no such file but on Linux
+        with open("/proc/self/statm") as statm, open("/proc/self/maps") as maps:
+            used, mapped = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), sum(1 for _ in maps)
+    except OSError:  # no such files but on Linux
         return
-    if used > MOST_BYTES:
+    if used > MOST_BYTES or mapped > MOST_MAPS:
         jax.clear_caches()
