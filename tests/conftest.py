@@ -17,8 +17,8 @@ import pytest
 
 jax.config.update("jax_disable_most_optimizations", True)
 
-# A few thousand compiled programs take gigabytes, and as many memory maps as Linux gives a process (65,530): beyond that
-# the compiler crashes. They are dropped in time.
+# A few thousand compiled programs take gigabytes, and as many memory maps as Linux gives a process (65,530); beyond
+# that the compiler crashes. They are dropped in time.
 MOST_BYTES, MOST_MAPS = 3 * 2**30, 20_000
 
 
