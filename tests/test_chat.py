@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jax_ccm import layout, methods, steps
+from jax_ccm import layout, methods, sharding, steps
 from jax_ccm.chat import Conversation
 from jax_ccm.closing import Closing
 from jax_ccm.config import from_mapping
@@ -26,7 +26,8 @@ def experiment(name="ccm_concat", **method):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
     config = from_mapping({"method": {"name": name, **method}, "cache": {"memory_capacity": 12, "raw_capacity": 64}})
     model = cases.model(tokens=2, vocab_size=len(tokenizer))
-    return Experiment(config, model, methods.build(name, **method), tokenizer)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    return Experiment(config, model, methods.build(name, **method), tokenizer, mesh)
 
 
 @pytest.mark.parametrize("independent", [False, True])

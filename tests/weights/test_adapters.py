@@ -146,7 +146,8 @@ def test_repetition_is_a_matter_of_training(tmp_path, trained, plain):
     for a, b in zip(
         parity.parallel_logits(served, plain, examples), parity.parallel_logits(MODEL, trained, examples), strict=True
     ):
-        np.testing.assert_array_equal(a, b)
+        # The LoRA's products take rows of another number, which rounds otherwise.
+        np.testing.assert_allclose(a, b, atol=1e-5)
     path = save_adapter(tmp_path / "b", served, method=plain, base="tiny")
     with pytest.raises(UserError, match="repeat: null there"):
         load_adapter(path, MODEL, method=trained, base="tiny")
