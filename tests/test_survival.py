@@ -190,21 +190,17 @@ def test_full_disk_while_a_checkpoint_is_written(short, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["metrics.jsonl", "summary.json", "adapter.safetensors"])
 def test_full_disk_while_something_else_is_written(short, tmp_path, monkeypatch, what):
-    def full(path):
+    def full(path, *_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    real = os.replace if what == "adapter.safetensors" else None
     with monkeypatch.context() as patch:
         if what == "metrics.jsonl":
             patch.setattr("jax_ccm.metrics.Metrics.write", lambda self, *_: full(self._path))
-        elif what == "summary.json":
-            write_text = Path.write_text
-            patch.setattr(
-                Path, "write_text", lambda self, *a, **k: full(self) if self.name == what else write_text(self, *a, **k)
-            )
-        else:
-            patch.setattr(os, "replace", lambda a, b: full(b) if Path(b).name == "adapter" else real(a, b))
-        with pytest.raises(RunError, match=r"at step \d could not be written .*No space left.*(kept|no checkpoint)"):
+        for write in ("write_text", "write_bytes"):
+            real = getattr(Path, write)
+            fails = lambda self, *a, real=real, **k: (full if self.name == what else real)(self, *a, **k)
+            patch.setattr(Path, write, fails)
+        with pytest.raises(RunError, match=r"at step \d the output in .* \(.*No space left.*(kept|no checkpoint)"):
             Run(tiny(train=SHORT), tmp_path).train()
     assert Run(tiny(train=SHORT), tmp_path).train()["status"] == "finished"
     equal(short, tmp_path, 6)
