@@ -204,6 +204,8 @@ def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, s
       Refused: for what the kernel does not take.
     """
     batch, length, heads, size = q.shape
+    if batch > blocks.MAX_BATCH:
+        raise Refused(f"{batch} rows on a device are more than {blocks.MAX_BATCH}")
     kv_heads = sources[0][0].shape[2]
     group = heads // kv_heads
     if short := sizes is None and length * group <= SHORT_ROWS:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_ccm.evals import parity
-from jax_ccm.kernels import tpu
-from jax_ccm.kernels.sizes import Sizes
+from jax_ccm.kernels import blocks, tpu
+from jax_ccm.kernels.sizes import Refused, Sizes
 from jax_ccm.types import Kind, Slots
 from tests import cases
 from tests.kernels.support import draw, exact, made_for
@@ -120,3 +120,12 @@ def test_parallel_is_recurrent(name):
     for a, b, c in zip(ours, plain, recurrent, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
         np.testing.assert_allclose(a, c, atol=1e-5)
+
+
+def test_more_rows_than_the_list_of_pairs_can_number():
+    """As in serving thousands of sessions: refused, so that attention falls back, and not an error."""
+    rows = blocks.MAX_BATCH + 1
+    x, slots = np.zeros((rows, 1, 1, 8), np.float32), Slots(*(np.zeros((rows, 1), np.int32) for _ in range(4)))
+    rule = cases.METHODS["concat_n1"].rule
+    with pytest.raises(Refused, match=f"{rows} rows"):
+        jax.eval_shape(lambda: tpu.attend(x, slots, ((x, x, slots),), rule=rule, interpret=True))
