@@ -244,8 +244,8 @@ def _steps(experiment: Experiment, rivals: list[efficiency.Rival], options: Opti
     found = {name: efficiency.summary(those, options.clock) for name, those in samples.items()}
     beside = dict.fromkeys(tokens, found["matrix product"])
     if options.train_rounds:
-        step, sizes, work["train"] = _training(experiment, chunk)
         start = time.perf_counter()
+        step, sizes, work["train"] = _training(experiment, chunk)
         step()
         seconds["train"] = round(time.perf_counter() - start, 2)
         samples = efficiency.interleaved({"matrix product": product, "train": step}, options.train_rounds)
@@ -304,9 +304,11 @@ def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], d
     # A copy: the step is given its state for good, and the model's arrays are still needed.
     state = [jax.tree.map(jnp.copy, training.init_state(params, optimizer))]
     key = jax.random.key(0)
+    # Ahead of time, as in training: an executable cannot be compiled again while it is measured.
+    compiled = step.lower(state[0], frozen, batches, key).compile()
 
     def run() -> Any:
-        state[0], metrics = step(state[0], frozen, batches, key)
+        state[0], metrics = compiled(state[0], frozen, batches, key)
         return jax.block_until_ready(metrics)
 
     tokens = config.data.batch_size * sizes.tokens
