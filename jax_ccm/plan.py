@@ -54,6 +54,8 @@ def main() -> None:
     # Nothing runs here; an accelerator of this machine must not be taken for it.
     jax.config.update("jax_platforms", "cpu")
     options, config, _ = cli.parse(Options, command=COMMAND)
+    # A kept program can be read only where it could run.
+    jax.config.update("jax_enable_compilation_cache", False)
     plan(config, options, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
 
 
