@@ -333,7 +333,7 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
             memory["index"].reshape(-1, method.slots_per_chunk).max(1, initial=0).repeat(method.slots_per_chunk)
         )
     row |= {f"memory_{f}": x for f, x in memory.items()}
-    caps = dict.fromkeys(("tokens", "kind", "segment", "position", "index"), sizes.tokens)
+    caps: dict[str, int] = dict.fromkeys(("tokens", "kind", "segment", "position", "index"), sizes.tokens)
     caps |= dict.fromkeys(("places", "targets", "steps", "weights"), sizes.scored)
     caps |= dict.fromkeys(("source", "share"), sizes.memory * (method.pool or 1))
     pad = lambda x, size: np.concatenate([x, np.zeros(size - len(x), x.dtype)])  # np.pad is ten times slower
