@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,9 @@ from jax_ccm.config import differences
 from jax_ccm.errors import RunError, UserError
 
 T = TypeVar("T")
+
+# In the name of a folder that Orbax is writing; the name changes when all is written.
+UNFINISHED = ".orbax-checkpoint-tmp"
 
 # Keys that a resumed run may change: how long it runs, and what it reports when.
 FREE = (
@@ -64,9 +68,8 @@ class Checkpoints:
 
         self._ocp = ocp
         self.folder = Path(os.path.abspath(folder))
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._remove_unfinished()
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "progress"))
 
     def __enter__(self) -> Checkpoints:
@@ -107,6 +110,7 @@ class Checkpoints:
         args = make.Composite(state=make.StandardSave(state), progress=make.JsonSave(record))
         _, why = _attempt(lambda: self._manager.save(step, args=args))
         if why:
+            self._remove_unfinished()
             last = self.latest()
             kept = "there is none before it" if last is None else f"the one of step {last} is kept"
             raise RunError(
@@ -177,6 +181,19 @@ class Checkpoints:
 
     def _epath(self, step: int, item: str) -> Any:
         return self._manager.directory / str(step) / item
+
+    def _remove_unfinished(self) -> None:
+        """Removes what writes that failed or were killed have left, to give the room back."""
+        if not processes.is_first():
+            return
+        # Orbax raises the first error of a write while its other threads still make files: what they make is removed too.
+        for _ in range(50):
+            unfinished = list(self.folder.glob(f"*{UNFINISHED}*"))
+            if not unfinished:
+                return
+            for path in unfinished:
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.1)
 
     def _set_aside(self, step: int) -> Path:
         """Renames a checkpoint, so that it does not count."""

@@ -184,6 +184,7 @@ def test_full_disk_while_a_checkpoint_is_written(short, tmp_path, monkeypatch):
         patch.setattr(Run, "_save", full)
         with pytest.raises(RunError, match="the checkpoint of step 4 cannot be written .*; the one of step 2 is kept"):
             Run(tiny(train=SHORT), tmp_path).train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]  # room is given back
     assert Run(tiny(train=SHORT), tmp_path).train()["status"] == "finished"
     equal(short, tmp_path, 6)
 
