@@ -107,8 +107,6 @@ def append(cache: MemoryCache, k, v, slots: Slots, received=None) -> MemoryCache
     rank = jnp.cumsum(slots.live, axis=1) - 1
     fits = slots.live & (raw + rank < raw_capacity(cache))
     place = jnp.where(fits, used + rank, cache.k.shape[2])
-    # Row by row: with row numbers as indices the compiler would gather the sessions of all devices.
-    put_rows = jax.vmap(lambda old, new, place: old.at[place].set(new.astype(old.dtype), mode="drop"))
     put = lambda old, new: put_rows(old, new, place)
     put_layers = lambda old, new: jax.vmap(put)(old, new)
     return dataclasses.replace(
@@ -119,6 +117,10 @@ def append(cache: MemoryCache, k, v, slots: Slots, received=None) -> MemoryCache
         received=None if cache.received is None else put_layers(cache.received, received),
         lost=cache.lost + jnp.sum(slots.live & ~fits, axis=1),
     )
+
+
+# Row by row: with row numbers as indices the compiler would gather the sessions of all devices.
+put_rows = jax.vmap(lambda old, new, place: old.at[place].set(new.astype(old.dtype), mode="drop"))
 
 
 def best(cache: MemoryCache, method: Method, selected, closing):
@@ -227,10 +229,16 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing):
         *(jnp.where(live, take(x), 0) for x in (both.segment, both.index, both.position)),
     )
 
+    # Where each new entry comes to stand; beyond the end if it is not kept.
+    size = order.shape[1]
+    stands = order[:, None] == size + jnp.arange(count)[:, None]
+    place = jnp.where(jnp.any(stands & live[:, None], axis=2), jnp.argmax(stands, axis=2), size)
+
     def store(own, new):
         inner = lambda a: a.reshape(*a.shape, *(1,) * (own.ndim - 2))
-        joined = jnp.concatenate([own, enter(own, new).astype(own.dtype)], axis=1)
-        return jnp.where(inner(live), jnp.take_along_axis(joined, inner(order), axis=1), 0)
+        # Moved and then entered: to join both first would take a longer copy of the layer.
+        moved = jnp.where(inner(live), jnp.take_along_axis(own, inner(jnp.minimum(order, size - 1)), axis=1), 0)
+        return put_rows(moved, enter(own, new), place)
 
     lost = cache.lost + (excess if cache.overflow == "error" else jnp.zeros_like(excess))
     return dataclasses.replace(cache, slots=placed, chunks=cache.chunks + closing, lost=lost), store
