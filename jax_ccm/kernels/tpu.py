@@ -205,7 +205,10 @@ def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, s
     """
     batch, length, heads, size = q.shape
     if batch > blocks.MAX_BATCH:
-        raise Refused(f"{batch} rows on a device are more than {blocks.MAX_BATCH}")
+        # As in serving thousands of sessions: more rows than the list of pairs can number.
+        pick = lambda first: jax.tree.map(lambda x: x[first : first + blocks.MAX_BATCH], (q, q_slots, sources))
+        parts = map(pick, range(0, batch, blocks.MAX_BATCH))
+        return jnp.concatenate([attend(*part, rule=rule, interpret=interpret, sizes=sizes) for part in parts])
     kv_heads = sources[0][0].shape[2]
     group = heads // kv_heads
     if short := sizes is None and length * group <= SHORT_ROWS:

@@ -17,7 +17,7 @@ from jax_ccm.planning.programs import Program, device_bytes
 
 # Sizes are found to this share of themselves.
 PRECISION = 0.02
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_NEEDED = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM|[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,8 @@ def need(program: Program, chip: Chip) -> Need:
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        used = _USED.search(str(e))
-        total = _number(used[1], used[2]) if used else chip.hbm_bytes + 1
+        needed = _NEEDED.search(str(e))
+        total = _number(*(needed.group(1, 2) if needed[1] else needed.group(3, 4))) if needed else chip.hbm_bytes + 1
         kinds["temporaries"] = max(total - sum(kinds.values()), 0)
         return Need(False, total, kinds, [], time.perf_counter() - start)
     stats = compiled.memory_analysis()

@@ -68,9 +68,9 @@ def most_sessions(
     chip: Chip,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The largest number of sessions for which the step that needs most fits, and what both steps need then.
+    """The largest number of sessions for which every step fits, and what the steps need then.
 
-    That is closing a chunk in all sessions at once, or, with full context, reading a token.
+    The steps are closing a chunk in all sessions at once (not with full context) and reading a token in all of them.
     """
     slots, raw = places(method, setting)
     step = sharding.row_shares(mesh)
@@ -89,18 +89,25 @@ def most_sessions(
         say(f"{method.name}, {kind.__name__} of {sessions:,} sessions: {found.bytes / 2**30:.2f} GiB, {verdict}")
         return found
 
-    heavy = programs.compress_step if method.closes else programs.decode_step
     # Compilers keep about 2 % of a chip's memory for themselves.
     limit = int(0.98 * chip.hbm_bytes)
-    most, tried = largest(lambda n: needs(heavy, n), step=step, guess=guess, limit=limit)
-    steps = {heavy.__name__: tried[most]} if most else {}
-    if most and heavy is not programs.decode_step:
-        steps["decode_step"] = needs(programs.decode_step, most)
+    kinds = (programs.compress_step, programs.decode_step) if method.closes else (programs.decode_step,)
+    most, steps, refused = guess, {}, []
+    for number, kind in enumerate(kinds):
+        # What fits the step before is only to be confirmed, if this one needs no more.
+        if number and (found := needs(kind, most)).fits:
+            steps[kind.__name__] = found
+            continue
+        most, tried = largest(lambda n, kind=kind: needs(kind, n), step=step, guess=most, limit=limit)
+        refused += [n for n, found in tried.items() if not found.fits]
+        steps = {name: needs(getattr(programs, name), most) for name in steps} if most else {}
+        if most:
+            steps[kind.__name__] = tried[most]
     itemsize = jnp.dtype(config.model.dtype).itemsize
     return {
         "sessions": most,
         "slots": slots + raw + int(method.sink),
         "cache_bytes_per_session": (slots + raw + int(method.sink)) * shape.kv_bytes_per_slot(itemsize),
-        "first_that_does_not_fit": min(n for n, found in tried.items() if not found.fits),
+        "first_that_does_not_fit": min(refused),
         "steps": {name: found.to_json() for name, found in steps.items()},
     }

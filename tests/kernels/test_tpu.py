@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jax_ccm.evals import parity
 from jax_ccm.kernels import blocks, tpu
-from jax_ccm.kernels.sizes import Refused, Sizes
+from jax_ccm.kernels.sizes import Sizes
 from jax_ccm.types import Kind, Slots
 from tests import cases
 from tests.kernels.support import draw, exact, made_for
@@ -122,10 +122,14 @@ def test_parallel_is_recurrent(name):
         np.testing.assert_allclose(a, c, atol=1e-5)
 
 
-def test_more_rows_than_the_list_of_pairs_can_number():
-    """As in serving thousands of sessions: refused, so that attention falls back, and not an error."""
-    rows = blocks.MAX_BATCH + 1
-    x, slots = np.zeros((rows, 1, 1, 8), np.float32), Slots(*(np.zeros((rows, 1), np.int32) for _ in range(4)))
-    rule = cases.METHODS["concat_n1"].rule
-    with pytest.raises(Refused, match=f"{rows} rows"):
-        jax.eval_shape(lambda: tpu.attend(x, slots, ((x, x, slots),), rule=rule, interpret=True))
+def test_more_rows_than_the_list_of_pairs_can_number(monkeypatch):
+    """As in serving thousands of sessions: the rows are taken in parts, the last a shorter one."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(5, 4, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    place = np.broadcast_to(np.arange(4, dtype=np.int32), (5, 4))
+    slots = Slots(np.full((5, 4), Kind.TEXT, np.int32), np.zeros((5, 4), np.int32), place, place)
+    call = lambda: tpu.attend(q, slots, ((k, v, slots),), rule=cases.METHODS["concat_n1"].rule, interpret=True)
+    whole = jax.jit(call)()
+    assert np.abs(whole).max() > 0.1
+    monkeypatch.setattr(blocks, "MAX_BATCH", 2)
+    np.testing.assert_allclose(jax.jit(call)(), whole, atol=1e-6)
