@@ -186,7 +186,7 @@ class Checkpoints:
         """Removes what writes that failed or were killed have left, to give the room back."""
         if not processes.is_first():
             return
-        # Orbax raises the first error of a write while its other threads still make files: what they make is removed too.
+        # Orbax raises the first error of a write while its other threads still make files: those are removed, too.
         for _ in range(50):
             unfinished = list(self.folder.glob(f"*{UNFINISHED}*"))
             if not unfinished:

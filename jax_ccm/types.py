@@ -201,6 +201,14 @@ class Method:
         """The method with only the first ``count`` of its closing tokens; None for all."""
         return self if count is None else dataclasses.replace(self, closes=self.closes[:count])
 
+    def mixing(self, mix: Mix | None) -> Method:
+        """The method with a mixture for its memory, of whose states text sees the latest; itself without one."""
+        if mix is None:
+            return self
+        latest = lambda c: dataclasses.replace(c, farthest=min(c.farthest, 1)) if Kind.MEMORY in c.key else c
+        rule = dataclasses.replace(self.rule, sees=tuple(map(latest, self.rule.sees)))
+        return dataclasses.replace(self, rule=rule, mix=mix)
+
     @property
     def recurrent_only(self) -> bool:
         """Whether there is no parallel form: places in the cache and selections follow from what was read before."""

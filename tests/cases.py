@@ -53,6 +53,8 @@ METHODS: dict[str, Method] = {
     "loma": build("loma", ratio=2, memory_tokens=2),
     "loma_causal_sink": build("loma", ratio=3, memory_tokens=1, bidirectional=False, sink=True, scope="last"),
     "loma_plain": build("loma", ratio=2, memory_tokens=2, history=False, positions="sequential", conditional=True),
+    "loma_mean": build("loma", ratio=2, memory_tokens=2, memory="mean"),
+    "loma_ema_sink": build("loma", ratio=2, memory_tokens=2, memory="ema", decay=0.3, sink=True, conditional=True),
     "sentinel": build("sentinel"),
     "sentinel_history": build("sentinel", history=True, opener=False, conditional=True),
     "local": build("local", hidden=0.3),

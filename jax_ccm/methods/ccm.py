@@ -19,7 +19,7 @@ import dataclasses
 
 from jax_ccm.errors import UserError
 from jax_ccm.types import INF, Kind, Method, Rule, Token, see
-from jax_ccm.updates import Ema, Mean, Mix
+from jax_ccm.updates import Ema, Mean
 
 TEXT, QUERY, COMP, REPEAT, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.REPEAT, Kind.SINK, Kind.MEMORY
 EVERY = (TEXT, QUERY, COMP, SINK)
@@ -88,7 +88,7 @@ def merge(
 ) -> Method:
     """CCM-merge: the running mean of all chunks' states in ``comp_tokens`` slots. Arguments as for `concat`."""
     appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, fewest)
-    return _mixed("ccm_merge", appending, Mean())
+    return dataclasses.replace(appending.mixing(Mean()), name="ccm_merge")
 
 
 def ema(
@@ -108,7 +108,7 @@ def ema(
       decay: weight of the newest chunk.
     """
     appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, fewest)
-    return _mixed("ccm_ema", appending, Ema(decay))
+    return dataclasses.replace(appending.mixing(Ema(decay)), name="ccm_ema")
 
 
 def gist(comp_tokens: int = 1, sink: bool = False, conditional: bool = True, online: bool = False) -> Method:
@@ -121,9 +121,3 @@ def gist(comp_tokens: int = 1, sink: bool = False, conditional: bool = True, onl
     """
     alone = concat(comp_tokens, sink, independent=True, conditional=conditional)
     return dataclasses.replace(alone, name="gist", context="chunks" if online else "joined")
-
-
-def _mixed(name: str, method: Method, mix: Mix) -> Method:
-    """The method with a mixture for its memory: of all states of the mixture, text sees the latest."""
-    latest = lambda c: dataclasses.replace(c, farthest=min(c.farthest, 1)) if MEMORY in c.key else c
-    return dataclasses.replace(method, name=name, rule=Rule(tuple(map(latest, method.rule.sees))), mix=mix)

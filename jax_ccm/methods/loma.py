@@ -20,6 +20,7 @@ from typing import Literal
 
 from jax_ccm.errors import UserError
 from jax_ccm.types import INF, Clause, Kind, Method, Rule, Token, see
+from jax_ccm.updates import Ema, Mean
 
 TEXT, QUERY, COMP, REPEAT, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.REPEAT, Kind.SINK, Kind.MEMORY
 EVERY = (TEXT, QUERY, COMP, REPEAT, SINK)
@@ -37,6 +38,8 @@ def loma(
     repeats_see: Literal["self", "causal", "both"] = "self",
     sink: bool = False,
     conditional: bool = False,
+    memory: Literal["append", "mean", "ema"] = "append",
+    decay: float = 0.5,
 ) -> Method:
     """LoMA.
 
@@ -53,10 +56,14 @@ def loma(
       repeats_see: besides memory, a repetition token sees "self", earlier ones ("causal"), or all ("both").
       sink: keep the first token of the session visible to all.
       conditional: the LoRA acts on memory and repetition tokens only, as in CCM; in no paper.
+      memory: the states of a chunk are appended, or blended slot by slot into one memory of t slots, by CCM-merge's
+        running "mean" or by an "ema"; text and repetitions then see the latest mixture; in no paper.
+      decay: weight of the newest chunk in an "ema".
     """
     for name, value in (("ratio", ratio), ("memory_tokens", memory_tokens)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+    mix = {"append": None, "mean": Mean(), "ema": Ema(decay)}[_one_of("memory", memory, ("append", "mean", "ema"))]
     farthest = {"all": INF, "last": 1}[_one_of("scope", scope, ("all", "last"))]
     readers = (TEXT, QUERY, COMP) if history else (TEXT, QUERY)
     clauses: list[Clause] = [
@@ -73,7 +80,7 @@ def loma(
     stride = _one_of("positions", positions, ("stride", "sequential")) == "stride"
     size = ratio * memory_tokens
     place = lambda k: ratio * (k + 1) - 1 - size if stride else k
-    return Method(
+    appending = Method(
         name="loma",
         rule=Rule(tuple(clauses), both_ways=both),
         closes=tuple(Token(COMP, row=0, offset=place(k)) for k in range(memory_tokens)),
@@ -83,6 +90,7 @@ def loma(
         repeat=Token(REPEAT, row=1) if repeat else None,
         repeat_weight=repeat_weight,
     )
+    return appending.mixing(mix)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:

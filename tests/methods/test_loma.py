@@ -327,6 +327,7 @@ def test_each_loss_has_its_own_mean():
         (dict(scope="some"), "scope is 'some'; allowed: all, last"),
         (dict(positions="end"), "allowed: stride, sequential"),
         (dict(repeats_see="all"), "allowed: self, causal, both"),
+        (dict(memory="merge"), "memory is 'merge'; allowed: append, mean, ema"),
     ],
 )
 def test_bad_options(options, message):
