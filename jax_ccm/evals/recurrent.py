@@ -75,15 +75,16 @@ def _score(model, method: Method, cache, sessions: Stream) -> list[tuple[np.ndar
     for time in range(sessions.context.tokens.shape[0]):
         chunk = jax.tree.map(operator.itemgetter(time), sessions.context)
         targets, weights = sessions.targets[0][time], sessions.weights[0][time]
-        cache, losses, hits = _step(model, cache, *_fit(chunk, targets), method=method, close=True)
-        parts.append((weights, losses, hits))
-    cache, losses, hits = _step(model, cache, *_fit(sessions.tail, sessions.targets[1]), method=method, close=False)
-    parts.append((sessions.weights[1], losses, hits))
+        asked = bool(weights.any())
+        cache, *found = _step(model, cache, *_fit(chunk, targets), method=method, close=True, asked=asked)
+        if asked:
+            parts.append((weights, *found))
+    tail = _fit(sessions.tail, sessions.targets[1])
+    cache, *found = _step(model, cache, *tail, method=method, close=False, asked=True)
+    parts.append((sessions.weights[1], *found))
     memory.check(cache)
     rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in sessions.tail.tokens]
     for weights, losses, hits in parts:
-        if not weights.any():
-            continue
         losses, hits = np.asarray(losses, np.float64), np.asarray(hits)
         for row, used in enumerate(weights > 0):
             where = np.flatnonzero(used)
@@ -103,12 +104,14 @@ def _fit(chunk: Chunk, targets: np.ndarray) -> tuple[Chunk, np.ndarray]:
     return jax.tree.map(pad, chunk), pad(targets)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "close"), donate_argnums=1)
-def _step(model, cache, chunk, targets, *, method, close):
-    """Reads a chunk and closes it, or reads a tail; losses ``[B, C]`` and hits of the token behind each."""
+@functools.partial(jax.jit, static_argnames=("method", "close", "asked"), donate_argnums=1)
+def _step(model, cache, chunk, targets, *, method, close, asked):
+    """Reads a chunk and closes it, or reads a tail; if asked, losses ``[B, C]`` and hits of the token behind each."""
     cache, logits = read(model, cache, chunk, method=method, query=not close)
-    target = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
-    losses, hits = jax.nn.logsumexp(logits, axis=-1) - target, jnp.argmax(logits, axis=-1) == targets
     if close:
         cache = compress(model, cache, jnp.any(chunk.valid, axis=1), method=method)
-    return cache, losses, hits
+    if not asked:
+        # Without a reader, the logits are not even computed.
+        return (cache,)
+    target = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
+    return cache, jax.nn.logsumexp(logits, axis=-1) - target, jnp.argmax(logits, axis=-1) == targets
