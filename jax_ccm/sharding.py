@@ -104,8 +104,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def use(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """A context in which programs are traced for the mesh; for a single device nothing changes."""
-    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+    """A context in which programs are traced for the mesh; for a single device of the default kind nothing changes."""
+    default = mesh.size == 1 and mesh.devices.flat[0].platform == jax.default_backend()
+    return contextlib.nullcontext() if default else jax.set_mesh(mesh)
 
 
 def describe(mesh: Mesh) -> str:

@@ -71,15 +71,16 @@ def test_tables():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_plan_of_a_tiny_model(tmp_path, capsys):
-    options = plan.Options(topology="v5e:2x2", workdir=tmp_path, parts=("training",))
-    made = plan.plan(from_mapping(TINY), options, command="python -m jax_ccm.plan")
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:2x2", 4), ("v5e:1x1", 1)])
+def test_plan_of_a_tiny_model(tmp_path, capsys, topology, chips):
+    options = plan.Options(topology=topology, workdir=tmp_path, parts=("training",))
+    made = plan.plan(from_mapping(TINY | {"mesh": {"fsdp": chips}}), options, command="python -m jax_ccm.plan")
     step = made["training"]["step"]
-    assert step["fits"] and step["rows"] * step["accumulation"] == 8 and step["mesh"]["fsdp"] == 4
+    assert step["fits"] and step["rows"] * step["accumulation"] == 8 and step["mesh"]["fsdp"] == chips
     kinds = step["hbm_bytes_by_kind"]
     assert kinds["weights"] > kinds["adapter"] and sum(kinds.values()) == step["hbm_bytes"]
     # Weights are gathered layer by layer, forward and backward.
-    assert any("all-gather bf16" in line for line in step["collectives"])
+    assert any("all-gather bf16" in line for line in step["collectives"]) == (chips > 1)
     assert json.loads((tmp_path / "plan.json").read_text()) == made
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "table.md", "plot.png", "config.yaml"}
     assert "nothing is run" in capsys.readouterr().out

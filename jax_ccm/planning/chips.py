@@ -84,8 +84,10 @@ def devices(topology: str) -> Sequence[Any]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
+    # A host has four chips, unless it has the only one.
+    alone = {"chips_per_host_bounds": [1, 1, 1]} if count == 1 else {}
     try:
-        return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+        return topologies.get_topology_desc(topology_name=topology, platform="tpu", **alone).devices
     except Exception as e:  # the plugin raises its own kinds
         raise UserError(
             f"--topology {topology} is not one that the TPU compiler knows: {str(e).splitlines()[0]}"
