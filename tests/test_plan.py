@@ -57,11 +57,13 @@ def test_tables():
         "setting": {"chunks": 16, "chunk_tokens": 50, "raw": 32},
         "systems": {name: {"sessions": count, "steps": {}} for name, count in most.items()},
     }
+    talk["systems"]["merge"]["steps"] = {"decode_step": {"hbm_bytes": 15 * 2**30, "seconds": {"roofline": 0.0175}}}
     made = {"model": "org/M", "topology": "v5e:4x4", "devices": 16, "chip": {"hbm_bytes": 16 * 2**30}}
     made |= {"training": {"step": step, "largest_micro_batch": step | {"fits": False}}, "sessions": [talk, talk]}
     table = report.markdown(made)
     assert "not run" in table and "| step | 16 x 8 | 5.00 GiB | yes | 2.50 s |" in table
     assert "| largest micro batch | 16 x 8 | 5.00 GiB | no |  |" in table
+    assert "| merge, a token, after 16 chunks of 50, 32 raw | 9,000 | 15.00 GiB | 17.5 ms |" in table
     assert "| 16 chunks of 50 | 32 | 500 | 2,600 (5.2 x) | 9,000 (18.0 x) |" in table
     overview = report.overview([made])
     assert overview.count("\n") == 4 and "M, v5e:4x4 | 16 rows x 8: 5.0 of 16 GiB, too much" in overview

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ def score_recurrently(
     examples: Sequence[Example],
     *,
     rows: int,
-    advance: Callable[[int], None] = lambda count: None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Scores examples chunk by chunk.
 
@@ -37,7 +36,6 @@ def score_recurrently(
       method: what the examples are run with.
       examples: sessions of any lengths.
       rows: rows of a batch.
-      advance: told how many examples are done after each batch.
 
     Returns:
       For each example, in the order given, ``float64 [q]`` negative log-likelihoods in nats and ``bool [q]`` whether
@@ -65,7 +63,6 @@ def score_recurrently(
         scored = _score(model, method, cache, stream(method, [examples[i] for i in fill]))
         for row, index in enumerate(those):
             found[index] = scored[row]
-        advance(len(those))
     return [scores for scores in found if scores is not None]
 
 

@@ -33,6 +33,9 @@ def markdown(plan: dict[str, Any]) -> str:
             *map(_sessions, plan["sessions"]),
         ]
         lines += [""]
+        steps = [line for row in plan["sessions"] for line in _serving(row)]
+        if steps:
+            lines += ["| compiled, not run | sessions | HBM a chip | roofline |", "|---|---|---|---|", *steps, ""]
     return "\n".join(lines)
 
 
@@ -51,6 +54,19 @@ def _sessions(row: dict[str, Any]) -> str:
         cells.append(f"{most:,} ({most / full:.1f} x)" if full else f"{most:,}")
     talk = f"{setting['chunks']:,} chunks of {setting['chunk_tokens']}"
     return f"| {talk} | {setting['raw']} | {' | '.join(cells)} |"
+
+
+def _serving(row: dict[str, Any]) -> list[str]:
+    """A line for each step of each system with all the sessions that fit."""
+    setting = row["setting"]
+    talk = f"{setting['chunks']:,} chunks of {setting['chunk_tokens']}, {setting['raw']} raw"
+    names = {"decode_step": "a token", "compress_step": "closing a chunk"}
+    return [
+        f"| {system}, {names[name]}, after {talk} | {found['sessions']:,} | {step['hbm_bytes'] / GIB:.2f} GiB | "
+        f"{1e3 * step['seconds']['roofline']:.1f} ms |"
+        for system, found in row["systems"].items()
+        for name, step in found["steps"].items()
+    ]
 
 
 def overview(plans: Sequence[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax_ccm import methods, sharding
 from jax_ccm.config import Config
 from jax_ccm.nn import ModelConfig
-from jax_ccm.planning import programs
+from jax_ccm.planning import costs, programs
 from jax_ccm.planning.chips import Chip
 from jax_ccm.planning.measure import Need, largest, need
 from jax_ccm.types import Method
@@ -103,11 +103,19 @@ def most_sessions(
         steps = {name: needs(getattr(programs, name), most) for name in steps} if most else {}
         if most:
             steps[kind.__name__] = tried[most]
+
+    def entry(name: str, found: Need) -> dict[str, Any]:
+        decodes = name == programs.decode_step.__name__
+        tokens = 1 if decodes else len(method.closes)
+        cache, weights = found.kinds["cache"], found.kinds["weights"]
+        cost = costs.serving_cost(shape, most, tokens, slots + raw, cache, weights, logits=decodes)
+        return found.to_json() | {"flops": cost.flops, "seconds": cost.times(chip, mesh.size, found)}
+
     itemsize = jnp.dtype(config.model.dtype).itemsize
     return {
         "sessions": most,
         "slots": slots + raw + int(method.sink),
         "cache_bytes_per_session": (slots + raw + int(method.sink)) * shape.kv_bytes_per_slot(itemsize),
         "first_that_does_not_fit": min(refused),
-        "steps": {name: found.to_json() for name, found in steps.items()},
+        "steps": {name: entry(name, found) for name, found in steps.items()},
     }
