@@ -25,8 +25,18 @@ from jax_ccm.types import INF, Array, Clause, Kind, Rule, Slots
 FIRST = 1  # of its row
 LAST = 2  # of its row
 SOURCE = 4  # the key block is of the first source; shifted left by one for each further source; none set: nothing seen
-# Bits of `Pairs.rows`: 11 of the batch row, 16 of the block, 4 of flags; of `Pairs.columns`: 16 for each source.
-MAX_BATCH, MAX_BLOCKS = 1 << 11, 1 << 15
+# Bits of `Pairs.rows`: 14 of the batch row, 13 of the block, 4 of flags; of `Pairs.columns`: 16 for each source.
+MAX_BATCH, MAX_BLOCKS = 1 << 14, 1 << 13
+
+
+def batch_of(row: Array) -> Array:
+    """The batch row of an entry of `Pairs.rows`."""
+    return row >> 17
+
+
+def block_of(row: Array) -> Array:
+    """The block of an entry of `Pairs.rows`."""
+    return (row >> 4) & (MAX_BLOCKS - 1)
 
 
 class Bounds(NamedTuple):
@@ -43,7 +53,7 @@ class Pairs:
     """Pairs of blocks to visit, row after row (all pairs of a row in sequence). Each row has at least one.
 
     Attributes:
-      rows: ``int32 [P + 1]``, batch row << 20 | block << 4 | flags.
+      rows: ``int32 [P + 1]``, batch row << 17 | block << 4 | flags.
       columns: ``int32 [P + 1]``: the block in each source, 16 bits each, the first source in the lowest. Only that of
         the flagged source is visited; the others repeat what was visited last, so that nothing is loaded for them.
       count: ``int32 []``, how many of the P entries are in use.
@@ -138,5 +148,5 @@ def list_pairs(*seen: Array) -> Pairs:
         column_of = jnp.where(latest >= 0, column[jnp.maximum(latest, 0)] - start, 0)
         columns += column_of << (16 * source)
         start += size
-    rows = (row // count) << 20 | (row % count) << 4 | flags
+    rows = (row // count) << 17 | (row % count) << 4 | flags
     return Pairs(rows, columns, jnp.sum(joined, dtype=jnp.int32))

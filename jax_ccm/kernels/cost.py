@@ -126,5 +126,5 @@ def _walk(pairs: blocks.Pairs, sizes: Sizes) -> tuple[int, int, list[int]]:
     cells, loads = 0, []
     for source, k in enumerate(sizes.k):
         cells += int(np.count_nonzero(rows & (SOURCE << source))) * sizes.q * k
-        loads.append(changes((rows >> 20).astype(np.int64) << 16 | columns >> (16 * source) & 0xFFFF))
+        loads.append(changes(blocks.batch_of(rows).astype(np.int64) << 16 | columns >> (16 * source) & 0xFFFF))
     return cells, changes(rows >> 4), loads

@@ -31,11 +31,11 @@ def _codes(slots: Slots, size: int):
 
 
 def _batch(rows, step):
-    return rows[step] >> 20
+    return blocks.batch_of(rows[step])
 
 
 def _row(rows, step):
-    return (rows[step] >> 4) & 0xFFFF
+    return blocks.block_of(rows[step])
 
 
 def _query_specs(call: Call):

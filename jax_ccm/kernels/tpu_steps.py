@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jax_ccm.kernels.blocks import FIRST, LAST, SOURCE
+from jax_ccm.kernels.blocks import FIRST, LAST, SOURCE, block_of
 from jax_ccm.kernels.sizes import Sizes
 from jax_ccm.layout import sees
 from jax_ccm.types import Rule, Slots
@@ -186,7 +186,7 @@ def keys_kernel(rows, columns, slots, k, v, q_slots, q, d_out, lse, delta, d_k, 
     def _():
         mask = _visible(call.rule, q_slots, slots)
         block = columns[step]
-        place = (rows[step] >> 4) & 0xFFFF
+        place = block_of(rows[step])
         for head in range(call.step_heads):
             kv_head = head // call.sizes.group
             lanes = call.lanes(kv_head)

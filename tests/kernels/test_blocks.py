@@ -59,7 +59,8 @@ def walk(pairs, sources: int):
         assert len(hit) <= 1
         source = hit[0] if hit else None
         place = None if source is None else column >> (16 * source) & 0xFFFF
-        yield row >> 20, row >> 4 & 0xFFFF, source, place, bool(row & blocks.FIRST), bool(row & blocks.LAST)
+        block = blocks.batch_of(row), blocks.block_of(row)
+        yield *block, source, place, bool(row & blocks.FIRST), bool(row & blocks.LAST)
 
 
 def test_list_of_pairs():
