@@ -86,8 +86,8 @@ def test_list_of_pairs():
 
 
 def test_list_has_bounds():
-    with pytest.raises(ValueError, match="at most 2048 rows"):
-        jax.eval_shape(blocks.list_pairs, jnp.zeros((4096, 1, 1), bool))
+    with pytest.raises(ValueError, match="at most 16384 rows"):
+        jax.eval_shape(blocks.list_pairs, jnp.zeros((1 << 15, 1, 1), bool))
 
 
 def test_pairs_of_the_docstring():
