@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import gc
 import json
@@ -13,6 +14,7 @@ import shutil
 import sys
 import time
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,16 +60,27 @@ class Checkpoints:
     """The newest checkpoints of a run, through Orbax. A checkpoint that was not completed does not count.
 
     Orbax reads back whatever a damaged file decodes to, so each checkpoint carries a `fingerprint` of its arrays. With
-    several processes all of them write, and all of them must call every method.
+    several processes all of them write, and all of them must call every method. The folder is locked until it is
+    closed: two runs in one folder would remove what the other is writing.
 
     Use as a context manager, or call `close`.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2):
+        """Opens a folder, which is made if there is none.
+
+        Args:
+          folder: where the checkpoints are.
+          keep: how many stay.
+
+        Raises:
+          UserError: if another run uses the folder.
+        """
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
         self.folder = Path(os.path.abspath(folder))
+        self._unlock = weakref.finalize(self, os.close, _lock(self.folder)) if processes.is_first() else lambda: None
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._remove_unfinished()
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "progress"))
@@ -81,6 +94,7 @@ class Checkpoints:
     def close(self) -> None:
         """Releases the folder."""
         self._manager.close()
+        self._unlock()
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -204,6 +218,22 @@ class Checkpoints:
         processes.wait(f"set aside {step}")
         self._manager.reload()
         return bad
+
+
+def _lock(folder: Path) -> int:
+    """A file descriptor that holds the folder until it is closed, or the process has ended in whatever way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(
+            f"{folder} is in use by another run; wait until that ends, or use another --workdir for this one"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return handle
 
 
 def fingerprint(tree: Any) -> dict[str, int]:

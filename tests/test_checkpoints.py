@@ -55,6 +55,18 @@ def test_no_checkpoint_yet(tmp_path):
         assert store.latest() is None and store.progress() is None and store.restore(state(0)) is None
 
 
+def test_a_folder_serves_one_run_at_a_time(tmp_path):
+    with Checkpoints(tmp_path) as store:
+        store.save(1, state(1), {})
+        with pytest.raises(UserError, match="in use by another run; wait until that ends, or use another --workdir"):
+            Checkpoints(tmp_path)
+    abandoned = Checkpoints(tmp_path)
+    assert abandoned.steps() == [1]
+    del abandoned
+    gc.collect()
+    Checkpoints(tmp_path).close()
+
+
 def test_a_step_is_saved_once(tmp_path):
     with Checkpoints(tmp_path) as store:
         store.save(1, state(1), {"n": 1})
