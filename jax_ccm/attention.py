@@ -14,6 +14,8 @@ from jax_ccm.sharding import activation_spec, constrain, context_shards
 from jax_ccm.types import Rule, Slots
 
 IMPLEMENTATIONS = ("xla", "pallas")
+# Platforms with a kernel; a GPU that is not here calls itself by its vendor's name.
+COMPILED = {"tpu": "TPU", "gpu": "GPU (Triton)", "cuda": "GPU (Triton)"}
 # Queries that are attended at once: scores take this times S numbers for each head, whatever T.
 QUERY_BLOCK = 512
 logger = logging.getLogger(__name__)
@@ -76,14 +78,16 @@ def _kernel(implementation: str | None):
         return None
     mesh = jax.sharding.get_abstract_mesh()
     platform = mesh.abstract_device.platform if mesh.abstract_device is not None else jax.default_backend()
-    if platform == "tpu":
-        _say("attention runs as 'pallas', compiled for TPU")
+    if platform in COMPILED:
+        _say(f"attention runs as 'pallas', compiled for {COMPILED[platform]}")
     elif platform != "cpu" or implementation is None:
         _say(f"attention runs as 'xla': there is no kernel for {platform}")
         return None
-    from jax_ccm.kernels import tpu
-
-    kernel = functools.partial(tpu.attend, interpret=platform != "tpu")
+    if platform in ("gpu", "cuda"):
+        from jax_ccm.kernels import gpu as kernels
+    else:
+        from jax_ccm.kernels import tpu as kernels
+    kernel = functools.partial(kernels.attend, interpret=platform not in COMPILED)
     return kernel if mesh.size <= 1 or mesh.are_all_axes_manual else functools.partial(_spread, kernel)
 
 

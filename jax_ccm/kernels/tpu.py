@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_ccm.kernels import blocks
 from jax_ccm.kernels.blocks import Pairs
+from jax_ccm.kernels.rows import heads_as_rows, rows_as_heads
 from jax_ccm.kernels.sizes import HEAD_SIZES, ROWS, Refused, Sizes, choose
 from jax_ccm.kernels.tpu_steps import Call, forward_kernel, keys_kernel, queries_kernel
 from jax_ccm.types import Rule, Slots
@@ -213,9 +214,7 @@ def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, s
     group = heads // kv_heads
     if short := sizes is None and length * group <= SHORT_ROWS:
         # A few queries, as in decoding: the heads that share a key become queries of one head.
-        q = jnp.moveaxis(q.reshape(batch, length, kv_heads, group, size), 3, 2)
-        q = q.reshape(batch, length * group, kv_heads, size)
-        q_slots = q_slots.map(lambda x: jnp.repeat(x, group, axis=1))
+        q, q_slots = heads_as_rows(q, q_slots, kv_heads)
     q, q_slots = _whole_tile(q), _whole_slots(q_slots)
     sources = tuple((_whole_tile(k), _whole_tile(v), _whole_slots(slots)) for k, v, slots in sources)
     keys = tuple(k.shape[1] for k, _, _ in sources)
@@ -228,8 +227,7 @@ def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, s
     out = _attend(call, flat(q), q_slots, tuple((flat(k), flat(v), slots) for k, v, slots in sources))
     if not short:
         return out.reshape(q.shape)[:, :length]
-    out = out[:, : length * group].reshape(batch, length, group, kv_heads, size)
-    return jnp.moveaxis(out, 2, 3).reshape(batch, length, heads, size)
+    return rows_as_heads(out.reshape(q.shape)[:, : length * group], length)
 
 
 def _whole_tile(x):

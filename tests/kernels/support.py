@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,3 +53,25 @@ def exact(rule: Rule, q_slots: Slots, q, sources, d_out):
     d_v = shared(np.einsum("bnts,btnh->bsnh", weights, d_out))
     ends = np.cumsum([s[0].shape[1] for s in sources])[:-1]
     return out, d_q, list(zip(np.split(d_k, ends, axis=1), np.split(d_v, ends, axis=1), strict=True))
+
+
+@functools.partial(jax.jit, static_argnames=("kernel", "rule", "sizes"))
+def attend(q, q_slots, sources, key_slots, d_out, *, kernel, rule, sizes=None):
+    """Output and gradients of a kernel, interpreted."""
+
+    def call(q, sources):
+        joined = tuple((*values, slots) for values, slots in zip(sources, key_slots, strict=True))
+        return kernel(q, q_slots, joined, rule=rule, sizes=sizes, interpret=True)
+
+    out, pull = jax.vjp(call, q, sources)
+    return out, *pull(d_out)
+
+
+def check(rule, q_slots, key_slots, arrays, **options):
+    """A kernel against `exact`."""
+    q, sources, d_out = arrays
+    found = attend(q, q_slots, sources, key_slots, d_out, rule=rule, **options)
+    expected = exact(rule, q_slots, q, [(*s, slots) for s, slots in zip(sources, key_slots, strict=True)], d_out)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    return found

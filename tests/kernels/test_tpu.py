@@ -15,32 +15,16 @@ from jax_ccm.kernels import blocks, tpu
 from jax_ccm.kernels.sizes import Sizes
 from jax_ccm.types import Kind, Slots
 from tests import cases
-from tests.kernels.support import draw, exact, made_for
+from tests.kernels import support
+from tests.kernels.support import draw, made_for
 
 # One method for each rule: many differ in positions or in what is written only.
 RULES = {method.rule: name for name, method in reversed(cases.METHODS.items())}
 QUICK = ("concat_n2_sink", "merge_n2_repeat", "loma", "window_sink", "local")
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "sizes"))
-def attend(q, q_slots, sources, key_slots, d_out, *, rule, sizes=None):
-    """Output and gradients of the kernel."""
-
-    def call(q, sources):
-        joined = tuple((*values, slots) for values, slots in zip(sources, key_slots, strict=True))
-        return tpu.attend(q, q_slots, joined, rule=rule, sizes=sizes, interpret=True)
-
-    out, pull = jax.vjp(call, q, sources)
-    return out, *pull(d_out)
-
-
-def check(rule, q_slots, key_slots, arrays, **options):
-    q, sources, d_out = arrays
-    found = attend(q, q_slots, sources, key_slots, d_out, rule=rule, **options)
-    expected = exact(rule, q_slots, q, [(*s, slots) for s, slots in zip(sources, key_slots, strict=True)], d_out)
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    return found
+check = functools.partial(support.check, kernel=tpu.attend)
+attend = functools.partial(support.attend, kernel=tpu.attend)
 
 
 @pytest.mark.parametrize(
