@@ -44,7 +44,7 @@ def memory_attention(
       memory_slots: `Slots` of ``[B, M]``.
       implementation: "xla", plain matrix products in blocks of queries; "pallas", a kernel that visits only what is
         visible, compiled for the devices of the mesh in context, or else the default ones, and interpreted on a CPU;
-        None for "pallas" where there is a kernel for the device, else "xla". What is chosen, and what a kernel refuses
+        None for "pallas" on a TPU, else "xla". What is chosen, and what a kernel refuses
         and is done by "xla" instead, is logged with the reason (INFO, once).
 
     Returns:
@@ -78,8 +78,11 @@ def _kernel(implementation: str | None):
         return None
     mesh = jax.sharding.get_abstract_mesh()
     platform = mesh.abstract_device.platform if mesh.abstract_device is not None else jax.default_backend()
-    if platform in COMPILED:
+    if platform in COMPILED and (platform == "tpu" or implementation == "pallas"):
         _say(f"attention runs as 'pallas', compiled for {COMPILED[platform]}")
+    elif platform in COMPILED:
+        _say(f"attention runs as 'xla': the kernel for {COMPILED[platform]} has not been run yet; 'pallas' asks for it")
+        return None
     elif platform != "cpu" or implementation is None:
         _say(f"attention runs as 'xla': there is no kernel for {platform}")
         return None

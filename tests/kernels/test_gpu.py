@@ -32,7 +32,9 @@ def test_rules(name):
         assert np.abs(np.asarray(x)[np.asarray(slots.kind) == Kind.PAD]).max() == 0
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(2, 2, 64), (6, 2, 128), (8, 1, 256)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(2, 2, 64), (6, 2, 128), pytest.param(8, 1, 256, marks=pytest.mark.slow)]
+)
 def test_heads(heads, kv_heads, size):
     """Groups of 1, 3 and 8, and blocks as they are chosen."""
     method = cases.METHODS["concat_n2_sink"]
