@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,6 +84,7 @@ def most_sessions(
         cache = programs.abstract_cache(config, shape, method, mesh, sessions, slots, raw)
         return kind(config, shape, method, mesh, cache)
 
+    @functools.cache
     def needs(kind: Callable, sessions: int) -> Need:
         found = need(program(kind, sessions), chip)
         verdict = "fits" if found.fits else "does not fit"
@@ -94,6 +96,8 @@ def most_sessions(
     kinds = (programs.compress_step, programs.decode_step) if method.closes else (programs.decode_step,)
     most, steps, refused = guess, {}, []
     for number, kind in enumerate(kinds):
+        if not most:
+            break
         # What fits the step before is only to be confirmed, if this one needs no more.
         if number and (found := needs(kind, most)).fits:
             steps[kind.__name__] = found

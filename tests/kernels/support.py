@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_ccm import layout
 from jax_ccm.evals import parity
-from jax_ccm.types import Batch, Method, Rule, Slots
+from jax_ccm.types import Batch, Kind, Method, Rule, Slots
 from tests import cases
 
 LENGTHS = ((9, 7, 5, 6, 12), (3, 8), (1, 17, 2, 2, 4, 3))
@@ -75,3 +75,17 @@ def check(rule, q_slots, key_slots, arrays, **options):
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     return found
+
+
+def check_dead_places(kernel):
+    """What stands in a place of kind PAD reaches no output and no gradient of a query."""
+    method = cases.METHODS["concat_n2_sink"]
+    made = made_for(method)
+    keys = [made.slots, made.memory.slots]
+    q, sources, d_out = draw(3, 3, made.tokens.shape[1], [s.kind.shape[1] for s in keys], 2, 1, 8)
+    clean = attend(q, made.slots, sources, keys, d_out, kernel=kernel, rule=method.rule)
+    huge = lambda x, slots: np.where((np.asarray(slots.kind) == Kind.PAD)[..., None, None], 1e9, x)
+    dirty = [tuple(huge(x, slots) for x in source) for source, slots in zip(sources, keys, strict=True)]
+    other = attend(q, made.slots, dirty, keys, d_out, kernel=kernel, rule=method.rule)
+    np.testing.assert_array_equal(clean[0], other[0])
+    np.testing.assert_array_equal(clean[1], other[1])

@@ -17,7 +17,6 @@ from tests.kernels import support
 from tests.kernels.support import draw, made_for
 
 check = functools.partial(support.check, kernel=gpu.attend)
-attend = functools.partial(support.attend, kernel=gpu.attend)
 
 
 @pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n2_repeat", "loma", "window_sink", "local"])
@@ -54,17 +53,7 @@ def test_few_queries():
 
 
 def test_dead_places_hold_anything():
-    """What stands in a place of kind PAD reaches no output."""
-    method = cases.METHODS["concat_n2_sink"]
-    made = made_for(method)
-    keys = [made.slots, made.memory.slots]
-    q, sources, d_out = draw(3, 3, made.tokens.shape[1], [s.kind.shape[1] for s in keys], 2, 1, 8)
-    clean = attend(q, made.slots, sources, keys, d_out, rule=method.rule)
-    huge = lambda x, slots: np.where((np.asarray(slots.kind) == Kind.PAD)[..., None, None], 1e9, x)
-    dirty = [tuple(huge(x, slots) for x in source) for source, slots in zip(sources, keys, strict=True)]
-    other = attend(q, made.slots, dirty, keys, d_out, rule=method.rule)
-    np.testing.assert_array_equal(clean[0], other[0])
-    np.testing.assert_array_equal(clean[1], other[1])
+    support.check_dead_places(gpu.attend)
 
 
 @pytest.mark.parametrize(

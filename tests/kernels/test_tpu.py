@@ -24,7 +24,6 @@ QUICK = ("concat_n2_sink", "merge_n2_repeat", "loma", "window_sink", "local")
 
 
 check = functools.partial(support.check, kernel=tpu.attend)
-attend = functools.partial(support.attend, kernel=tpu.attend)
 
 
 @pytest.mark.parametrize(
@@ -80,17 +79,7 @@ def test_any_slots(drawn, seed):
 
 
 def test_dead_places_hold_anything():
-    """What stands in a place of kind PAD reaches no output."""
-    method = cases.METHODS["concat_n2_sink"]
-    made = made_for(method)
-    keys = [made.slots, made.memory.slots]
-    q, sources, d_out = draw(3, 3, made.tokens.shape[1], [s.kind.shape[1] for s in keys], 2, 1, 8)
-    clean = attend(q, made.slots, sources, keys, d_out, rule=method.rule)
-    huge = lambda x, slots: np.where((np.asarray(slots.kind) == Kind.PAD)[..., None, None], 1e9, x)
-    dirty = [tuple(huge(x, slots) for x in source) for source, slots in zip(sources, keys, strict=True)]
-    other = attend(q, made.slots, dirty, keys, d_out, rule=method.rule)
-    np.testing.assert_array_equal(clean[0], other[0])
-    np.testing.assert_array_equal(clean[1], other[1])
+    support.check_dead_places(tpu.attend)
 
 
 @pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n1", "sentinel"])

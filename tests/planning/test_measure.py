@@ -113,3 +113,38 @@ def test_abstract_programs_take_no_memory():
     found = measure.need(program, chips.CHIPS["v5e"])
     assert found.fits and not found.collectives
     assert found.bytes >= sum(size for kind, size in found.kinds.items() if kind not in ("temporaries", "other"))
+
+
+@pytest.mark.parametrize(("room", "expected"), [(0, 0), (10, 10), (20, 20)])
+def test_most_sessions(monkeypatch, room, expected):
+    """Both steps must fit; nothing is compiled twice, and nothing for no sessions."""
+    config = from_mapping({"model": {"scratch": {"vocab_size": 50}}})
+    shape = scratch_model(config.model.scratch, 0)
+    mesh = programs.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    asked = []
+
+    def need(program, chip):
+        count = program.arguments[1].tokens.shape[0]
+        asked.append((program.function, count))
+        # Reading a token needs more than closing a chunk, which 20 sessions could.
+        fits = count <= (room if "decode" in said[-1] else max(room, 20) if room else 0)
+        return measure.Need(fits, count, {"cache": count, "weights": 1}, [], 0.0)
+
+    said = [""]
+    real = {name: getattr(programs, name) for name in ("compress_step", "decode_step")}
+    for name, make in real.items():
+
+        def step(*arguments, name=name, make=make):
+            said.append(name)
+            return make(*arguments)
+
+        step.__name__ = name
+        monkeypatch.setattr(programs, name, step)
+    monkeypatch.setattr(sessions, "need", need)
+    method = sessions.systems(from_mapping({"method": {"name": "ccm_merge"}}))["merge"]
+    found = sessions.most_sessions(
+        config, shape, method, sessions.Setting(2, 5, 4), mesh, chips.CHIPS["v5e"], lambda line: None
+    )
+    assert found["sessions"] == expected and all(count for _, count in asked)
+    assert len(set(zip(said[1:], (count for _, count in asked), strict=True))) == len(asked)
+    assert set(found["steps"]) == ({"compress_step", "decode_step"} if expected else set())
