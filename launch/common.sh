@@ -21,7 +21,8 @@ wait_for() {
         signalled=""
         code=0
         wait "$@" || code=$?
-        [ -n "$signalled" ] || return "$code"
+        # A code above 128 may be that of the signal; below, of what was waited for, just as the signal came.
+        if [ -z "$signalled" ] || [ "$code" -le 128 ]; then return "$code"; fi
     done
 }
 

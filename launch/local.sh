@@ -56,6 +56,8 @@ for attempt in $(seq 0 "$retries"); do
         start "$number" "$@" &
         pids+=($!)
     done
+    # A signal that came while they were being started.
+    [ -z "$stopped" ] || stop
     code=0
     for _ in "${pids[@]}"; do
         found=0

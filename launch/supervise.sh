@@ -17,9 +17,14 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 
 command=("$python" -m jax_ccm.train "$config" --workdir "$workdir" "$@")
 if [ -n "$dry" ]; then run "${command[@]}"; exit; fi
+pid=""
+asked=""
+stop() { asked=1; [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null || true; }
+trap 'signalled=1; stop' TERM INT
 "${command[@]}" &
 pid=$!
-trap 'signalled=1; kill -TERM "$pid" 2>/dev/null || true' TERM INT
+# A signal that came before the run had its number.
+[ -z "$asked" ] || stop
 code=0
 wait_for "$pid" || code=$?
 if [ "$code" -eq 0 ] && ! grep -q '"status": "finished"' "$workdir/summary.json"; then

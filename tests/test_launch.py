@@ -249,7 +249,10 @@ def test_dockerfile():
 
 TRAINING = """
 workdir=$5
-end() { mkdir -p "$workdir" && echo "{\\"status\\": \\"$1\\"}" >"$workdir/summary.json"; exit "$2"; }
+end() {
+    mkdir -p "$workdir" && echo "{\\"status\\": \\"$1\\"}" >"$workdir/$$" && mv "$workdir/$$" "$workdir/summary.json"
+    exit "$2"
+}
 trap 'end interrupted 0' TERM
 """
 
@@ -282,7 +285,10 @@ def test_local_stops_the_others_and_tries_again(tmp_path):
         TRAINING
         + f'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES" >>{tmp_path}/log\n'
         + f"if [ -e {tmp_path}/again ]; then end finished 0; fi\n"
-        + f"if [ $JAX_PROCESS_ID = 1 ]; then touch {tmp_path}/again; exit 1; fi\n"
+        + "if [ $JAX_PROCESS_ID = 1 ]; then\n"
+        + f"    until grep -q '0 of 2' {tmp_path}/log; do sleep 0.05; done\n"
+        + f"    touch {tmp_path}/again; exit 1\n"
+        + "fi\n"
         + "while :; do sleep 0.05; done",
     )
     shell("local.sh", CONFIG, str(tmp_path / "run"), PYTHON=str(python), PROCESSES="2", GPUS="0,1")
