@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -122,8 +123,11 @@ class Checkpoints:
         record: dict[str, Any] = {"progress": dict(progress), "fingerprint": fingerprint(state)}
         record["checksum"] = _checksum(record)
         args = make.Composite(state=make.StandardSave(state), progress=make.JsonSave(record))
+        before = set(threading.enumerate())
         _, why = _attempt(lambda: self._manager.save(step, args=args))
         if why:
+            # Orbax raises the first error of a write while its other threads still make files.
+            _outlast(before)
             self._remove_unfinished()
             last = self.latest()
             kept = "there is none before it" if last is None else f"the one of step {last} is kept"
@@ -198,16 +202,9 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """Removes what writes that failed or were killed have left, to give the room back."""
-        if not processes.is_first():
-            return
-        # Orbax raises the first error of a write while its other threads still make files: those are removed, too.
-        for _ in range(50):
-            unfinished = list(self.folder.glob(f"*{UNFINISHED}*"))
-            if not unfinished:
-                return
-            for path in unfinished:
+        if processes.is_first():
+            for path in self.folder.glob(f"*{UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)
-            time.sleep(0.1)
 
     def _set_aside(self, step: int) -> Path:
         """Renames a checkpoint, so that it does not count."""
@@ -234,6 +231,13 @@ def _lock(folder: Path) -> int:
     except OSError:
         pass  # a file system without locks
     return handle
+
+
+def _outlast(before: set[threading.Thread], seconds: float = 10.0) -> None:
+    """Waits until there are no threads but those of ``before``, and not longer than ``seconds``."""
+    end = time.monotonic() + seconds
+    while set(threading.enumerate()) - before and time.monotonic() < end:
+        time.sleep(0.02)
 
 
 def fingerprint(tree: Any) -> dict[str, int]:
