@@ -1,7 +1,7 @@
 """Kernels compiled ahead of time for devices that are not here: temporaries, seconds, and whether the kernel is inside.
 
 Needs no TPU and no GPU, but their compilers: the ``libtpu`` wheel of the installed jax (``pip install "jax[tpu]"``), or
-what `GPU_HELP` says. Nothing is run::
+what `planning.gpus.HELP` says. Nothing is run::
 
     python -m jax_ccm.ahead results/kernels/tpu.json
     JAX_PLATFORMS=cpu python -m jax_ccm.ahead results/kernels/gpu.json h100 a100
@@ -13,8 +13,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,38 +27,12 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ccm.attention import memory_attention
 from jax_ccm.errors import RunError
+from jax_ccm.planning import gpus
 from jax_ccm.sharding import AXES, make_mesh
 from jax_ccm.types import Rule, Slots
 
 # The smallest topology of each generation.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
-# The largest memory of each generation, as XLA describes a GPU (GpuTargetConfigProto in text form).
-GPU_CONFIG = """
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 {} }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{}"
-"""
-GPUS = {
-    "h100": GPU_CONFIG.format(
-        "shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128 "
-        "memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84930461696 "
-        "cuda_compute_capability { major: 9 minor: 0 }",
-        "NVIDIA H100 80GB HBM3",
-    ),
-    "a100": GPU_CONFIG.format(
-        "shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 core_count: 108 fpus_per_core: 64 "
-        "memory_bandwidth: 2039000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41 device_memory_size: 84987740160 "
-        "cuda_compute_capability { major: 8 minor: 0 }",
-        "NVIDIA A100-SXM4-80GB",
-    ),
-}
-GPU_HELP = (
-    "compiling for a GPU needs jax-cuda13-plugin and jax-cuda13-pjrt of the installed jax's version, ptxas on PATH, "
-    "and libdevice: pip install --no-deps the two and nvidia-cuda-nvcc and nvidia-nvvm, put nvidia/cu13/bin of "
-    "site-packages on the PATH, and set XLA_FLAGS=--xla_gpu_cuda_data_dir to its nvidia/cu13"
-)
 # How kernels of Mosaic and of Pallas Triton are called in a compiled program.
 CUSTOM_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
 # libtpu looks for a TPU's environment unless it is told one.
@@ -97,38 +69,16 @@ class Compiled:
     seconds: float
 
 
-def gpu_missing() -> str | None:
-    """What compiling for a GPU lacks on this machine, or None."""
-    flag = re.search(r"--xla_gpu_cuda_data_dir=(\S+)", os.environ.get("XLA_FLAGS", ""))
-    toolkit = Path(flag[1] if flag else "/usr/local/cuda")
-    if not any(list(Path(x).glob("xla_cuda*")) for x in _plugin_paths()):
-        return "the CUDA plugin"
-    if shutil.which("ptxas") is None:
-        return "ptxas"
-    if not (toolkit / "nvvm/libdevice/libdevice.10.bc").is_file():
-        return "libdevice"
-    return None
-
-
-def _plugin_paths() -> Sequence[str]:
-    spec = importlib.util.find_spec("jax_plugins")
-    return list(spec.submodule_search_locations or ()) if spec else []
-
-
 def mesh_for(target: str, **sizes: int) -> Mesh:
     """A mesh of devices that need not be here: one, or on a TPU as many as ``sizes`` of the mesh axes ask for.
 
     Raises:
       RunError: without the target's compiler.
     """
-    if target in GPUS:
-        if lacks := gpu_missing():
-            raise RunError(f"{lacks} was not found: {GPU_HELP}")
-        shape = "1x1x1"
-        one = topologies.get_topology_desc(
-            topology_name=shape, platform="cuda", topology=shape, target_config=GPUS[target]
-        ).devices
-        return make_mesh(dict.fromkeys(AXES, 1), one)
+    if target in gpus.GPUS:
+        if lacks := gpus.missing():
+            raise RunError(f"{lacks} was not found: {gpus.HELP}")
+        return make_mesh(dict.fromkeys(AXES, 1), gpus.devices(target))
     if importlib.util.find_spec("libtpu") is None:
         raise RunError('compiling for a TPU needs the libtpu wheel of the installed jax: pip install "jax[tpu]"')
     for name, value in ENVIRONMENT.items():

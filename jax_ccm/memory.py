@@ -108,7 +108,9 @@ def append(cache: MemoryCache, k, v, slots: Slots, received=None) -> MemoryCache
     fits = slots.live & (raw + rank < raw_capacity(cache))
     place = jnp.where(fits, used + rank, cache.k.shape[2])
     put = lambda old, new: put_rows(old, new, place)
-    put_layers = lambda old, new: jax.vmap(put)(old, new)
+    # Layer by layer: with all layers of a slot as one entry a compiler would turn the cache around, into a second one.
+    places = jnp.broadcast_to(place, (cache.k.shape[0], *place.shape))
+    put_layers = lambda old, new: jax.vmap(put_rows)(old, new, places)
     return dataclasses.replace(
         cache,
         k=put_layers(cache.k, k),

@@ -26,7 +26,7 @@ SHAPES = Path(__file__).parent / "planning" / "shapes"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compiles the training step and the steps of serving for a TPU topology, on any machine; reports what they need.
+    """Compiles the training step and the steps of serving for TPUs or GPUs, on any machine; reports what they need.
 
     No weights are read: shapes are enough. Reported are memory of each chip by kind, collectives and their bytes, work
     by formula and the time that peak rates allow, the largest micro-batch, and the largest number of live sessions for
@@ -35,7 +35,7 @@ class Options:
     """
 
     topology: str
-    """Chip and shape, such as v5e:4x4, v5p:2x2x2 or v6e:4x4."""
+    """Chip and shape, such as v5e:4x4 or v5p:2x2x2; GPUs of one host, h100:8 or a100:8, or of several, h100:2x8."""
     workdir: Path | None = None
     """Where the plan goes; nowhere without it."""
     shape: str = ""
@@ -81,10 +81,10 @@ def plan(config: Config, options: Options, *, command: str = "") -> dict[str, An
             options.workdir.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"--workdir {options.workdir} cannot be used: {e}") from e
-    chip = chips.CHIPS[chips.parse(options.topology)[0]]
+    chip = chips.find(options.topology)
     devices = chips.devices(options.topology)
     name, shape = model_shape(config, options.shape)
-    packages = ("jax_ccm", "jax", "jaxlib", "libtpu")
+    packages = ("jax_ccm", "jax", "jaxlib", chip.compiler)
     made: dict[str, Any] = {
         "command": command,
         "note": "compiled, not run",

@@ -10,7 +10,7 @@ import pytest
 from jax_ccm import plan
 from jax_ccm.config import from_mapping
 from jax_ccm.errors import UserError
-from jax_ccm.planning import report
+from jax_ccm.planning import chips, gpus, measure, programs, report, sessions
 from jax_ccm.weights import read_config
 
 TINY = {
@@ -41,7 +41,9 @@ def test_shipped_shapes(name, billions):
     [
         (dict(topology="v5e"), "such as v5e:4x4"),
         (dict(topology="v5e:2x2", raw=(0,)), "must be at least 1"),
-        (dict(topology="h100:8x1"), "unknown chip"),
+        (dict(topology="h200:8"), "unknown chip"),
+        (dict(topology="h100:2x2x2"), "hosts x GPUs"),
+        (dict(topology="v5e:16"), "such as v5e:4x4"),
     ],
 )
 def test_refusals(options, message):
@@ -49,9 +51,23 @@ def test_refusals(options, message):
         plan.plan(from_mapping(TINY), plan.Options(**options))
 
 
+def test_links_between_hosts():
+    """Slices of TPUs and the GPUs of one host have their links; between hosts the network is what counts."""
+    assert chips.find("h100:8") == chips.find("h100:1x8") == chips.CHIPS["h100"]
+    assert chips.find("h100:2x8").link_bandwidth == chips.CHIPS["h100"].network_bandwidth
+    assert chips.find("v5p:2x2x2") == chips.CHIPS["v5p"]
+
+
 def test_tables():
     """Shares of full context, what does not fit, and an overview with a line for each conversation."""
-    step = {"rows": 16, "accumulation": 8, "hbm_bytes": 5 * 2**30, "fits": True, "seconds": {"roofline": 2.5}}
+    step = {
+        "rows": 16,
+        "accumulation": 8,
+        "tokens": 1152,
+        "hbm_bytes": 5 * 2**30,
+        "fits": True,
+        "seconds": {"roofline": 2.5},
+    }
     most = {"full": 500, "concat": 2600, "merge": 9000}
     talk = {
         "setting": {"chunks": 16, "chunk_tokens": 50, "raw": 32},
@@ -65,8 +81,43 @@ def test_tables():
     assert "| largest micro batch | 16 x 8 | 5.00 GiB | no |  |" in table
     assert "| merge, a token, after 16 chunks of 50, 32 raw | 9,000 | 15.00 GiB | 17.5 ms |" in table
     assert "| 16 chunks of 50 | 32 | 500 | 2,600 (5.2 x) | 9,000 (18.0 x) |" in table
-    overview = report.overview([made])
-    assert overview.count("\n") == 4 and "M, v5e:4x4 | 16 rows x 8: 5.0 of 16 GiB, too much" in overview
+    overview = report.overview([made]).splitlines()
+    # Apart or together: the same lines.
+    apart = [{key: value for key, value in made.items() if key != part} for part in ("sessions", "training")]
+    assert report.overview(apart).splitlines() == overview
+    assert len(overview) == 4 and "M, v5e:4x4 | 16 rows x 8 of 1,152 tokens: 5.0 of 16 GiB, too much" in overview[2]
+    assert overview[3].startswith("|  |  |  | 16 chunks of 50, 32 raw |")
+
+
+@pytest.mark.skipif(gpus.missing() is None, reason="the compiler for GPUs is installed")
+def test_no_compiler_for_gpus():
+    with pytest.raises(UserError, match=r"planning for h100:8: .* was not found; .*pip install"):
+        plan.plan(from_mapping(TINY), plan.Options(topology="h100:8"))
+
+
+LACKS = {
+    "v5e:2x2": "libtpu" if importlib.util.find_spec("libtpu") is None else None,
+    "a100:1": gpus.missing(),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", [programs.decode_step, programs.compress_step], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("topology", LACKS)
+def test_no_second_cache(topology, kind):
+    """Serving changes the cache in place: what a step needs besides is a few layers of it."""
+    if LACKS[topology]:
+        pytest.skip(f"{LACKS[topology]} is not installed")
+    config = from_mapping(TINY)
+    scratch = {"layers": 32, "heads": 8, "kv_heads": 8, "hidden": 1024, "vocab_size": 256}
+    _, shape = plan.model_shape(from_mapping(TINY | {"model": {"scratch": scratch, "dtype": "bfloat16"}}))
+    mesh = sessions.serving_mesh(shape, chips.devices(topology))
+    method = sessions.systems(config)["concat"]
+    cache = programs.abstract_cache(config, shape, method, mesh, 1024, 128, 32)
+    need = measure.need(kind(config, shape, method, mesh, cache), chips.find(topology))
+    assert need.kinds["cache"] > 2**32
+    assert need.kinds["temporaries"] < need.kinds["cache"] / 4, need.kinds
 
 
 @pytest.mark.aot

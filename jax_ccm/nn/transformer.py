@@ -18,7 +18,7 @@ from jax_ccm.layout import with_window
 from jax_ccm.nn import rope
 from jax_ccm.nn.config import AdapterConfig, ModelConfig
 from jax_ccm.nn.linear import Linear
-from jax_ccm.sharding import constrain
+from jax_ccm.sharding import constrain, in_order
 from jax_ccm.types import MemoryCache, Packed, Rule, Slots
 
 Remat = Literal["none", "dots", "all"]
@@ -194,7 +194,7 @@ class Transformer(nnx.Module):
             x, whole = carry
             block, past, number, key = scanned
             if whole is not None:
-                past = tuple(each[number] for each in whole)
+                past = tuple(in_order(each[number], "rows", None, "heads") for each in whole)
             keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
             q, k, v = block.self_attn.project(block.input_layernorm(x), gate, keys)
             rotated = rope.rotate(k, cos, sin)
@@ -218,7 +218,9 @@ class Transformer(nnx.Module):
             out = constrain(x + block.mlp(block.post_attention_layernorm(x)), "rows", "tokens")
             new = (k if by_place else rotated, v)
             if whole is not None and past is not None:
-                replaced = (store(own, new) for own, new in zip(past, new, strict=True))
+                replaced = (
+                    in_order(store(own, new), "rows", None, "heads") for own, new in zip(past, new, strict=True)
+                )
                 update = lambda each, layer: jax.lax.dynamic_update_index_in_dim(each, layer, number, 0)
                 whole, new = tuple(map(update, whole, replaced)), None
             return (out, whole), (new, out if collect else more)

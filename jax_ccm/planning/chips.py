@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from jax_ccm.errors import UserError, unknown
+from jax_ccm.planning import gpus
 
 GIB = 2**30
 
@@ -20,54 +22,95 @@ class Chip:
     """One chip, by the maker's numbers.
 
     Attributes:
-      hbm_bytes: memory, as the maker states it; a compiler may keep some of it for itself.
+      hbm_bytes: memory of one device; a compiler may keep some of it for itself.
       flops: peak of dense bfloat16 products, FLOP/s.
       hbm_bandwidth: bytes/s.
       link_bandwidth: to the other chips of the slice, bytes/s, one direction, all links together.
-      accelerator: prefix of the accelerator type that libtpu is told.
       source: where the numbers are from.
+      accelerator: prefix of the accelerator type that libtpu is told; None for a GPU.
+      usable: share of the memory that a program may have. The TPU compiler knows by itself; on a GPU libraries take
+        the rest, and XLA_PYTHON_CLIENT_MEM_FRACTION must be set to this (jax's default is 0.75).
+      network_bandwidth: between hosts, bytes/s of a GPU, one direction; slices of TPUs have links alone.
     """
 
     hbm_bytes: int
     flops: float
     hbm_bandwidth: float
     link_bandwidth: float
-    accelerator: str
     source: str
+    accelerator: str | None = None
+    usable: float = 1.0
+    network_bandwidth: float | None = None
+
+    @property
+    def compiler(self) -> str:
+        """The package with its compiler."""
+        return "libtpu" if self.accelerator else "jax-cuda13-plugin"
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of the memory of a device."""
+        return int(self.usable * self.hbm_bytes)
 
 
 CHIPS: dict[str, Chip] = {
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, "v5litepod", "https://cloud.google.com/tpu/docs/v5e"),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, "v5p", "https://cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip(32 * GIB, 918e12, 1600e9, 400e9, "v6e", "https://cloud.google.com/tpu/docs/v6e"),
-}
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, "https://cloud.google.com/tpu/docs/v5e", "v5litepod"),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, "https://cloud.google.com/tpu/docs/v5p", "v5p"),
+    "v6e": Chip(32 * GIB, 918e12, 1600e9, 400e9, "https://cloud.google.com/tpu/docs/v6e", "v6e"),
+    # Memory as the driver reports it.
+    "h100": Chip(
+        84930461696, 989e12, 3.35e12, 450e9, "https://www.nvidia.com/en-us/data-center/h100/", usable=0.9,
+        network_bandwidth=50e9,
+    ),
+    "a100": Chip(
+        84987740160, 312e12, 2.039e12, 300e9, "https://www.nvidia.com/en-us/data-center/a100/", usable=0.9,
+        network_bandwidth=25e9,
+    ),
+}  # fmt: skip
 
 
-def parse(topology: str) -> tuple[str, int]:
-    """The chip and the number of chips of a topology such as "v5e:4x4".
+def parse(topology: str) -> tuple[str, tuple[int, ...]]:
+    """The chip and the shape of a topology such as "v5e:4x4", "h100:8" or "h100:2x8".
 
     Raises:
       UserError: for a name of another form, or a chip that is not in the table.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", topology)
-    if found is None:
-        raise UserError(f"--topology is {topology!r}; give a chip and a shape, such as v5e:4x4 or v5p:2x2x2")
-    chip, shape = found.groups()
-    if chip not in CHIPS:
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+    chip, shape = found.groups() if found else ("", "")
+    sizes = tuple(map(int, shape.split("x"))) if shape else ()
+    if chip and chip not in CHIPS:
         raise unknown("chip", chip, CHIPS)
-    count = 1
-    for size in shape.split("x"):
-        count *= int(size)
-    return chip, count
+    if not chip or len(sizes) not in ((2, 3) if CHIPS[chip].accelerator else (1, 2)) or 0 in sizes:
+        raise UserError(
+            f"--topology is {topology!r}; give a chip and a shape, such as v5e:4x4 or v5p:2x2x2, or for GPUs h100:8 or "
+            "h100:2x8 (hosts x GPUs of each)"
+        )
+    return chip, sizes
+
+
+def find(topology: str) -> Chip:
+    """The chip of a topology. Between several hosts of GPUs the network is the link, for all exchanges alike."""
+    name, sizes = parse(topology)
+    chip = CHIPS[name]
+    if chip.network_bandwidth is None or math.prod(sizes[:-1]) == 1:
+        return chip
+    return dataclasses.replace(chip, link_bandwidth=chip.network_bandwidth)
 
 
 def devices(topology: str) -> Sequence[Any]:
     """Devices to compile for, which are not there.
 
     Raises:
-      UserError: for a topology that does not exist, or if the TPU compiler is not installed.
+      UserError: for a topology that does not exist, or if the compiler for it is not installed.
     """
-    chip, count = parse(topology)
+    chip, sizes = parse(topology)
+    accelerator = CHIPS[chip].accelerator
+    if accelerator is None:
+        if lacks := gpus.missing():
+            raise UserError(f"planning for {topology}: {lacks} was not found; {gpus.HELP}")
+        *hosts, each = sizes
+        return gpus.devices(chip, hosts=math.prod(hosts), each=each)
+    count = math.prod(sizes)
     if importlib.util.find_spec("libtpu") is None:
         needs = [r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu")]
         wanted = needs[0].split(";")[0].strip() if needs else "libtpu"
@@ -77,7 +120,7 @@ def devices(topology: str) -> Sequence[Any]:
         )
     # Says that this process is no TPU worker, so that nothing looks for one.
     settings = {
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": f"{CHIPS[chip].accelerator}-{count}",
+        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": f"{accelerator}-{count}",
         "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }  # fmt: skip
     for name, value in settings.items():

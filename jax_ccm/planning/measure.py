@@ -25,7 +25,7 @@ class Need:
     """What a compiled program takes of each device.
 
     Attributes:
-      fits: whether the compiler found room for it.
+      fits: whether the compiler found room for it, within what a program may have.
       bytes: arguments, results that do not take the place of arguments, temporaries and the program.
       kinds: the same by kind: those of `Program.kinds`, "temporaries" and "other".
       collectives: of the program; empty if it does not fit.
@@ -60,7 +60,7 @@ def need(program: Program, chip: Chip) -> Need:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         needed = _NEEDED.search(str(e))
-        total = _number(*(needed.group(1, 2) if needed[1] else needed.group(3, 4))) if needed else chip.hbm_bytes + 1
+        total = _number(*(needed.group(1, 2) if needed[1] else needed.group(3, 4))) if needed else chip.usable_bytes + 1
         kinds["temporaries"] = max(total - sum(kinds.values()), 0)
         return Need(False, total, kinds, [], time.perf_counter() - start)
     stats = compiled.memory_analysis()
@@ -70,7 +70,7 @@ def need(program: Program, chip: Chip) -> Need:
     # Padding of arrays to the tiles of the hardware, results, and the program itself.
     kinds["other"] = total - sum(kinds.values())
     found = hlo.collectives(compiled.as_text())
-    return Need(total <= chip.hbm_bytes, total, kinds, found, time.perf_counter() - start)
+    return Need(total <= chip.usable_bytes, total, kinds, found, time.perf_counter() - start)
 
 
 def largest(needs: Callable[[int], Need], *, step: int, guess: int, limit: int) -> tuple[int, dict[int, Need]]:

@@ -70,28 +70,35 @@ def _serving(row: dict[str, Any]) -> list[str]:
 
 
 def overview(plans: Sequence[dict[str, Any]]) -> str:
-    """One table of many plans, a line for each; nothing in it was run."""
+    """One table of many plans, those of a model and a topology together; nothing in it was run."""
     lines = [
         "| compiled, not run | training step, HBM a chip | roofline | conversation | full context | concat | merge |",
         "|---|---|---|---|---|---|---|",
     ]
+    together: dict[str, list[dict[str, Any]]] = {}
     for plan in plans:
-        name = f"{plan['model'].rsplit('/', 1)[-1]}, {plan['topology']}"
-        steps = [entry for entry in plan.get("training", {}).values() if entry]
-        cells = ["", ""]
-        if steps:
-            step = steps[-1]
-            size = f"{step['rows']} rows x {step['accumulation']}: {step['hbm_bytes'] / GIB:.1f} of "
-            size += f"{plan['chip']['hbm_bytes'] / GIB:.0f} GiB"
-            cells = [size, f"{step['seconds']['roofline']:.1f} s"] if step["fits"] else [f"{size}, too much", ""]
-        for row in plan.get("sessions", [None]):
-            talk = ["", "", "", ""]
-            if row is not None:
-                talk = _sessions(row).strip("| ").split(" | ")
-                talk = [f"{talk[0]}, {talk[1]} raw", *talk[2:]]
-            lines.append(f"| {' | '.join([name, *cells, *talk])} |")
-            name, cells = "", ["", ""]
+        together.setdefault(f"{plan['model'].rsplit('/', 1)[-1]}, {plan['topology']}", []).append(plan)
+    for name, group in together.items():
+        steps = [_trained(plan, entry) for plan in group for entry in list(plan.get("training", {}).values())[-1:]]
+        talks = [_talk(row) for plan in group for row in plan.get("sessions", ())]
+        for number in range(max(len(steps), len(talks))):
+            step = steps[number] if number < len(steps) else ["", ""]
+            talk = talks[number] if number < len(talks) else [""] * 4
+            lines.append(f"| {' | '.join([name if not number else '', *step, *talk])} |")
     return "\n".join(lines) + "\n"
+
+
+def _trained(plan: dict[str, Any], step: dict[str, Any]) -> list[str]:
+    size = (
+        f"{step['rows']} rows x {step['accumulation']} of {step['tokens']:,} tokens: {step['hbm_bytes'] / GIB:.1f} of "
+    )
+    size += f"{plan['chip']['hbm_bytes'] / GIB:.0f} GiB"
+    return [size, f"{step['seconds']['roofline']:.1f} s"] if step["fits"] else [f"{size}, too much", ""]
+
+
+def _talk(row: dict[str, Any]) -> list[str]:
+    talk, raw, *counts = _sessions(row).strip("| ").split(" | ")
+    return [f"{talk}, {raw} raw", *counts]
 
 
 def write_overview(folder: Path) -> None:

@@ -78,7 +78,7 @@ def most_sessions(
     one = programs.abstract_cache(config, shape, method, mesh, step, slots, raw)
     each = programs.device_bytes(one) / step
     weights = programs.device_bytes(programs.abstract_model(config, shape, method, mesh))
-    guess = int((0.97 * chip.hbm_bytes - weights) / (each * (1 + 2 / shape.num_layers)))
+    guess = int((0.97 * chip.usable_bytes - weights) / (each * (1 + 2 / shape.num_layers)))
 
     def program(kind: Callable, sessions: int):
         cache = programs.abstract_cache(config, shape, method, mesh, sessions, slots, raw)
@@ -92,7 +92,7 @@ def most_sessions(
         return found
 
     # Compilers keep about 2 % of a chip's memory for themselves.
-    limit = int(0.98 * chip.hbm_bytes)
+    limit = int(0.98 * chip.usable_bytes)
     kinds = (programs.compress_step, programs.decode_step) if method.closes else (programs.decode_step,)
     most, steps, refused = guess, {}, []
     for number, kind in enumerate(kinds):

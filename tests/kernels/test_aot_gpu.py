@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from jax_ccm import ahead
+from jax_ccm.planning import gpus
 
-MISSING = ahead.gpu_missing()
+MISSING = gpus.missing()
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(MISSING is not None, reason=f"{MISSING} is not installed")]
 MIB = 2**20
 
@@ -46,7 +46,7 @@ def test_report(target, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ahead.GPUS)
+@pytest.mark.parametrize("target", gpus.GPUS)
 @pytest.mark.parametrize(
     ("heads", "dtype", "rule"),
     [
