@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from jax_ccm import layout
 from jax_ccm.sessions import Example, Segment
-from jax_ccm.types import Kind, Method
+from jax_ccm.types import Kind, Method, Slots
 
 _SIGNS = {Kind.COMP: "C", Kind.OPEN: "[", Kind.REPEAT: "r"}
 _LETTERS = 26
@@ -20,6 +21,9 @@ def draw(method: Method, lengths: Sequence[int], kept: Sequence[int] = ()) -> st
     Rows are queries, columns keys: the places of the row itself, then ``|``, then the memory (``M`` and the number of
     the chunk that wrote it). Behind each row stands the position. Text is ``a b c ...``, compression tokens are
     ``C``, a span's opener ``[``, repetition tokens ``r``.
+
+    Methods that have no parallel form are drawn as if they had one: who sees whom does not depend on what a selection
+    keeps, only how much it keeps; and places in the cache are no position of a token, so none are shown.
 
     Args:
       method: the method.
@@ -34,21 +38,28 @@ def draw(method: Method, lengths: Sequence[int], kept: Sequence[int] = ()) -> st
         segments.append(Segment(tokens, np.zeros(count, bool), keep))
     none = np.zeros(0, np.int32)
     example = Example(none, none, tuple(segments))
-    batch = layout.batch(method, [example], layout.measure(method, example), _LETTERS)
+    laid_out = dataclasses.replace(method, rope="running", keep=None)
+    batch = layout.batch(laid_out, [example], layout.measure(laid_out, example), _LETTERS)
+    memory = None if batch.memory is None else batch.memory.slots
+    if method.keep is not None:
+        chunks = np.arange(len(lengths) - 1)
+        owner = np.repeat(chunks, [method.memory_slots(1 + chunk) for chunk in chunks])[None]
+        memory = Slots(np.full_like(owner, Kind.MEMORY), owner, 0 * owner, 0 * owner)
     names = [
         chr(ord("a") + token) if token < _LETTERS else _SIGNS[Kind(kind)]
         for token, kind in zip(batch.tokens[0], batch.slots.kind[0], strict=True)
     ]
     seen = [layout.visible(method.rule, batch.slots, batch.slots)[0]]
     columns = [*names]
-    if batch.memory is not None:
-        seen.append(layout.visible(method.rule, batch.slots, batch.memory.slots)[0])
-        columns += ["|", *(f"M{1 + segment}" for segment in batch.memory.slots.segment[0])]
+    if memory is not None:
+        seen.append(layout.visible(method.rule, batch.slots, memory)[0])
+        columns += ["|", *(f"M{1 + segment}" for segment in memory.segment[0])]
     widths = [max(1, len(name)) for name in columns]
     line = lambda cells: " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-    lines = ["  " + line(columns) + "   position"]
+    running = method.rope == "running"
+    lines = ["  " + line(columns) + "   position" * running]
     for i, name in enumerate(names):
         parts = [["x" if hit else "." for hit in part[i]] for part in seen]
         cells = parts[0] if len(parts) == 1 else [*parts[0], "|", *parts[1]]
-        lines.append(f"{name} {line(cells)}   {batch.slots.position[0, i]}")
+        lines.append(f"{name} {line(cells)}" + f"   {batch.slots.position[0, i]}" * running)
     return "\n".join(line.rstrip() for line in lines)

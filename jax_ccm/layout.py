@@ -224,8 +224,8 @@ def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size:
     """
     if method.rope == "cache":
         raise UserError(
-            f"method {method.name!r} rotates keys by their place in the cache and so has no parallel form; train with "
-            "the method of the same name without rope='cache' and stream with this one"
+            f"method {method.name!r} rotates keys by their place in the cache and so has no parallel form; what is "
+            "trained without (method.streaming: false, where a method has it) serves it"
         )
     if method.keep is not None:
         raise UserError(

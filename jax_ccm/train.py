@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from jax_ccm import cli
+from jax_ccm.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,17 @@ class Options:
 
 def main() -> None:
     options, config, _ = cli.parse(Options, command="jax_ccm.train")
+    workdir = options.workdir
+    if (workdir / "results.json").exists() and not (workdir / "checkpoints").exists():
+        raise UserError(
+            f"--workdir {workdir} holds the results of another command, whose files would be overwritten; give "
+            f"another, such as {workdir / 'training'}"
+        )
     from jax_ccm import processes
     from jax_ccm.run import Run
 
     processes.initialize(config.train.heartbeat)
-    Run(config, options.workdir).train()
+    Run(config, workdir).train()
 
 
 if __name__ == "__main__":

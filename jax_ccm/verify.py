@@ -85,9 +85,10 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
     experiment = load_experiment(config, adapter=options.adapter)
     method = experiment.method
     if method.rope == "cache":
+        way_out = "; check it with --method.streaming False" if config.method.options().get("streaming") else ""
         raise UserError(
-            f"method {method.name!r} with method.streaming: true has no parallel form to compare with; check it with "
-            "--method.streaming False"
+            f"method {method.name!r} takes places in the cache as positions: it has no parallel form to compare "
+            f"with{way_out}"
         )
     if method.recurrent_only:
         raise UserError(

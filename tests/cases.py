@@ -61,6 +61,21 @@ METHODS: dict[str, Method] = {
     "scattered": build("scattered"),
 }
 
+# Those that have none: places in the cache as positions, and selections.
+RECURRENT: dict[str, Method] = {
+    "streaming_llm": build("streaming_llm", sinks=2),
+    "window_streaming": build("window", size=6, sink=True, sinks=2, streaming=True),
+    "concat_streaming": build("ccm_concat", comp_tokens=2, sink=True, streaming=True),
+    "evict": build("evict", slots=4),
+    "evict_norm_constant": build("evict", score="norm", slots=3, constant=True, sink=False),
+}
+
+# One of each name in `jax_ccm.methods.METHODS`, for what every method must hold.
+EACH = (
+    "full", "none", "window_sinks", "gist_n2", "concat_n2_sink", "merge_n2_sink", "ema_n2_all", "compressive", "loma",
+    "sentinel", "local", "scattered",
+)  # fmt: skip
+
 
 def model(tokens: int = 0, seed: int = 0, config: ModelConfig = CONFIG, rank: int = 4, **changes) -> Transformer:
     """A random model whose LoRA B is not zero: a zero B hides every mistake of the gate."""

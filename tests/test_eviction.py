@@ -196,6 +196,7 @@ def test_there_is_no_parallel_form():
         (dict(score="luck"), "score is 'luck'; allowed: attention, norm, similarity, random"),
         (dict(score="norm", discount=0.5), "only score 'attention' has one"),
         (dict(discount=1.5), "discount is 1.5; it must lie between 0 and 1"),
+        (dict(score="norm", seed=3), "seed is 3, but score is 'norm'"),
     ],
 )
 def test_bad_options(options, message):

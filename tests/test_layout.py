@@ -247,6 +247,8 @@ def test_chunk():
         ("window", dict(size=0), "window size is 0"),
         ("window", dict(size=3, sink=True, sinks=4), "window size is 3, smaller than the sinks=4"),
         ("window", dict(size=3, sink=True, sinks=0), "sinks is 0"),
+        ("window", dict(size=9, sinks=4), "sinks is 4, but sink is false"),
+        ("window", {}, "method 'window' needs its option 'size'"),
         ("streaming_llm", dict(sinks=0), "sinks is 0"),
     ],
 )

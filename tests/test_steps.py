@@ -16,12 +16,14 @@ from flax import nnx
 from jax_ccm import layout, memory, steps
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
-from jax_ccm.methods import build
+from jax_ccm.methods import METHODS, build
 from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Chunk, Kind
 from tests import cases
 
 MODEL = cases.model(tokens=3)
+EMPTY = np.zeros(0, np.int32)
+TABLE = cases.METHODS | cases.RECURRENT
 REMEMBERS = {name: method for name, method in cases.METHODS.items() if method.remembers}
 
 
@@ -42,11 +44,16 @@ def test_parallel_is_recurrent(name):
         assert gap(parallel, without) > 0.05
 
 
-# One variant of each kind of memory; the rest take minutes to compile.
-QUICK = ("concat_n2_sink", "merge_n3_independent", "ema_n2_all", "gist_n2", "loma", "sentinel", "compressive")
+def test_every_method_is_in_the_table():
+    """What is in `METHODS` is put to the common tests; one of each name to those that take long."""
+    assert {method.name for method in TABLE.values()} == set(METHODS)
+    assert {cases.METHODS[name].name for name in cases.EACH} | {"streaming_llm", "evict"} == set(METHODS)
+    assert all(method.recurrent_only for method in cases.RECURRENT.values())
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in REMEMBERS])
+@pytest.mark.parametrize(
+    "name", [n if n in cases.EACH else pytest.param(n, marks=pytest.mark.slow) for n in cases.METHODS]
+)
 def test_gradients_are_equal(name):
     """Adapter gradients through both; gradients reach the earliest chunk (no stop-gradient anywhere)."""
     method = cases.METHODS[name]
@@ -66,31 +73,36 @@ def sessions_for(name):
     return method, sessions, parity.parallel_logits(MODEL, method, sessions)
 
 
-@pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n3_independent", "window_sink", "loma", "sentinel"])
+@pytest.mark.parametrize("name", cases.EACH)
 def test_padding_and_batch_change_nothing(name):
     """Left or right padding, more padding, and the company of other rows (traps 2 and 16: validity is explicit)."""
     method, sessions, expected = sessions_for(name)
     sizes = parity.caps_for(method, sessions)
-    wide = layout.Sizes(sizes.tokens + 7, sizes.memory + 2 * method.slots_per_chunk, sizes.scored + 3)
-    for side in ("left", "right"):
-        made = layout.batch(method, sessions, wide, cases.VOCAB, pad=side)
+    wide = layout.Sizes(sizes.tokens + 7, sizes.memory + 6 * method.remembers, sizes.scored + 3)
+
+    def check(sessions, sizes, expected, pad="right"):
+        made = layout.batch(method, sessions, sizes, cases.VOCAB, pad=pad)
         logits = np.asarray(parity._parallel(MODEL, made, method=method, implementation=None))
         assert gap([row[w > 0] for row, w in zip(logits, made.weights, strict=True)], expected) < 1e-5
-    for row, session in zip(expected, sessions, strict=True):
-        assert gap(parity.parallel_logits(MODEL, method, [session]), [row]) < 1e-5
 
-    stream = parity.stream(method, sessions)
-    to_left = _left
-    cache = parity.cache_for(MODEL, method, sessions)
-    for t in range(stream.context.tokens.shape[0]):
-        chunk = to_left(jax.tree.map(operator.itemgetter(t), stream.context))
-        cache, _ = parity._read(MODEL, cache, chunk, method=method, query=False, implementation=None)
-        cache = parity._compress(MODEL, cache, chunk.valid.any(1), method=method, implementation=None)
-    cache, logits = parity._read(MODEL, cache, to_left(stream.tail), method=method, query=True, implementation=None)
-    last = np.asarray(logits)[:, -1]
-    right, _ = _tail(method, sessions)
-    assert np.abs(last - right).max() < 1e-5
-    assert np.abs(np.asarray(cache.logits) - right).max() < 1e-5, "pending logits are those of the last text token"
+    check(sessions, wide, expected)
+    check(sessions, wide, expected, pad="left")
+    for session, row in zip(sessions, expected, strict=True):
+        check([session], sizes, [row])
+
+
+@pytest.mark.parametrize("name", [*cases.EACH, "streaming_llm", "evict"])
+def test_padding_and_batch_change_no_recurrence(name):
+    """Tokens at either end of a chunk, and other rows beside it."""
+    method = dataclasses.replace(TABLE[name], repeat=None)
+    sessions = cases.sessions_for(method)
+    right, cache = _tail(method, sessions)
+    left, moved = _tail(method, sessions, arrange=_left)
+    assert np.abs(left - right).max() < 1e-5
+    for logits in (cache.logits, moved.logits):
+        assert np.abs(np.asarray(logits) - right).max() < 1e-5, "pending logits are those of the last text token"
+    others, _ = _tail(method, [sessions[0], *cases.sessions_for(method, seed=1)[1:]])
+    assert np.abs(others[0] - right[0]).max() < 1e-5 < np.abs(others[1:] - right[1:]).max()
 
 
 def _left(chunk: Chunk) -> Chunk:
@@ -99,16 +111,18 @@ def _left(chunk: Chunk) -> Chunk:
     return jax.tree.map(shift, chunk)
 
 
-def _tail(method, sessions):
+def _tail(method, sessions, arrange=lambda chunk: chunk):
     """Logits after the last token of each row, by the recurrence, and the cache."""
     stream = parity.stream(method, sessions)
     cache = parity.cache_for(MODEL, method, sessions)
     for t in range(stream.context.tokens.shape[0]):
-        chunk = jax.tree.map(operator.itemgetter(t), stream.context)
+        chunk = arrange(jax.tree.map(operator.itemgetter(t), stream.context))
         cache, _ = parity._read(MODEL, cache, chunk, method=method, query=False, implementation=None)
         cache = parity._compress(MODEL, cache, chunk.valid.any(1), method=method, implementation=None)
-    cache, logits = parity._read(MODEL, cache, stream.tail, method=method, query=True, implementation=None)
-    last = stream.tail.valid.sum(1) - 1
+    tail = arrange(stream.tail)
+    cache, logits = parity._read(MODEL, cache, tail, method=method, query=True, implementation=None)
+    place = np.arange(tail.valid.shape[1])
+    last = np.where(tail.valid, place, -1).max(1)
     return np.asarray(logits)[np.arange(len(last)), last], cache
 
 
@@ -228,21 +242,49 @@ def test_ema_weights():
     np.testing.assert_allclose(np.asarray(_tail(ema, sessions)[1].v)[:, 0, 0], state, atol=1e-5)
 
 
-def test_compiled_once_for_any_mixture():
-    """Rows of any ages and lengths, chunks of any number: one trace of each step (trap 27)."""
-    method = build("ccm_concat", comp_tokens=2, sink=True)
-    cache = memory.init_cache(cases.CONFIG, method, 3, memory_capacity=40, raw_capacity=16)
-    step = jax.jit(chex.assert_max_traces(steps.compress_step, n=1), static_argnames="method")
-    forward = jax.jit(chex.assert_max_traces(steps.parallel_forward, n=1), static_argnames="method")
+@pytest.mark.parametrize("name", [*cases.EACH, *cases.RECURRENT])
+def test_one_program_and_slots_by_formula(name):
+    """Rows of any ages and lengths, chunks of any number: one trace, bytes that stay, slots as the formula has it."""
+    method = dataclasses.replace(TABLE[name], context="chunks", chunk=None, repeat=None)
+    cache = memory.init_cache(cases.CONFIG, method, 3, memory_capacity=40, raw_capacity=48)
+    empty = cache
+    traces = []
+
+    @jax.jit
+    def step(model, cache, chunk):
+        traces.append(chunk)
+        return steps.compress_step(model, cache, chunk, method=method)
+
     rng = np.random.default_rng(0)
+    rows: list[tuple[Segment, ...]] = [(), (), ()]
     for _ in range(6):
         lengths = rng.integers(0, 9, 3)
-        valid = np.arange(8) < lengths[:, None]
-        cache = step(MODEL, cache, Chunk(rng.integers(3, 90, (3, 8)), valid), method=method)
-        rows = [tuple(rng.integers(1, 5, rng.integers(1, 6))) for _ in range(3)]
-        made = layout.batch(method, cases.sessions(rows), layout.Sizes(60, 12, 40), cases.VOCAB)
-        forward(MODEL, made, method=method)
+        tokens, valid = rng.integers(3, 90, (3, 8)), np.arange(8) < lengths[:, None]
+        # What is kept stands in front of a span.
+        kept = np.arange(8) < (lengths // 2)[:, None] if method.keeps_text else None
+        cache = step(MODEL, cache, Chunk(tokens, valid, kept))
+        for row, count in enumerate(lengths):
+            if count:
+                keep = None if kept is None else kept[row, :count]
+                rows[row] += (Segment(tokens[row, :count], np.zeros(count, bool), keep),)
+        tail = Segment(np.array([7]), np.ones(1, bool))
+        slots = [parity.context_slots(method, Example(EMPTY, EMPTY, (*row, tail))) for row in rows]
+        assert cache.slots.live.sum(1).tolist() == slots
+    assert len(traces) == 1
+    chex.assert_trees_all_equal_shapes_and_dtypes(cache, empty)
     memory.check(cache)
+
+
+@pytest.mark.parametrize("name", cases.METHODS)
+def test_rows_have_one_shape(name):
+    """Whatever the lengths in a batch, its arrays are those of its sizes: one compilation of the parallel forward."""
+    method, rng = cases.METHODS[name], np.random.default_rng(0)
+    made = []
+    for _ in range(5):
+        lengths = [tuple(rng.integers(1, 5, rng.integers(1, 6))) for _ in range(3)]
+        sessions = cases.sessions_for(method, lengths=lengths)
+        made.append(layout.batch(method, sessions, layout.Sizes(120, 60, 90), cases.VOCAB))
+    chex.assert_trees_all_equal_shapes_and_dtypes(*made)
 
 
 @pytest.mark.parametrize("name", ["ccm_merge", "ccm_concat"])

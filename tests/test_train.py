@@ -20,7 +20,7 @@ import yaml
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from jax_ccm import training
+from jax_ccm import cli, train, training
 from jax_ccm.checkpoints import Checkpoints
 from jax_ccm.config import from_mapping, load_config, save_config
 from jax_ccm.data.batches import prepare
@@ -307,6 +307,17 @@ def test_continue_from_an_adapter_of_other_sizes_is_refused(whole):
 def test_mistakes(tmp_path, sections, message):
     with pytest.raises(UserError, match=message):
         Run(tiny(**sections), tmp_path)
+
+
+def test_the_folder_of_an_evaluation_is_left_alone(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "tiny.yaml"
+    save_config(tiny(), path)
+    (tmp_path / "results.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["train", str(path), "--workdir", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    assert stopped.value.code == 2 and "holds the results of another command" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "results.json", path]
 
 
 def test_metrics_after_the_resumed_step_are_cut(tmp_path):

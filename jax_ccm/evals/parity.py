@@ -235,8 +235,11 @@ def context_slots(method: Method, example: Example) -> int:
     if not context:
         return 0
     if method.keep is not None:
-        text = sum(len(segment.tokens) for segment in context) - int(method.sink)
-        return min(method.memory_slots(len(context)), text) + int(method.sink)
+        held = -method.sink
+        for number, segment in enumerate(context, 1):
+            # A chunk may have fewer tokens than slots.
+            held = min(method.memory_slots(number), held + len(segment.tokens))
+        return held + method.sink
     if method.closes:
         kept = sum(int(segment.kept.sum()) for segment in context if segment.kept is not None)
         return method.memory_slots(len(context)) + kept + int(method.sink)

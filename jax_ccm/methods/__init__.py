@@ -36,7 +36,7 @@ def build(name: str, **options: Any) -> Method:
       **options: what that builder takes.
 
     Raises:
-      UserError: for an unknown name or an option that the method does not have.
+      UserError: for an unknown name, an option that the method does not have, or one that it needs and is not given.
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
@@ -49,4 +49,7 @@ def build(name: str, **options: Any) -> Method:
                 if allowed
                 else UserError(f"method {name!r} takes no options, but {option!r} was given")
             )
+    missing = [name for name, option in allowed.items() if option.default is option.empty and name not in options]
+    if missing:
+        raise UserError(f"method {name!r} needs its option {missing[0]!r}; set it, as method.{missing[0]} in a config")
     return builder(**options)

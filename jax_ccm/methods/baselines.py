@@ -30,6 +30,8 @@ def window(size: int, sink: bool = False, streaming: bool = False, sinks: int = 
     """
     if size < 1:
         raise UserError(f"window size is {size}; it must be at least 1 token")
+    if not sink and sinks != 1:
+        raise UserError(f"sinks is {sinks}, but sink is false and none is kept; set sink: true, or leave sinks out")
     sinks = _sinks(sinks) if sink else 0
     if size < sinks:
         raise UserError(f"window size is {size}, smaller than the sinks={sinks} beside it; raise size or lower sinks")
@@ -48,8 +50,10 @@ def local(hidden: float) -> Method:
     """
     # As integers: float arithmetic puts the edge of the window one off at some places.
     thousandths = round(hidden * 1000)
-    if not 0 < thousandths < 1000:
+    if not 0 < hidden < 1:
         raise UserError(f"hidden is {hidden}; it must lie in (0, 1): it is the share of earlier text that is not seen")
+    if abs(hidden * 1000 - thousandths) > 1e-6 or not 0 < thousandths < 1000:
+        raise UserError(f"hidden is {hidden}; its window is exact for at most three decimal places, such as 0.125")
     return Method(name="local", rule=Rule((see(RAW, RAW, 0, INF, hidden=(thousandths, 1000)),)), gate=RAW)
 
 

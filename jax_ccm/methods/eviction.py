@@ -112,6 +112,8 @@ def evict(
         raise UserError(f"discount is {discount}, but score is {score!r}; only score 'attention' has one")
     if discount is not None and not 0 <= discount <= 1:
         raise UserError(f"discount is {discount}; it must lie between 0 and 1")
+    if seed and score != "random":
+        raise UserError(f"seed is {seed}, but score is {score!r}; only score 'random' draws")
     keep = {
         "attention": lambda: ByAttention(slots, constant, 1.0 if discount is None else discount),
         "norm": lambda: ByNorm(slots, constant),

@@ -63,6 +63,10 @@ def loma(
     for name, value in (("ratio", ratio), ("memory_tokens", memory_tokens)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+    if repeat_weight < 0:
+        raise UserError(f"repeat_weight is {repeat_weight}; it must be at least 0, the weight of a loss")
+    if memory != "ema" and decay != 0.5:
+        raise UserError(f"decay is {decay}, but memory is {memory!r}; only memory 'ema' has one")
     mix = {"append": None, "mean": Mean(), "ema": Ema(decay)}[_one_of("memory", memory, ("append", "mean", "ema"))]
     farthest = {"all": INF, "last": 1}[_one_of("scope", scope, ("all", "last"))]
     readers = (TEXT, QUERY, COMP) if history else (TEXT, QUERY)

@@ -328,6 +328,8 @@ def test_each_loss_has_its_own_mean():
         (dict(positions="end"), "allowed: stride, sequential"),
         (dict(repeats_see="all"), "allowed: self, causal, both"),
         (dict(memory="merge"), "memory is 'merge'; allowed: append, mean, ema"),
+        (dict(memory="mean", decay=0.1), "decay is 0.1, but memory is 'mean'"),
+        (dict(repeat_weight=-1.0), "repeat_weight is -1.0; it must be at least 0"),
     ],
 )
 def test_bad_options(options, message):

@@ -220,3 +220,10 @@ def test_scattered_columns_are_constant():
 def test_ratio_outside_its_range(ratio):
     with pytest.raises(UserError, match=rf"hidden is {ratio}; it must lie in \(0, 1\)"):
         build("local", hidden=ratio)
+
+
+@pytest.mark.parametrize("ratio", [0.12345, 0.0001, 0.9999])
+def test_ratio_that_has_no_exact_edge(ratio):
+    """A share is never rounded in silence."""
+    with pytest.raises(UserError, match=f"hidden is {ratio}; .* at most three decimal places"):
+        build("local", hidden=ratio)
