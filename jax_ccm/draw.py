@@ -42,7 +42,7 @@ def draw(method: Method, lengths: Sequence[int], kept: Sequence[int] = ()) -> st
     batch = layout.batch(laid_out, [example], layout.measure(laid_out, example), _LETTERS)
     memory = None if batch.memory is None else batch.memory.slots
     if method.keep is not None:
-        chunks = np.arange(len(lengths) - 1)
+        chunks = range(len(lengths) - 1)
         owner = np.repeat(chunks, [method.memory_slots(1 + chunk) for chunk in chunks])[None]
         memory = Slots(np.full_like(owner, Kind.MEMORY), owner, 0 * owner, 0 * owner)
     names = [

@@ -64,14 +64,21 @@ def build_method(config: Config) -> Method:
     """The config's method.
 
     Raises:
-      UserError: for an unknown name, or an option that it does not take or a value that it cannot have.
+      UserError: for an unknown name, or an option that it does not take or a value that it cannot have, or data that
+        leave the method nothing to see.
     """
     try:
-        return methods.build(config.method.name, **config.method.options())
+        method = methods.build(config.method.name, **config.method.options())
     except UserError:
         raise
     except ValueError as e:
         raise UserError(f"method: {e}") from e
+    if method.heeds_marks and not method.remembers and config.data.ratio is None:
+        raise UserError(
+            f"method {method.name!r} sees only text that the data keep, and these keep none; set data.ratio, and "
+            "data.hide: tokens (data.format: text)"
+        )
+    return method
 
 
 def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Experiment:

@@ -247,6 +247,11 @@ class Method:
         return any(Kind.QUERY in clause.key and clause.farthest > 0 for clause in self.rule.sees)
 
     @property
+    def heeds_marks(self) -> bool:
+        """Whether it matters which raw text was marked as kept: later segments see that, and no other raw text."""
+        return self.keeps_text and not any(Kind.TEXT in c.key and c.farthest > 0 for c in self.rule.sees)
+
+    @property
     def sees_memory_in_context(self) -> bool:
         """Whether context chunks see earlier memory; if not, only the tail does (independent chunks)."""
         return any(Kind.TEXT in c.query and Kind.MEMORY in c.key for c in self.rule.sees)

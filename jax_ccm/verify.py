@@ -189,6 +189,12 @@ def _from_data(experiment: Experiment, counts: Sequence[int]) -> tuple[list[Exam
     if split is None:
         raise UserError("data.validation and data.test are empty")
     evaluation = Evaluation.open(data, experiment.tokenizer, split)
+    if data.ratio is not None:
+        # Windows with their spans, up to as many of them as are wanted.
+        texts = evaluation.texts(marked=experiment.method.heeds_marks)
+        windows = [texts[number % len(texts)] for number in range(len(counts))]
+        shorter = lambda example, count: dataclasses.replace(example, segments=example.segments[: count + 1])
+        return list(map(shorter, windows, counts)), f"windows of data.{split}"
     found = []
     for number, count in enumerate(counts):
         # The longest context that there is, up to the one wanted.

@@ -50,10 +50,11 @@ def exact(rule, made, q, k, v, memory_k, memory_v):
     return out
 
 
-@pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n1", "loma"])
+@pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n1", "loma", "sentinel"])
 @pytest.mark.parametrize("block", [7, 16, 512])
 def test_blocks_are_exact(monkeypatch, name, block):
-    """Any block size gives the definition; a query that sees nothing gives zeros."""
+    """Any block size gives the definition, masks that differ from row to row included (Sentinel's trap S16); a query
+    that sees nothing gives zeros."""
     method = cases.METHODS[name]
     made, values = arrays(method)
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)

@@ -9,8 +9,11 @@ import pytest
 
 from jax_ccm import cli, verify
 from jax_ccm.config import load_config
+from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
+from jax_ccm.experiment import load_experiment
 from jax_ccm.verify import Options
+from tests.test_compare import text_config
 from tests.test_evaluate import write
 
 
@@ -29,6 +32,23 @@ def test_passes_without_an_adapter_and_without_data(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == result
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "passed"
     assert (tmp_path / "out" / "config.yaml").exists() and (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_spans_of_the_data_are_used(tmp_path, capsys):
+    """Where the data draw spans, these are what is run, with the text outside of them."""
+    config = load_config(text_config(tmp_path, ratio=0.5, span=3))
+    options = Options(examples=2, steps=3, gradients=False)
+    examples, source = verify.sessions(load_experiment(config), options)
+    assert source == "windows of data.test" and [len(example.segments) for example in examples] == [4, 2]
+    assert any(segment.kept.any() for example in examples for segment in example.segments[:-1])
+    assert verify.verify(config, options)["passed"]
+    assert "windows of data.test" in capsys.readouterr().out
+
+
+def test_data_that_keep_nothing_are_refused_where_nothing_else_is_seen(tmp_path):
+    config = load_config(text_config(tmp_path, method={"name": "scattered"}))
+    with pytest.raises(UserError, match="'scattered' sees only text that the data keep, and these keep none"):
+        verify.verify(config, Options())
 
 
 def test_a_difference_fails(tmp_path, monkeypatch, capsys):

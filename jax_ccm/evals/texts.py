@@ -15,7 +15,7 @@ from jax_ccm.evals.perplexity import Measured, Stage, System
 from jax_ccm.evals.scoring import Store, score
 from jax_ccm.evals.statistics import Resamples, estimate, tree_to_json
 from jax_ccm.layout import arrange, closed
-from jax_ccm.types import Kind, Method
+from jax_ccm.types import Method
 
 
 def windows(evaluation: Evaluation, method: Method, most: int = 0) -> list[Stage]:
@@ -26,9 +26,7 @@ def windows(evaluation: Evaluation, method: Method, most: int = 0) -> list[Stage
       method: what will read them: spans are drawn for methods that keep just what is outside of them.
       most: windows, taken at equal distances from all; 0 for all.
     """
-    # Marks make no difference where later text sees all raw text, marked or not.
-    sees_all = any(Kind.TEXT in clause.key and clause.farthest > 0 for clause in method.rule.sees)
-    found = evaluation.texts(marked=method.keeps_text and not sees_all)
+    found = evaluation.texts(marked=method.heeds_marks)
     if most and len(found) > most:
         found = [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
     # Windows of one text are not independent of each other: they share its id, by which the bootstrap draws.

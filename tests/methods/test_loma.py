@@ -185,6 +185,16 @@ def test_first_token_may_be_pinned():
         assert tail[0, 0] == sink
 
 
+def test_conditional_lora_reads_as_the_base_model_does():
+    """On memory and repetition tokens only, the LoRA leaves an open chunk alone; LoMA's own changes it."""
+    logits = lambda method: parity.parallel_logits(MODEL, method, [text(4)])[0]
+    base = logits(dataclasses.replace(METHOD, gate=()))
+    conditional = build("loma", ratio=2, memory_tokens=2, conditional=True)
+    np.testing.assert_array_equal(logits(conditional), base)
+    assert np.abs(logits(METHOD) - base).max() > 1e-3
+    assert set(conditional.gate) == {Kind.COMP, Kind.REPEAT}
+
+
 def test_documents_share_no_row():
     """A row is one session: a window never reaches from one document into the next (L14)."""
     texts = ["abcdefgh" * 3, "stuvwxyz" * 2 + "st"]

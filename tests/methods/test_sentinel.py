@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jax_ccm import layout, steps, training
+from jax_ccm import layout, losses, steps, training
 from jax_ccm.config import OptimizerConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
@@ -75,6 +75,18 @@ def test_labels_skip_sentinels():
     tokens = np.concatenate([segment.tokens for segment in example().segments])
     assert made.targets[0].tolist() == tokens[1:].tolist()
     assert [PLACES.index(place) for place in made.places[0]] == [0, 2, 3, 5, 7, 8]
+
+
+@pytest.mark.parametrize("shift, sure", [(-1, False), (0, True), (1, False)])
+def test_an_oracle_loses_nothing(shift, sure):
+    """Logits that are sure of the text token behind each text token have no loss, and only they (S3)."""
+    made = laid_out(example())
+    following = np.zeros(made.tokens.shape[1], np.int32)
+    text = np.flatnonzero(made.tokens[0] < cases.VOCAB)
+    following[text] = np.roll(made.tokens[0, text], -1 + shift)
+    hidden = 40.0 * np.eye(cases.VOCAB, dtype=np.float32)[following][made.places]
+    found = losses.token_losses("vd", hidden, np.eye(cases.VOCAB, dtype=np.float32), made.targets)
+    assert (found.max() < 1e-6) == sure and (found.min() > 1) == (not sure)
 
 
 def test_positions_at_the_start():
