@@ -5,6 +5,8 @@ what `planning.gpus.HELP` says. Nothing is run::
 
     python -m jax_ccm.ahead results/kernels/tpu.json
     JAX_PLATFORMS=cpu python -m jax_ccm.ahead results/kernels/gpu.json h100 a100
+
+A table is written beside the JSON file.
 """
 
 from __future__ import annotations
@@ -15,26 +17,49 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_ccm.attention import memory_attention
+from jax_ccm.config import from_mapping
 from jax_ccm.errors import RunError
-from jax_ccm.planning import gpus
+from jax_ccm.experiment import build_method
+from jax_ccm.methods import build
+from jax_ccm.nn import ModelConfig, rope
+from jax_ccm.nn.transformer import Attention, pack
+from jax_ccm.planning import gpus, programs
 from jax_ccm.sharding import AXES, make_mesh
-from jax_ccm.types import Rule, Slots
+from jax_ccm.types import Packed, Rule, Slots
 
 # The smallest topology of each generation.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 # How kernels of Mosaic and of Pallas Triton are called in a compiled program.
 CUSTOM_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
+# Decoders whose sizes the layer and the training step have.
+LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5)
+SMOLLM2_135M = ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, tie_embeddings=True)
+TRAINING = {
+    "model": {"dtype": "bfloat16"},
+    "method": {"name": "ccm_concat", "comp_tokens": 8},
+    "data": {"batch_size": 8, "tokens": 1024, "max_chunks": 16, "scored": 128},
+    "train": {"attention": "pallas"},
+}
+# What is compiled, as the table calls it.
+PROGRAMS = {
+    "attention": "gradients of attention, T = {:,}",
+    "layer": "gradients of a layer, T = {:,}",
+    "layer without attention": "the same without attention, T = {:,}",
+    "decode": "decoding, 64 sessions with caches of 1,024",
+    "training step": "training step, 8 rows of {:,}",
+}
 # libtpu looks for a TPU's environment unless it is told one.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -96,9 +121,12 @@ def compile_for(mesh: Mesh, fn: Callable, *arguments: Any) -> Compiled:
     whole = NamedSharding(mesh, P())
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or whole)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(fn).lower(*jax.tree.map(place, arguments))
-        start = time.process_time()
-        program = lowered.compile()
+        return _compiled(jax.jit(fn).lower(*jax.tree.map(place, arguments)))
+
+
+def _compiled(lowered: jax.stages.Lowered) -> Compiled:
+    start = time.process_time()
+    program = lowered.compile()
     seconds = time.process_time() - start
     text = program.as_text()
     kernels = sum(text.count(f'custom_call_target="{name}"') for name in CUSTOM_CALLS)
@@ -137,31 +165,97 @@ def call(
     return forward, gradients, (arrays, wide(length, heads.heads), slots)
 
 
-def report(targets: Sequence[str], lengths: Sequence[int] = (4096, 32768)) -> list[dict[str, Any]]:
-    """CCM-concat with 8 slots for each 50 tokens of text on every target, and decoding of 64 sessions."""
-    from jax_ccm.methods import build
+def layer(rule: Rule, batch: int, length: int, memory: int, *, attention: bool = True) -> tuple[Callable, tuple]:
+    """A layer's projections, rotation, memory, attention and output, in bfloat16, and its gradients.
 
+    Args:
+      rule: who sees whom.
+      batch, length, memory: B, T and M.
+      attention: without it, a sum that needs neither a product nor a row of its own stands in its place.
+
+    Returns:
+      ``gradients(x, weights, slots, packed, d_out)``, of all weights and of the input ``[B, T, D]``, and abstract
+      arguments.
+    """
+    module = jax.eval_shape(lambda: Attention(jax.random.key(0), LLAMA_8B, None, jnp.bfloat16))
+    graphdef, weights = nnx.split(module)
+    frequencies = rope.frequencies(LLAMA_8B)
+
+    def forward(x, weights, slots, packed):
+        module = nnx.merge(graphdef, weights)
+        q, k, v = module.project(x, None, [None] * 4)
+        angles = rope.angles(frequencies, slots.position)
+        q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
+        if attention:
+            memory_k, memory_v = pack(packed, k), pack(packed, v)
+            seen = dict(rule=rule, slots=slots, memory_slots=packed.slots)
+            out = memory_attention(q, k, v, memory_k, memory_v, **seen, implementation="pallas")
+        else:
+            out = q + jnp.concatenate([k, v] * (q.shape[2] // k.shape[2] // 2), axis=2)
+        return module.o_proj(out.reshape(*out.shape[:2], -1))
+
+    def gradients(x, weights, slots, packed, d_out):
+        return jax.vjp(lambda x, weights: forward(x, weights, slots, packed), x, weights)[1](d_out)
+
+    places = lambda n: Slots(*[jax.ShapeDtypeStruct((batch, n), jnp.int32)] * 4)
+    packed = Packed(jax.ShapeDtypeStruct((batch, memory), jnp.int32), places(memory), None)
+    x = jax.ShapeDtypeStruct((batch, length, LLAMA_8B.hidden_size), jnp.bfloat16)
+    return gradients, (x, weights, places(length), packed, x)
+
+
+def training_step(mesh: Mesh) -> Compiled:
+    """The step of `jax_ccm.train` with `TRAINING`, for a decoder of the sizes of SmolLM2-135M."""
+    config = from_mapping(TRAINING)
+    rows = config.data.batch_size
+    program = programs.training_step(config, SMOLLM2_135M, build_method(config), mesh, rows, accumulation=1)
+    with jax.set_mesh(mesh):
+        return _compiled(program.function.lower(*program.arguments))
+
+
+def report(targets: Sequence[str], lengths: Sequence[int] = (4096, 32768)) -> Iterator[dict[str, Any]]:
+    """CCM-concat with 8 slots for each 50 tokens of text on every target, decoding of 64 sessions, and training."""
     rule = build("ccm_concat", comp_tokens=8).rule
-    rows = []
     for target in targets:
         mesh = mesh_for(target)
+        row = lambda what, length, found, target=target: {
+            "target": target,
+            "what": what,
+            "length": length,
+            **dataclasses.asdict(found),
+        }
         for length in lengths:
-            _, gradients, arguments = call(rule, 1, length, length // 58 * 8)
-            rows.append({"target": target, "what": "gradients", "length": length})
-            rows[-1] |= dataclasses.asdict(compile_for(mesh, gradients, *arguments))
-            print(rows[-1], flush=True)
+            shape = 1, length, length // 58 * 8
+            _, gradients, arguments = call(rule, *shape)
+            yield row("attention", length, compile_for(mesh, gradients, *arguments))
+            for what, attention in (("layer", True), ("layer without attention", False)):
+                gradients, arguments = layer(rule, *shape, attention=attention)
+                yield row(what, length, compile_for(mesh, gradients, *arguments))
         forward, _, (arrays, _, slots) = call(rule, 64, 1, 1024)
-        rows.append({"target": target, "what": "decode", "length": 1})
-        rows[-1] |= dataclasses.asdict(compile_for(mesh, forward, arrays, slots))
-        print(rows[-1], flush=True)
-    return rows
+        yield row("decode", 1, compile_for(mesh, forward, arrays, slots))
+        yield row("training step", TRAINING["data"]["tokens"], training_step(mesh))
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """What `main` wrote as a table: a line for each program, a column for each target."""
+    targets = list(dict.fromkeys(row["target"] for row in found["compiled"]))
+    lines = [f"| program | kernels | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
+    for what, length in dict.fromkeys((row["what"], row["length"]) for row in found["compiled"]):
+        rows = {row["target"]: row for row in found["compiled"] if (row["what"], row["length"]) == (what, length)}
+        kernels = ", ".join(str(n) for n in sorted({row["kernels"] for row in rows.values()}))
+        cells = [f"{rows[x]['temporaries'] / 2**20:,.1f} MiB, {rows[x]['seconds']:.0f} s" for x in targets]
+        lines.append(f"| {PROGRAMS[what].format(length)} | {kernels} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     path = Path(sys.argv[1])
-    found = {"jax": jax.__version__, "compiled": report(sys.argv[2:] or list(TOPOLOGIES))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    found: dict[str, Any] = {"jax": jax.__version__, "compiled": []}
+    for row in report(sys.argv[2:] or list(TOPOLOGIES)):
+        print(row, flush=True)
+        found["compiled"].append(row)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(found))
 
 
 if __name__ == "__main__":

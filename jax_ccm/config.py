@@ -155,6 +155,9 @@ class TrainConfig:
     remat: Literal["none", "dots", "all"] = "none"
     """What the backward pass recomputes of each layer instead of keeping it: nothing; all but the products with weights
     (less memory, hardly slower); or everything (least memory, about a third slower)."""
+    attention: Literal["auto", "xla", "pallas"] = "auto"
+    """In steps and validation: plain matrix products ("xla"), the kernel ("pallas"; on a CPU only interpreted, which is
+    slow), or what suits the device: the kernel on a TPU, products elsewhere."""
     log_every: int = 10
     """Steps between lines of metrics."""
     eval_every: int = 100

@@ -83,7 +83,7 @@ class Run:
         self.state = jax.jit(init, donate_argnums=0, out_shardings=places)(params)
         shardings = (places, sharding.replicated(mesh))
         self._step = training.make_step(config, self.graphdef, method, optimizer, shardings)
-        self._validation_loss = training.make_validation(self.graphdef, method)
+        self._validation_loss = training.make_validation(config, self.graphdef, method)
         self._count(params)
         restored = self.checkpoints.restore(self.state)
         if restored is None:

@@ -77,7 +77,14 @@ def make_step(
     def loss_of(params, frozen, batch, key):
         model = nnx.merge(graphdef, params, frozen)
         key = key if dropout else None
-        hidden = parallel_forward(model, batch, method=method, dropout_key=key, remat=config.train.remat)
+        hidden = parallel_forward(
+            model,
+            batch,
+            method=method,
+            dropout_key=key,
+            remat=config.train.remat,
+            implementation=_implementation(config),
+        )
         return mean_loss(model, hidden, batch, method)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
@@ -104,13 +111,20 @@ def make_step(
     return step
 
 
-def make_validation(graphdef: nnx.GraphDef, method: Method) -> Callable[[Tree, Tree, Iterable[Batch]], float]:
+def _implementation(config: Config) -> str | None:
+    """Of the attention, as `memory_attention` takes it."""
+    return None if config.train.attention == "auto" else config.train.attention
+
+
+def make_validation(
+    config: Config, graphdef: nnx.GraphDef, method: Method
+) -> Callable[[Tree, Tree, Iterable[Batch]], float]:
     """The validation loss ``(params, frozen, batches) -> nats per scored text token``, averaged over all."""
 
     @jax.jit
     def sums(params, frozen, batch):
         model = nnx.merge(graphdef, params, frozen)
-        hidden = parallel_forward(model, batch, method=method)
+        hidden = parallel_forward(model, batch, method=method, implementation=_implementation(config))
         text = batch.weights * ~repeated(batch)
         return jnp.sum(scored_losses(model, hidden, batch) * text), jnp.sum(text)
 

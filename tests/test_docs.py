@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jax_ccm import ahead
 from jax_ccm.draw import draw
 from jax_ccm.evals import comparison, parity, report, speed
 from jax_ccm.methods import METHODS, build
@@ -25,6 +26,7 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
 RESULTS = sorted((ROOT / "results").rglob("table.md"))
 BENCHES = sorted((ROOT / "results").rglob("bench.json"))
+COMPILED = sorted((ROOT / "results" / "kernels").glob("*.json"))
 
 
 def test_example():
@@ -126,8 +128,14 @@ def test_tables_of_speed_are_made_of_the_numbers(path):
         assert speed.markdown(results, name) == (path.parent / f"{name}.md").read_text()
 
 
-def test_readme_shows_the_tables():
-    shown = re.findall(r"<!-- table: (\S+) -->\n((?:\|.*\n)+)", README.read_text())
-    assert shown, "README shows no results"
+@pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.stem)
+def test_tables_of_kernels_are_made_of_the_numbers(path):
+    assert ahead.markdown(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "kernels.md"], ids=lambda path: path.stem)
+def test_pages_show_the_tables(page):
+    shown = re.findall(r"<!-- table: (\S+) -->\n((?:\|.*\n)+)", page.read_text())
+    assert shown, f"{page} shows no results"
     for name, table in shown:
-        assert rows(table) == rows((ROOT / name).read_text()), f"README's copy of {name} is old"
+        assert rows(table) == rows((ROOT / name).read_text()), f"the copy of {name} in {page} is old"

@@ -269,6 +269,12 @@ def pieces(config):
     return graphdef, step, (training.init_state(params, optimizer), frozen, batches, jax.random.key(0))
 
 
+@pytest.mark.parametrize("attention", ["xla", "pallas"])
+def test_attention_of_the_config_is_used(attention):
+    _, step, arguments = pieces(tiny(train={"attention": attention}))
+    assert ("pallas_call" in str(jax.make_jaxpr(step)(*arguments))) == (attention == "pallas")
+
+
 def test_schedule():
     config = tiny(optimizer={"learning_rate": 1.0, "warmup_ratio": 0.1}).optimizer
     schedule = training.make_schedule(config, 100)

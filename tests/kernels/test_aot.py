@@ -49,6 +49,32 @@ def test_gradients_of_long_rows(target):
     assert found.temporaries <= 448 * MIB
 
 
+@pytest.mark.parametrize(
+    ("target", "length", "more"),
+    [
+        ("v5e", 4096, 64),
+        *[pytest.param(target, 4096, 64, marks=pytest.mark.slow) for target in ahead.TOPOLOGIES if target != "v5e"],
+        *[pytest.param(target, 32768, 512, marks=pytest.mark.slow) for target in ahead.TOPOLOGIES],
+    ],
+)
+def test_layer(target, length, more):
+    """Between projections and output, attention needs no transposed copies: so much more than the same without it."""
+    mesh, found = ahead.mesh_for(target), {}
+    for attention in (True, False):
+        gradients, arguments = ahead.layer(CONCAT, 1, length, length // 58 * 8, attention=attention)
+        found[attention] = ahead.compile_for(mesh, gradients, *arguments)
+    assert (found[True].kernels, found[False].kernels) == (4, 0)
+    assert found[True].temporaries - found[False].temporaries <= more * MIB
+
+
+@pytest.mark.parametrize("target", ["v5e", *OTHERS])
+def test_training_step(target):
+    """The step of a run: 8 rows of 1,024 through the layers of SmolLM2-135M."""
+    found = ahead.training_step(ahead.mesh_for(target))
+    assert found.kernels == 4
+    assert found.temporaries <= 6500 * MIB
+
+
 @pytest.mark.parametrize("target", ["v5e", *OTHERS])
 def test_decoding(target):
     """One query of each of 64 sessions against caches of 1,024: the caches are not copied."""

@@ -38,11 +38,18 @@ def run(*arguments: str) -> str:
 
 @pytest.mark.parametrize("target", ["h100", pytest.param("a100", marks=pytest.mark.slow)])
 def test_report(target, tmp_path):
-    """Gradients at T = 4,096 and 32,768, and decoding of 64 sessions with caches of 1,024: no T x S array, no copy."""
+    """Attention, a layer, decoding and a training step: the kernel is in them, no T x S array, no copy."""
     run("-m", "jax_ccm.ahead", str(tmp_path / "gpu.json"), target)
     rows = json.loads((tmp_path / "gpu.json").read_text())["compiled"]
-    assert [row["kernels"] for row in rows] == [4, 4, 1]
-    assert [row["temporaries"] <= most * MIB for row, most in zip(rows, (48, 448, 16), strict=True)] == [True] * 3
+    found = {(row["what"], row["length"]): row for row in rows}
+    kernels = {"attention": 4, "layer": 4, "layer without attention": 0, "decode": 1, "training step": 4}
+    assert all(row["kernels"] == kernels[what] for (what, _), row in found.items())
+    temporaries = {program: row["temporaries"] / MIB for program, row in found.items()}
+    for length, alone, more in ((4096, 48, 64), (32768, 448, 512)):
+        assert temporaries["attention", length] <= alone
+        assert temporaries["layer", length] - temporaries["layer without attention", length] <= more
+    assert temporaries["decode", 1] <= 16
+    assert temporaries["training step", 1024] <= 6500
 
 
 @pytest.mark.slow
