@@ -6,7 +6,7 @@ what `planning.gpus.HELP` says. Nothing is run::
     python -m jax_ccm.ahead results/kernels/tpu.json
     JAX_PLATFORMS=cpu python -m jax_ccm.ahead results/kernels/gpu.json h100 a100
 
-A table is written beside the JSON file.
+A table is written beside the JSON file. Targets that are not named keep what stands there, if by the same jax.
 """
 
 from __future__ import annotations
@@ -212,31 +212,42 @@ def training_step(mesh: Mesh) -> Compiled:
         return _compiled(program.function.lower(*program.arguments))
 
 
-def report(targets: Sequence[str], lengths: Sequence[int] = (4096, 32768)) -> Iterator[dict[str, Any]]:
-    """CCM-concat with 8 slots for each 50 tokens of text on every target, decoding of 64 sessions, and training."""
+def compilations(mesh: Mesh, lengths: Sequence[int] = (4096, 32768)) -> Iterator[tuple[str, int, Compiled]]:
+    """CCM-concat with 8 slots for each 50 tokens of text, decoding of 64 sessions, and training.
+
+    Yields:
+      A key of `PROGRAMS`, the length, and what was found.
+    """
     rule = build("ccm_concat", comp_tokens=8).rule
-    for target in targets:
-        mesh = mesh_for(target)
-        row = lambda what, length, found, target=target: {
-            "target": target,
-            "what": what,
-            "length": length,
-            **dataclasses.asdict(found),
-        }
-        for length in lengths:
-            shape = 1, length, length // 58 * 8
-            _, gradients, arguments = call(rule, *shape)
-            yield row("attention", length, compile_for(mesh, gradients, *arguments))
-            for what, attention in (("layer", True), ("layer without attention", False)):
-                gradients, arguments = layer(rule, *shape, attention=attention)
-                yield row(what, length, compile_for(mesh, gradients, *arguments))
-        forward, _, (arrays, _, slots) = call(rule, 64, 1, 1024)
-        yield row("decode", 1, compile_for(mesh, forward, arrays, slots))
-        yield row("training step", TRAINING["data"]["tokens"], training_step(mesh))
+    for length in lengths:
+        shape = 1, length, length // 58 * 8
+        _, gradients, arguments = call(rule, *shape)
+        yield "attention", length, compile_for(mesh, gradients, *arguments)
+        for what, attention in (("layer", True), ("layer without attention", False)):
+            gradients, arguments = layer(rule, *shape, attention=attention)
+            yield what, length, compile_for(mesh, gradients, *arguments)
+    forward, _, (arrays, _, slots) = call(rule, 64, 1, 1024)
+    yield "decode", 1, compile_for(mesh, forward, arrays, slots)
+    yield "training step", TRAINING["data"]["tokens"], training_step(mesh)
+
+
+def record(path: Path, target: str) -> None:
+    """Compiles everything for a target and writes it into a file, which keeps what other targets have there."""
+    mesh, kept = mesh_for(target), []
+    if path.exists() and (before := json.loads(path.read_text()))["jax"] == jax.__version__:
+        kept = [row for row in before["compiled"] if row["target"] != target]
+    order = [*TOPOLOGIES, *GPUS]
+    for what, length, found in compilations(mesh):
+        kept.append({"target": target, "what": what, "length": length, **dataclasses.asdict(found)})
+        print(kept[-1], flush=True)
+    made = {"jax": jax.__version__, "compiled": sorted(kept, key=lambda row: order.index(row["target"]))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(made, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(made))
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """What `main` wrote as a table: a line for each program, a column for each target."""
+    """What `record` wrote as a table: a line for each program, a column for each target."""
     targets = list(dict.fromkeys(row["target"] for row in found["compiled"]))
     lines = [f"| program | kernels | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
     for what, length in dict.fromkeys((row["what"], row["length"]) for row in found["compiled"]):
@@ -248,14 +259,9 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    path = Path(sys.argv[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"jax": jax.__version__, "compiled": []}
-    for row in report(sys.argv[2:] or list(TOPOLOGIES)):
-        print(row, flush=True)
-        found["compiled"].append(row)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(found))
+    path, *targets = sys.argv[1:]
+    for target in targets or TOPOLOGIES:
+        record(Path(path), target)
 
 
 if __name__ == "__main__":

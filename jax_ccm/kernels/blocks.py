@@ -13,6 +13,7 @@ For CCM-concat with chunks of 6 + 2 places, blocks of 8 queries and of 8 keys: t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -70,6 +71,11 @@ def pad_slots(slots: Slots, size: int) -> Slots:
     return slots.map(lambda x: jnp.pad(x, ((0, 0), (0, short)))) if short else slots
 
 
+def codes(slots: Slots, size: int) -> Array:
+    """Slots ``[B, S]`` as ``int32 [B, 4, S]``, S a multiple of ``size``."""
+    return jnp.stack(jax.tree.leaves(pad_slots(slots, size)), axis=1).astype(jnp.int32)
+
+
 def bounds(slots: Slots, size: int, kinds: tuple[Kind, ...]) -> Bounds:
     """The `Bounds` of every one of ``kinds``, for slots ``[B, S]`` in blocks of ``size``."""
     codes = jnp.stack(jax.tree.leaves(pad_slots(slots, size)))
@@ -106,6 +112,11 @@ def visible_blocks(rule: Rule, q: Slots, k: Slots, q_size: int, k_size: int) -> 
         hit = jnp.any(_meet(clause, rule.both_ways, rows, columns), axis=(3, 4))
         found = hit if found is None else found | hit
     return found
+
+
+def seen_blocks(rule: Rule, q: Slots, keys: Sequence[Slots], q_size: int, k_sizes: Sequence[int]) -> list[Array]:
+    """`visible_blocks` of each source of keys."""
+    return [visible_blocks(rule, q, slots, q_size, size) for slots, size in zip(keys, k_sizes, strict=True)]
 
 
 def _meet(clause: Clause, both_ways: tuple[Kind, ...], q: Bounds, k: Bounds) -> Array:

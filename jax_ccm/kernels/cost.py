@@ -1,4 +1,4 @@
-"""What a call of the TPU kernel costs: pairs visited, arithmetic, bytes moved, and the time a roofline gives it.
+"""What a call of a kernel costs: pairs visited, arithmetic, bytes moved, and the time a roofline gives it.
 
 Everything here is counted or computed ("analytic"), nothing is measured.
 """
@@ -28,6 +28,8 @@ class Target:
     step: float = 0.35e-6  # Pallas documentation, "Grids and BlockSpecs"; the same for all, as nothing better is known
 
 
+# A GPU's programs run side by side, so that none of them waits for the start of another.
+GPU_TARGETS = {"h100": Target(989e12, 3.35e12, step=0.0), "a100": Target(312e12, 2.04e12, step=0.0)}
 # One JAX device each: a chip, but a core of a 7x.
 TARGETS = {
     "v4": Target(275e12, 1.2e12),
@@ -43,10 +45,11 @@ class Cost:
     """Of one kernel.
 
     Attributes:
-      steps: of the grid.
+      steps: of the grid; on a GPU its programs.
       visited: cells ``queries x keys`` of the visited pairs, for one head.
       flops: of the matrix products.
-      bytes: read from and written to HBM by the kernel's pipeline, which skips a block that it already holds.
+      bytes: read from and written to HBM by the kernel's pipeline, which skips a block that it already holds; by a
+        GPU's programs, as if no cache held what another one has read.
     """
 
     steps: int
@@ -70,7 +73,7 @@ class Shape:
 
 
 def count(rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, sizes: Sizes) -> dict[str, Cost]:
-    """What the kernels do on these slots: ``{"forward", "queries", "keys"}``, the last two the backward pass.
+    """What the TPU kernels do on these slots: ``{"forward", "queries", "keys"}``, the last two the backward pass.
 
     Args:
       rule: who sees whom.
@@ -111,10 +114,40 @@ def count(rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, 
     return {**found, "keys": total}
 
 
+def count_on_gpu(
+    rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, sizes: tuple[int, tuple[int, ...]]
+) -> dict[str, Cost]:
+    """What the GPU kernels do, as `count`; ``sizes`` are those of `gpu.choose`.
+
+    A program has one head, so that each head of a group reads its keys again, and the keys' gradients read queries of
+    all heads of the group.
+    """
+    q, k = sizes
+    seen = blocks.seen_blocks(rule, q_slots, key_slots, q, k)
+    pairs = [int(jnp.sum(x)) for x in seen]
+    cells = sum(n * q * size for n, size in zip(pairs, k, strict=True))
+    head, entry = shape.size * shape.itemsize, 4
+    rows = seen[0].shape[0] * seen[0].shape[1]
+    # Keys, values and slots of what is seen, and where it stands; the number of each source's blocks.
+    walked = sum(n * (size * (2 * head + 16) + entry) for n, size in zip(pairs, k, strict=True)) + rows * len(k) * entry
+    found = {}
+    # Of each query: itself, output (or its gradient and its own), statistics, slots.
+    for name, products, own in (("forward", 2, 2 * head + 4 + 16), ("queries", 3, 3 * head + 8 + 16)):
+        flops = 2 * products * cells * shape.heads * shape.size
+        found[name] = Cost(rows * shape.heads, cells, flops, shape.heads * (rows * q * own + walked))
+    columns = [x.shape[0] * x.shape[2] for x in seen]
+    own = sum(n * (size * (4 * head + 16)) for n, size in zip(columns, k, strict=True))
+    lists = shape.heads * (sum(pairs) + sum(columns)) * entry
+    passed = shape.heads * sum(pairs) * q * (2 * head + 8 + 16)
+    flops = 8 * cells * shape.heads * shape.size
+    found["keys"] = Cost(sum(columns) * shape.kv_heads, cells, flops, shape.kv_heads * own + lists + passed)
+    return found
+
+
 @functools.partial(jax.jit, static_argnames=("rule", "sizes"))
 def _lists(rule: Rule, q_slots: Slots, key_slots: tuple[Slots, ...], sizes: Sizes):
     """The list of pairs of the queries' kernels, and that of each source's keys."""
-    seen = [blocks.visible_blocks(rule, q_slots, s, sizes.q, k) for s, k in zip(key_slots, sizes.k, strict=True)]
+    seen = blocks.seen_blocks(rule, q_slots, key_slots, sizes.q, sizes.k)
     return blocks.list_pairs(*seen), [blocks.list_pairs(jnp.swapaxes(x, 1, 2)) for x in seen]
 
 

@@ -17,13 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jax_ccm.kernels import blocks
+from jax_ccm.kernels.passes import HIDDEN, UNSEEN, differentiable
 from jax_ccm.kernels.rows import heads_as_rows, rows_as_heads
 from jax_ccm.kernels.sizes import Refused
 from jax_ccm.layout import sees
 from jax_ccm.types import Rule, Slots
 
-# A hidden score, and the maximum before anything was seen: far enough apart that exp(HIDDEN - UNSEEN) is 0.
-HIDDEN, UNSEEN = -1e30, -1e20
 # Triton's matrix products take 16 rows or more, in powers of two; blocks of 64 fit chunks of some 50 tokens.
 LEAST, MOST = 16, 64
 # Triton blocks are powers of two, and heads of 96 are not.
@@ -66,11 +65,6 @@ def choose(length: int, keys: tuple[int, ...], size: int, itemsize: int) -> tupl
     return block(length), tuple(block(n) for n in keys)
 
 
-def _codes(slots: Slots, size: int):
-    """Slots as ``int32 [B, 4, S]``, S a multiple of ``size``."""
-    return jnp.stack(jax.tree.leaves(blocks.pad_slots(slots, size)), axis=1).astype(jnp.int32)
-
-
 def _lists(seen):
     """Of ``bool [B, n, m]``: how many each of the n sees, ``int32 [B, n]``, and which, first in ``[B, n, m]``."""
     order = jnp.argsort(~seen, axis=2, stable=True)
@@ -78,9 +72,7 @@ def _lists(seen):
 
 
 def _seen(call: Call, q_slots: Slots, sources):
-    """Which blocks of each source each block of queries sees."""
-    blocks_of = lambda slots, size: blocks.visible_blocks(call.rule, q_slots, slots, call.q, size)
-    return [blocks_of(slots, size) for (_, _, slots), size in zip(sources, call.k, strict=True)]
+    return blocks.seen_blocks(call.rule, q_slots, [slots for _, _, slots in sources], call.q, call.k)
 
 
 def _inside(ref, block, size: int):
@@ -217,7 +209,7 @@ def _key_arguments(call: Call, seen, sources):
     return [
         x
         for blocks_seen, (k, v, slots), size in zip(seen, sources, call.k, strict=True)
-        for x in (*_lists(blocks_seen), _codes(slots, size), k, v)
+        for x in (*_lists(blocks_seen), blocks.codes(slots, size), k, v)
     ]
 
 
@@ -236,14 +228,14 @@ def _forward(call: Call, q, q_slots: Slots, sources):
         "memory_attention",
         (count, heads, batch),
         [_like(q), jax.ShapeDtypeStruct((batch, heads, count * call.q), jnp.float32)],
-        (_codes(q_slots, call.q), q, *_key_arguments(call, seen, sources)),
+        (blocks.codes(q_slots, call.q), q, *_key_arguments(call, seen, sources)),
     )
 
 
 def _backward(call: Call, q, q_slots: Slots, sources, out, lse, d_out):
     batch, length, heads, _ = q.shape
     group = heads // sources[0][0].shape[2]
-    seen, codes = _seen(call, q_slots, sources), _codes(q_slots, call.q)
+    seen, codes = _seen(call, q_slots, sources), blocks.codes(q_slots, call.q)
     delta = jnp.einsum("btnh,btnh->bnt", out, d_out, preferred_element_type=jnp.float32)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - length)))
     queries = (codes, q, d_out, lse, delta)
@@ -264,29 +256,13 @@ def _backward(call: Call, q, q_slots: Slots, sources, out, lse, d_out):
                 "memory_attention_dkv",
                 (blocks_seen.shape[2], k.shape[2], batch),
                 [_like(k), _like(v)],
-                (*_lists(jnp.swapaxes(blocks_seen, 1, 2)), _codes(slots, size), k, v, *queries),
+                (*_lists(jnp.swapaxes(blocks_seen, 1, 2)), blocks.codes(slots, size), k, v, *queries),
             )
         )
     return d_q, d_sources
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: Call, q, q_slots, sources):
-    return _forward(call, q, q_slots, sources)[0]
-
-
-def _attend_forward(call: Call, q, q_slots, sources):
-    out, lse = _forward(call, q, q_slots, sources)
-    return out, (q, q_slots, sources, out, lse)
-
-
-def _attend_backward(call: Call, kept, d_out):
-    q, q_slots, sources, out, lse = kept
-    d_q, d_sources = _backward(call, q, q_slots, sources, out, lse, d_out)
-    return d_q, None, tuple((d_k, d_v, None) for d_k, d_v in d_sources)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend = differentiable(_forward, _backward)
 
 
 def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, sizes=None):

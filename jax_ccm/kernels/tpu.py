@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_ccm.kernels import blocks
 from jax_ccm.kernels.blocks import Pairs
+from jax_ccm.kernels.passes import differentiable
 from jax_ccm.kernels.rows import heads_as_rows, rows_as_heads
 from jax_ccm.kernels.sizes import HEAD_SIZES, ROWS, Refused, Sizes, choose
 from jax_ccm.kernels.tpu_steps import Call, forward_kernel, keys_kernel, queries_kernel
@@ -23,12 +24,6 @@ from jax_ccm.types import Rule, Slots
 
 # Up to so many queries times group, the heads of a group become rows of one block.
 SHORT_ROWS = 128
-
-
-def _codes(slots: Slots, size: int):
-    """Slots as ``int32 [B, 4, S]``, S a multiple of ``size``."""
-    slots = blocks.pad_slots(slots, size)
-    return jnp.stack([slots.kind, slots.segment, slots.index, slots.position], axis=1)
 
 
 def _batch(rows, step):
@@ -79,18 +74,17 @@ def _padded(call: Call) -> int:
 
 
 def _key_arguments(call: Call, sources):
-    return [x for (k, v, slots), size in zip(sources, call.sizes.k, strict=True) for x in (_codes(slots, size), k, v)]
+    each = zip(sources, call.sizes.k, strict=True)
+    return [x for (k, v, slots), size in each for x in (blocks.codes(slots, size), k, v)]
 
 
 def _seen(call: Call, q_slots: Slots, sources):
-    """Which blocks of each source each block of queries sees."""
-    blocks_of = lambda slots, size: blocks.visible_blocks(call.rule, q_slots, slots, call.sizes.q, size)
-    return [blocks_of(slots, size) for (_, _, slots), size in zip(sources, call.sizes.k, strict=True)]
+    return blocks.seen_blocks(call.rule, q_slots, [slots for _, _, slots in sources], call.sizes.q, call.sizes.k)
 
 
 def _forward(call: Call, q, q_slots: Slots, sources):
-    seen = _seen(call, q_slots, sources)
-    pairs = blocks.list_pairs(*seen)
+    """Output, and logsumexp of each head of a step."""
+    pairs = blocks.list_pairs(*_seen(call, q_slots, sources))
     slots, wide, narrow = _query_specs(call)
     statistics = (q.shape[0], call.head_blocks, call.step_heads, _padded(call))
     return _run(
@@ -107,15 +101,15 @@ def _forward(call: Call, q, q_slots: Slots, sources):
             pltpu.VMEM((call.step_heads, call.sizes.q), jnp.float32),
             pltpu.VMEM((call.step_heads, call.size, call.sizes.q), jnp.float32),
         ],
-        (_codes(q_slots, call.sizes.q), q, *_key_arguments(call, sources)),
-    ), seen
+        (blocks.codes(q_slots, call.sizes.q), q, *_key_arguments(call, sources)),
+    )
 
 
 def _backward(call: Call, q, q_slots: Slots, sources, out, lse, d_out):
     seen = _seen(call, q_slots, sources)
     pairs = blocks.list_pairs(*seen)
     slots, wide, narrow = _query_specs(call)
-    codes = _codes(q_slots, call.sizes.q)
+    codes = blocks.codes(q_slots, call.sizes.q)
     d_q, delta = _run(
         call,
         functools.partial(queries_kernel, call=call),
@@ -164,27 +158,11 @@ def _key_gradients(call: Call, seen, source, size: int, queries):
         [mine, mine],
         [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         [pltpu.VMEM((call.sizes.kv_heads, size, call.size), jnp.float32)] * 2,
-        (_codes(slots, size), k, v, *queries),
+        (blocks.codes(slots, size), k, v, *queries),
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: Call, q, q_slots, sources):
-    return _forward(call, q, q_slots, sources)[0][0]
-
-
-def _attend_forward(call: Call, q, q_slots, sources):
-    (out, lse), _ = _forward(call, q, q_slots, sources)
-    return out, (q, q_slots, sources, out, lse)
-
-
-def _attend_backward(call: Call, kept, d_out):
-    q, q_slots, sources, out, lse = kept
-    d_q, d_sources = _backward(call, q, q_slots, sources, out, lse, d_out)
-    return d_q, None, tuple((d_k, d_v, None) for d_k, d_v in d_sources)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend = differentiable(_forward, _backward)
 
 
 def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, sizes: Sizes | None = None):

@@ -14,12 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jax_ccm.kernels.blocks import FIRST, LAST, SOURCE, block_of
+from jax_ccm.kernels.passes import HIDDEN, UNSEEN
 from jax_ccm.kernels.sizes import Sizes
 from jax_ccm.layout import sees
 from jax_ccm.types import Rule, Slots
-
-# A hidden score, and the maximum before anything was seen: far enough apart that exp(HIDDEN - UNSEEN) is 0.
-HIDDEN, UNSEEN = -1e30, -1e20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from jax_ccm import layout
-from jax_ccm.kernels import cost, tpu, tpu_steps
+from jax_ccm.kernels import cost, gpu, tpu, tpu_steps
 from jax_ccm.kernels.sizes import SHORT, Refused, Sizes, choose
 from jax_ccm.methods import build
 from jax_ccm.sessions import Example, Segment
+from jax_ccm.types import Kind, Slots
 from tests import cases
 from tests.kernels.support import draw, made_for
 
@@ -57,43 +58,67 @@ def test_area_of_many_demonstrations():
     assert found["forward"].visited < 0.85 * length * (length + 1) / 2
 
 
-def test_kernel_visits_what_is_counted(monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "name", "kernel"), [(tpu_steps, "_visible", tpu.attend), (gpu, "sees", gpu.attend)], ids=("tpu", "gpu")
+)
+def test_kernel_visits_what_is_counted(module, name, kernel, monkeypatch):
     """Each kernel evaluates the rule once for every counted pair and block of heads, and nowhere else."""
     method = cases.METHODS["concat_n2_sink"]
     made = made_for(method)
     keys = (made.slots, made.memory.slots)
     q, sources, d_out = draw(0, 3, made.tokens.shape[1], [s.kind.shape[1] for s in keys], 4, 2, 8)
     sizes, visits = Sizes(16, (16, 32), 1, 1), []
-    evaluate = tpu_steps._visible
+    evaluate = getattr(module, name)
 
     def counted(*args):
         jax.debug.callback(lambda: visits.append(1))
         return evaluate(*args)
 
-    monkeypatch.setattr(tpu_steps, "_visible", counted)
-    attend = lambda q, *values: tpu.attend(
+    monkeypatch.setattr(module, name, counted)
+    attend = lambda q, *values: kernel(
         q,
         made.slots,
         tuple((*v, s) for v, s in zip(values, keys, strict=True)),
         rule=method.rule,
-        sizes=sizes,
+        sizes=sizes if kernel is tpu.attend else (sizes.q, sizes.k),
         interpret=True,
     )
-    expected = cost.count(method.rule, made.slots, keys, cost.Shape(4, 2, 8, 4), sizes)
+    shape = cost.Shape(4, 2, 8, 4)
+    if kernel is tpu.attend:
+        expected = cost.count(method.rule, made.slots, keys, shape, sizes)
+    else:
+        expected = cost.count_on_gpu(method.rule, made.slots, keys, shape, (sizes.q, sizes.k))
     area = list(_by_source(made, method, sizes))
     pairs = sum(cells // (sizes.q * k) for cells, k in zip(area, sizes.k, strict=True))
     out, pull = jax.vjp(jax.jit(attend), q, *sources)
     jax.block_until_ready(out)
     jax.effects_barrier()
-    # Four query heads are four blocks of heads.
+    # Four query heads are four blocks of heads, or programs.
     assert len(visits) == 4 * pairs
     jax.block_until_ready(pull(d_out))
     jax.effects_barrier()
     assert len(visits) == 3 * 4 * pairs
-    # Rows that see nothing have a step, and no arithmetic.
-    assert expected["forward"].steps >= 4 * pairs
-    assert expected["forward"].flops == 2 * 2 * expected["forward"].visited * 4 * 8
-    assert expected["forward"].visited == sum(area)
+    for name, products in (("forward", 2), ("queries", 3), ("keys", 4)):
+        assert expected[name].visited == sum(area)
+        assert expected[name].flops == products * 2 * sum(area) * 4 * 8
+    if kernel is tpu.attend:
+        # Rows that see nothing have a step, and no arithmetic.
+        assert expected["forward"].steps >= 4 * pairs
+
+
+def test_bytes_on_a_gpu():
+    """Two blocks of queries of which the second sees two blocks of keys, counted by hand; two heads share a key."""
+    place, zero = np.arange(32)[None], np.zeros((1, 32), np.int64)
+    slots = Slots(zero + Kind.TEXT, zero, place, place)
+    found = cost.count_on_gpu(CONCAT.rule, slots, (slots,), cost.Shape(2, 1, 64, 2), (16, (16,)))
+    head, codes, entry = 64 * 2, 16, 4
+    walked = 3 * (16 * (2 * head + codes) + entry) + 2 * entry
+    assert found["forward"].bytes == 2 * (32 * (2 * head + 4 + codes) + walked)
+    assert found["queries"].bytes == 2 * (32 * (3 * head + 8 + codes) + walked)
+    keys = 32 * (4 * head + codes)
+    queries = 3 * (16 * (2 * head + 8 + codes) + entry) + 2 * entry
+    assert found["keys"].bytes == keys + 2 * queries
+    assert [found[name].steps for name in ("forward", "queries", "keys")] == [4, 4, 2]
 
 
 def _by_source(made, method, sizes):
