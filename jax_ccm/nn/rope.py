@@ -39,6 +39,8 @@ def angles(freqs: np.ndarray, position):
 
 def rotate(x, cos, sin):
     """Rotates heads ``[B, T, heads, H]`` by angles ``[B, T, H / 2]``; computed in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    # Split first and joined last: the whole of x and of its gradient then lies in memory in its own type alone.
+    first, second = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    halves = first * cos - second * sin, second * cos + first * sin
+    return jnp.concatenate([half.astype(x.dtype) for half in halves], axis=-1)
