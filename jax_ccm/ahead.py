@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_ccm.attention import memory_attention
-from jax_ccm.config import from_mapping
+from jax_ccm.config import Config, from_mapping
 from jax_ccm.errors import RunError
 from jax_ccm.experiment import build_method
 from jax_ccm.methods import build
@@ -46,12 +46,14 @@ CUSTOM_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
 # Decoders whose sizes the layer and the training step have.
 LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5)
 SMOLLM2_135M = ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, tie_embeddings=True)
-TRAINING = {
-    "model": {"dtype": "bfloat16"},
-    "method": {"name": "ccm_concat", "comp_tokens": 8},
-    "data": {"batch_size": 8, "tokens": 1024, "max_chunks": 16, "scored": 128},
-    "train": {"attention": "pallas"},
-}
+TRAINING = from_mapping(
+    {
+        "model": {"dtype": "bfloat16"},
+        "method": {"name": "ccm_concat", "comp_tokens": 8},
+        "data": {"batch_size": 8, "tokens": 1024, "max_chunks": 16, "scored": 128},
+        "train": {"attention": "pallas"},
+    }
+)
 # What is compiled, as the table calls it.
 PROGRAMS = {
     "attention": "gradients of attention, T = {:,}",
@@ -203,11 +205,10 @@ def layer(rule: Rule, batch: int, length: int, memory: int, *, attention: bool =
     return gradients, (x, weights, places(length), packed, x)
 
 
-def training_step(mesh: Mesh) -> Compiled:
-    """The step of `jax_ccm.train` with `TRAINING`, for a decoder of the sizes of SmolLM2-135M."""
-    config = from_mapping(TRAINING)
+def training_step(mesh: Mesh, config: Config = TRAINING, shape: ModelConfig = SMOLLM2_135M) -> Compiled:
+    """The step of `jax_ccm.train` for a decoder of the given sizes."""
     rows = config.data.batch_size
-    program = programs.training_step(config, SMOLLM2_135M, build_method(config), mesh, rows, accumulation=1)
+    program = programs.training_step(config, shape, build_method(config), mesh, rows, accumulation=1)
     with jax.set_mesh(mesh):
         return _compiled(program.function.lower(*program.arguments))
 
@@ -228,7 +229,7 @@ def compilations(mesh: Mesh, lengths: Sequence[int] = (4096, 32768)) -> Iterator
             yield what, length, compile_for(mesh, gradients, *arguments)
     forward, _, (arrays, _, slots) = call(rule, 64, 1, 1024)
     yield "decode", 1, compile_for(mesh, forward, arrays, slots)
-    yield "training step", TRAINING["data"]["tokens"], training_step(mesh)
+    yield "training step", TRAINING.data.tokens, training_step(mesh)
 
 
 def record(path: Path, target: str) -> None:
@@ -236,7 +237,7 @@ def record(path: Path, target: str) -> None:
     mesh, kept = mesh_for(target), []
     if path.exists() and (before := json.loads(path.read_text()))["jax"] == jax.__version__:
         kept = [row for row in before["compiled"] if row["target"] != target]
-    order = [*TOPOLOGIES, *GPUS]
+    order = [*TOPOLOGIES, *gpus.GPUS]
     for what, length, found in compilations(mesh):
         kept.append({"target": target, "what": what, "length": length, **dataclasses.asdict(found)})
         print(kept[-1], flush=True)
@@ -253,7 +254,8 @@ def markdown(found: dict[str, Any]) -> str:
     for what, length in dict.fromkeys((row["what"], row["length"]) for row in found["compiled"]):
         rows = {row["target"]: row for row in found["compiled"] if (row["what"], row["length"]) == (what, length)}
         kernels = ", ".join(str(n) for n in sorted({row["kernels"] for row in rows.values()}))
-        cells = [f"{rows[x]['temporaries'] / 2**20:,.1f} MiB, {rows[x]['seconds']:.0f} s" for x in targets]
+        cell = lambda row: f"{row['temporaries'] / 2**20:,.1f} MiB, {row['seconds']:.0f} s"
+        cells = [cell(rows[target]) if target in rows else "-" for target in targets]
         lines.append(f"| {PROGRAMS[what].format(length)} | {kernels} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
