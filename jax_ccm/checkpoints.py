@@ -36,7 +36,8 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 # Keys that a resumed run may change: how long it runs, and what it reports when.
 FREE = (
     "train.steps", "train.log_every", "train.eval_every", "train.eval_examples", "train.checkpoint_every", "train.keep",
-    "train.grace", "train.heartbeat", "train.wandb", "train.remat", "data.test", "eval", "cache", "mesh",
+    "train.grace", "train.heartbeat", "train.wandb", "train.remat", "train.attention",
+    "data.test", "eval", "cache", "mesh",
 )  # fmt: skip
 
 
