@@ -53,7 +53,7 @@ def test_bad_topologies(topology):
 def test_unknown_chips():
     with pytest.raises(UserError, match="unknown chip 'v9'.*v5e, v5p, v6e"):
         chips.parse("v9:4x4")
-    assert chips.parse("v5p:2x2x2") == ("v5p", 8)
+    assert chips.parse("v5p:2x2x2") == ("v5p", (2, 2, 2))
 
 
 def test_without_the_compiler(monkeypatch):
