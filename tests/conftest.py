@@ -22,7 +22,8 @@ jax.config.update("jax_disable_most_optimizations", True)
 MOST_BYTES, MOST_MAPS = 3 * 2**30, 20_000
 
 
-@pytest.fixture(autouse=True, scope="module")
+# After each test: the common tests of all methods alone would go beyond.
+@pytest.fixture(autouse=True)
 def _drop_programs():
     yield
     try:
