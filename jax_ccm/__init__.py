@@ -5,6 +5,7 @@ from jax_ccm.closing import prefill as prefill
 from jax_ccm.errors import RunError as RunError
 from jax_ccm.errors import UserError as UserError
 from jax_ccm.generate import Sampling as Sampling
+from jax_ccm.generate import for_decoding as for_decoding
 from jax_ccm.generate import generate as generate
 from jax_ccm.layout import Sizes as Sizes
 from jax_ccm.layout import batch as batch

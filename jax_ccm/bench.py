@@ -23,10 +23,12 @@ from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.errors import UserError
 from jax_ccm.evals import efficiency
 from jax_ccm.experiment import Experiment, load_experiment
+from jax_ccm.generate import for_decoding
 from jax_ccm.layout import batch, measure
 from jax_ccm.methods import build
+from jax_ccm.nn import Transformer
 from jax_ccm.sessions import Example, Segment
-from jax_ccm.types import Batch, Chunk, Method
+from jax_ccm.types import Batch, Chunk, MemoryCache, Method
 
 COMMAND = "jax_ccm.bench"
 
@@ -123,8 +125,9 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
         "weights_bytes": efficiency.weights_bytes(experiment.model),
         "kv_bytes_per_slot": experiment.model_config.kv_bytes_per_slot(jnp.dtype(config.model.dtype).itemsize),
     }
-    results["turns"] = [_turns(experiment, rivals, options, turns) for turns in options.turns]
-    results |= _steps(experiment, rivals, options)
+    decoder = for_decoding(experiment.model)
+    results["turns"] = [_turns(experiment, decoder, rivals, options, turns) for turns in options.turns]
+    results |= _steps(experiment, decoder, rivals, options)
     if options.memory_gib:
         results["sessions"] = _sessions(experiment, rivals, options)
     if reference is not None:
@@ -173,11 +176,15 @@ def _machine() -> str:
     return f"{_cores()} CPU cores" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
 
 
-def _turns(experiment: Experiment, rivals: list[efficiency.Rival], options: Options, turns: int) -> dict[str, Any]:
+def _turns(
+    experiment: Experiment, decoder: Transformer, rivals: list[efficiency.Rival], options: Options, turns: int
+) -> dict[str, Any]:
     """A turn after so many, for each rival."""
     found: dict[str, dict[str, list[efficiency.Sample]]] = {rival.name: {} for rival in rivals}
     conversations = [
-        efficiency.Conversation(experiment.model, rival, turns=turns, prompt=options.prompt, reply=options.reply)
+        efficiency.Conversation(
+            experiment.model, decoder, rival, turns=turns, prompt=options.prompt, reply=options.reply
+        )
         for rival in rivals
     ]
     for _ in range(options.rounds):
@@ -200,17 +207,19 @@ def _turns(experiment: Experiment, rivals: list[efficiency.Rival], options: Opti
     return row
 
 
-def _steps(experiment: Experiment, rivals: list[efficiency.Rival], options: Options) -> dict[str, Any]:
+def _steps(
+    experiment: Experiment, decoder: Transformer, rivals: list[efficiency.Rival], options: Options
+) -> dict[str, Any]:
     """The machine's rates, and single steps measured against them."""
     model, shape = experiment.model, experiment.model_config
     dtype = jnp.dtype(experiment.config.model.dtype)
     product, product_flops = efficiency.matrix_product(dtype)
-    copy, copy_bytes = efficiency.copy()
+    read, read_bytes = efficiency.reading()
     concat = next(rival for rival in rivals if rival.name == "concat, evicting")
     chunk, count = options.chunk, options.prefill
-    calls: dict[str, Callable[[], Any]] = {"matrix product": product, "copy": copy}
+    calls: dict[str, Callable[[], Any]] = {"matrix product": product, "reading": read}
     work = {"matrix product": product_flops}
-    tokens = {"prefill": count, "compress_step": chunk, "decode": 1}
+    tokens = {"prefill": count, "compress_step": chunk, "decode": options.reply}
 
     row = _example(shape.vocab_size, [count])
     text = batch(build("full"), [row], measure(build("full"), row), shape.vocab_size)
@@ -221,19 +230,38 @@ def _steps(experiment: Experiment, rivals: list[efficiency.Rival], options: Opti
 
     slots = concat.memory or 0
     cache = memory.init_cache(
-        shape, concat.method, 1, memory_capacity=slots, raw_capacity=chunk, dtype=dtype, overflow="evict"
+        shape,
+        concat.method,
+        1,
+        memory_capacity=slots,
+        raw_capacity=max(chunk, options.reply),
+        dtype=dtype,
+        overflow="evict",
     )
     past = slots // max(concat.method.slots_per_chunk, 1)
-    cache = efficiency.fill(cache, concat.method, turns=past, turn=chunk)
-    piece = lambda length: Chunk(np.ones((1, length), np.int32), np.ones((1, length), bool))
-    compress = jax.jit(steps.compress_step, static_argnames="method")
-    calls["compress_step"] = lambda: compress(model, cache, piece(chunk), method=concat.method)
+    states = {}
+
+    def kept(name: str, call: Callable[[MemoryCache], MemoryCache]) -> None:
+        """A call that is given the state which it left, set back to so many turns, for good, as in a server."""
+        states[name] = jax.tree.map(jnp.copy, cache)
+
+        def run() -> MemoryCache:
+            states[name] = call(efficiency.fill(states[name], concat.method, turns=past, turn=chunk))
+            return states[name]
+
+        calls[name] = run
+
+    piece = Chunk(np.ones((1, chunk), np.int32), np.ones((1, chunk), bool))
+    compress = jax.jit(steps.compress_step, static_argnames="method", donate_argnames="cache")
+    kept("compress_step", lambda cache: compress(model, cache, piece, method=concat.method))
     seen = chunk * (chunk + 1) // 2 + chunk * slots
     work["compress_step"] = efficiency.forward_flops(shape, chunk + concat.method.slots_per_chunk, seen, 1)
 
-    decode = jax.jit(lambda model, cache, one: steps.read(model, cache, one, method=concat.method, query=True)[0])
-    calls["decode"] = lambda: decode(model, cache, piece(1))
-    work["decode"] = efficiency.forward_flops(shape, 1, slots, 1)
+    first = jnp.ones((1,), jnp.int32)
+    answer = lambda cache: efficiency.answer(decoder, cache, first, length=options.reply, method=concat.method)[0]
+    kept("decode", answer)
+    seen = options.reply * slots + options.reply * (options.reply + 1) // 2
+    work["decode"] = efficiency.forward_flops(shape, options.reply, seen, options.reply)
 
     seconds = {}
     for name, call in calls.items():
@@ -254,7 +282,7 @@ def _steps(experiment: Experiment, rivals: list[efficiency.Rival], options: Opti
         tokens["train"] = sizes["tokens"]
     machine = {
         "flops_per_second": product_flops / found["matrix product"]["seconds"],
-        "copy_bytes_per_second": copy_bytes / found["copy"]["seconds"],
+        "read_bytes_per_second": read_bytes / found["reading"]["seconds"],
     }
     rows: dict[str, Any] = {}
     for name, count in tokens.items():
@@ -265,9 +293,9 @@ def _steps(experiment: Experiment, rivals: list[efficiency.Rival], options: Opti
             "tokens": count, "tokens_per_second": count / taken, "flops": work[name], "of_matrix_rate": share,
             "compile_seconds": seconds[name],
         }  # fmt: skip
-    reading = _read_bytes(experiment) / machine["copy_bytes_per_second"]
-    rows["decode"]["times_reading_weights"] = rows["decode"]["seconds"] / reading
-    rows["compress_step"]["memory_slots"] = slots
+    reading = _read_bytes(experiment) / machine["read_bytes_per_second"]
+    rows["decode"]["times_reading_weights"] = rows["decode"]["seconds"] / options.reply / reading
+    rows["compress_step"]["memory_slots"] = rows["decode"]["memory_slots"] = slots
     if options.train_rounds:
         rows["train"] |= sizes
     return {"machine": machine, "steps": rows}

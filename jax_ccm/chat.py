@@ -17,7 +17,7 @@ from jax_ccm.closing import Closing, policy, prefill
 from jax_ccm.data.pieces import Pieces, sentence_ends
 from jax_ccm.errors import UserError
 from jax_ccm.experiment import Experiment, load_experiment
-from jax_ccm.generate import Sampling, generate
+from jax_ccm.generate import Sampling, for_decoding, generate
 from jax_ccm.types import Kind, MemoryCache
 
 # Chunks are padded to whole multiples, so that turns of any length share few compilations.
@@ -90,6 +90,7 @@ class Conversation:
         self.pieces = Pieces.of(experiment.config.data, experiment.tokenizer)
         self.sampling, self.max_tokens, self.closing = sampling, max_tokens, closing
         policy(experiment.method, closing, query=True)  # refuses what cannot be
+        self.decoder = for_decoding(experiment.model)
         self.key = jax.random.key(seed)
         self.turns = 0
         self.cache = self.empty()
@@ -155,7 +156,7 @@ class Conversation:
         tokenizer: Any = self.experiment.tokenizer
         stops = [*self.pieces.end.tolist(), *self._line_ends()]
         cache, tokens, lengths = generate(
-            self.experiment.model,
+            self.decoder,
             cache,
             key,
             method=self.experiment.method,

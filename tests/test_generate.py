@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import chex
 import jax
@@ -12,7 +13,7 @@ import pytest
 
 from jax_ccm import memory, steps
 from jax_ccm.errors import UserError
-from jax_ccm.generate import Sampling, _loop, generate, sample
+from jax_ccm.generate import Sampling, _loop, for_decoding, generate, sample
 from jax_ccm.methods import build
 from jax_ccm.types import Chunk
 from tests import cases
@@ -52,6 +53,20 @@ def test_greedy_is_step_by_step():
     # The whole reply is in the session, so compressing closes it with the turn.
     closed = steps.compress(MODEL, cache, method=METHOD)
     assert np.asarray(closed.chunks - cache.chunks).tolist() == [1] * 3
+
+
+def test_layers_apart_make_the_same_tokens(monkeypatch):
+    """On a CPU, for layers that are not too large to be copied; the decoder itself stays as it was."""
+    decoder = for_decoding(MODEL)
+    assert len(decoder.layers) == cases.CONFIG.num_layers and not hasattr(MODEL.layers, "__len__")
+    cache, tokens, _ = generate(MODEL, prompt(), method=METHOD, max_tokens=6)
+    ours, same, _ = generate(decoder, prompt(), method=METHOD, max_tokens=6)
+    assert np.array_equal(same, tokens)
+    chex.assert_trees_all_close(ours, cache, atol=1e-5)
+    close = jax.jit(steps.compress, static_argnames="method")
+    chex.assert_trees_all_close(close(decoder, ours, method=METHOD), close(MODEL, cache, method=METHOD), atol=1e-5)
+    monkeypatch.setattr(sys.modules[generate.__module__], "APART_BYTES", 1000)
+    assert for_decoding(MODEL) is MODEL
 
 
 def test_rows_stop_at_different_times():

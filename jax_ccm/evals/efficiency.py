@@ -152,17 +152,18 @@ close = jax.jit(steps.compress, static_argnames="method", donate_argnames="cache
 class Conversation:
     """One session of a rival, set back to the same number of turns before each turn that is run."""
 
-    def __init__(self, model: Transformer, rival: Rival, *, turns: int, prompt: int, reply: int):
+    def __init__(self, model: Transformer, decoder: Transformer, rival: Rival, *, turns: int, prompt: int, reply: int):
         """Makes the session and warms it up.
 
         Args:
           model: the decoder.
+          decoder: the same, `for_decoding`.
           rival: how the conversation is kept.
           turns: closed turns before the one that is run.
           prompt: tokens of a question.
           reply: tokens of an answer.
         """
-        self.model, self.rival, self.turns, self.reply = model, rival, turns, reply
+        self.model, self.decoder, self.rival, self.turns, self.reply = model, decoder, rival, turns, reply
         self.turn = prompt + reply
         dtype = model.embed_tokens.embedding[...].dtype
         cache = rival.cache(model.config, 1, turns=turns, turn=self.turn, dtype=dtype)
@@ -184,7 +185,7 @@ class Conversation:
         cache = fill(self.cache, method, turns=self.turns, turn=self.turn)
         jax.block_until_ready(cache)
         first, (cache, token) = timed(lambda: ask(self.model, cache, self.prompt, method=method))
-        rest, (cache, _) = timed(lambda: answer(self.model, cache, token, length=self.reply, method=method))
+        rest, (cache, _) = timed(lambda: answer(self.decoder, cache, token, length=self.reply, method=method))
         closing = Sample(0.0, 0.0)
         if self.rival.text is not None or method.closes:
             closing, cache = timed(lambda: close(self.model, cache, method=method))
@@ -241,11 +242,11 @@ def matrix_product(dtype: Any) -> tuple[Callable[[], Any], float]:
     return lambda: call(a), 2.0 * size**3
 
 
-def copy() -> tuple[Callable[[], Any], float]:
-    """A copy of 256 MiB, and the bytes that are read and written."""
-    x = jnp.ones((2**26,), jnp.float32)
-    call = jax.jit(lambda x: x + 1)
-    return lambda: call(x), 2.0 * x.nbytes
+def reading() -> tuple[Callable[[], Any], float]:
+    """Reading 256 MiB, and these bytes. Next to nothing is written: memory that is new would cost more than to read."""
+    x = jnp.ones((2**13, 2**13), jnp.float32)
+    call = jax.jit(lambda x: jnp.max(x, axis=1))
+    return lambda: call(x), float(x.nbytes)
 
 
 def linear_parameters(config: ModelConfig) -> int:

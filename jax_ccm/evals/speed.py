@@ -17,7 +17,7 @@ COLOURS = {
 STEPS = {
     "prefill": "read {tokens} tokens",
     "compress_step": "compress_step: {tokens} tokens onto {memory_slots} slots",
-    "decode": "one token on the memory",
+    "decode": "{tokens} tokens one by one on {memory_slots} slots",
     "train": "training step: {rows} rows, {tokens} tokens, {scored} scored",
 }
 
@@ -81,7 +81,7 @@ def legend(results: Mapping[str, Any]) -> list[str]:
         f"a turn: a question of {options['prompt']} tokens, an answer of {options['reply']}, and closing it; MiB: the "
         "whole state of a session",
         f"machine: {results['title']}; a matrix product reaches {machine['flops_per_second'] / 1e9:,.0f} GFLOP/s, "
-        f"a copy {machine['copy_bytes_per_second'] / 1e9:,.1f} GB/s; load average {results['load_average']} at the "
+        f"reading {machine['read_bytes_per_second'] / 1e9:,.1f} GB/s; load average {results['load_average']} at the "
         "beginning",
         results["how"] + CLOCKS[options["clock"]],
     ]

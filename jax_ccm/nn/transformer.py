@@ -6,6 +6,7 @@ memory is either packed out of the tokens themselves (`Packed`, parallel) or giv
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Literal
 
@@ -126,7 +127,7 @@ def initial_comp_embeddings(table, rows: int):
 
 
 class Transformer(nnx.Module):
-    """The decoder. Layers are stacked along a leading axis and run by one `jax.lax.scan`."""
+    """The decoder. Layers are stacked along a leading axis and run by one `jax.lax.scan`, or `apart`."""
 
     def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None = None, dtype=jnp.float32):
         key_embed, key_layers, key_head = jax.random.split(key, 3)
@@ -232,13 +233,24 @@ class Transformer(nnx.Module):
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         whole, past = (None, past) if store is None else (past, None)
         numbers = jnp.arange(self.config.num_layers)
-        (hidden, whole), (new, more) = jax.lax.scan(body, (x, whole), (self.layers, past, numbers, keys))
+        (hidden, whole), (new, more) = _over_layers(body, (x, whole), (self.layers, past, numbers, keys))
         k, v = new if whole is None else whole
         hidden = self.norm(hidden)
         if collect:
             # The last entry is taken after the final norm, as Hugging Face does.
             more = jnp.concatenate([x[None], more[:-1], hidden[None]])
         return hidden, (k, v), more
+
+    def apart(self) -> Transformer:
+        """The same decoder with a copy of each layer's arrays of their own, which are then run one after the other.
+
+        On a CPU, taking a layer out of the stack copies it, and decoding reads its weights three times; from here once.
+        Programs take several times as long to compile. Files are written from the stack alone.
+        """
+        apart = copy.copy(self)
+        layer = lambda number: jax.tree.map(lambda x: x[number], self.layers)
+        apart.layers = nnx.List([layer(number) for number in range(self.config.num_layers)])
+        return apart
 
     def logits(self, hidden):
         """``float32 [..., V]`` for hidden states ``[..., D]``. Compression tokens have no column."""
@@ -252,6 +264,18 @@ class Transformer(nnx.Module):
         if self.config.tie_embeddings:
             return self.embed_tokens.embedding[...], "vd"
         return self.lm_head.kernel[...], "dv"
+
+
+def _over_layers(body, carry, scanned):
+    """`jax.lax.scan` over layers, which come first in what is scanned, or the same over layers that are `apart`."""
+    layers, *rest = scanned
+    if not isinstance(layers, nnx.List):
+        return jax.lax.scan(body, carry, scanned)
+    outs = []
+    for number, layer in enumerate(layers):
+        carry, out = body(carry, (layer, *jax.tree.map(lambda x, number=number: x[number], rest)))
+        outs.append(out)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *outs)
 
 
 def received(attend, v, memory_v, weights):
