@@ -202,6 +202,24 @@ def most_slots(method: Method, text: int, chunks: int) -> int:
     return chunks * method.slots_per_chunk + pooled
 
 
+def require_parallel(method: Method) -> None:
+    """Refuses a method that runs only as a recurrence.
+
+    Raises:
+      UserError: saying why, and what serves it.
+    """
+    if method.rope == "cache":
+        raise UserError(
+            f"method {method.name!r} rotates keys by their place in the cache and so has no parallel form; what is "
+            "trained without (method.streaming: false, where a method has it) serves it"
+        )
+    if method.keep is not None:
+        raise UserError(
+            f"method {method.name!r} selects what it keeps from what was read before and so has no parallel form; "
+            "there is nothing to train, use it in evaluate, chat and generate"
+        )
+
+
 def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size: int, pad: str = "right") -> Batch:
     """Lays examples out for a parallel forward.
 
@@ -222,16 +240,7 @@ def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size:
       UserError: if an example exceeds a cap, has an empty segment or a token outside the vocabulary, or the method has
         no parallel form.
     """
-    if method.rope == "cache":
-        raise UserError(
-            f"method {method.name!r} rotates keys by their place in the cache and so has no parallel form; what is "
-            "trained without (method.streaming: false, where a method has it) serves it"
-        )
-    if method.keep is not None:
-        raise UserError(
-            f"method {method.name!r} selects what it keeps from what was read before and so has no parallel form; "
-            "there is nothing to train, use it in evaluate, chat and generate"
-        )
+    require_parallel(method)
     rows = [
         _row(method.closed_by(example.closing), arrange(method, example), sizes, vocab_size, example.id)
         for example in examples

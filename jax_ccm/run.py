@@ -16,12 +16,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_ccm import processes, sharding, training
+from jax_ccm import layout, processes, sharding, training
 from jax_ccm.checkpoints import Checkpoints, require_same
 from jax_ccm.config import Config, from_mapping, save_config, to_mapping
 from jax_ccm.data.batches import TrainingSet, prepare
 from jax_ccm.errors import RunError, UserError
-from jax_ccm.experiment import Experiment, load_experiment
+from jax_ccm.experiment import Experiment, build_method, load_experiment
 from jax_ccm.exports import export
 from jax_ccm.metrics import Metrics, Progress, clock, open_metrics
 from jax_ccm.preemption import StopRequest
@@ -38,6 +38,7 @@ class Run:
           UserError: for a bad config, missing files, or a checkpoint of another config.
           RunError: if there are checkpoints, and none of them can be read.
         """
+        layout.require_parallel(build_method(config))
         self.config, self.workdir = config, Path(workdir)
         self.progress = Progress()
         self._stop = StopRequest(config.train.grace, self._last_good)

@@ -308,6 +308,9 @@ def test_continue_from_an_adapter_of_other_sizes_is_refused(whole):
         ({"model": {"scratch": {"vocab_size": 21, "kv_heads": 3}}}, "model.scratch: 4 query heads cannot share 3"),
         ({"adapter": {"rank": 0}, "method": {"name": "full", "comp_tokens": None, "sink": None},
           "train": {"trainable": "adapter"}, "data": {"join": 0.0}}, "nothing to train"),
+        # Before anything is loaded.
+        ({"method": {"name": "evict", "comp_tokens": None, "sink": None}, "data": {"train": ["missing.jsonl"]},
+          "model": {"source": "missing"}}, "no parallel form"),
     ],
 )  # fmt: skip
 def test_mistakes(tmp_path, sections, message):

@@ -28,14 +28,17 @@ def _number(value: float) -> str:
 
 def turns_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a row for each rival after each number of turns."""
-    header = ["turns before", "kept as", "first token, ms", "each further, ms", "close, ms", "turn, ms"]
+    header = ["turns before", "kept as", "first token, ms", "each further, ms", "x reading", "close, ms", "turn, ms"]
     header += ["to full", "MiB"]
-    rows = []
+    rows, decode, rate = [], results["steps"]["decode"], results["machine"]["read_bytes_per_second"]
+    weights = decode["seconds"] / decode["tokens"] / decode["times_reading_weights"]
     for row in results["turns"]:
         for name, cell in row["systems"].items():
             seconds = [*(cell[part]["seconds"] for part in ("first token", "token", "close")), cell["turn"]]
+            times = [_number(1e3 * x) for x in seconds]
+            times.insert(2, f"{seconds[1] / (weights + cell['state_bytes'] / rate):.1f}")
             sizes = [f"{cell['to_full']:.2f}", _number(cell["state_bytes"] / 2**20)]
-            rows.append([f"{row['turns']:,}", name, *(_number(1e3 * x) for x in seconds), *sizes])
+            rows.append([f"{row['turns']:,}", name, *times, *sizes])
     return header, rows
 
 
@@ -79,7 +82,7 @@ def legend(results: Mapping[str, Any]) -> list[str]:
     lines = [f"{name}: {note}" for name, note in results["rivals"].items()]
     lines += [
         f"a turn: a question of {options['prompt']} tokens, an answer of {options['reply']}, and closing it; MiB: the "
-        "whole state of a session",
+        "whole state of a session; x reading: a further token, in times of reading the weights and that state once",
         f"machine: {results['title']}; a matrix product reaches {machine['flops_per_second'] / 1e9:,.0f} GFLOP/s, "
         f"reading {machine['read_bytes_per_second'] / 1e9:,.1f} GB/s; load average {results['load_average']} at the "
         "beginning",

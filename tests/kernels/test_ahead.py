@@ -25,12 +25,9 @@ def test_recorded_figures(name, targets):
     for target in targets:
         for length, alone, more in ((4096, 48, 64), (32768, 448, 512)):
             assert size(target, "attention", length) <= alone
-            if (target, "layer", length) in found:
-                assert size(target, "layer", length) - size(target, "layer without attention", length) <= more
+            assert size(target, "layer", length) - size(target, "layer without attention", length) <= more
         assert size(target, "decode", 1) <= 16
         assert size(target, "training step", 1024) <= 6500
-    layers = {(target, length) for target, what, length in found if what == "layer"}
-    assert layers >= {("v5e", 4096), ("v5e", 32768)} or layers == {(x, n) for x in targets for n in (4096, 32768)}
 
 
 def test_record_keeps_other_targets(tmp_path, monkeypatch):
