@@ -271,7 +271,8 @@ def _over_layers(body, carry, scanned):
     layers, *rest = scanned
     if not isinstance(layers, nnx.List):
         return jax.lax.scan(body, carry, scanned)
-    outs = []
+    # Traced once; the compiler gets a copy for each layer.
+    body, outs = jax.jit(body), []
     for number, layer in enumerate(layers):
         carry, out = body(carry, (layer, *jax.tree.map(lambda x, number=number: x[number], rest)))
         outs.append(out)
