@@ -270,9 +270,19 @@ def pieces(config):
 
 
 @pytest.mark.parametrize("attention", ["xla", "pallas"])
-def test_attention_of_the_config_is_used(attention):
-    _, step, arguments = pieces(tiny(train={"attention": attention}))
-    assert ("pallas_call" in str(jax.make_jaxpr(step)(*arguments))) == (attention == "pallas")
+def test_attention_of_the_config_is_used(attention, monkeypatch):
+    """In training and in validation."""
+    config = tiny(train={"attention": attention})
+    graphdef, step, (state, frozen, batches, key) = pieces(config)
+    assert ("pallas_call" in str(jax.make_jaxpr(step)(state, frozen, batches, key))) == (attention == "pallas")
+    asked = []
+    forward = lambda *arguments, **options: (
+        asked.append(options["implementation"]) or parallel_forward(*arguments, **options)
+    )
+    monkeypatch.setattr(training, "parallel_forward", forward)
+    loss = training.make_validation(config, graphdef, load_experiment(config).method)
+    loss(state["params"], frozen, [jax.tree.map(lambda x: x[0], batches)])
+    assert asked == [attention]
 
 
 def test_schedule():
