@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -23,7 +24,7 @@ from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.errors import UserError
 from jax_ccm.evals import efficiency
 from jax_ccm.experiment import Experiment, load_experiment
-from jax_ccm.generate import for_decoding
+from jax_ccm.generate import pays_apart
 from jax_ccm.layout import batch, measure
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
@@ -125,9 +126,9 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
         "weights_bytes": efficiency.weights_bytes(experiment.model),
         "kv_bytes_per_slot": experiment.model_config.kv_bytes_per_slot(jnp.dtype(config.model.dtype).itemsize),
     }
-    decoder = for_decoding(experiment.model)
-    results["turns"] = [_turns(experiment, decoder, rivals, options, turns) for turns in options.turns]
-    results |= _steps(experiment, decoder, rivals, options)
+    apart = functools.cache(experiment.model.apart)
+    results["turns"] = [_turns(experiment, apart, rivals, options, turns) for turns in options.turns]
+    results |= _steps(experiment, apart, rivals, options)
     if options.memory_gib:
         results["sessions"] = _sessions(experiment, rivals, options)
     if reference is not None:
@@ -177,14 +178,16 @@ def _machine() -> str:
 
 
 def _turns(
-    experiment: Experiment, decoder: Transformer, rivals: list[efficiency.Rival], options: Options, turns: int
+    experiment: Experiment,
+    apart: Callable[[], Transformer],
+    rivals: list[efficiency.Rival],
+    options: Options,
+    turns: int,
 ) -> dict[str, Any]:
     """A turn after so many, for each rival."""
     found: dict[str, dict[str, list[efficiency.Sample]]] = {rival.name: {} for rival in rivals}
     conversations = [
-        efficiency.Conversation(
-            experiment.model, decoder, rival, turns=turns, prompt=options.prompt, reply=options.reply
-        )
+        efficiency.Conversation(experiment.model, apart, rival, turns=turns, prompt=options.prompt, reply=options.reply)
         for rival in rivals
     ]
     for _ in range(options.rounds):
@@ -208,7 +211,7 @@ def _turns(
 
 
 def _steps(
-    experiment: Experiment, decoder: Transformer, rivals: list[efficiency.Rival], options: Options
+    experiment: Experiment, apart: Callable[[], Transformer], rivals: list[efficiency.Rival], options: Options
 ) -> dict[str, Any]:
     """The machine's rates, and single steps measured against them."""
     model, shape = experiment.model, experiment.model_config
@@ -258,6 +261,7 @@ def _steps(
     work["compress_step"] = efficiency.forward_flops(shape, chunk + concat.method.slots_per_chunk, seen, 1)
 
     first = jnp.ones((1,), jnp.int32)
+    decoder = apart() if pays_apart(model, cache) else model
     answer = lambda cache: efficiency.answer(decoder, cache, first, length=options.reply, method=concat.method)[0]
     kept("decode", answer)
     seen = options.reply * slots + options.reply * (options.reply + 1) // 2

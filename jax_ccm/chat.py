@@ -90,10 +90,10 @@ class Conversation:
         self.pieces = Pieces.of(experiment.config.data, experiment.tokenizer)
         self.sampling, self.max_tokens, self.closing = sampling, max_tokens, closing
         policy(experiment.method, closing, query=True)  # refuses what cannot be
-        self.decoder = for_decoding(experiment.model)
         self.key = jax.random.key(seed)
         self.turns = 0
         self.cache = self.empty()
+        self.decoder = for_decoding(experiment.model, self.cache)
         self.said = np.zeros(0, np.int32)
 
     def empty(self) -> MemoryCache:

@@ -69,15 +69,21 @@ def sample(key, logits, temperature, top_k, top_p):
 APART_BYTES = 2**31
 
 
-def for_decoding(model: Transformer) -> Transformer:
-    """The form of a decoder that makes tokens fastest here.
+def for_decoding(model: Transformer, cache: MemoryCache) -> Transformer:
+    """The form of a decoder that makes tokens fastest here: `Transformer.apart`, if that pays, or as it is."""
+    return model.apart() if pays_apart(model, cache) else model
 
-    On a CPU that is `Transformer.apart`, for layers of up to 2 GiB (it takes as much memory again, and longer to
-    compile); elsewhere, and where devices share the model, the decoder as it is.
+
+def pays_apart(model: Transformer, cache: MemoryCache) -> bool:
+    """Whether tokens are made faster by `Transformer.apart`.
+
+    So it is on a CPU, for layers of up to 2 GiB (it takes as much memory again, and longer to compile) and a cache of
+    up to half of that: without the scan over layers XLA copies the cache for each token.
     """
-    leaves = jax.tree.leaves(model.layers)
-    on_cpu = all([device.platform for device in x.devices()] == ["cpu"] for x in leaves)
-    return model.apart() if on_cpu and sum(x.nbytes for x in leaves) <= APART_BYTES else model
+    layers = jax.tree.leaves(model.layers)
+    on_cpu = all([device.platform for device in x.devices()] == ["cpu"] for x in layers)
+    size = sum(x.nbytes for x in layers)
+    return on_cpu and size <= APART_BYTES and cache.nbytes <= size / 2
 
 
 def generate(

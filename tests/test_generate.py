@@ -55,9 +55,9 @@ def test_greedy_is_step_by_step():
     assert np.asarray(closed.chunks - cache.chunks).tolist() == [1] * 3
 
 
-def test_layers_apart_make_the_same_tokens(monkeypatch):
-    """On a CPU, for layers that are not too large to be copied; the decoder itself stays as it was."""
-    decoder = for_decoding(MODEL)
+def test_layers_apart_make_the_same_tokens():
+    """And close and are read with gates as before; the decoder itself stays as it was."""
+    decoder = MODEL.apart()
     assert len(decoder.layers) == cases.CONFIG.num_layers and not hasattr(MODEL.layers, "__len__")
     cache, tokens, _ = generate(MODEL, prompt(), method=METHOD, max_tokens=6)
     ours, same, _ = generate(decoder, prompt(), method=METHOD, max_tokens=6)
@@ -65,8 +65,16 @@ def test_layers_apart_make_the_same_tokens(monkeypatch):
     chex.assert_trees_all_close(ours, cache, atol=1e-5)
     close = jax.jit(steps.compress, static_argnames="method")
     chex.assert_trees_all_close(close(decoder, ours, method=METHOD), close(MODEL, cache, method=METHOD), atol=1e-5)
+
+
+def test_layers_are_taken_apart_where_that_pays(monkeypatch):
+    """On a CPU: if they are not too large to be copied, and the cache is small beside them."""
+    sizes = dict(memory_capacity=4, raw_capacity=4)
+    small, large = (memory.init_cache(cases.CONFIG, METHOD, batch, **sizes) for batch in (1, 500))
+    assert len(for_decoding(MODEL, small).layers) == cases.CONFIG.num_layers
+    assert for_decoding(MODEL, large) is MODEL
     monkeypatch.setattr(sys.modules[generate.__module__], "APART_BYTES", 1000)
-    assert for_decoding(MODEL) is MODEL
+    assert for_decoding(MODEL, small) is MODEL
 
 
 def test_rows_stop_at_different_times():

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ccm import memory, steps
+from jax_ccm.generate import pays_apart
 from jax_ccm.layout import reachable
 from jax_ccm.methods import build
 from jax_ccm.nn.config import ModelConfig
@@ -152,22 +153,32 @@ close = jax.jit(steps.compress, static_argnames="method", donate_argnames="cache
 class Conversation:
     """One session of a rival, set back to the same number of turns before each turn that is run."""
 
-    def __init__(self, model: Transformer, decoder: Transformer, rival: Rival, *, turns: int, prompt: int, reply: int):
+    def __init__(
+        self,
+        model: Transformer,
+        apart: Callable[[], Transformer],
+        rival: Rival,
+        *,
+        turns: int,
+        prompt: int,
+        reply: int,
+    ):
         """Makes the session and warms it up.
 
         Args:
           model: the decoder.
-          decoder: the same, `for_decoding`.
+          apart: gives it with its layers apart, which make tokens where that pays.
           rival: how the conversation is kept.
           turns: closed turns before the one that is run.
           prompt: tokens of a question.
           reply: tokens of an answer.
         """
-        self.model, self.decoder, self.rival, self.turns, self.reply = model, decoder, rival, turns, reply
+        self.model, self.rival, self.turns, self.reply = model, rival, turns, reply
         self.turn = prompt + reply
         dtype = model.embed_tokens.embedding[...].dtype
         cache = rival.cache(model.config, 1, turns=turns, turn=self.turn, dtype=dtype)
         self.cache = cache
+        self.decoder = apart() if pays_apart(model, cache) else model
         self.prompt = Chunk(np.ones((1, prompt), np.int32), np.ones((1, prompt), bool))
         self.bytes = cache.nbytes
         self.slots = len(slots_after(rival.method, turns, self.turn, cache.memory_capacity).kind)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,7 +37,7 @@ class Linear(nnx.Module):
     where the gate is one number per token. Gate 0 leaves ``x W + b`` bit for bit as it was.
 
     Attributes:
-      kernel: ``[in, out]``.
+      kernel: ``[in, out]``; ``[out, in]`` if `turned`; None if `joined` with others.
       bias: ``[out]`` or None.
       lora_a, lora_b: float32 ``[in, r]`` and ``[r, out]``, or None.
     """
@@ -52,6 +55,7 @@ class Linear(nnx.Module):
         key, key_a = jax.random.split(key)
         init = jax.random.normal(key, (in_features, out_features), jnp.float32) * in_features**-0.5
         self.kernel = nnx.Param(init.astype(dtype))
+        self.turned = False
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
         if adapter is not None and adapter.rank:
             # Kaiming-uniform with a = sqrt(5), as in the LoRA and CCM code: U(-1/sqrt(in), 1/sqrt(in)).
@@ -77,7 +81,15 @@ class Linear(nnx.Module):
         Returns:
           ``[B, T, out]`` in the dtype of ``x``.
         """
-        y = x @ self.kernel[...]
+        return self.complete(self.product(x), x, gate, dropout_key)
+
+    def product(self, x):
+        """``x W``."""
+        assert self.kernel is not None
+        return jnp.einsum(f"...i,{'oi' if self.turned else 'io'}->...o", x, self.kernel[...])
+
+    def complete(self, y, x, gate=None, dropout_key=None):
+        """The layer's output for ``y = x W``: with bias and branch."""
         if self.bias is not None:
             y = y + self.bias[...]
         if self.lora_a is None or gate is None:
@@ -98,3 +110,35 @@ class Linear(nnx.Module):
             h = jnp.where(keep, h / (1.0 - self.dropout), 0.0)
         delta = (h @ self.lora_a[...]) @ self.lora_b[...]
         return gate[..., None] * self.scale * delta
+
+
+def turned(layer: Linear) -> Linear:
+    """The same layer, its kernel with outputs in front: each is then one run through memory."""
+    assert layer.kernel is not None
+    made = copy.copy(layer)
+    made.kernel, made.turned = nnx.Param(layer.kernel[...].T), not layer.turned
+    return made
+
+
+class Joined(nnx.Module):
+    """Layers that read the same input, their products done as one: for one token, few large ones are faster.
+
+    Attributes:
+      kernel: ``[in, sum of outs]``.
+      parts: the layers, without their kernels.
+      ends: where in the output each ends.
+    """
+
+    def __init__(self, layers: Sequence[Linear]):
+        kernels = [layer.kernel[...] for layer in layers if layer.kernel is not None]
+        self.kernel = nnx.Param(jnp.concatenate(kernels, axis=1))
+        self.parts = nnx.List([copy.copy(layer) for layer in layers])
+        for part in self.parts:
+            part.kernel = None
+        self.ends = tuple(itertools.accumulate(kernel.shape[1] for kernel in kernels))
+
+    def __call__(self, x, gate=None, dropout_keys=None) -> list[Array]:
+        """The output of each layer; arguments as for `Linear`, a key for each."""
+        products = jnp.split(x @ self.kernel[...], self.ends[:-1], axis=-1)
+        keys = dropout_keys or [None] * len(self.parts)
+        return [part.complete(y, x, gate, key) for part, y, key in zip(self.parts, products, keys, strict=True)]
