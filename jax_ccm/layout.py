@@ -203,11 +203,7 @@ def most_slots(method: Method, text: int, chunks: int) -> int:
 
 
 def require_parallel(method: Method) -> None:
-    """Refuses a method that runs only as a recurrence.
-
-    Raises:
-      UserError: saying why, and what serves it.
-    """
+    """Raises `UserError` for a method that runs only as a recurrence, saying why and what serves it."""
     if method.rope == "cache":
         raise UserError(
             f"method {method.name!r} rotates keys by their place in the cache and so has no parallel form; what is "
