@@ -79,7 +79,8 @@ def overview(plans: Sequence[dict[str, Any]]) -> str:
     for plan in plans:
         together.setdefault(f"{plan['model'].rsplit('/', 1)[-1]}, {plan['topology']}", []).append(plan)
     for name, group in together.items():
-        steps = [_trained(plan, entry) for plan in group for entry in list(plan.get("training", {}).values())[-1:]]
+        trained = [(plan, entry) for plan in group for entry in list(plan.get("training", {}).values())[-1:]]
+        steps = [_trained(*pair) for pair in sorted(trained, key=lambda pair: pair[1]["tokens"])]
         talks = [_talk(row) for plan in group for row in plan.get("sessions", ())]
         for number in range(max(len(steps), len(talks))):
             step = steps[number] if number < len(steps) else ["", ""]
