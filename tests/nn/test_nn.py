@@ -52,6 +52,21 @@ def test_dropout():
     assert np.abs(many.mean(0) - still).max() < 0.5
 
 
+@pytest.mark.parametrize("options", [{"qkv_bias": True, "mlp_bias": True, "o_bias": True}, {"qk_norm": True}])
+def test_layers_apart(options):
+    """Joined and turned kernels compute what the stack computes, with biases, norms and the gated branch."""
+    model = cases.model(tokens=2, **options)
+    leaves, tree = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    model = jax.tree.unflatten(tree, noisy)
+    method = build("ccm_concat", comp_tokens=2)
+    examples = cases.sessions()
+    made = layout.batch(method, examples, parity.caps_for(method, examples), cases.VOCAB)
+    run = jax.jit(lambda model: steps.parallel_forward(model, made, method=method))
+    np.testing.assert_allclose(run(model.apart()), run(model), atol=1e-5)
+
+
 def test_rope_half_split():
     """Against the definition, pair by pair; positions matter only relatively."""
     config = dataclasses.replace(cases.CONFIG, head_dim=8, rope_theta=100.0)
