@@ -185,7 +185,7 @@ def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing, recei
     return dataclasses.replace(after, k=every_layer(cache.k, k), v=every_layer(cache.v, v), received=received)
 
 
-def closed(cache: MemoryCache, method: Method, slots: Slots, closing):
+def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: bool = True):
     """The slots and counters of a cache whose chunk is closed, and what happens to the entries of each layer.
 
     Appending methods add the entries as slots; mixtures blend them into the memory slot by slot,
@@ -197,33 +197,25 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing):
       method: the compression method.
       slots: `Slots` of ``[B, n]`` for what is written, kind MEMORY.
       closing: ``bool [B]``, rows that close a chunk; the others keep their memory.
+      whole: static, whether rows that close a chunk close all of their open text.
 
     Returns:
       The cache with its old keys and values, and ``store(own [B, S, ...], new [B, n, ...]) -> [B, S, ...]`` that makes
       the new ones of a layer.
     """
-    old = cache.slots
-    count = slots.kind.shape[1]
-    enter = lambda memory, new: new
-    if method.mix is not None:
-        is_memory = old.kind == Kind.MEMORY
-        rank = jnp.cumsum(is_memory, axis=1) - 1
-        pick = (is_memory[:, None] & (rank[:, None] == jnp.arange(count)[:, None])).astype(jnp.float32)
-        rate = method.mix.rate(cache.chunks + 1).astype(jnp.float32)[:, None, None, None]
-        enter = lambda memory, new: (
-            (1 - rate) * jnp.einsum("bns,bskh->bnkh", pick, memory.astype(jnp.float32)) + rate * new
-        )
+    old, size, count = cache.slots, cache.k.shape[2], slots.kind.shape[1]
     join = lambda a, b: jnp.concatenate([a, b], axis=1)
     both = Slots(*(join(a, b) for a, b in zip(_fields(old), _fields(slots), strict=True)))
     kept = reachable(method.rule, both, cache.chunks + 1, cache.tokens) & both.live
-    is_new = jnp.arange(both.kind.shape[1]) >= old.kind.shape[1]
+    is_new = jnp.arange(both.kind.shape[1]) >= size
     kept = jnp.where(closing[:, None], kept, both.live & ~is_new)
     memory = kept & (both.kind == Kind.MEMORY)
-    excess = jnp.maximum(jnp.sum(memory, axis=1) - cache.memory_capacity, 0)
-    # Memory stands in order of age, so the oldest are those of the lowest rank.
-    kept = kept & ~(memory & (jnp.cumsum(memory, axis=1) <= excess[:, None]))
-    order = jnp.argsort(jnp.where(kept, both.index, jnp.iinfo(jnp.int32).max), axis=1, stable=True)
-    order = order[:, : cache.k.shape[2]]
+    # Memory stands in order of age: the oldest are those of the lowest rank.
+    rank = jnp.cumsum(memory, axis=1)
+    excess = jnp.maximum(rank[:, -1] - cache.memory_capacity, 0)
+    refused = rank > cache.memory_capacity if cache.overflow == "error" else rank <= excess[:, None]
+    kept = kept & ~(memory & refused)
+    order = jnp.argsort(jnp.where(kept, both.index, jnp.iinfo(jnp.int32).max), axis=1, stable=True)[:, :size]
     take = lambda x: jnp.take_along_axis(x, order, axis=1)
     live = take(kept)
     placed = Slots(
@@ -231,19 +223,36 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing):
         *(jnp.where(live, take(x), 0) for x in (both.segment, both.index, both.position)),
     )
 
-    # Where each new entry comes to stand; beyond the end if it is not kept.
-    size = order.shape[1]
-    stands = order[:, None] == size + jnp.arange(count)[:, None]
-    place = jnp.where(jnp.any(stands & live[:, None], axis=2), jnp.argmax(stands, axis=2), size)
+    enter = _blend(cache, method, count) if method.mix is not None else lambda own, new: new
+    # Whole on the devices that share a row: otherwise they exchange masks of the shape of a layer.
+    order, live, enters = (sharding.constrain(x, "rows") for x in (order, live, order >= size))
+    stays = whole and method.forgets_text and cache.overflow == "error"
 
     def store(own, new):
         inner = lambda a: a.reshape(*a.shape, *(1,) * (own.ndim - 2))
-        # Moved and then entered: to join both first would take a longer copy of the layer.
-        moved = jnp.where(inner(live), jnp.take_along_axis(own, inner(jnp.minimum(order, size - 1)), axis=1), 0)
-        return put_rows(moved, enter(own, new), place)
+        each = lambda x, place: jnp.take_along_axis(x, inner(jnp.clip(place, 0, x.shape[1] - 1)), axis=1)
+        entered = each(enter(own, new).astype(own.dtype), order - size) if count else jnp.zeros_like(own)
+        # What stays is not even read from elsewhere, so that a layer can change in place.
+        entries = jnp.where(inner(enters), entered, own if stays else each(own, order))
+        return jnp.where(inner(live), entries, 0)
 
     lost = cache.lost + (excess if cache.overflow == "error" else jnp.zeros_like(excess))
     return dataclasses.replace(cache, slots=placed, chunks=cache.chunks + closing, lost=lost), store
+
+
+def _blend(cache: MemoryCache, method: Method, count: int):
+    """``(own [B, S, K, H], new [B, n, K, H]) -> [B, n, K, H]``: a layer's memory, mixed with what a chunk writes."""
+    assert method.mix is not None
+    is_memory = cache.slots.kind == Kind.MEMORY
+    pick = is_memory[:, None] & (jnp.cumsum(is_memory, axis=1)[:, None] == jnp.arange(1, count + 1)[:, None])
+    place, found = jnp.argmax(pick, axis=2), jnp.any(pick, axis=2)[:, :, None, None]
+    rate = method.mix.rate(cache.chunks + 1).astype(jnp.float32)[:, None, None, None]
+
+    def blend(own, new):
+        memory = jax.vmap(lambda own, place: own[place])(own, place)
+        return (1 - rate) * jnp.where(found, memory, 0).astype(jnp.float32) + rate * new
+
+    return blend
 
 
 def pooled(cache: MemoryCache, method: Method, closing):

@@ -196,7 +196,8 @@ def compress(
         jnp.broadcast_to(last, (kind.shape[0], len(written))),
         pick(comp.position),
     )
-    after, store = memory.closed(cache, method, entry, closing)
+    whole = which is None or which.ndim == 1
+    after, store = memory.closed(cache, method, entry, closing, whole=whole)
     _, (k, v), _ = model(
         tokens,
         comp,

@@ -252,6 +252,16 @@ class Method:
         return self.keeps_text and not any(Kind.TEXT in c.key and c.farthest > 0 for c in self.rule.sees)
 
     @property
+    def forgets_text(self) -> bool:
+        """Whether no closed text is seen again, and older memory as a whole or not at all.
+
+        What a chunk's closing removes from a cache then stands last, and nothing has to move.
+        """
+        text = any(set(RAW) & set(clause.key) and clause.farthest > 0 for clause in self.rule.sees)
+        memory = all(clause.farthest in (0, INF) for clause in self.rule.sees if Kind.MEMORY in clause.key)
+        return not text and (memory or ((self.mix or self.keep) is not None and self.sink <= 1))
+
+    @property
     def sees_memory_in_context(self) -> bool:
         """Whether context chunks see earlier memory; if not, only the tail does (independent chunks)."""
         return any(Kind.TEXT in c.query and Kind.MEMORY in c.key for c in self.rule.sees)

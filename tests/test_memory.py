@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,13 @@ import pytest
 from jax_ccm import memory, steps
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
-from jax_ccm.types import Chunk, Kind
+from jax_ccm.types import Chunk, Kind, Slots
 from tests import cases
 
 MODEL = cases.model(tokens=2)
 CONCAT = build("ccm_concat", comp_tokens=2, sink=True)
 STEP = jax.jit(steps.compress_step, static_argnames="method")
+APPEND = jax.jit(memory.append)
 READ = jax.jit(steps.read, static_argnames=("method", "query"))
 
 
@@ -55,6 +58,43 @@ def test_overflow_is_an_error():
         memory.check(full)
     with pytest.raises(UserError, match="needed"):
         memory.save(full, "never-written", fingerprint="", method=CONCAT)
+
+
+@pytest.mark.parametrize(
+    "name", ["concat_n2_sink", "merge_n2_sink", "ema_n1", "loma", "compressive_now_sink", "evict_norm_constant"]
+)
+def test_what_need_not_move_stays(name):
+    """Closing changes a cache in place where it can ("error"), and gives what moving every entry ("evict") gives."""
+    method, rng = (cases.METHODS | cases.RECURRENT)[name], np.random.default_rng(0)
+    write = jax.jit(memory.write, static_argnums=1)
+    caches = [cache(method, memory_capacity=18, raw_capacity=24, overflow=overflow) for overflow in ("error", "evict")]
+    count = method.memory_slots(1, 4)
+    for step, closing in enumerate([(True, True), (True, False), (False, True), (True, True)]):
+        lengths = np.asarray([3 + step, 5 - step])
+        place = np.arange(6)[None] + np.asarray(caches[0].tokens)[:, None]
+        layers, rows, _, *head = caches[0].k.shape
+        text, entries = (
+            jnp.asarray(rng.normal(size=(2, layers, rows, size, *head)), jnp.float32) for size in (6, count)
+        )
+        kind = np.where(place < method.sink, Kind.SINK, Kind.TEXT)
+        kind = np.where(np.arange(6) < lengths[:, None], kind, Kind.PAD)
+        for i, old in enumerate(caches):
+            segment = np.broadcast_to(old.chunks[:, None], kind.shape)
+            full = APPEND(old, *text, Slots(kind, segment, place, place))
+            full = dataclasses.replace(full, tokens=old.tokens + lengths)
+            closes = jnp.asarray(closing)
+            of_entries = lambda x, old=old: jnp.broadcast_to(jnp.asarray(x)[:, None], (2, count))
+            kinds = of_entries(jnp.where(closes, Kind.MEMORY, Kind.PAD))
+            last = of_entries(full.tokens - 1)
+            slots = Slots(kinds, of_entries(old.chunks), last, last)
+            caches[i] = write(full, method, *entries, slots, closes)
+        chex.assert_trees_all_equal(*(dataclasses.replace(c, overflow="error") for c in caches))
+    assert caches[0].chunks.tolist() == [3, 3] and not caches[0].lost.any()
+
+
+def test_methods_that_see_old_text_move_it():
+    move = {name for name, method in cases.METHODS.items() if method.remembers and not method.forgets_text}
+    assert move == {"compressive", "compressive_segments", "loma_causal_sink", "sentinel", "sentinel_history"}
 
 
 def test_forked_and_reset_rows():
