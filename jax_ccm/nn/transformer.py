@@ -142,6 +142,7 @@ class Transformer(nnx.Module):
         make = lambda key: Block(key, config, adapter, dtype)
         self.layers = jax.vmap(make)(jax.random.split(key_layers, config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.turned_embedding: nnx.Param | None = None
         if not config.tie_embeddings:
             self.lm_head = Linear(key_head, config.hidden_size, config.vocab_size, dtype=dtype)
 
@@ -250,12 +251,14 @@ class Transformer(nnx.Module):
         """The same decoder in the form that reads one token fastest on a CPU: each layer has arrays of its own.
 
         A layer taken out of the stack is copied, so that decoding moves its weights three times; from here they are
-        read once. Kernels with the same input are joined, and those with many inputs turned. Programs take several
-        times as long to compile. Files are written from the stack alone.
+        read once. Kernels with the same input are joined, and those with many inputs turned, as are embeddings that
+        serve as the head. Programs take several times as long to compile. Files are written from the stack alone.
         """
         apart = copy.copy(self)
         layer = lambda number: jax.tree.map(lambda x: x[number], self.layers)
         apart.layers = nnx.List([layer(number) for number in range(self.config.num_layers)])
+        if self.config.tie_embeddings:
+            apart.turned_embedding = nnx.data(nnx.Param(self.embed_tokens.embedding[...].T))
         for block in apart.layers:
             attention, mlp = block.self_attn, block.mlp
             attention.joined = nnx.data(Joined([attention.q_proj, attention.k_proj, attention.v_proj]))
@@ -273,6 +276,8 @@ class Transformer(nnx.Module):
     @property
     def head(self) -> tuple[jax.Array, Literal["vd", "dv"]]:
         """The projection to the vocabulary, and the order of its axes: ``[V, D]`` where embeddings are tied."""
+        if self.turned_embedding is not None:
+            return self.turned_embedding[...], "dv"
         if self.config.tie_embeddings:
             return self.embed_tokens.embedding[...], "vd"
         return self.lm_head.kernel[...], "dv"

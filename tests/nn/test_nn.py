@@ -52,9 +52,11 @@ def test_dropout():
     assert np.abs(many.mean(0) - still).max() < 0.5
 
 
-@pytest.mark.parametrize("options", [{"qkv_bias": True, "mlp_bias": True, "o_bias": True}, {"qk_norm": True}])
+@pytest.mark.parametrize(
+    "options", [{"qkv_bias": True, "mlp_bias": True, "o_bias": True}, {"qk_norm": True, "tie_embeddings": True}]
+)
 def test_layers_apart(options):
-    """Joined and turned kernels compute what the stack computes, with biases, norms and the gated branch."""
+    """Joined and turned kernels compute what the stack computes, with biases, norms, branch and head."""
     model = cases.model(tokens=2, **options)
     leaves, tree = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(5), len(leaves))
@@ -63,7 +65,7 @@ def test_layers_apart(options):
     method = build("ccm_concat", comp_tokens=2)
     examples = cases.sessions()
     made = layout.batch(method, examples, parity.caps_for(method, examples), cases.VOCAB)
-    run = jax.jit(lambda model: steps.parallel_forward(model, made, method=method))
+    run = jax.jit(lambda model: model.logits(steps.parallel_forward(model, made, method=method)))
     np.testing.assert_allclose(run(model.apart()), run(model), atol=1e-5)
 
 
