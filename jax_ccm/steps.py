@@ -86,7 +86,8 @@ def read(
 
     Returns:
       The cache, with the pending logits of each row's last token; and logits ``float32 [B, C, V]`` after each token
-      (not computed under jit if unused).
+      (not computed under jit if unused). A row whose last hidden state is not finite keeps nothing of the text: it
+      would spoil the session for good.
 
     Raises:
       UserError: for a chunk longer than the region of raw text.
@@ -128,9 +129,13 @@ def read(
         own, past = received
         before = decay ** count.astype(jnp.float32)
         cache = dataclasses.replace(cache, received=cache.received * before[None, :, None, None] + past)
-    cache = memory.append(cache, k, v, slots, own)
     last = jnp.argmax(jnp.where(chunk.valid, rank, -1), axis=1)
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    # This also orders the write behind every layer's read of the cache: where nothing does, XLA copies the whole cache
+    # on a CPU, twice for every token.
+    kept = jnp.all(jnp.isfinite(final), axis=1, keepdims=True)
+    slots = dataclasses.replace(slots, kind=jnp.where(kept, slots.kind, Kind.PAD))
+    cache = memory.append(cache, k, v, slots, own)
     some = jnp.any(chunk.valid, axis=1)
     cache = dataclasses.replace(
         cache,

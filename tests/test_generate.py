@@ -67,6 +67,28 @@ def test_layers_apart_make_the_same_tokens():
     chex.assert_trees_all_close(close(decoder, ours, method=METHOD), close(MODEL, cache, method=METHOD), atol=1e-5)
 
 
+def test_what_is_not_a_number_is_not_kept():
+    table = MODEL.embed_tokens.embedding[...].shape
+    poison = jax.tree.map(lambda x: x.at[7].set(jnp.nan) if x.shape == table else x, MODEL)
+    before = prompt()
+    text = Chunk(
+        np.asarray([[7, 5, 5, 5, 5, 5], [9, 5, 5, 5, 5, 5], [5, 5, 5, 5, 5, 7]], np.int32), np.ones((3, 6), bool)
+    )
+    after, _ = READ(poison, before, text, method=METHOD, query=True)
+    count = lambda cache: np.asarray(cache.slots.live.sum(axis=1))
+    assert (count(after) - count(before)).tolist() == [0, 6, 0] and np.isfinite(after.k).all()
+    assert np.isnan(after.logits).all(axis=1).tolist() == [True, False, True]
+
+
+def test_no_copy_of_the_cache_for_a_token():
+    """What the loop of a decoder with layers apart needs on a CPU is less than a copy of a large cache."""
+    cache = memory.init_cache(cases.CONFIG, METHOD, 2, memory_capacity=2000, raw_capacity=3000)
+    sampling = jax.random.key(0), jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.asarray([-1]), jnp.ones(2, bool)
+    static = dict(method=METHOD, max_tokens=4, closing=None, query=True, vocabulary=None)
+    program = _loop.lower(MODEL.apart(), cache, *sampling, **static).compile()
+    assert program.memory_analysis().temp_size_in_bytes < cache.k.nbytes
+
+
 def test_layers_are_taken_apart_where_that_pays(monkeypatch):
     """On a CPU: if they are not too large to be copied, and the cache is small beside them."""
     sizes = dict(memory_capacity=4, raw_capacity=4)
