@@ -78,7 +78,7 @@ def pays_apart(model: Transformer, cache: MemoryCache) -> bool:
     """Whether tokens are made faster by `Transformer.apart`.
 
     So it is on a CPU, for layers of up to 2 GiB (it takes as much memory again, and longer to compile) and a cache of
-    up to half of that: without the scan over layers XLA copies the cache for each token.
+    up to half of that: attention over a larger one takes so long that nothing is gained.
     """
     layers = jax.tree.leaves(model.layers)
     on_cpu = all([device.platform for device in x.devices()] == ["cpu"] for x in layers)
