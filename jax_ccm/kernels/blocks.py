@@ -13,6 +13,8 @@ For CCM-concat with chunks of 6 + 2 places, blocks of 8 queries and of 8 keys: t
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,7 +58,8 @@ class Pairs:
     Attributes:
       rows: ``int32 [P + 1]``, batch row << 17 | block << 4 | flags.
       columns: ``int32 [P + 1]``: the block in each source, 16 bits each, the first source in the lowest. Only that of
-        the flagged source is visited; the others repeat what was visited last, so that nothing is loaded for them.
+        the flagged source is visited; the others stand at a block that their row has visited or will visit, so that
+        nothing more is loaded for them (at 0 if it visits none of theirs).
       count: ``int32 []``, how many of the P entries are in use.
     """
 
@@ -144,20 +147,34 @@ def list_pairs(*seen: Array) -> Pairs:
     widths = [x.shape[2] for x in seen]
     if batch > MAX_BATCH or max(count, *widths) > MAX_BLOCKS:
         raise ValueError(f"{batch} rows of {count} and {widths} blocks; at most {MAX_BATCH} rows of {MAX_BLOCKS}")
-    joined = jnp.concatenate(seen, axis=2)
-    joined = jnp.concatenate([joined, ~jnp.any(joined, axis=2, keepdims=True)], axis=2)
-    total, width = joined.size, joined.shape[2]
-    place = jnp.nonzero(joined.reshape(-1), size=total + 1, fill_value=total)[0].astype(jnp.int32)
-    row, column = place // width, place % width
-    first = row != jnp.concatenate([jnp.full((1,), -1, jnp.int32), row[:-1]])
-    last = row != jnp.concatenate([row[1:], jnp.full((1,), -1, jnp.int32)])
-    flags, columns, start = first * FIRST + last * LAST, 0, 0
-    for source, size in enumerate(widths):
-        mine = (column >= start) & (column < start + size)
-        flags += mine * (SOURCE << source)
-        latest = jax.lax.cummax(jnp.where(mine, jnp.arange(total + 1), -1))
-        column_of = jnp.where(latest >= 0, column[jnp.maximum(latest, 0)] - start, 0)
-        columns += column_of << (16 * source)
-        start += size
-    rows = (row // count) << 17 | (row % count) << 4 | flags
-    return Pairs(rows, columns, jnp.sum(joined, dtype=jnp.int32))
+    nothing = ~functools.reduce(jnp.logical_or, [jnp.any(x, axis=2) for x in seen])[:, :, None]
+    joined = jnp.concatenate([*seen, nothing], axis=2)
+    rank = joined + _sum_before(joined)
+    each = rank[:, :, -1]
+    whole = jnp.sum(each, axis=1, keepdims=True)
+    begin = _sum_before(each) + jnp.cumsum(whole, axis=0) - whole
+    number = lambda *shape: jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+    flags = (rank == 1) * FIRST + (rank == each[:, :, None]) * LAST
+    rows = flags + (number(batch, 1, 1) << 17 | number(count, 1) << 4)
+    # Visits of a row go from source to source: one stands at its first block before its turn, at its last after it.
+    last = [jnp.max(jnp.where(x, number(x.shape[2]), 0), axis=2, keepdims=True) for x in seen]
+    first = [jnp.min(jnp.where(x, number(x.shape[2]), last[s]), axis=2, keepdims=True) for s, x in enumerate(seen)]
+    columns, parts = [], []
+    for turn, width in enumerate([*widths, 1]):
+        at = [first[s] if s > turn else number(width) if s == turn else last[s] for s in range(len(seen))]
+        packed = functools.reduce(jnp.bitwise_or, [x << (16 * s) for s, x in enumerate(at)])
+        columns.append(jnp.broadcast_to(packed, (batch, count, width)))
+        parts.append(jnp.full((width,), SOURCE << turn if turn < len(seen) else 0, jnp.int32))
+    total = joined.size
+    place = jnp.where(joined, begin[:, :, None] + rank - 1, total + 1).reshape(-1)
+    put = lambda x: jnp.zeros((total + 1,), jnp.int32).at[place].set(x.reshape(-1), mode="drop")
+    return Pairs(put(rows + jnp.concatenate(parts)), put(jnp.concatenate(columns, axis=2)), jnp.sum(each))
+
+
+def _sum_before(x: Array) -> Array:
+    """``int32``, for each element the sum of those before it along the last axis; the sums stay below 2**24."""
+    size = x.shape[-1]
+    # By a product with a triangle: running sums take a TPU's compiler seconds, and more for longer rows.
+    before = jnp.arange(size)[:, None] < jnp.arange(size)
+    exact = jax.lax.Precision.DEFAULT if x.dtype == bool else jax.lax.Precision.HIGHEST
+    return jnp.matmul(x.astype(jnp.float32), before.astype(jnp.float32), precision=exact).astype(jnp.int32)

@@ -77,12 +77,13 @@ def test_list_of_pairs():
             hits = hits or [(None, None)]
             expected += [(b, row, *hit, i == 0, i == len(hits) - 1) for i, hit in enumerate(hits)]
     assert found == expected
-    # A source that is not visited stays at its last block, so that nothing is loaded.
+    # A source that is not visited stands at what its row visits first or last, so that nothing more is loaded.
     columns = np.asarray(pairs.columns)[: pairs.count]
-    for source in range(2):
-        here = columns >> (16 * source) & 0xFFFF
-        moved = np.flatnonzero(here[1:] != here[:-1]) + 1
-        assert all(found[i][2] == source for i in moved)
+    for source, seen in enumerate((text, memory)):
+        for here, (b, row, visited, place, *_) in zip(columns >> (16 * source) & 0xFFFF, found, strict=True):
+            hits = np.flatnonzero(seen[b, row])
+            ends = (hits[0] if source > (visited or 0) else hits[-1]) if len(hits) else 0
+            assert here == (place if visited == source else ends)
 
 
 def test_list_has_bounds():
