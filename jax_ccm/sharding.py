@@ -292,7 +292,9 @@ def in_order(x, *names: str | None):
     left to itself it turns a whole cache before the loop over the layers, which takes a second one of the same size.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    lay = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    order = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    # Without axes of one: the only head of a device would else stand in tiles for two, and be copied into them.
+    lay = lambda x: order(x.reshape([size for size in x.shape if size > 1])).reshape(x.shape)
     if mesh.size <= 1 or mesh.are_all_axes_manual:
         return lay(x)
     # On each device its own part: the constraint by itself would gather the whole.
