@@ -18,6 +18,8 @@ IMPLEMENTATIONS = ("xla", "pallas")
 COMPILED = {"tpu": "TPU", "gpu": "GPU (Triton)", "cuda": "GPU (Triton)"}
 # Queries that are attended at once: scores take this times S numbers for each head, whatever T.
 QUERY_BLOCK = 512
+# Up to so many key heads on a device, one query a row meets all of them at once.
+WIDE_HEADS = 8
 logger = logging.getLogger(__name__)
 
 
@@ -90,19 +92,24 @@ def _kernel(implementation: str | None):
         from jax_ccm.kernels import gpu as kernels
     else:
         from jax_ccm.kernels import tpu as kernels
-    kernel = functools.partial(kernels.attend, interpret=platform not in COMPILED)
-    return kernel if mesh.size <= 1 or mesh.are_all_axes_manual else functools.partial(_spread, kernel)
+    return _on_mesh(functools.partial(kernels.attend, interpret=platform not in COMPILED))
 
 
-def _spread(kernel, q, slots: Slots, sources, *, rule: Rule):
-    """The kernel on each device of the mesh in use: rows and heads as they lie; queries see all tokens of their row."""
+def _on_mesh(attend):
+    """``attend(q, slots, sources, *, rule)`` of arrays that may be spread over the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return attend if mesh.size <= 1 or mesh.are_all_axes_manual else functools.partial(_spread, attend)
+
+
+def _spread(attend, q, slots: Slots, sources, *, rule: Rule):
+    """``attend`` on each device of the mesh in use: rows and heads as they lie; queries see all tokens of their row."""
     tokens, heads = activation_spec(slots.kind.shape, "rows", "tokens"), activation_spec(q.shape, "rows", None, "heads")
     if len(heads) > 2 and activation_spec(sources[0][0].shape, "rows", None, "heads") != heads:
         raise Refused(f"{sources[0][0].shape[2]} key heads cannot be spread like {q.shape[2]} query heads")
     queries = activation_spec(q.shape, "rows", "tokens", "heads")
     rows = activation_spec(slots.kind.shape, "rows")
     own = jax.shard_map(
-        functools.partial(kernel, rule=rule),
+        functools.partial(attend, rule=rule),
         in_specs=(queries, tokens, tuple((heads, heads, rows) for _ in sources)),
         out_specs=queries,
         check_vma=False,
@@ -118,8 +125,12 @@ def _say(message: str) -> None:
 
 def _xla(q, slots: Slots, sources, rule: Rule):
     """Plain matrix products, a block of queries at a time. Memory goes in front of the text."""
-    k, v = (jnp.concatenate([source[i] for source in reversed(sources)], axis=1) for i in (0, 1))
-    seen = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *(source[2] for source in reversed(sources)))
+    if q.shape[1] == 1:
+        try:
+            return _on_mesh(_attend_one)(q, slots, tuple(sources), rule=rule)
+        except Refused:
+            pass
+    k, v, seen = _joined(sources)
     # Heads in front, so that the products are plain matrix products.
     k, v = (constrain(jnp.moveaxis(x, 1, 2), "rows", "heads") for x in (k, v))
     # Recomputed in the backward pass: what is kept for it grows with T and S, not with T x S.
@@ -154,15 +165,50 @@ def _attend(q, slots: Slots, k, v, seen: Slots, *, rule: Rule):
     q = jnp.moveaxis(q.reshape(batch, length, kv_heads, -1, size), 1, 2).reshape(*rows, size)
     scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32) * size**-0.5
     scores = scores.reshape(batch, kv_heads, length, -1, k.shape[2])
-    mask = visible(rule, slots, seen)[:, None, :, None]
-    # A query that sees nothing (padding) must give zeros and finite gradients, not NaN.
-    scores = jnp.where(mask, scores, -1e30)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
-    total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+    weights, total = _weights(scores, visible(rule, slots, seen)[:, None, :, None])
     # Divided after the product: T x H numbers instead of T x S.
     weights = weights.astype(v.dtype).reshape(*rows, -1)
     out = jnp.einsum("bkqs,bksh->bkqh", weights, v, preferred_element_type=jnp.float32)
     out = out.reshape(batch, kv_heads, length, -1, size) / total
     out = jnp.moveaxis(out.astype(v.dtype), 1, 2)
     return constrain(out.reshape(batch, length, heads, size), "rows", "tokens", "heads")
+
+
+def _joined(sources):
+    """Keys, values and slots of all sources in a row, memory first."""
+    k, v = (jnp.concatenate([source[i] for source in reversed(sources)], axis=1) for i in (0, 1))
+    return k, v, jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *(source[2] for source in reversed(sources)))
+
+
+def _attend_one(q, slots: Slots, sources, *, rule: Rule):
+    """Attention of one query a row, as in decoding, to keys that stay as they lie.
+
+    They are one matrix ``[S, K H]``, and the query of a head is zero where the keys of other heads stand. That is K
+    times the arithmetic, but a token waits for its keys to be read: with heads in front they are moved twice more, and
+    a GPU turns the whole cache, into a second one.
+
+    Raises:
+      Refused: for so many heads that arithmetic would take longer.
+    """
+    k, v, seen = _joined(sources)
+    batch, _, heads, size = q.shape
+    kv_heads = k.shape[2]
+    if kv_heads > WIDE_HEADS:
+        raise Refused(f"{kv_heads} key heads")
+    own = (jnp.arange(heads)[:, None] // (heads // kv_heads) == jnp.arange(kv_heads))[:, :, None]
+    wide = jnp.where(own, q[:, 0, :, None], 0).reshape(batch, heads, -1)
+    flat = lambda x: x.reshape(*x.shape[:2], -1)
+    scores = jnp.einsum("bnd,bsd->bns", wide, flat(k), preferred_element_type=jnp.float32) * size**-0.5
+    weights, total = _weights(scores, visible(rule, slots, seen))
+    out = jnp.einsum("bns,bsd->bnd", weights.astype(v.dtype), flat(v), preferred_element_type=jnp.float32)
+    out = jnp.sum(jnp.where(own, out.reshape(batch, heads, kv_heads, size), 0), axis=2) / total
+    return out.astype(v.dtype)[:, None]
+
+
+def _weights(scores, mask):
+    """Weights of keys that are seen, not yet divided by their sum ``[..., 1]``, which is returned with them."""
+    # A query that sees nothing (padding) must give zeros and finite gradients, not NaN.
+    scores = jnp.where(mask, scores, -1e30)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
+    return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)

@@ -63,6 +63,44 @@ def test_blocks_are_exact(monkeypatch, name, block):
     assert np.abs(np.asarray(out)[made.slots.kind == Kind.PAD]).max() == 0
 
 
+@pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n1", "loma", "sentinel"])
+def test_one_query_at_a_time(name):
+    """As in decoding, where heads are not put in front: each query by itself, to its own key and all others as memory,
+    gives the definition and the gradients that it has among the others."""
+    method = cases.METHODS[name]
+    made, (q, k, v, memory_k, memory_v) = arrays(method)
+    expected = exact(method.rule, made, q, k, v, memory_k, memory_v)
+    length = q.shape[1]
+
+    @jax.jit
+    def alone(place, others):
+        at = lambda x: jnp.take(x, place[None], axis=1)
+        rest = lambda memory, x: jnp.concatenate([memory, jnp.take(x, others, axis=1)], axis=1)
+        slots = jax.tree.map(rest, made.memory.slots, made.slots)
+
+        def attend(values):
+            q, k, v, memory_k, memory_v = values
+            return memory_attention(
+                at(q), at(k), at(v), rest(memory_k, k), rest(memory_v, v), rule=method.rule, slots=made.slots.map(at),
+                memory_slots=slots,
+            )  # fmt: skip
+
+        out, pull = jax.vjp(attend, (q, k, v, memory_k, memory_v))
+        return out, pull(jnp.ones_like(out))[0]
+
+    together = functools.partial(memory_attention, rule=method.rule, slots=made.slots, memory_slots=made.memory.slots)
+    gradients, places = None, np.arange(length)
+    for place in places:
+        out, found = alone(jnp.asarray(place), jnp.asarray(np.delete(places, place)))
+        np.testing.assert_allclose(out[:, 0], expected[:, place], atol=1e-5)
+        gradients = found if gradients is None else jax.tree.map(jnp.add, gradients, found)
+    for ours, theirs in zip(
+        gradients, jax.grad(lambda v: jnp.sum(together(*v)))((q, k, v, memory_k, memory_v)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+        assert np.abs(ours).max() > 0
+
+
 def test_gradients_of_blocks(monkeypatch):
     """Gradients do not depend on the blocks, and are zero and finite where nothing is seen."""
     method = cases.METHODS["concat_n2_sink"]

@@ -98,23 +98,25 @@ def test_no_compiler_for_gpus():
 LACKS = {
     "v5e:2x2": "libtpu" if importlib.util.find_spec("libtpu") is None else None,
     "a100:1": gpus.missing(),
+    "h100:4": gpus.missing(),
 }
 
 
 @pytest.mark.aot
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", [programs.decode_step, programs.compress_step], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("heads", [8, 16])
 @pytest.mark.parametrize("topology", LACKS)
-def test_no_second_cache(topology, kind):
+def test_no_second_cache(topology, heads, kind):
     """Serving changes the cache in place: what a step needs besides is a few layers of it."""
     if LACKS[topology]:
         pytest.skip(f"{LACKS[topology]} is not installed")
     config = from_mapping(TINY)
-    scratch = {"layers": 32, "heads": 8, "kv_heads": 8, "hidden": 1024, "vocab_size": 256}
+    scratch = {"layers": 32, "heads": heads, "kv_heads": 8, "hidden": 128 * heads, "vocab_size": 256}
     _, shape = plan.model_shape(from_mapping(TINY | {"model": {"scratch": scratch, "dtype": "bfloat16"}}))
     mesh = sessions.serving_mesh(shape, chips.devices(topology))
     method = sessions.systems(config)["concat"]
-    cache = programs.abstract_cache(config, shape, method, mesh, 1024, 128, 32)
+    cache = programs.abstract_cache(config, shape, method, mesh, 1024 * mesh.size, 128, 32)
     need = measure.need(kind(config, shape, method, mesh, cache), chips.find(topology))
     assert need.kinds["cache"] > 2**32
     assert need.kinds["temporaries"] < need.kinds["cache"] / 4, need.kinds
