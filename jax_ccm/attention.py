@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 
 import jax
@@ -18,6 +19,10 @@ IMPLEMENTATIONS = ("xla", "pallas")
 COMPILED = {"tpu": "TPU", "gpu": "GPU (Triton)", "cuda": "GPU (Triton)"}
 # Queries that are attended at once: scores take this times S numbers for each head, whatever T.
 QUERY_BLOCK = 512
+# Into so many parts are queries cut that stand in order, if each has so many.
+PARTS, PART = 4, 128
+# The score of what is hidden.
+HIDDEN = -1e30
 # Up to so many key heads on a device, one query a row meets all of them at once.
 WIDE_HEADS = 8
 logger = logging.getLogger(__name__)
@@ -33,6 +38,7 @@ def memory_attention(
     rule: Rule,
     slots: Slots,
     memory_slots: Slots | None = None,
+    in_order: bool = False,
     implementation: str | None = None,
 ):
     """Softmax attention of each token to the visible ones among its row and the memory.
@@ -44,6 +50,8 @@ def memory_attention(
       rule: who sees whom.
       slots: `Slots` of ``[B, T]``.
       memory_slots: `Slots` of ``[B, M]``.
+      in_order: static, whether the tokens of a row stand in order of `Slots.index` (padding aside), as they do in all
+        layouts: later ones need then not be compared. The kernels find out by themselves.
       implementation: "xla", plain matrix products in blocks of queries; "pallas", a kernel that visits only what is
         visible, compiled for the devices of the mesh in context, or else the default ones, and interpreted on a CPU;
         None for "pallas" on a TPU, else "xla". What is chosen, and what a kernel refuses
@@ -71,7 +79,7 @@ def memory_attention(
             return kernel(q, slots, tuple(sources), rule=rule)
         except Refused as e:
             _say(f"attention runs as 'xla': the kernel refuses, {e}")
-    return _xla(q, slots, sources, rule)
+    return _xla(q, slots, sources, rule, in_order and not rule.both_ways)
 
 
 def _kernel(implementation: str | None):
@@ -123,7 +131,7 @@ def _say(message: str) -> None:
     logger.info(message)
 
 
-def _xla(q, slots: Slots, sources, rule: Rule):
+def _xla(q, slots: Slots, sources, rule: Rule, in_order: bool):
     """Plain matrix products, a block of queries at a time. Memory goes in front of the text."""
     if q.shape[1] == 1:
         try:
@@ -133,6 +141,22 @@ def _xla(q, slots: Slots, sources, rule: Rule):
     k, v, seen = _joined(sources)
     # Heads in front, so that the products are plain matrix products.
     k, v = (constrain(jnp.moveaxis(x, 1, 2), "rows", "heads") for x in (k, v))
+    length = q.shape[1]
+    before = seen.kind.shape[1] - length
+    # Parts of the queries, each with the keys up to its end: with four of them 5/8 of all pairs.
+    parts = max(min(PARTS, length // PART), 1) if in_order and context_shards() == 1 else 1
+    ends = [length * part // parts for part in range(parts + 1)]
+    outs = []
+    for begin, end in itertools.pairwise(ends):
+        mine, keys = slots.map(lambda x, b=begin, e=end: x[:, b:e]), seen.map(lambda x, e=before + end: x[:, :e])
+        outs.append(
+            _in_blocks(q[:, begin:end], mine, k[:, :, : before + end], v[:, :, : before + end], keys, rule=rule)
+        )
+    return jnp.concatenate(outs, axis=1) if parts > 1 else outs[0]
+
+
+def _in_blocks(q, slots: Slots, k, v, seen: Slots, *, rule: Rule):
+    """`_attend` to a block of queries at a time."""
     # Recomputed in the backward pass: what is kept for it grows with T and S, not with T x S.
     attend = jax.checkpoint(functools.partial(_attend, rule=rule))
     batch, length = q.shape[:2]
@@ -165,11 +189,11 @@ def _attend(q, slots: Slots, k, v, seen: Slots, *, rule: Rule):
     q = jnp.moveaxis(q.reshape(batch, length, kv_heads, -1, size), 1, 2).reshape(*rows, size)
     scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32) * size**-0.5
     scores = scores.reshape(batch, kv_heads, length, -1, k.shape[2])
-    weights, total = _weights(scores, visible(rule, slots, seen)[:, None, :, None])
+    weights, share = _weights(scores, visible(rule, slots, seen)[:, None, :, None])
     # Divided after the product: T x H numbers instead of T x S.
     weights = weights.astype(v.dtype).reshape(*rows, -1)
     out = jnp.einsum("bkqs,bksh->bkqh", weights, v, preferred_element_type=jnp.float32)
-    out = out.reshape(batch, kv_heads, length, -1, size) / total
+    out = out.reshape(batch, kv_heads, length, -1, size) * share
     out = jnp.moveaxis(out.astype(v.dtype), 1, 2)
     return constrain(out.reshape(batch, length, heads, size), "rows", "tokens", "heads")
 
@@ -199,16 +223,16 @@ def _attend_one(q, slots: Slots, sources, *, rule: Rule):
     wide = jnp.where(own, q[:, 0, :, None], 0).reshape(batch, heads, -1)
     flat = lambda x: x.reshape(*x.shape[:2], -1)
     scores = jnp.einsum("bnd,bsd->bns", wide, flat(k), preferred_element_type=jnp.float32) * size**-0.5
-    weights, total = _weights(scores, visible(rule, slots, seen))
+    weights, share = _weights(scores, visible(rule, slots, seen))
     out = jnp.einsum("bns,bsd->bnd", weights.astype(v.dtype), flat(v), preferred_element_type=jnp.float32)
-    out = jnp.sum(jnp.where(own, out.reshape(batch, heads, kv_heads, size), 0), axis=2) / total
+    out = jnp.sum(jnp.where(own, out.reshape(batch, heads, kv_heads, size), 0), axis=2) * share
     return out.astype(v.dtype)[:, None]
 
 
 def _weights(scores, mask):
-    """Weights of keys that are seen, not yet divided by their sum ``[..., 1]``, which is returned with them."""
-    # A query that sees nothing (padding) must give zeros and finite gradients, not NaN.
-    scores = jnp.where(mask, scores, -1e30)
+    """Weights of keys, not yet divided; and ``[..., 1]`` what to multiply sums with: 0 where nothing is seen."""
+    scores = jnp.where(mask, scores, HIDDEN)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
-    return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+    weights = jnp.exp(scores - top)
+    # What is hidden weighs exp(HIDDEN - top) = 0, unless nothing is seen at all.
+    return weights, jnp.where(top > HIDDEN, 1 / jnp.sum(weights, axis=-1, keepdims=True), 0.0)

@@ -16,6 +16,7 @@ from jax_ccm.kernels import tpu
 from jax_ccm.kernels.sizes import Refused
 from jax_ccm.types import Kind, Slots
 from tests import cases
+from tests.kernels.support import made_for
 
 HEADS, KV_HEADS, SIZE = 6, 2, 8
 
@@ -52,15 +53,27 @@ def exact(rule, made, q, k, v, memory_k, memory_v):
 
 @pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n1", "loma", "sentinel"])
 @pytest.mark.parametrize("block", [7, 16, 512])
-def test_blocks_are_exact(monkeypatch, name, block):
+@pytest.mark.parametrize("in_order", [False, True])
+def test_blocks_are_exact(monkeypatch, name, block, in_order):
     """Any block size gives the definition, masks that differ from row to row included (Sentinel's trap S16); a query
     that sees nothing gives zeros."""
     method = cases.METHODS[name]
     made, values = arrays(method)
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    out = memory_attention(*values, rule=method.rule, slots=made.slots, memory_slots=made.memory.slots)
+    monkeypatch.setattr(attention, "PART", 9)
+    attend = functools.partial(memory_attention, rule=method.rule, slots=made.slots, memory_slots=made.memory.slots)
+    out = attend(*values, in_order=in_order)
     np.testing.assert_allclose(out, exact(method.rule, made, *values), atol=1e-5)
     assert np.abs(np.asarray(out)[made.slots.kind == Kind.PAD]).max() == 0
+
+
+@pytest.mark.parametrize("name", cases.METHODS)
+def test_layouts_are_in_order(name):
+    """No token of a layout sees a later place of its row, but for rules that look both ways."""
+    method = cases.METHODS[name]
+    made = made_for(method)
+    seen = np.asarray(layout.visible(method.rule, made.slots, made.slots))
+    assert np.triu(seen, 1).any() == bool(method.rule.both_ways)
 
 
 @pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n1", "loma", "sentinel"])
@@ -108,11 +121,13 @@ def test_gradients_of_blocks(monkeypatch):
     rng = np.random.default_rng(1)
     weights = jnp.asarray(rng.normal(size=values[0].shape), jnp.float32)
     found = []
-    for block in (7, 512):
+    monkeypatch.setattr(attention, "PART", 9)
+    for block, in_order in ((512, False), (7, False), (512, True), (7, True)):
         monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-        attend = functools.partial(memory_attention, rule=method.rule, slots=made.slots, memory_slots=made.memory.slots)
+        seen = dict(slots=made.slots, memory_slots=made.memory.slots, in_order=in_order)
+        attend = functools.partial(memory_attention, rule=method.rule, **seen)
         found.append(jax.grad(lambda v, attend=attend: jnp.sum(attend(*v) * weights))(values))
-    for ours, theirs in zip(*found, strict=True):
+    for ours, theirs in ((x, y) for other in found[1:] for x, y in zip(other, found[0], strict=True)):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
         assert np.isfinite(ours).all() and np.abs(ours).max() > 0
     pad = made.slots.kind == Kind.PAD

@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
 
         Args:
           tokens: ``int32 [B, T]``.
-          slots: `Slots` of ``[B, T]``.
+          slots: `Slots` of ``[B, T]``, in order of index but for padding.
           gate: ``float32 [B, T]``, 1 where the adapter's LoRA acts; a `Gate` of few tokens; None for nowhere.
           rule: who sees whom.
           memory: keys and values besides the tokens' own.
@@ -213,9 +213,8 @@ class Transformer(nnx.Module):
                 mk, mv = pack(memory, rotated), pack(memory, v)
             else:
                 mk = mv = None
-            attend = functools.partial(
-                memory_attention, rule=rule, slots=slots, memory_slots=memory_slots, implementation=implementation
-            )
+            seen = dict(rule=rule, slots=slots, memory_slots=memory_slots, in_order=True)
+            attend = functools.partial(memory_attention, **seen, implementation=implementation)
             q, more = rope.rotate(q, cos, sin), None
             if observe is None:
                 y = attend(q, rotated, v, mk, mv)
