@@ -97,6 +97,6 @@ print(json.dumps({"seconds": seconds, "heavy": [name for name in heavy if name i
 
 
 def test_size_of_files():
-    """Files stay under 400 lines; longer ones are split by noun."""
-    long = {str(p.relative_to(ROOT)): n for p in modules() if (n := len(p.read_text().splitlines())) > 400}
+    """A file is one thing, of up to 450 lines; longer ones are split by noun."""
+    long = {str(p.relative_to(ROOT)): n for p in modules() if (n := len(p.read_text().splitlines())) > 450}
     assert not long
