@@ -181,12 +181,11 @@ def layer(rule: Rule, batch: int, length: int, memory: int, *, attention: bool =
     """
     module = jax.eval_shape(lambda: Attention(jax.random.key(0), LLAMA_8B, None, jnp.bfloat16))
     graphdef, weights = nnx.split(module)
-    frequencies = rope.frequencies(LLAMA_8B)
 
     def forward(x, weights, slots, packed):
         module = nnx.merge(graphdef, weights)
         q, k, v = module.project(x, None, [None] * 4)
-        angles = rope.angles(frequencies, slots.position)
+        angles = rope.angles(LLAMA_8B, slots.position)
         q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
         if attention:
             memory_k, memory_v = pack(packed, k), pack(packed, v)

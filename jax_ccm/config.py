@@ -53,6 +53,10 @@ class ModelSource:
     """Where the tokenizer comes from; empty for the same place as the model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base weights and of the computation; adapters are always float32."""
+    rope_length: int | None = None
+    """Positions that sessions will reach, for a model whose rotary frequencies depend on it (dynamic NTK, longrope):
+    they are chosen once, since keys in a cache cannot follow. Left out: frequencies of the length before scaling. An
+    adapter belongs to the frequencies that it was trained with."""
     scratch: ScratchConfig = ScratchConfig()
     """Sizes of the decoder from scratch."""
 
@@ -324,5 +328,7 @@ def check(config: Config) -> None:
             f"optimizer.accumulation={config.optimizer.accumulation} needs micro-batches of one shape, and "
             "data.buckets gives several; use a larger data.batch_size, or leave data.buckets empty"
         )
+    if config.model.rope_length is not None and not config.model.source:
+        raise UserError("model.rope_length is given, but a model from scratch has no scaled rope; leave it out")
     if config.adapter.merge and not config.model.source:
         raise UserError("adapter.merge needs a pretrained base (model.source); a model from scratch has no first stage")

@@ -111,15 +111,21 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
     model = _base(config, shape, tokenizer, stored, mesh)
     if config.adapter.merge:
         model = merge_adapter(config.adapter.merge, model, base=config.model.source)
-    if config.model.source and config.data.tokens > model.config.max_position:
+    if config.model.source and config.data.tokens > model.config.positions:
         warnings.warn(
-            f"rows of data.tokens={config.data.tokens} reach beyond the {model.config.max_position} positions that "
-            f"{config.model.source} was trained for",
+            f"rows of data.tokens={config.data.tokens} reach beyond the {model.config.positions} positions that "
+            f"{config.model.source} was trained for{_longer(model.config)}",
             stacklevel=2,
         )
     if stored is not None:
         model = load_adapter(stored, model, method=method, base=config.model.source)
     return Experiment(config, model, method, tokenizer, mesh)
+
+
+def _longer(shape: ModelConfig) -> str:
+    """What to do about rows that are too long, if there is something."""
+    scaling = shape.rope_scaling
+    return "; set model.rope_length to the length" if scaling is not None and scaling.by_length else ""
 
 
 def _adapter_config(config: Config, method: Method) -> AdapterConfig:
@@ -165,8 +171,9 @@ def _base(
     if source:
         from jax_ccm.weights import load_model, read_config
 
-        shape = read_config(source)
-        return load_model(source, adapter=adapter, dtype=dtype, key=key, shardings=_places(mesh, shape, adapter))
+        length = config.model.rope_length
+        places = _places(mesh, read_config(source, length), adapter)
+        return load_model(source, adapter=adapter, dtype=dtype, key=key, shardings=places, rope_length=length)
     try:
         shape = scratch_model(config.model.scratch, 0 if tokenizer is None else len(tokenizer))
     except ValueError as e:

@@ -142,7 +142,7 @@ def model_shape(config: Config, given: str = "") -> tuple[str, ModelConfig]:
             raise UserError(f"model.scratch: {e}") from e
     source = given or config.model.source
     known = SHAPES / source.rsplit("/", 1)[-1]
-    return source, read_config(known if known.is_dir() else source)
+    return source, read_config(known if known.is_dir() else source, config.model.rope_length)
 
 
 def training(

@@ -10,16 +10,36 @@ class RopeScaling:
     """Scaling of RoPE frequencies.
 
     Attributes:
-      kind: "linear" divides all frequencies by `factor`; "llama3" only low ones (Llama 3.1).
+      kind: "linear" divides all frequencies by `factor`; "llama3" only low ones (Llama 3.1); "yarn" low ones, by bands
+        of turns (Peng et al. 2023); "dynamic" raises the base for text beyond `original_max_position` (dynamic NTK);
+        "longrope" divides each frequency by a factor of its own (Ding et al. 2024).
       factor: how much longer the context becomes.
-      low_freq_factor, high_freq_factor, original_max_position: the band edges of "llama3".
+      low_freq_factor, high_freq_factor: the band edges of "llama3".
+      original_max_position: positions before scaling.
+      attention_factor: cosine and sine are multiplied by it.
+      beta_fast, beta_slow, truncate: the band edges of "yarn" in turns, and whether they are whole dimensions.
+      short_factor, long_factor: of "longrope", one for each pair: up to `original_max_position`, and beyond.
+      length: positions that sessions will reach, for "dynamic" and "longrope"; None for no more than they have without
+        it. It cannot follow a session: keys that are in a cache keep the frequencies that they were rotated by.
     """
 
     kind: str
-    factor: float
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    length: int | None = None
+
+    @property
+    def by_length(self) -> bool:
+        """Whether frequencies depend on `length`."""
+        return self.kind in ("dynamic", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +87,31 @@ class ModelConfig:
     def kv_bytes_per_slot(self, itemsize: int) -> int:
         """Bytes of one cache slot over all layers, keys and values."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    @property
+    def positions(self) -> int:
+        """Positions that the rotary embedding serves; beyond is allowed, and warned about."""
+        scaling = self.rope_scaling
+        length = (scaling.length if scaling is not None else None) or 0
+        if scaling is not None and scaling.kind == "longrope" and length <= scaling.original_max_position:
+            return min(self.max_position, scaling.original_max_position)
+        return max(self.max_position, length)
+
+    def for_length(self, length: int | None) -> ModelConfig:
+        """The config with RoPE for sessions that reach so many positions (`RopeScaling.length`).
+
+        Raises:
+          ValueError: if this model's RoPE does not depend on a length.
+        """
+        if length is None:
+            return self
+        scaling = self.rope_scaling
+        if scaling is None or not scaling.by_length:
+            kind = "has no scaling" if scaling is None else f"is scaled by {scaling.kind!r}"
+            raise ValueError(f"the rope of this model {kind} and does not depend on a length; leave it out")
+        if length < 1:
+            raise ValueError(f"a session of {length} positions has no text; give the most positions that one reaches")
+        return dataclasses.replace(self, rope_scaling=dataclasses.replace(scaling, length=length))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,39 +2,80 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm.nn.config import ModelConfig
+from jax_ccm.nn.config import ModelConfig, RopeScaling
+
+
+def _linear(freqs: np.ndarray, scaling: RopeScaling, base: float) -> np.ndarray:
+    return freqs / scaling.factor
+
+
+def _llama3(freqs: np.ndarray, scaling: RopeScaling, base: float) -> np.ndarray:
+    """Llama 3.1: long waves are slowed by the factor, short ones kept, a linear ramp between."""
+    wavelength = 2 * np.pi / freqs
+    ramp = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    ramp = np.clip(ramp, 0.0, 1.0)
+    return (1 - ramp) * freqs / scaling.factor + ramp * freqs
+
+
+def _yarn(freqs: np.ndarray, scaling: RopeScaling, base: float) -> np.ndarray:
+    """YaRN (Peng et al. 2023, section 3.2): as llama3, but the ramp is linear in the number of the pair."""
+    size = 2 * len(freqs)
+    # The dimension whose wave turns so often within the old context.
+    turning = lambda turns: size * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / math.log(base) / 2
+    low, high = turning(scaling.beta_fast), turning(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    slowed = np.clip((np.arange(len(freqs)) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+    return slowed * freqs / scaling.factor + (1 - slowed) * freqs
+
+
+def _dynamic(freqs: np.ndarray, scaling: RopeScaling, base: float) -> np.ndarray:
+    """Dynamic NTK: beyond the old context the base grows so that the longest wave is slowed with the length."""
+    size = 2 * len(freqs)
+    longer = max((scaling.length or 0) / scaling.original_max_position, 1.0)
+    growth = (scaling.factor * longer - scaling.factor + 1) ** (size / (size - 2))
+    return freqs * growth ** -(np.arange(0, size, 2) / size)
+
+
+def _longrope(freqs: np.ndarray, scaling: RopeScaling, base: float) -> np.ndarray:
+    """LongRoPE (Ding et al. 2024): each wave is slowed by a factor of its own."""
+    factors = scaling.long_factor if (scaling.length or 0) > scaling.original_max_position else scaling.short_factor
+    if len(factors) != len(freqs):
+        raise ValueError(f"longrope has {len(factors)} factors for {len(freqs)} pairs of dimensions")
+    return freqs / np.asarray(factors)
+
+
+SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "dynamic": _dynamic, "longrope": _longrope}
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
     """Angular frequency of each pair of dimensions, ``float32 [H / 2]``.
 
     Raises:
-      ValueError: for a scaling kind that is not implemented.
+      ValueError: for a scaling kind that is not implemented, or factors that do not fit.
     """
     freqs = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return freqs.astype(np.float32)
-    if scaling.kind == "linear":
-        return (freqs / scaling.factor).astype(np.float32)
-    if scaling.kind != "llama3":
-        raise ValueError(f"rope scaling {scaling.kind!r} is not supported; supported: linear, llama3")
-    # Llama 3.1: long waves are slowed by the factor, short ones kept, a linear ramp between.
-    wavelength = 2 * np.pi / freqs
-    ramp = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    ramp = np.clip(ramp, 0.0, 1.0)
-    return ((1 - ramp) * freqs / scaling.factor + ramp * freqs).astype(np.float32)
+    if scaling.kind not in SCALINGS:
+        raise ValueError(f"rope scaling {scaling.kind!r} is not supported; supported: {', '.join(SCALINGS)}")
+    return SCALINGS[scaling.kind](freqs, scaling, config.rope_theta).astype(np.float32)
 
 
-def angles(freqs: np.ndarray, position):
-    """Cosine and sine for positions ``int32 [...]``: two float32 arrays ``[..., H / 2]``."""
-    angle = position[..., None].astype(jnp.float32) * freqs
-    return jnp.cos(angle), jnp.sin(angle)
+def angles(config: ModelConfig, position):
+    """Cosine and sine for positions ``int32 [...]``, with the attention factor: two float32 arrays ``[..., H / 2]``."""
+    angle = position[..., None].astype(jnp.float32) * frequencies(config)
+    factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+    return (jnp.cos(angle), jnp.sin(angle)) if factor == 1.0 else (factor * jnp.cos(angle), factor * jnp.sin(angle))
 
 
 def rotate(x, cos, sin):

@@ -190,12 +190,12 @@ class Transformer(nnx.Module):
           ``[L, B, S, K]``, summed over the heads of a group.
         """
         rule = with_window(rule, self.config.sliding_window)
-        freqs = rope.frequencies(self.config)
         by_place = places is not None
-        cos, sin = rope.angles(freqs, places if by_place else slots.position)
+        cos, sin = rope.angles(self.config, places if by_place else slots.position)
         past = (memory.k, memory.v) if isinstance(memory, MemoryCache) else None
         memory_slots = memory.slots if memory is not None else None
-        past_angles = rope.angles(freqs, jnp.arange(past[0].shape[2])[None]) if by_place and past is not None else None
+        past_places = jnp.arange(past[0].shape[2])[None] if by_place and past is not None else None
+        past_angles = None if past_places is None else rope.angles(self.config, past_places)
 
         def body(carry, scanned):
             x, whole = carry

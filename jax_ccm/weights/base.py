@@ -20,21 +20,37 @@ from jax_ccm.weights.hf import Index, Safetensors, Tensors, base_parameters, hf_
 from jax_ccm.weights.sources import CONFIG_FILES, locate
 
 
-def read_config(source: str | Path) -> ModelConfig:
+def read_config(source: str | Path, rope_length: int | None = None) -> ModelConfig:
     """The shape of the model that ``source`` names.
 
     Args:
       source: a local folder, a hub id, a ``.gguf`` file, or ``package:NAME/FILE.gguf``.
+      rope_length: positions that sessions will reach, for models whose rope depends on it (`RopeScaling.length`).
 
     Raises:
-      UserError: if there is nothing there, or the model is of a kind that is not implemented.
+      UserError: if there is nothing there, the model is of a kind that is not implemented, or its rope does not depend
+        on a length that is given.
     """
     path = locate(source, CONFIG_FILES)
-    return GgufFile.open(path).config if path.is_file() else hf_config.read(path / "config.json")
+    config = GgufFile.open(path).config if path.is_file() else hf_config.read(path / "config.json")
+    return _for_length(config, rope_length, path)
+
+
+def _for_length(config: ModelConfig, length: int | None, path: Path) -> ModelConfig:
+    try:
+        return config.for_length(length)
+    except ValueError as error:
+        raise UserError(f"{path}: model.rope_length is {length}, but {error}") from error
 
 
 def load_model(
-    source: str | Path, *, adapter: AdapterConfig | None = None, dtype=jnp.float32, key=None, shardings=None
+    source: str | Path,
+    *,
+    adapter: AdapterConfig | None = None,
+    dtype=jnp.float32,
+    key=None,
+    shardings=None,
+    rope_length: int | None = None,
 ) -> Transformer:
     """Loads a base model, and puts a fresh adapter beside it.
 
@@ -49,6 +65,7 @@ def load_model(
       key: PRNG key of the adapter's initialisation; required with an adapter.
       shardings: where the arrays go: None for the default device, one `jax.sharding.Sharding` for all of them, or a
         tree of the structure of `abstract_transformer` (or its state) with a sharding for each.
+      rope_length: as for `read_config`.
 
     Raises:
       UserError: for a missing, truncated or unexpected file or tensor, a wrong shape, an unsupported architecture.
@@ -64,6 +81,7 @@ def load_model(
     else:
         config = hf_config.read(path / "config.json")
         tensors = Safetensors(path)
+    config = _for_length(config, rope_length, path)
     target = abstract_transformer(config, adapter, dtype)
     places = _shardings(target, shardings)
     _check(target, config, tensors)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
-from jax_ccm.nn import ModelConfig, RopeScaling
+from jax_ccm.nn import ModelConfig, RopeScaling, rope
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -22,7 +23,18 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 SUPPORTED = ", ".join(f"{family} ({name})" for family, name in ARCHITECTURES.items())
-ROPE_KINDS = ("default", "linear", "llama3")
+# Parameters that a scaling of the rotary embedding may have besides its kind and base.
+_ROPE: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "dynamic": ("factor",),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate",
+    ),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
+}  # fmt: skip
 
 # What transformers assumes for a field that the file leaves out, where the families differ.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -118,7 +130,7 @@ def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
     theta, scaling = _rope(raw, get, where)
     bias = get("attention_bias", bool, default=False) if family in ("llama", "qwen3") else False
     try:
-        return ModelConfig(
+        config = ModelConfig(
             family=family,
             vocab_size=get("vocab_size", int),
             hidden_size=hidden,
@@ -138,6 +150,8 @@ def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
             sliding_window=_window(raw, get, family, where),
             max_position=get("max_position_embeddings", int),
         )
+        rope.frequencies(config)  # raises for factors that do not fit the head
+        return config
     except UserError:
         raise
     except ValueError as error:
@@ -197,31 +211,57 @@ def _rope(raw: dict[str, Any], get: _Fields, where: str) -> tuple[float, RopeSca
     given = {name: value for name, value in given.items() if value is not None}
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
-    if kind not in ROPE_KINDS:
-        raise UserError(f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+    if kind not in _ROPE:
+        raise UserError(f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(_ROPE)}")
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{where}: rope parameter partial_rotary_factor: {_NEUTRAL['partial_rotary_factor'][1]}")
     params = dataclasses.replace(get, raw=given, defaults={}, where=f"{where}: rope parameters")
     theta = params("rope_theta", float) if "rope_theta" in given else get("rope_theta", float, default=10000.0)
-    used = {"default": (), "linear": ("factor",), "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}[kind]  # fmt: skip
-    strange = sorted(set(given) - set(used) - {"rope_theta", "factor", "original_max_position_embeddings"})
+    strange = sorted(set(given) - set(_ROPE[kind]) - {"rope_theta", "factor", "original_max_position_embeddings"})
     if strange:
         raise UserError(f"{where}: rope parameter {strange[0]!r} is not known for {kind!r} rope")
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", params("factor", float))
+    longest = get("max_position_embeddings", int)
+    original = longest
     if raw.get("original_max_position_embeddings"):
         original = get("original_max_position_embeddings", int)
     elif "original_max_position_embeddings" in given:
         original = params("original_max_position_embeddings", int)
+    # Phi-3 and others leave the factor to the ratio of the two lengths.
+    factor = longest / original if kind == "longrope" and "factor" not in given else params("factor", float)
+    if kind in ("linear", "dynamic"):
+        # What dynamic NTK takes for the old context is the context that the file names.
+        return theta, RopeScaling(kind, factor, original_max_position=longest if kind == "dynamic" else 8192)
+    if kind == "llama3":
+        low, high = params("low_freq_factor", float), params("high_freq_factor", float)
+        if low >= high:
+            raise UserError(f"{where}: low_freq_factor {low} must be smaller than high_freq_factor {high}")
+        return theta, RopeScaling(kind, factor, low, high, original)
+    scaling = RopeScaling(kind, factor, original_max_position=original)
+    if kind == "longrope":
+        shown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        short, long = (_numbers(given, name, params.where) for name in ("short_factor", "long_factor"))
+        scaling = dataclasses.replace(scaling, short_factor=short, long_factor=long)
     else:
-        original = get("max_position_embeddings", int)
-    low, high = params("low_freq_factor", float), params("high_freq_factor", float)
-    if low >= high:
-        raise UserError(f"{where}: low_freq_factor {low} must be smaller than high_freq_factor {high}")
-    return theta, RopeScaling("llama3", params("factor", float), low, high, original)
+        temper = lambda scale: 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+        one, all_ = (params(name, float) if given.get(name) else 0.0 for name in ("mscale", "mscale_all_dim"))
+        shown = temper(one) / temper(all_) if one and all_ else temper(1.0)
+        scaling = dataclasses.replace(
+            scaling,
+            beta_fast=params("beta_fast", float, default=32.0),
+            beta_slow=params("beta_slow", float, default=1.0),
+            truncate=params("truncate", bool, default=True),
+        )
+    return theta, dataclasses.replace(scaling, attention_factor=params("attention_factor", float, default=shown))
+
+
+def _numbers(given: dict[str, Any], name: str, where: str) -> tuple[float, ...]:
+    value = given.get(name)
+    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
+    if not isinstance(value, list) or not all(map(number, value)):
+        raise UserError(f"{where}: {name} is {value!r}; it must be a list of positive numbers")
+    return tuple(map(float, value))
 
 
 def _window(raw: dict[str, Any], get: _Fields, family: str, where: str) -> int | None:
@@ -258,15 +298,7 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
     family = config.family
     if family not in ARCHITECTURES:
         raise UserError(f"family {family!r} cannot be written in Hugging Face layout; supported: {SUPPORTED}")
-    rope: dict[str, Any] | None = None
-    if config.rope_scaling is not None:
-        rope = {"rope_type": config.rope_scaling.kind, "factor": config.rope_scaling.factor}
-        if config.rope_scaling.kind == "llama3":
-            rope |= {
-                "low_freq_factor": config.rope_scaling.low_freq_factor,
-                "high_freq_factor": config.rope_scaling.high_freq_factor,
-                "original_max_position_embeddings": config.rope_scaling.original_max_position,
-            }
+    scaling_said = None if config.rope_scaling is None else _rope_dict(config.rope_scaling)
     raw: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
@@ -280,7 +312,7 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": rope,
+        "rope_scaling": scaling_said,
         "max_position_embeddings": config.max_position,
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": dtype,
@@ -298,9 +330,30 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "sliding_window": window,
             "max_window_layers": config.num_layers if window is None else 0,
         }
-    if from_dict(raw, "export") != config:
+    # The length of sessions is chosen by who loads the file; it has no place in it.
+    scaling = config.rope_scaling
+    unsaid = None if scaling is None else dataclasses.replace(scaling, length=None)
+    if from_dict(raw, "export") != dataclasses.replace(config, rope_scaling=unsaid):
         raise UserError(
             f"a {family!r} config.json cannot express this model: {config}. Its biases, q/k norm and window must be "
             "those of the family"
         )
     return raw
+
+
+def _rope_dict(scaling: RopeScaling) -> dict[str, Any]:
+    """The rope parameters of a ``config.json``."""
+    said = {
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position,
+        "attention_factor": scaling.attention_factor,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "truncate": scaling.truncate,
+        "short_factor": list(scaling.short_factor),
+        "long_factor": list(scaling.long_factor),
+    }
+    used = {name: said[name] for name in _ROPE[scaling.kind] if name in said}
+    return {"rope_type": scaling.kind, **used}

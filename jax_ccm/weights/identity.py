@@ -13,7 +13,7 @@ import numpy as np
 from jax_ccm import processes
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
-from jax_ccm.nn import Transformer
+from jax_ccm.nn import ModelConfig, RopeScaling, Transformer
 from jax_ccm.types import Method, Rule
 from jax_ccm.weights.hf import parameters
 
@@ -103,7 +103,20 @@ def _short(value: Any) -> Any:
     """Numbers as they survive float32: a GGUF file stores 1e-05 as 9.99999974e-06."""
     if isinstance(value, dict):
         return {key: _short(x) for key, x in sorted(value.items())}
+    if isinstance(value, list | tuple):
+        return [_short(x) for x in value]
     return f"{value:.6g}" if isinstance(value, float | int) and not isinstance(value, bool) else value
+
+
+def _whole(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored config; a field that an older file does not have yet has its default there."""
+    defaults = lambda kind: {
+        f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING
+    }
+    scaling = config.get("rope_scaling")
+    if scaling:
+        config = config | {"rope_scaling": defaults(RopeScaling) | scaling}
+    return defaults(ModelConfig) | config
 
 
 def check_base(stored: dict[str, Any], model: Transformer, name: str, source: str) -> None:
@@ -113,9 +126,9 @@ def check_base(stored: dict[str, Any], model: Transformer, name: str, source: st
       UserError: with both names and what differs.
     """
     here = describe_base(model, name)
-    there_config = {key: _short(x) for key, x in stored.get("config", {}).items()}
+    there_config = {key: _short(x) for key, x in _whole(stored.get("config", {})).items()}
     differ = [
-        f"{key}: {stored.get('config', {}).get(key)} there, {value} here"
+        f"{key}: {_whole(stored.get('config', {})).get(key)} there, {value} here"
         for key, value in here["config"].items()
         if there_config.get(key) != _short(value)
     ]

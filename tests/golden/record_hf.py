@@ -1,8 +1,10 @@
-"""Records logits of tiny random Hugging Face models, and ids of a tiny SentencePiece model, for tests/weights.
+"""Records logits of tiny random Hugging Face models, frequencies of scaled rotary embeddings, and ids of a tiny
+SentencePiece model, for tests/weights.
 
-Needs torch, transformers (5.23 was used) and sentencepiece, which the project itself does not:
+Needs torch, transformers (5.23 was used; 5.3 for the cases of `SMALL`) and sentencepiece, which the project itself does
+not:
 
-    python tests/golden/record_hf.py [FOLDER]
+    python tests/golden/record_hf.py FOLDER [CASE ...]
 
 Each case becomes a folder with ``config.json``, ``model.safetensors`` and ``expected.npz`` (input_ids ``[2, 48]``,
 logits float32 ``[2, 48, V]``). Weights are large enough for logits of a few units, so that an error shows.
@@ -16,12 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              rms_norm_eps=1e-5, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)  # fmt: skip
 # Band edges that fall between the wavelengths of 48 positions, unlike those of the real models.
 LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=64)  # fmt: skip
+SMALL = SIZES | dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64, beta_fast=4.0)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=10000.0, factor=3.0)
 CASES = {
     "llama_mha": LlamaConfig(**SIZES),
     "llama_gqa": LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=5e5)),
@@ -40,7 +46,26 @@ CASES = {
         **SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=12, max_window_layers=0
     ),
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
+    "llama_yarn": LlamaConfig(**SMALL, rope_parameters=YARN),
+    # 48 tokens, for a length of 48.
+    "llama_dynamic": LlamaConfig(**SMALL | dict(max_position_embeddings=24), rope_parameters=DYNAMIC),
 }  # fmt: skip
+
+# A head of 64 numbers, with the lengths to record.
+ROPES = [
+    (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=2048), [None]),
+    (dict(rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=0.5),
+     [None]),
+    (dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=4096, beta_fast=16.0, beta_slow=2.0,
+          truncate=False, attention_factor=1.25), [None]),
+    (dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=32), [None]),
+    (dict(rope_type="dynamic", factor=2.0), [None, 4096, 8192, 30000]),
+    (dict(rope_type="longrope", factor=4.0, original_max_position_embeddings=2048,
+          short_factor=[1 + i / 100 for i in range(32)], long_factor=[1 + i / 2 for i in range(32)]),
+     [None, 2048, 2049, 8192]),
+    (dict(rope_type="longrope", factor=16.0, original_max_position_embeddings=512, attention_factor=1.5,
+          short_factor=[1.0] * 32, long_factor=[2.0] * 32), [512, 8192]),
+]  # fmt: skip
 
 CORPUS = """The memory of a conversation is smaller than the conversation. What was said in the morning is needed in the
 evening: a name, a place, a number, a change of mind. He read the whole letter; she remembered only three words of it.
@@ -75,6 +100,19 @@ def record_model(config, folder: Path, seed: int) -> None:
     print(f"{folder.name}: {model.num_parameters()} parameters, logits up to {logits.abs().max():.2f}")
 
 
+def record_ropes(path: Path) -> None:
+    sizes = dict(hidden_size=256, num_attention_heads=4, max_position_embeddings=8192)
+    records = []
+    for rope, lengths in ROPES:
+        rope = {"rope_theta": 10000.0, **rope}
+        for length in lengths:
+            config = LlamaConfig(**sizes, rope_parameters=dict(rope))
+            found, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", seq_len=length)
+            records.append({"rope": rope, "length": length, "factor": factor, "frequencies": found.tolist()})
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    print(f"{path.name}: {len(records)} records")
+
+
 def record_sentencepiece(path: Path) -> None:
     import sentencepiece
 
@@ -101,6 +139,11 @@ def record_sentencepiece(path: Path) -> None:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "hf"
+    wanted = sys.argv[2:] or [*CASES, "ropes.jsonl", "sentencepiece.json"]
     for number, (name, case) in enumerate(CASES.items()):
-        record_model(case, root / name, seed=number)
-    record_sentencepiece(root / "sentencepiece.json")
+        if name in wanted:
+            record_model(case, root / name, seed=number)
+    if "ropes.jsonl" in wanted:
+        record_ropes(root / "ropes.jsonl")
+    if "sentencepiece.json" in wanted:
+        record_sentencepiece(root / "sentencepiece.json")

@@ -76,7 +76,7 @@ def test_rope_half_split():
     np.testing.assert_allclose(freqs, [100 ** -(i / 4) for i in range(4)], rtol=1e-6)
     x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
     position = jnp.array([[0, 5, 9]])
-    out = np.asarray(rope.rotate(x, *rope.angles(freqs, position)))
+    out = np.asarray(rope.rotate(x, *rope.angles(config, position)))
     for t, p in enumerate([0, 5, 9]):
         for i in range(4):
             pair = np.asarray(x)[0, t, :, i] + 1j * np.asarray(x)[0, t, :, i + 4]
@@ -92,8 +92,10 @@ def test_rope_scaling():
     llama = scaled(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
     # Short waves are kept, waves longer than the old context are slowed by the factor.
     assert llama[0] == plain[0] and llama[-1] == pytest.approx(plain[-1] / 8)
-    with pytest.raises(ValueError, match="'yarn' is not supported; supported: linear, llama3"):
-        scaled(kind="yarn", factor=2.0)
+    with pytest.raises(ValueError, match="'ntk' is not supported; supported: linear, llama3, yarn, dynamic, longrope"):
+        scaled(kind="ntk", factor=2.0)
+    with pytest.raises(ValueError, match="longrope has 2 factors for 4 pairs"):
+        scaled(kind="longrope", short_factor=(1.0, 2.0))
 
 
 def test_comp_embeddings():

@@ -219,6 +219,22 @@ def test_numbers_that_float32_rounds_are_the_same_base(saved):
     load_adapter(saved, bare, method=CONCAT)
 
 
+def test_a_base_described_before_a_field_existed_is_the_same_base(saved):
+    """Old adapters have no word for what every model then was; such a field has its default in them."""
+    scaled = dataclasses.replace(MODEL.config, rope_scaling=RopeScaling("linear", 2.0))
+    bare = base_only(MODEL)
+    bare.config = scaled
+    path = saved / "adapter.json"
+    identity = json.loads(path.read_text())
+    first = dataclasses.fields(scaled)[:10]
+    old = {f.name: getattr(scaled, f.name) for f in first} | {"rope_scaling": {"kind": "linear", "factor": 2.0}}
+    identity["base"]["config"] = old
+    path.write_text(json.dumps(identity))
+    load_adapter(saved, bare, method=CONCAT)
+    with pytest.raises(UserError, match="rope_scaling: {.*'factor': 2.0.*} there, None here"):
+        load_adapter(saved, base_only(MODEL), method=CONCAT)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

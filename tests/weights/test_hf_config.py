@@ -3,10 +3,11 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from jax_ccm.errors import UserError
-from jax_ccm.nn import ModelConfig, RopeScaling
+from jax_ccm.nn import ModelConfig, RopeScaling, rope
 from jax_ccm.weights import hf_config, read_config
 from tests.weights.test_parity import CASES, GOLDEN
 
@@ -98,10 +99,14 @@ def test_sliding_window():
         ({"model_type": None}, "none named of model_type 'None' is not supported; supported: llama .LlamaForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification .* not supported"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "'yarn' is not supported; supported: default, linear, l",
+            {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}},
+            "'ntk' is not supported; supported: default, linear, l",
         ),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor is missing; it must be a positive number"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "beta_fast": 4}},
+            "'beta_fast' is not known for 'dyn",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "only one set for all layers"),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}}, "'mrope_section' is not known"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "only a part of each head"),
@@ -161,7 +166,8 @@ def test_written_config_is_read_back_and_by_transformers(case):
     assert hf_config.from_dict(json.loads(json.dumps(raw)), "x") == config
     theirs = CONFIG_MAPPING[config.family].from_dict(raw)
     original = CONFIG_MAPPING[config.family].from_json_file(GOLDEN / case / "config.json")
-    assert theirs.rope_parameters == original.rope_parameters
+    # What follows from the rest (the attention factor of YaRN) is written, too.
+    assert theirs.rope_parameters == theirs.rope_parameters | original.rope_parameters
     for name in ("head_dim", "sliding_window", "layer_types", "attention_bias", "mlp_bias", "num_key_value_heads"):
         if hasattr(original, name):
             assert getattr(theirs, name) == getattr(original, name)
@@ -171,3 +177,49 @@ def test_what_the_format_cannot_say_is_not_written():
     config = dataclasses.replace(read(), qkv_bias=True)
     with pytest.raises(UserError, match="cannot express this model"):
         hf_config.to_dict(config, "float32")
+
+
+@pytest.mark.parametrize("record", (GOLDEN / "ropes.jsonl").read_text().splitlines())
+def test_frequencies_equal_transformers(record):
+    """YaRN, dynamic NTK and longrope, for each length of a session, in both spellings."""
+    record = json.loads(record)
+    fields = dict(hidden_size=256, max_position_embeddings=8192)
+    old = {k: v for k, v in record["rope"].items() if k not in ("rope_theta", "rope_type")}
+    for spelling in (
+        {"rope_parameters": record["rope"]},
+        {"rope_theta": 10000.0, "rope_scaling": {"type": record["rope"]["rope_type"], **old}},
+    ):
+        config = read(**fields, **spelling).for_length(record["length"] if config_by_length(record) else None)
+        np.testing.assert_allclose(rope.frequencies(config), record["frequencies"], rtol=2e-6)
+        assert config.rope_scaling is not None
+        assert config.rope_scaling.attention_factor == pytest.approx(record["factor"])
+        cos, sin = rope.angles(config, np.array([0]))
+        np.testing.assert_allclose(cos, record["factor"] * np.ones((1, 32)), rtol=1e-6)
+
+
+def config_by_length(record) -> bool:
+    return record["rope"]["rope_type"] in ("dynamic", "longrope")
+
+
+def test_one_length_for_a_session():
+    """The frequencies are chosen when the model is made, and the config says how far they serve."""
+    with pytest.raises(ValueError, match="has no scaling and does not depend on a length; leave it out"):
+        read().for_length(4096)
+    with pytest.raises(ValueError, match="is scaled by 'linear' and does not depend on a length"):
+        read(rope_scaling={"type": "linear", "factor": 2.0}).for_length(4096)
+    dynamic = read(rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert dynamic.positions == 512 and dynamic.for_length(2048).positions == 2048
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    longrope = read(original_max_position_embeddings=64, rope_scaling={"type": "longrope", **factors})
+    assert longrope.rope_scaling.factor == 8.0
+    assert longrope.positions == 64 and longrope.for_length(65).positions == 512
+    with pytest.raises(UserError, match="longrope has 3 factors for 4 pairs of dimensions"):
+        read(rope_scaling={"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 4})
+    with pytest.raises(UserError, match="long_factor is None; it must be a list of positive numbers"):
+        read(rope_scaling={"type": "longrope", "short_factor": [1.0] * 4})
+
+
+def test_a_length_that_the_model_does_not_depend_on_is_refused():
+    with pytest.raises(UserError, match="model.rope_length is 99, but the rope of this model has no scaling"):
+        read_config(GOLDEN / "llama_mha", 99)
+    assert read_config(GOLDEN / "llama_dynamic", 99).rope_scaling.length == 99
