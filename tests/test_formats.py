@@ -1,0 +1,42 @@
+"""Files that users keep, written by earlier versions, load and give the numbers that they gave then."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_ccm import memory
+from jax_ccm.config import load_config
+from jax_ccm.experiment import load_experiment
+from tests.golden.formats import record
+
+FOLDER = Path(__file__).parent / "golden" / "formats"
+ARCHIVES = sorted(FOLDER.glob("*/*.tar.gz"))
+
+
+@pytest.fixture(params=ARCHIVES, ids=lambda path: f"{path.parent.name}-{path.name.removesuffix('.tar.gz')}")
+def folder(request, tmp_path):
+    with tarfile.open(request.param) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / request.param.name.removesuffix(".tar.gz")
+
+
+def test_adapter_and_memory(folder):
+    """A session goes on from its memory file, with the adapter that wrote it."""
+    expected = json.loads((folder / "expected.json").read_text())
+    experiment = load_experiment(load_config(folder / "config.yaml"), adapter=folder / "adapter")
+    path = folder / "memory.safetensors"
+    cache = memory.load(path, fingerprint=record.FINGERPRINT, method=experiment.method)
+    memory.check(cache)
+    assert cache.chunks.tolist() == [3, 3] and cache.tokens.tolist() == [16, 16]
+    np.testing.assert_allclose(record.answer(experiment, cache), expected["logits"], atol=1e-5)
+
+
+def test_checkpoint(folder, tmp_path):
+    """A run goes on from its checkpoint."""
+    expected = json.loads((folder / "expected.json").read_text())
+    assert record.go_on(folder, tmp_path / "further") == pytest.approx(expected["loss"], rel=1e-5)
