@@ -11,6 +11,8 @@ same pieces together at different times, agree token by token. Two conventions f
 others has one space in front of it, unless the text before it ends in white space or is empty; with byte-level BPE the
 space belongs to its first token, and SentencePiece puts it there by itself. A separator is tokenised behind a letter:
 the tail of the tokens of ``a\\nA:`` (CCM's reference implementation does the same).
+
+Opening, separator and answer are templates and may name control tokens; in turns such names are text.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.data.config import DataConfig
+from jax_ccm.data.encoding import Encoder
 from jax_ccm.errors import UserError
 
 
@@ -57,13 +60,13 @@ class Pieces:
         Raises:
           UserError: if the tokenizer lacks a token that is asked for.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer, self._encoder = tokenizer, Encoder(tokenizer)
         self._opening, self._separator, self._answer = opening, separator, answer
         self.end = self._special("eos", eos)
         bos_ids = self._special("bos", bos)
-        self.start = np.concatenate([bos_ids, self._encode([opening])[0]]) if opening else bos_ids
-        self.separator = self._behind("a", [separator], space=False)[0]
-        self.answer = self._behind("a", [answer], space=False)[0]
+        self.start = np.concatenate([bos_ids, self._encode([self._encoder.template(opening)])[0]])
+        self.separator = self._behind("a", [self._encoder.template(separator)], space=False)[0]
+        self.answer = self._behind("a", [self._encoder.template(answer)], space=False)[0]
 
     @classmethod
     def of(cls, config: DataConfig, tokenizer: Any) -> Pieces:
@@ -89,14 +92,12 @@ class Pieces:
 
     def words(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """int32 tokens of a text by itself, and bool, those with which a word (after white space) begins."""
-        made = self._tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
+        (made,) = self._encoder.encode([text])
         begins = [
             any(not text[i].isspace() and (i == 0 or text[i - 1].isspace()) for i in range(first, last))
-            for first, last in made["offset_mapping"]
+            for first, last in made.offsets
         ]
-        return np.array(made["input_ids"], np.int32), np.array(begins, bool)
+        return np.array(made.ids, np.int32), np.array(begins, bool)
 
     def _special(self, name: str, wanted: bool) -> np.ndarray:
         if not wanted:
@@ -107,24 +108,16 @@ class Pieces:
         return np.array([token], np.int32)
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if not texts:
-            return []
-        ids = self._tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        return [np.array(row, np.int32) for row in ids]
+        return [np.array(row.ids, np.int32) for row in self._encoder.encode(texts)]
 
     def _behind(self, before: str, texts: Sequence[str], space: bool = True) -> list[np.ndarray]:
-        """The tokens that each text adds behind ``before``."""
+        """The tokens that each text adds behind ``before``, a template."""
         texts = [text.strip() for text in texts] if space else texts
         glue = " " if space and before and not before[-1].isspace() else ""
-        known = self._encode([before])[0] if before else np.zeros(0, np.int32)
+        front = self._encoder.template(before)
+        (known,) = self._encode([front])
         found = []
-        for text, row in zip(texts, self._encode([before + glue + text for text in texts]), strict=True):
+        for text, row in zip(texts, self._encode([front + glue + text for text in texts]), strict=True):
             if not np.array_equal(row[: len(known)], known):
                 raise UserError(
                     f"the tokenizer merges the end of {before!r} with the text behind it ({text[:30]!r}), so "
