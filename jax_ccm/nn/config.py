@@ -47,7 +47,7 @@ class ModelConfig:
     """A Llama-like decoder.
 
     Attributes:
-      family: Hugging Face `model_type` ("llama", "mistral", "qwen2", "qwen3"), kept for fingerprints and export.
+      family: Hugging Face `model_type` ("llama", "qwen2", "phi3", ...), kept for fingerprints and export.
       vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: sizes.
       norm_eps: RMSNorm epsilon.
       rope_theta, rope_scaling: rotary embedding.
@@ -56,6 +56,7 @@ class ModelConfig:
       qk_norm: RMSNorm over each head of queries and keys (Qwen3).
       sliding_window: raw text farther back is not attended, or None.
       max_position: positions the model was trained for; beyond is allowed, and warned about.
+      rotary_factor: the share of each head, from its beginning, that is rotated (Phi-4-mini).
     """
 
     family: str
@@ -76,6 +77,7 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     max_position: int = 2048
+    rotary_factor: float = 1.0
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -83,10 +85,17 @@ class ModelConfig:
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads; "
                 "the first must be a multiple of the second"
             )
+        if self.rotary_dim % 2:
+            raise ValueError(f"{self.rotary_dim} numbers of a head are rotated; rotary embedding needs an even number")
 
     def kv_bytes_per_slot(self, itemsize: int) -> int:
         """Bytes of one cache slot over all layers, keys and values."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of a head that are rotated."""
+        return int(self.head_dim * self.rotary_factor)
 
     @property
     def positions(self) -> int:

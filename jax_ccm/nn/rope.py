@@ -57,12 +57,12 @@ SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "dynamic": _dyn
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
-    """Angular frequency of each pair of dimensions, ``float32 [H / 2]``.
+    """Angular frequency of each pair of dimensions that is rotated, ``float32 [R / 2]``.
 
     Raises:
       ValueError: for a scaling kind that is not implemented, or factors that do not fit.
     """
-    freqs = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    freqs = config.rope_theta ** -(np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return freqs.astype(np.float32)
@@ -72,16 +72,18 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def angles(config: ModelConfig, position):
-    """Cosine and sine for positions ``int32 [...]``, with the attention factor: two float32 arrays ``[..., H / 2]``."""
+    """Cosine and sine for positions ``int32 [...]``, with the attention factor: two float32 arrays ``[..., R / 2]``."""
     angle = position[..., None].astype(jnp.float32) * frequencies(config)
     factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
     return (jnp.cos(angle), jnp.sin(angle)) if factor == 1.0 else (factor * jnp.cos(angle), factor * jnp.sin(angle))
 
 
 def rotate(x, cos, sin):
-    """Rotates heads ``[B, T, heads, H]`` by angles ``[B, T, H / 2]``; computed in float32."""
+    """Rotates the first R numbers of heads ``[B, T, heads, H]`` by angles ``[B, T, R / 2]``; computed in float32."""
+    half = cos.shape[-1]
+    rest = [x[..., 2 * half :]] if 2 * half < x.shape[-1] else []
     # Split first and joined last: the whole of x and of its gradient then lies in memory in its own type alone.
-    first, second = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
+    first, second = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half : 2 * half]))
     cos, sin = cos[..., None, :], sin[..., None, :]
     halves = first * cos - second * sin, second * cos + first * sin
-    return jnp.concatenate([half.astype(x.dtype) for half in halves], axis=-1)
+    return jnp.concatenate([*(half.astype(x.dtype) for half in halves), *rest], axis=-1)

@@ -16,7 +16,7 @@ from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transfo
 from jax_ccm.nn.transformer import initial_comp_embeddings
 from jax_ccm.weights import hf_config
 from jax_ccm.weights.gguf import GgufFile
-from jax_ccm.weights.hf import Index, Safetensors, Tensors, base_parameters, hf_name, parameters
+from jax_ccm.weights.hf import Index, Safetensors, Tensors, base_parameters, hf_name, parameters, split
 from jax_ccm.weights.sources import CONFIG_FILES, locate
 
 
@@ -82,6 +82,7 @@ def load_model(
         config = hf_config.read(path / "config.json")
         tensors = Safetensors(path)
     config = _for_length(config, rope_length, path)
+    tensors = split(tensors, config)
     target = abstract_transformer(config, adapter, dtype)
     places = _shardings(target, shardings)
     _check(target, config, tensors)

@@ -12,12 +12,14 @@ import jax
 import numpy as np
 
 from jax_ccm.errors import UserError
-from jax_ccm.nn import Transformer
+from jax_ccm.nn import ModelConfig, Transformer
 from jax_ccm.sharding import path_of
 from jax_ccm.weights import hf_config
 
 Index = tuple[slice, ...]
 _READABLE = ("F32", "BF16", "F16", "F64")
+# Projections that some families (`hf_config.FUSED`) keep as the rows of one, in this order.
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Tensors(Protocol):
@@ -137,6 +139,50 @@ def hf_name(path: str) -> str:
     return f"{prefix}{stem}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
+def split(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """The tensors with a name of its own for each projection, also where the file joins several (`JOINED`)."""
+    heads = config.num_heads * config.head_dim
+    kv_heads = config.num_kv_heads * config.head_dim
+    rows = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+    rows |= dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
+    parts = {}
+    for name, shape in tensors.shapes.items():
+        part = name.split(".")[-2] if "." in name else ""
+        sizes = [rows[each] for each in JOINED.get(part, ())]
+        if sizes and shape[0] == sum(sizes):
+            first = 0
+            for each, size in zip(JOINED[part], sizes, strict=True):
+                parts[name.replace(part, each)] = (name, first, size)
+                first += size
+    return _Split(tensors, parts) if parts else tensors
+
+
+class _Split:
+    """`Tensors`, some of which are rows of others: by name, which, from where and how many."""
+
+    def __init__(self, tensors: Tensors, parts: dict[str, tuple[str, int, int]]):
+        whole = {name for name, _, _ in parts.values()}
+        self._tensors, self._parts = tensors, parts
+        self.shapes = {name: shape for name, shape in tensors.shapes.items() if name not in whole}
+        self.shapes |= {name: (size, *tensors.shapes[of][1:]) for name, (of, _, size) in parts.items()}
+
+    def _of(self, name: str) -> str:
+        return self._parts[name][0] if name in self._parts else name
+
+    def describe(self, name: str) -> str:
+        return self._tensors.describe(self._of(name))
+
+    def file(self, name: str) -> Path:
+        return self._tensors.file(self._of(name))
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        if name not in self._parts:
+            return self._tensors.read(name, index)
+        of, first, size = self._parts[name]
+        start, stop, _ = index[0].indices(size)
+        return self._tensors.read(of, (slice(first + start, first + stop), *index[1:]))
+
+
 def base_parameters(model: Transformer) -> dict[str, Any]:
     """The leaves of the base model by path, such as "layers.self_attn.q_proj.kernel", without the adapter's."""
     return {path: leaf for path, leaf in parameters(model).items() if not is_adapter(path)}
@@ -177,12 +223,13 @@ def save_hf(model: Transformer, folder: str | Path, *, max_file_bytes: int = 5_0
     params = base_parameters(model)
     dtype = next(iter(params.values())).dtype
     config = hf_config.to_dict(model.config, dtype.name)
-    plan = _plan(params, max_file_bytes)
+    groups = _groups(params, joined=model.config.family in hf_config.FUSED)
+    plan = _plan(groups, max_file_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     files = ["model.safetensors"]
     if len(plan) > 1:
         files = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
-    tensors = _tensors(params)
+    tensors = _tensors(groups)
     for file, names in zip(files, plan, strict=True):
         save_file(dict(next(tensors) for _ in names), folder / file, metadata={"format": "pt"})
     if len(plan) > 1:
@@ -194,23 +241,39 @@ def save_hf(model: Transformer, folder: str | Path, *, max_file_bytes: int = 5_0
     return folder
 
 
-def _plan(params: dict, limit: int) -> list[list[str]]:
+def _groups(params: dict[str, Any], joined: bool) -> dict[str, list[Any]]:
+    """Parameters by the path that `hf_name` takes: one each, or those that are rows of one tensor."""
+    groups: dict[str, list[Any]] = {}
+    for path in params:
+        stem, leaf = path.rsplit(".", 1)
+        before, _, part = stem.rpartition(".")
+        whole = next((name for name, parts in JOINED.items() if part in parts), None) if joined else None
+        if whole is None:
+            groups[path] = [params[path]]
+        else:
+            groups[f"{before}.{whole}.{leaf}"] = [params[f"{before}.{each}.{leaf}"] for each in JOINED[whole]]
+    return groups
+
+
+def _plan(groups: dict[str, list[Any]], limit: int) -> list[list[str]]:
     """Names of the tensors of each file, in the order of `_tensors`."""
     plan, size = [[]], 0
-    for path, leaf in params.items():
-        layers = leaf.shape[0] if path.startswith("layers.") else 1
+    for path, leaves in groups.items():
+        layers = leaves[0].shape[0] if path.startswith("layers.") else 1
+        each = sum(leaf.nbytes for leaf in leaves) // layers
         for layer in range(layers):
-            if plan[-1] and size + leaf.nbytes // layers > limit:
+            if plan[-1] and size + each > limit:
                 plan.append([])
                 size = 0
-            size += leaf.nbytes // layers
+            size += each
             plan[-1].append(hf_name(path).format(layer=layer))
     return plan
 
 
-def _tensors(params: dict) -> Iterator[tuple[str, np.ndarray]]:
-    for path, leaf in params.items():
-        host = np.asarray(leaf)
+def _tensors(groups: dict[str, list[Any]]) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaves in groups.items():
+        # Outputs are the last axis here, rows in the file.
+        host = np.concatenate([np.asarray(leaf) for leaf in leaves], axis=-1)
         for layer, tensor in enumerate(host if path.startswith("layers.") else host[None]):
             tensor = tensor.T if path.endswith(".kernel") else tensor
             yield hf_name(path).format(layer=layer), np.ascontiguousarray(tensor)

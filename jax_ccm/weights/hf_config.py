@@ -21,7 +21,10 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
+# Families whose files hold queries, keys and values, and gate and up, as one projection each.
+FUSED = ("phi3",)
 SUPPORTED = ", ".join(f"{family} ({name})" for family, name in ARCHITECTURES.items())
 # Parameters that a scaling of the rotary embedding may have besides its kind and base.
 _ROPE: dict[str, tuple[str, ...]] = {
@@ -50,6 +53,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "sliding_window": 4096,
         "max_window_layers": 28,
     },
+    "phi3": {
+        "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "original_max_position_embeddings": 4096,
+    },
 }  # fmt: skip
 
 # Fields that change the computation in a way that is not implemented, and the value at which they do not.
@@ -74,13 +81,17 @@ _NEUTRAL: dict[str, tuple[Any, str]] = {
     "add_cross_attention": (False, "cross-attention is not implemented"),
 }
 
+# Of these, what is implemented for some families.
+_IMPLEMENTED: dict[str, tuple[str, ...]] = {"phi3": ("partial_rotary_factor",)}
+
 # Fields without influence on the logits of a plain forward pass, or read below.
 _KNOWN = set(
     """architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim hidden_act rms_norm_eps max_position_embeddings tie_word_embeddings rope_theta
     rope_scaling rope_parameters original_max_position_embeddings attention_bias mlp_bias sliding_window
     use_sliding_window max_window_layers layer_types auto_map
-    initializer_range use_cache attention_dropout hidden_dropout pretraining_tp torch_dtype dtype transformers_version
+    initializer_range use_cache attention_dropout hidden_dropout embd_pdrop resid_pdrop pretraining_tp torch_dtype dtype
+    transformers_version ignore_keys_at_rope_validation
     _name_or_path bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
     _attn_implementation _attn_implementation_autoset attn_implementation is_llama_config transformers.js_config
     max_sequence_length model_max_length use_bfloat16 output_attentions output_hidden_states return_dict
@@ -117,7 +128,7 @@ def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
         raise UserError(
             f"{where}: architecture {named} of model_type {family!r} is not supported; supported: {SUPPORTED}"
         )
-    _refuse(raw, where)
+    _refuse(raw, family, where)
     get = _Fields(raw, _DEFAULTS[family], where)
     heads, hidden = get("num_attention_heads", int), get("hidden_size", int)
     head_dim = get("head_dim", int, optional=True)
@@ -127,7 +138,7 @@ def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
         head_dim = hidden // heads
     if head_dim % 2:
         raise UserError(f"{where}: head_dim is {head_dim}; rotary embedding needs an even number")
-    theta, scaling = _rope(raw, get, where)
+    theta, scaling, rotated = _rope(raw, get, family, where)
     bias = get("attention_bias", bool, default=False) if family in ("llama", "qwen3") else False
     try:
         config = ModelConfig(
@@ -149,6 +160,7 @@ def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
             qk_norm=family == "qwen3",
             sliding_window=_window(raw, get, family, where),
             max_position=get("max_position_embeddings", int),
+            rotary_factor=rotated,
         )
         rope.frequencies(config)  # raises for factors that do not fit the head
         return config
@@ -189,9 +201,9 @@ def _names(raw: dict[str, Any], field: str, where: str) -> list[str]:
     return value
 
 
-def _refuse(raw: dict[str, Any], where: str) -> None:
+def _refuse(raw: dict[str, Any], family: str, where: str) -> None:
     for name, (neutral, reason) in _NEUTRAL.items():
-        if raw.get(name) not in (None, neutral):
+        if raw.get(name) not in (None, neutral) and name not in _IMPLEMENTED.get(family, ()):
             raise UserError(f"{where}: {name} is {raw[name]!r}: {reason}")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}; only silu is implemented")
@@ -202,8 +214,11 @@ def _refuse(raw: dict[str, Any], where: str) -> None:
         warnings.warn(f"{where}: fields that are not known, and have no effect: {', '.join(strange)}", stacklevel=4)
 
 
-def _rope(raw: dict[str, Any], get: _Fields, where: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling; from ``rope_theta`` and ``rope_scaling``, or ``rope_parameters`` (transformers 5)."""
+def _rope(raw: dict[str, Any], get: _Fields, family: str, where: str) -> tuple[float, RopeScaling | None, float]:
+    """Base, scaling, and the share of a head that is rotated.
+
+    From ``rope_theta`` and ``rope_scaling``, or ``rope_parameters`` (transformers 5).
+    """
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise UserError(f"{where}: rope parameters {given!r}: only one set for all layers is implemented")
@@ -211,20 +226,25 @@ def _rope(raw: dict[str, Any], get: _Fields, where: str) -> tuple[float, RopeSca
     given = {name: value for name, value in given.items() if value is not None}
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
+    if family == "phi3" and kind in ("su", "yarn"):
+        kind = "longrope"  # what early files call it
     if kind not in _ROPE:
         raise UserError(f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(_ROPE)}")
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+    share = given.pop("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0)
+    if share != 1.0 and "partial_rotary_factor" not in _IMPLEMENTED.get(family, ()):
         raise UserError(f"{where}: rope parameter partial_rotary_factor: {_NEUTRAL['partial_rotary_factor'][1]}")
     params = dataclasses.replace(get, raw=given, defaults={}, where=f"{where}: rope parameters")
     theta = params("rope_theta", float) if "rope_theta" in given else get("rope_theta", float, default=10000.0)
     strange = sorted(set(given) - set(_ROPE[kind]) - {"rope_theta", "factor", "original_max_position_embeddings"})
     if strange:
         raise UserError(f"{where}: rope parameter {strange[0]!r} is not known for {kind!r} rope")
+    if not isinstance(share, int | float) or not 0 < share <= 1:
+        raise UserError(f"{where}: partial_rotary_factor is {share!r}; it must be above 0 and at most 1")
     if kind == "default":
-        return theta, None
+        return theta, None, share
     longest = get("max_position_embeddings", int)
     original = longest
-    if raw.get("original_max_position_embeddings"):
+    if raw.get("original_max_position_embeddings") or "original_max_position_embeddings" in get.defaults:
         original = get("original_max_position_embeddings", int)
     elif "original_max_position_embeddings" in given:
         original = params("original_max_position_embeddings", int)
@@ -232,12 +252,12 @@ def _rope(raw: dict[str, Any], get: _Fields, where: str) -> tuple[float, RopeSca
     factor = longest / original if kind == "longrope" and "factor" not in given else params("factor", float)
     if kind in ("linear", "dynamic"):
         # What dynamic NTK takes for the old context is the context that the file names.
-        return theta, RopeScaling(kind, factor, original_max_position=longest if kind == "dynamic" else 8192)
+        return theta, RopeScaling(kind, factor, original_max_position=longest if kind == "dynamic" else 8192), share
     if kind == "llama3":
         low, high = params("low_freq_factor", float), params("high_freq_factor", float)
         if low >= high:
             raise UserError(f"{where}: low_freq_factor {low} must be smaller than high_freq_factor {high}")
-        return theta, RopeScaling(kind, factor, low, high, original)
+        return theta, RopeScaling(kind, factor, low, high, original), share
     scaling = RopeScaling(kind, factor, original_max_position=original)
     if kind == "longrope":
         shown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
@@ -253,7 +273,7 @@ def _rope(raw: dict[str, Any], get: _Fields, where: str) -> tuple[float, RopeSca
             beta_slow=params("beta_slow", float, default=1.0),
             truncate=params("truncate", bool, default=True),
         )
-    return theta, dataclasses.replace(scaling, attention_factor=params("attention_factor", float, default=shown))
+    return theta, dataclasses.replace(scaling, attention_factor=params("attention_factor", float, default=shown)), share
 
 
 def _numbers(given: dict[str, Any], name: str, where: str) -> tuple[float, ...]:
@@ -269,11 +289,11 @@ def _window(raw: dict[str, Any], get: _Fields, family: str, where: str) -> int |
     kinds = set(_names(raw, "layer_types", where))
     if family == "llama":
         window = None
-    elif family == "mistral" or get("use_sliding_window", bool, default=False):
+    elif family in ("mistral", "phi3") or get("use_sliding_window", bool, default=False):
         window = get("sliding_window", int, optional=True)
     else:
         window = None
-    if not kinds and window is not None and family != "mistral":
+    if not kinds and window is not None and family.startswith("qwen"):
         # Qwen: the first max_window_layers layers attend to everything, the others through the window.
         full = 0 if raw.get("max_window_layers") == 0 else get("max_window_layers", int)
         kinds = {"full_attention"} if full > 0 else set()
@@ -321,7 +341,11 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
         raw |= {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
     elif family == "qwen3":
         raw |= {"attention_bias": config.qkv_bias}
-    if family == "mistral":
+    elif family == "phi3":
+        raw |= {"partial_rotary_factor": config.rotary_factor}
+        if config.rope_scaling is not None:
+            raw |= {"original_max_position_embeddings": config.rope_scaling.original_max_position}
+    if family in ("mistral", "phi3"):
         raw |= {"sliding_window": config.sliding_window}
     elif family.startswith("qwen"):
         window = config.sliding_window

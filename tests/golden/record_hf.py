@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -28,6 +28,9 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_facto
 SMALL = SIZES | dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64, beta_fast=4.0)
 DYNAMIC = dict(rope_type="dynamic", rope_theta=10000.0, factor=3.0)
+LONGROPE = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.2, 1.3],
+                long_factor=[1.0, 2.0, 4.0, 8.0])  # fmt: skip
+NO_IDS = dict(pad_token_id=None)
 CASES = {
     "llama_mha": LlamaConfig(**SIZES),
     "llama_gqa": LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=5e5)),
@@ -49,6 +52,10 @@ CASES = {
     "llama_yarn": LlamaConfig(**SMALL, rope_parameters=YARN),
     # 48 tokens, for a length of 48.
     "llama_dynamic": LlamaConfig(**SMALL | dict(max_position_embeddings=24), rope_parameters=DYNAMIC),
+    "phi3": Phi3Config(**SMALL, **NO_IDS, partial_rotary_factor=0.5, sliding_window=12),
+    "phi3_longrope": Phi3Config(
+        **SMALL | dict(num_key_value_heads=2), **NO_IDS, original_max_position_embeddings=24, rope_parameters=LONGROPE
+    ),
 }  # fmt: skip
 
 # A head of 64 numbers, with the lengths to record.

@@ -27,7 +27,7 @@ def test_llama_defaults():
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
 def test_left_out_fields_mean_what_transformers_assumes(family):
     from transformers import CONFIG_MAPPING
 
@@ -73,6 +73,20 @@ def test_biases_and_norms():
     assert biases(read("qwen2", num_key_value_heads=4)) == (True, False, False, False)
     assert biases(read("qwen3", num_key_value_heads=4, attention_bias=True)) == (True, True, False, True)
     assert biases(read("mistral", num_key_value_heads=4)) == (False, False, False, False)
+
+
+def test_phi3_in_the_spelling_of_its_early_files():
+    factors = {"short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+    early = read(
+        "phi3", partial_rotary_factor=0.75, rope_scaling={"type": "su", **factors}, max_position_embeddings=8192
+    )
+    assert early.rope_scaling == RopeScaling(
+        "longrope", 2.0, original_max_position=4096, attention_factor=(13 / 12) ** 0.5, short_factor=(1.0,) * 3,
+        long_factor=(2.0,) * 3,
+    )  # fmt: skip
+    assert early.rotary_dim == 6 and early.norm_eps == 1e-5 and early.sliding_window is None
+    with pytest.raises(UserError, match="partial_rotary_factor is 1.5; it must be above 0 and at most 1"):
+        read("phi3", partial_rotary_factor=1.5)
 
 
 def test_sliding_window():

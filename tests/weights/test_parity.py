@@ -13,7 +13,7 @@ from tests.weights.common import logits
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 # Where the frequencies depend on the length of the text, which was 48.
-LENGTHS = {"llama_dynamic": 48}
+LENGTHS = {"llama_dynamic": 48, "phi3_longrope": 48}
 
 
 def load(case: str) -> Transformer:
@@ -26,8 +26,8 @@ def difference(case: str, model: Transformer) -> float:
 
 
 def test_every_family_was_recorded():
-    assert len(CASES) == 12
-    assert {read_config(GOLDEN / case).family for case in CASES} == {"llama", "mistral", "qwen2", "qwen3"}
+    assert len(CASES) == 14
+    assert {read_config(GOLDEN / case).family for case in CASES} == {"llama", "mistral", "qwen2", "qwen3", "phi3"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -42,6 +42,9 @@ def test_logits_equal_transformers(case):
         ("llama_linear", {"rope_scaling": None}),
         ("llama_yarn", {"rope_scaling": None}),
         ("llama_dynamic", {"rope_scaling": None}),
+        ("phi3_longrope", {"rope_scaling": None}),
+        ("phi3", {"rotary_factor": 1.0}),
+        ("phi3", {"sliding_window": 13}),
         ("llama_gqa", {"rope_theta": 10000.0}),
         ("mistral_window", {"sliding_window": None}),
         ("mistral_window", {"sliding_window": 13}),
