@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -48,15 +50,80 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     path = locate(source, TOKENIZER_FILES)
     if path.is_file():
         return from_gguf(path)
-    transformers = _transformers()
+    file = path / "tokenizer.json"
+    if file.is_file():
+        return _from_file(path, file)
+    return _through_transformers(path)
+
+
+def _from_file(path: Path, file: Path) -> PreTrainedTokenizerFast:
+    """What ``tokenizer.json`` says, with the names of special tokens, the chat template and the lengths of its folder.
+
+    The classes that transformers 5 knows by name build normalizers, pre-tokenizers and decoders of their own over the
+    vocabulary of the file, and every class replaces the post-processor where the folder says ``add_bos_token``. So no
+    class is asked, and the pipeline is the file's.
+
+    Raises:
+      UserError: if a file is damaged, or the folder gives a token another id than the file does.
+    """
+    from tokenizers import Tokenizer
+
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"no tokenizer in {str(path)!r}: {reason}. A tokenizer.json is needed") from error
+        own = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more precise
+        raise UserError(f"{str(file)!r} is no tokenizer of the tokenizers library: {_short(error)}") from error
+    with _refusing(path):
+        tokenizer = _transformers().PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    if tokenizer.eos_token is None:
+        _names_of_class(tokenizer, path, own)
+    known = {token.content for token in own.get_added_tokens_decoder().values()}
+    asked = {str(token): index for index, token in tokenizer.init_kwargs.get("added_tokens_decoder", {}).items()}
+    for _, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if token.content in known:
+            continue
+        own.add_special_tokens([token]) if token.special else own.add_tokens([token])
+        index = own.token_to_id(token.content)
+        if asked.get(token.content, index) != index:
+            raise UserError(
+                f"{str(path)!r}: token {token.content!r} has id {asked[token.content]} in tokenizer_config.json, but "
+                f"{index} when it is added to tokenizer.json, which lacks it; the files do not belong together"
+            )
+    own.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
+    tokenizer._tokenizer = own
+    return tokenizer
+
+
+def _names_of_class(tokenizer: PreTrainedTokenizerFast, path: Path, own: Tokenizer) -> None:
+    """Names the special tokens that the folder leaves to the class of its tokenizer, as far as the file holds them."""
+    try:
+        usual = _through_transformers(path)
+    except UserError:  # the class cannot read the file, which needs it for nothing else
+        return
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = getattr(usual, name)
+        if getattr(tokenizer, name) is None and token is not None and own.token_to_id(token) is not None:
+            setattr(tokenizer, name, token)
+
+
+def _through_transformers(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers builds it, by the class that the folder names."""
+    with _refusing(path):
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{str(path)!r} has no fast tokenizer; save it with a tokenizer.json")
     return tokenizer
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise UserError(f"no tokenizer in {str(path)!r}: {_short(error)}. A tokenizer.json is needed") from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _transformers() -> ModuleType:
