@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,6 @@ from jax_ccm.config import Config, ScratchConfig
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
 from jax_ccm.types import Method
-
-if TYPE_CHECKING:
-    from jax_ccm.weights.lora import Adapter
 
 # Where an adapter that was trained together with its base says where that base is, relative to its own folder.
 TRAINED_BASE = "trained_base"
@@ -34,6 +31,7 @@ class Experiment:
       method: the compression method.
       tokenizer: a fast tokenizer of transformers, or None for generated data that has token ids already.
       mesh: the devices that the model is spread over; use the model within `sharding.use(mesh)`.
+      source: what the base was loaded from; empty if it was made from scratch.
     """
 
     config: Config
@@ -41,6 +39,7 @@ class Experiment:
     method: Method
     tokenizer: Any
     mesh: jax.sharding.Mesh
+    source: str = ""
 
     @property
     def model_config(self) -> ModelConfig:
@@ -108,7 +107,10 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         shape = dataclasses.replace(stored.config, dropout=config.adapter.dropout)
     tokenizer = _tokenizer(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
-    model = _base(config, shape, tokenizer, stored, mesh)
+    source = config.model.source
+    if stored is not None and TRAINED_BASE in stored.extra:
+        source = str(Path(stored.source) / stored.extra[TRAINED_BASE])
+    model = _base(config, source, shape, tokenizer, mesh)
     if config.adapter.merge:
         model = merge_adapter(config.adapter.merge, model, base=config.model.source)
     if config.model.source and config.data.tokens > model.config.positions:
@@ -119,7 +121,7 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         )
     if stored is not None:
         model = load_adapter(stored, model, method=method, base=config.model.source)
-    return Experiment(config, model, method, tokenizer, mesh)
+    return Experiment(config, model, method, tokenizer, mesh, source)
 
 
 def _longer(shape: ModelConfig) -> str:
@@ -159,15 +161,10 @@ def _tokenizer(config: Config) -> Any:
     )
 
 
-def _base(
-    config: Config, adapter: AdapterConfig, tokenizer: Any, stored: Adapter | None, mesh: jax.sharding.Mesh
-) -> Transformer:
+def _base(config: Config, source: str, adapter: AdapterConfig, tokenizer: Any, mesh: jax.sharding.Mesh) -> Transformer:
     """The base with a fresh adapter, each array born where it belongs."""
     dtype = jnp.dtype(config.model.dtype)
     key = jax.random.key(config.train.seed)
-    source = config.model.source
-    if stored is not None and TRAINED_BASE in stored.extra:
-        source = str(Path(stored.source) / stored.extra[TRAINED_BASE])
     if source:
         from jax_ccm.weights import load_model, read_config
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_ccm import layout, processes, sharding, training
+from jax_ccm import inputs, layout, processes, sharding, training
 from jax_ccm.checkpoints import Checkpoints, require_same
 from jax_ccm.config import Config, from_mapping, save_config, to_mapping
 from jax_ccm.data.batches import TrainingSet, prepare
@@ -31,16 +31,22 @@ from jax_ccm.types import Batch
 class Run:
     """A training run: `Run(config, workdir).train()`."""
 
-    def __init__(self, config: Config, workdir: str | Path):
+    def __init__(self, config: Config, workdir: str | Path, *, accept_changes: bool = False):
         """Loads the model and the data, and the newest checkpoint if there is one.
 
+        Args:
+          config: the config.
+          workdir: where all output goes, and where a stopped run is found again.
+          accept_changes: resume even if base, adapters, tokenizer or data are not what the run began with.
+
         Raises:
-          UserError: for a bad config, missing files, or a checkpoint of another config.
+          UserError: for a bad config, missing files, or a checkpoint of another config, another base or other data.
           RunError: if there are checkpoints, and none of them can be read.
         """
         layout.require_parallel(build_method(config))
         self.config, self.workdir = config, Path(workdir)
         self.progress = Progress()
+        self._accepted: list[dict[str, Any]] = []
         self._stop = StopRequest(config.train.grace, self._last_good)
         self._warned = False
         folder = self.workdir / "checkpoints"
@@ -58,15 +64,18 @@ class Run:
                 self._announce_changes(require_same(before, to_mapping(config), self.workdir))
             self.experiment = load_experiment(config)
             with sharding.use(self.experiment.mesh):
-                self._prepare()
+                self._prepare(stored, accept_changes)
             stack.pop_all()
 
-    def _prepare(self) -> None:
+    def _prepare(self, stored: dict[str, Any] | None, accept_changes: bool) -> None:
         """Opens the data, and places what is trained: fresh, or from the newest checkpoint."""
         config = self.config
         self._check_spread()
         self._describe()
         train, self.validation = self._open_data(self.experiment)
+        changed: list[str] = []
+        if stored is not None:
+            changed = inputs.require_same(stored.get("inputs"), self._inputs, self.workdir, accept=accept_changes)
         self.batches = train.iterator(seed=config.train.seed, rows=self._rows())
         self.graphdef, params, self.frozen = training.split(self.experiment.model, config.train.trainable)
         if not jax.tree.leaves(params):
@@ -94,6 +103,9 @@ class Run:
         self.state = restored.state
         self.batches.set_state(restored.progress["data"])
         self.progress = Progress(**restored.progress["progress"])
+        self._accepted = restored.progress.get("accepted", [])
+        if changed:
+            self._accepted.append({"step": restored.step, "changes": changed})
         if restored.step > config.train.steps:
             raise UserError(
                 f"the checkpoint in {self.workdir} is at step {restored.step}, beyond train.steps = "
@@ -278,6 +290,8 @@ class Run:
             "config": to_mapping(self.config),
             "data": self.batches.get_state(),
             "progress": dataclasses.asdict(self.progress),
+            "inputs": self._inputs,
+            "accepted": self._accepted,
         }
         self.checkpoints.save(self.progress.step, self.state, progress)
         grace, a_step = self.config.train.grace, self.progress.seconds / self.progress.step
@@ -303,6 +317,7 @@ class Run:
         if not config.data.train:
             raise UserError("data.train is empty; name at least one source to train on")
         train = prepare(config.data, experiment.method, experiment.tokenizer, vocab)
+        self._inputs = inputs.of_files(config, experiment.source) | {"data.train": inputs.of_data(train)}
         print(f"training data: {train.report}")
         if not (config.data.validation and config.train.eval_every):
             why = "train.eval_every is 0" if config.data.validation else "data.validation is empty"
@@ -311,6 +326,7 @@ class Run:
         # The same objective, without random joining: what is measured is the method itself.
         data = dataclasses.replace(config.data, train=config.data.validation, join=0.0, uncompressed=0.0)
         held_out = prepare(data, experiment.method, experiment.tokenizer, vocab)
+        self._inputs["data.validation"] = inputs.of_data(held_out)
         count = math.ceil(min(config.train.eval_examples, len(held_out.units)) / data.batch_size)
         print(f"validation data: {held_out.report}; {count * data.batch_size:,} examples are scored each time")
         return train, list(itertools.islice(held_out.iterator(seed=config.train.seed, rows=self._rows()), count))
@@ -371,6 +387,7 @@ class Run:
             "wall_seconds": wall_seconds,
             "compile_seconds": compile_seconds,
             "parameters": self.parameters,
+            "accepted_changes": self._accepted,
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
         }

@@ -21,6 +21,8 @@ class Options:
 
     workdir: Path
     """Where all output goes, and where a stopped run is found again."""
+    accept_changes: bool = False
+    """Resume even if base, adapters, tokenizer or data are not what the run began with; recorded in its checkpoints."""
 
 
 def main() -> None:
@@ -35,7 +37,7 @@ def main() -> None:
     from jax_ccm.run import Run
 
     processes.initialize(config.train.heartbeat)
-    Run(config, workdir).train()
+    Run(config, workdir, accept_changes=options.accept_changes).train()
 
 
 if __name__ == "__main__":
