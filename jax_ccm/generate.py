@@ -13,6 +13,7 @@ import numpy as np
 from jax_ccm import memory
 from jax_ccm.closing import Closing, close_due, policy
 from jax_ccm.errors import UserError
+from jax_ccm.nn.positions import warn_beyond
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.steps import read
 from jax_ccm.types import Chunk, MemoryCache, Method
@@ -148,6 +149,8 @@ def generate(
         vocabulary=vocabulary,
     )
     memory.check(cache)
+    read_so_far = int(np.max(np.asarray(cache.tokens)[rows], initial=0))
+    warn_beyond(model.config, method, tokens=read_so_far, places=cache.slots.kind.shape[1])
     return cache, tokens, lengths
 
 

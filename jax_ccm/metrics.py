@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Metrics:
         """
         from tensorboardX import SummaryWriter
 
-        self._wandb = _open_wandb(wandb, workdir, config) if wandb else None
+        self._wandb = _open_wandb(wandb, workdir, config, start) if wandb else None
         self._path = workdir / "metrics.jsonl"
         removed = cut(self._path, start)
         self._file = self._path.open("a", encoding="utf-8")
@@ -205,7 +206,8 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-def _open_wandb(project: str, workdir: Path, config: dict[str, Any] | None) -> Any:
+def _open_wandb(project: str, workdir: Path, config: dict[str, Any] | None, start: int) -> Any:
+    """The run of Weights & Biases that belongs to the folder: the same one when it is resumed, else a new one."""
     try:
         import wandb
     except ImportError:
@@ -215,7 +217,12 @@ def _open_wandb(project: str, workdir: Path, config: dict[str, Any] | None) -> A
             f"train.wandb is {project!r}, but wandb is not installed; pip install 'jax_ccm[wandb]', or leave the key "
             "empty"
         ) from None
-    return wandb.init(project=project, dir=str(workdir), config=config, name=workdir.name, resume="allow")
+    path = workdir / "wandb.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if start and path.exists() else {}
+    if known.get("project") != project:
+        known = {"project": project, "id": uuid.uuid4().hex[:8]}
+        path.write_text(json.dumps(known) + "\n", encoding="utf-8")
+    return wandb.init(**known, dir=str(workdir), config=config, name=workdir.name, resume="allow")
 
 
 def clock(seconds: float) -> str:

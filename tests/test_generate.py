@@ -15,6 +15,7 @@ from jax_ccm import memory, steps
 from jax_ccm.errors import UserError
 from jax_ccm.generate import Sampling, _loop, for_decoding, generate, sample
 from jax_ccm.methods import build
+from jax_ccm.nn import positions
 from jax_ccm.types import Chunk
 from tests import cases
 
@@ -174,3 +175,20 @@ def test_bad_input():
     for bad in (dict(temperature=-1), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)):
         with pytest.raises(UserError, match="must be >= 0"):
             Sampling(**bad)
+
+
+def test_positions_beyond_the_trained_ones_are_warned_of_once(monkeypatch):
+    monkeypatch.setattr(positions, "_told", set())
+    model = cases.model(tokens=2, config=dataclasses.replace(cases.CONFIG, max_position=18))
+    cache = prompt()
+    generate(model, cache, method=METHOD, max_tokens=1)
+    most = int(cache.tokens.max())
+    with pytest.warns(UserWarning, match=f"a session of {most + 8} tokens goes beyond the 18 positions"):
+        generate(model, cache, method=METHOD, max_tokens=8)
+    generate(model, cache, method=METHOD, max_tokens=8)
+    # Where positions are places in the cache, its size is what counts.
+    streaming = build("ccm_concat", comp_tokens=2, streaming=True)
+    positions.warn_beyond(model.config, streaming, tokens=1000, places=18)
+    monkeypatch.setattr(positions, "_told", set())
+    with pytest.warns(UserWarning, match="a cache of 32 places goes beyond"):
+        positions.warn_beyond(model.config, streaming, tokens=1000, places=32)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -363,6 +364,19 @@ def test_wandb_is_asked_for_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"train.wandb is 'mine'.*pip install"):
         Metrics(tmp_path, start=0, steps=1, wandb="mine")
+
+
+def test_a_resumed_run_continues_its_run_of_wandb(tmp_path, monkeypatch):
+    opened = []
+    run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    fake = types.SimpleNamespace(init=lambda **given: opened.append(given) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    # Begun, resumed twice, logged to another project, begun anew.
+    for start, project in ((0, "mine"), (4, "mine"), (6, "mine"), (6, "other"), (0, "other")):
+        Metrics(tmp_path, start=start, steps=8, wandb=project).close()
+    first, second, third, moved, anew = (given["id"] for given in opened)
+    assert first == second == third and len({first, moved, anew}) == 3
+    assert {given["resume"] for given in opened} == {"allow"} and opened[3]["project"] == "other"
 
 
 def test_clock():

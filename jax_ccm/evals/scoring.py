@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.evals.recurrent import score_recurrently
 from jax_ccm.layout import Sizes, batch, measure
 from jax_ccm.losses import scored_logits
+from jax_ccm.nn.positions import warn_beyond
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.sessions import Example, Segment
 from jax_ccm.steps import parallel_forward
@@ -41,10 +43,32 @@ class Scores:
     hit: np.ndarray
 
 
+# What scores are computed by: parts of the library, and packages.
+PARTS = (
+    "attention.py", "closing.py", "describe.py", "errors.py", "evals/parity.py", "evals/recurrent.py",
+    "evals/scoring.py", "kernels", "layout.py", "losses.py", "memory.py", "methods", "nn", "processes.py",
+    "sessions.py", "sharding.py", "steps.py", "types.py", "updates.py", "weights",
+)  # fmt: skip
+PACKAGES = ("jax", "jaxlib", "flax", "gguf")
+
+
+@functools.cache
+def code(folder: Path = Path(__file__).parents[1]) -> str:
+    """A digest of all that computes scores: the sources of `PARTS` in ``folder`` and the versions of `PACKAGES`."""
+    digest = hashlib.sha256(repr([(name, importlib.metadata.version(name)) for name in PACKAGES]).encode())
+    for part in PARTS:
+        path = folder / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(folder).as_posix()}:{len(content)}:".encode() + content)
+    return digest.hexdigest()
+
+
 class Store:
     """Scores on disk, so that baselines are run once for many adapters and an interrupted evaluation goes on.
 
-    A file holds what one call of `score` returned. Its name is a digest of everything that decides it.
+    A file holds what one call of `score` returned. Its name is a digest of everything that decides it, the library's
+    own code included: a changed library scores anew.
     """
 
     def __init__(self, folder: str | Path):
@@ -62,7 +86,7 @@ class Store:
           method: what they are run with.
           examples: the sessions, in order.
         """
-        digest = hashlib.sha256(f"{identity}|{method!r}|{len(examples)}".encode())
+        digest = hashlib.sha256(f"{code()}|{identity}|{method!r}|{len(examples)}".encode())
         for example in examples:
             pieces = [example.start, example.separator]
             for s in example.segments:
@@ -115,6 +139,11 @@ def trimmed(example: Example) -> Example:
     kept = None if tail.kept is None else tail.kept[:used]
     tail = Segment(tail.tokens[:used], tail.scored[:used], kept)
     return dataclasses.replace(example, segments=(*example.segments[:-1], tail))
+
+
+def _text_tokens(example: Example) -> int:
+    between = len(example.separator) * (len(example.segments) - 1)
+    return len(example.start) + between + sum(len(segment.tokens) for segment in example.segments)
 
 
 def shapes(lengths: Sequence[int], rows: int, shape_cost: int) -> list[int]:
@@ -180,6 +209,7 @@ def score(
     examples = [trimmed(example) for example in examples]
     if not examples:
         return []
+    warn_beyond(model.config, method, tokens=max(map(_text_tokens, examples)))
     path = None if store is None else store.path(identity, method, examples)
     if store is not None and path is not None and (known := store.load(path)) is not None:
         log(f"{name}: {len(examples):,} examples, scored before ({path})")

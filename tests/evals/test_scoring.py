@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity, scoring
 from jax_ccm.methods import build
+from jax_ccm.nn import positions
 from tests import cases
 from tests.evals.support import SMALL, bigram, random_sessions, session
+from tests.test_imports import imported
 
 
 def test_hand_computed_likelihoods():
@@ -76,6 +82,55 @@ def test_store_keeps_scores(tmp_path):
     store.path("w", full, examples).write_bytes(b"not an archive")
     with pytest.raises(UserError, match="cannot be read"):
         run(full, examples)
+
+
+def test_a_changed_library_scores_anew(tmp_path, monkeypatch):
+    """The key of stored scores names all code that computes them."""
+    root = Path(scoring.__file__).parents[1]
+    folder = tmp_path / "jax_ccm"
+    shutil.copytree(root, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    digest = lambda: scoring.code.__wrapped__(folder)
+    seen = {digest()}
+    for name in ("attention.py", "weights/gguf.py", "nn/rope.py", "methods/ccm.py", "evals/scoring.py"):
+        with (folder / name).open("a") as file:
+            file.write("# changed\n")
+        seen.add(digest())
+    assert len(seen) == 6
+    (folder / "chat.py").write_text("")  # takes no part
+    assert digest() in seen
+    key = ("w", build("full"), [session([3], [6, 7, 3], target=2)])
+    before = scoring.Store(tmp_path).path(*key)
+    monkeypatch.setattr(scoring, "code", lambda: "another")
+    assert scoring.Store(tmp_path).path(*key) != before
+
+
+def test_the_parts_that_score_are_all_that_is_imported():
+    """What scoring and the loading of weights import, at any depth, is digested."""
+    root = Path(scoring.__file__).parents[1]
+    todo, seen = [root / "evals" / "scoring.py", root / "weights" / "base.py", root / "weights" / "adapters.py"], set()
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "jax_ccm" and len(parts) > 1:
+                module = root.joinpath(*parts[1:])
+                todo += [file for file in (module.with_suffix(".py"), module / "__init__.py") if file.is_file()]
+    names = {path.relative_to(root).as_posix() for path in seen}
+    assert {"nn/transformer.py", "kernels/blocks.py", "weights/gguf.py"} <= names
+    assert not {name for name in names if name not in scoring.PARTS and name.split("/")[0] not in scoring.PARTS}
+
+
+def test_sessions_beyond_the_trained_positions_are_warned_of_once(monkeypatch):
+    monkeypatch.setattr(positions, "_told", set())
+    model = cases.model(config=dataclasses.replace(SMALL, max_position=7))
+    short, long = session([3, 4], [6, 7], target=1), session([3, 4, 5, 6], [6, 7, 3], target=1)
+    scoring.score(model, build("full"), [short])
+    with pytest.warns(UserWarning, match="a session of 9 tokens goes beyond the 7 positions .* method.streaming"):
+        scoring.score(model, build("full"), [short, long])
+    scoring.score(model, build("full"), [long])
 
 
 def test_trimmed_drops_only_what_cannot_matter():

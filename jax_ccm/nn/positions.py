@@ -1,0 +1,41 @@
+"""Sessions that go further than the base model was trained for."""
+
+from __future__ import annotations
+
+import warnings
+
+from jax_ccm.nn.config import ModelConfig
+from jax_ccm.types import Method
+
+_told: set[int] = set()
+
+
+def warn_beyond(config: ModelConfig, method: Method, *, tokens: int, places: int = 0) -> None:
+    """Warns, once for a model, of positions that it was not trained for (`ModelConfig.max_position`).
+
+    Args:
+      config: the base model.
+      method: says what a position is: how many text tokens were read before, or the place in the cache.
+      tokens: text tokens of the longest session.
+      places: of a session in the cache, memory and raw text together.
+    """
+    most = config.max_position
+    in_cache = method.rope == "cache"
+    reach = places if in_cache else tokens
+    if reach <= most or most in _told:
+        return
+    _told.add(most)
+    if in_cache:
+        what = f"a cache of {places:,} places"
+        advice = "make cache.memory_capacity + cache.raw_capacity smaller, or take a base of longer context"
+    else:
+        what = f"a session of {tokens:,} tokens"
+        advice = (
+            "set method.streaming: true (where the method has it), which counts places in the cache and not the tokens "
+            "read, or take a base of longer context"
+        )
+    warnings.warn(
+        f"{what} goes beyond the {most:,} positions that the base model was trained for; what it says there may be "
+        f"poor. To avoid that {advice}",
+        stacklevel=3,
+    )
