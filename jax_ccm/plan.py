@@ -1,4 +1,8 @@
-"""``python -m jax_ccm.plan CONFIG.yaml --topology v5e:4x4``: does it fit, how many sessions, without the hardware."""
+"""``python -m jax_ccm.plan CONFIG.yaml --topology v5e:4x4``: does it fit, how many sessions, without the hardware.
+
+``python -m jax_ccm.plan kernels FILE.json [TARGET ...]`` compiles the kernels alone; ``python -m jax_ccm.plan overview
+DIR`` makes one table of many plans.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,17 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
+import tyro
 
 from jax_ccm import cli, sharding
 from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.errors import UserError
 from jax_ccm.experiment import build_method, scratch_model
 from jax_ccm.nn import ModelConfig
-from jax_ccm.planning import chips, costs, measure, programs, report, sessions
+from jax_ccm.planning import ahead, chips, costs, measure, programs, report, sessions
 
 COMMAND = "jax_ccm.plan"
 SHAPES = Path(__file__).parent / "planning" / "shapes"
@@ -32,6 +37,9 @@ class Options:
     by formula and the time that peak rates allow, the largest micro-batch, and the largest number of live sessions for
     full context, CCM-concat and CCM-merge side by side. Nothing is run. Writes plan.json, table.md, plot.png and
     config.yaml into the working directory. Any key of the config can be overridden, as in `--mesh.fsdp 16`.
+
+    Two other forms, each with a --help of its own: `plan kernels FILE.json [TARGET ...]` compiles the kernels alone for
+    TPUs and GPUs; `plan overview DIR` makes one table of the plans in a folder.
     """
 
     topology: str
@@ -50,13 +58,42 @@ class Options:
     """Raw tokens in flight: places of each session for text that is not compressed yet."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Compiles attention, a layer, decoding and a training step for TPUs or GPUs, on any machine, and records what each
+    program needs: temporaries, seconds of compilation, and the kernels inside. Nothing is run. A table (.md) is written
+    beside the file. Targets that are not named keep what stands there, if the same jax wrote it.
+    """
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """The JSON file to write, such as results/kernels/tpu.json."""
+    targets: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """v4, v5e, v5p, v6e, 7x, h100, a100; none for all TPUs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Overview:
+    """Makes one table, overview.md, of all plans (*.json) of a folder: each the plan.json of a run, renamed."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The folder, such as results/plan."""
+
+
 def main() -> None:
     # Nothing runs here; an accelerator of this machine must not be taken for it.
     jax.config.update("jax_platforms", "cpu")
-    options, config, _ = cli.parse(Options, command=COMMAND)
     # A kept program can be read only where it could run.
     jax.config.update("jax_enable_compilation_cache", False)
-    plan(config, options, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
+    first, rest = sys.argv[1:2], sys.argv[2:]
+    if first == ["kernels"]:
+        asked = tyro.cli(Kernels, args=rest, prog=f"python -m {COMMAND} kernels")
+        ahead.record(asked.file, asked.targets)
+    elif first == ["overview"]:
+        asked = tyro.cli(Overview, args=rest, prog=f"python -m {COMMAND} overview")
+        print(f"wrote {report.write_overview(asked.folder)}")
+    else:
+        options, config, _ = cli.parse(Options, command=COMMAND)
+        plan(config, options, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
 
 
 def plan(config: Config, options: Options, *, command: str = "") -> dict[str, Any]:

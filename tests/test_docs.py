@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_ccm import ahead
 from jax_ccm.draw import draw
 from jax_ccm.evals import comparison, parity, report, speed
 from jax_ccm.methods import METHODS, build
+from jax_ccm.planning import ahead
 from jax_ccm.planning import report as plan_report
 from jax_ccm.sessions import Example, Segment
 from tests import cases
@@ -117,7 +117,7 @@ def test_the_table_of_plans_is_made_of_the_plans():
     if not plans:
         pytest.skip("no plan is recorded in results/plan")
     assert plan_report.overview(plans) == (folder / "overview.md").read_text(), (
-        "python -m jax_ccm.planning.report results/plan"
+        "python -m jax_ccm.plan overview results/plan"
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import jax
 import pytest
 
-from jax_ccm import plan
+from jax_ccm import cli, plan
 from jax_ccm.config import from_mapping
 from jax_ccm.errors import UserError
 from jax_ccm.planning import chips, gpus, measure, programs, report, sessions
@@ -139,3 +140,31 @@ def test_plan_of_a_tiny_model(tmp_path, capsys, topology, chips):
     assert json.loads((tmp_path / "plan.json").read_text()) == made
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "table.md", "plot.png", "config.yaml"}
     assert "nothing is run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "required"),
+        (["--help"], 0, "plan overview DIR"),
+        (["kernels"], 2, "required"),
+        (["kernels", "--help"], 0, "h100"),
+        (["kernels", "{}/new.json", "v9"], 2, "unknown target 'v9'"),
+        (["kernels", "{}/bad.json", "v5e"], 2, "bad.json holds something else than compiled kernels"),
+        (["kernels", "{}/bad.json/x.json", "v5e"], 2, "cannot be used"),
+        (["overview"], 2, "required"),
+        (["overview", "--help"], 0, "results/plan"),
+        (["overview", "{}/nothing"], 2, "holds no plans"),
+        (["overview", "{}"], 2, "bad.json is not a plan"),
+    ],
+)
+def test_its_parts_have_help_and_messages(arguments, code, message, tmp_path, monkeypatch, capsys):
+    """The kernels alone, and one table of many plans, are parts of the command: no traceback, whatever is given."""
+    (tmp_path / "bad.json").write_text('{"jax": "0"}')
+    monkeypatch.setattr("sys.argv", ["plan", *(argument.format(tmp_path) for argument in arguments)])
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(plan.main)
+    said = capsys.readouterr()
+    said = " ".join((said.out + said.err).replace("│", " ").split())
+    assert stopped.value.code == code and message in said and "Traceback" not in said, said

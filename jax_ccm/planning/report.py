@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from jax_ccm.errors import UserError
 
 GIB = 2**30
 KINDS = ("weights", "adapter", "optimizer", "cache", "batch", "temporaries", "other")
@@ -102,10 +103,31 @@ def _talk(row: dict[str, Any]) -> list[str]:
     return [f"{talk}, {raw} raw", *counts]
 
 
-def write_overview(folder: Path) -> None:
-    """Writes ``overview.md`` of all plans (``*.json``) of a folder."""
-    plans = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    (folder / "overview.md").write_text(overview(plans), encoding="utf-8")
+def write_overview(folder: Path) -> Path:
+    """Writes ``overview.md`` of all plans (``*.json``) of a folder, and returns its path.
+
+    Raises:
+      UserError: for a folder without plans, a file that is none, or one that cannot be read or written.
+    """
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise UserError(f"{folder} holds no plans (*.json); give a folder with the plan.json of each, under any name")
+    plans = []
+    for path in paths:
+        try:
+            plans.append(json.loads(path.read_text(encoding="utf-8")))
+            overview(plans[-1:])
+        except OSError as e:
+            raise UserError(f"{path} cannot be read: {e}") from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(
+                f"{path} is not a plan that jax_ccm.plan wrote ({type(e).__name__}: {e}); keep only plans in the folder"
+            ) from e
+    try:
+        (folder / "overview.md").write_text(overview(plans), encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{folder} cannot be written: {e}") from e
+    return folder / "overview.md"
 
 
 def plot(plan: dict[str, Any], path: Path) -> None:
@@ -143,7 +165,3 @@ def plot(plan: dict[str, Any], path: Path) -> None:
         right.legend(fontsize=8)
     figure.suptitle(f"{plan['model']} on {plan['topology']}: compiled, not run")
     figure.savefig(path, dpi=120)
-
-
-if __name__ == "__main__":
-    write_overview(Path(sys.argv[1]))

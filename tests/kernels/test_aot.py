@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_ccm import ahead
 from jax_ccm.methods import build
 from jax_ccm.nn import ModelConfig
+from jax_ccm.planning import ahead
 
 pytestmark = [
     pytest.mark.aot,

@@ -19,8 +19,8 @@ MIB = 2**20
 PROGRAM = """
 import sys
 import jax.numpy as jnp
-from jax_ccm import ahead
 from jax_ccm.methods import build
+from jax_ccm.planning import ahead
 target, heads, kv_heads, size, dtype, name, options = sys.argv[1:]
 rule = build(name, **eval(options)).rule
 heads = ahead.Heads(int(heads), int(kv_heads), int(size))
@@ -39,7 +39,7 @@ def run(*arguments: str) -> str:
 @pytest.mark.parametrize("target", ["h100", pytest.param("a100", marks=pytest.mark.slow)])
 def test_report(target, tmp_path):
     """Attention, a layer, decoding and a training step: the kernel is in them, no T x S array, no copy."""
-    run("-m", "jax_ccm.ahead", str(tmp_path / "gpu.json"), target)
+    run("-m", "jax_ccm.plan", "kernels", str(tmp_path / "gpu.json"), target)
     rows = json.loads((tmp_path / "gpu.json").read_text())["compiled"]
     found = {(row["what"], row["length"]): row for row in rows}
     kernels = {"attention": 4, "layer": 4, "layer without attention": 0, "decode": 1, "training step": 4}

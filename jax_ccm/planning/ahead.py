@@ -1,12 +1,7 @@
 """Kernels compiled ahead of time for devices that are not here: temporaries, seconds, and whether the kernel is inside.
 
 Needs no TPU and no GPU, but their compilers: the ``libtpu`` wheel of the installed jax (``pip install "jax[tpu]"``), or
-what `planning.gpus.HELP` says. Nothing is run::
-
-    python -m jax_ccm.ahead results/kernels/tpu.json
-    JAX_PLATFORMS=cpu python -m jax_ccm.ahead results/kernels/gpu.json h100 a100
-
-A table is written beside the JSON file. Targets that are not named keep what stands there, if by the same jax.
+what `planning.gpus.HELP` says. Nothing is run. ``python -m jax_ccm.plan kernels`` is the command.
 """
 
 from __future__ import annotations
@@ -15,7 +10,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ccm.attention import memory_attention
 from jax_ccm.config import Config, from_mapping
-from jax_ccm.errors import RunError
+from jax_ccm.errors import UserError, unknown
 from jax_ccm.experiment import build_method
 from jax_ccm.methods import build
 from jax_ccm.nn import ModelConfig, rope
@@ -100,14 +94,14 @@ def mesh_for(target: str, **sizes: int) -> Mesh:
     """A mesh of devices that need not be here: one, or on a TPU as many as ``sizes`` of the mesh axes ask for.
 
     Raises:
-      RunError: without the target's compiler.
+      UserError: without the target's compiler.
     """
     if target in gpus.GPUS:
         if lacks := gpus.missing():
-            raise RunError(f"{lacks} was not found: {gpus.HELP}")
+            raise UserError(f"{lacks} was not found: {gpus.HELP}")
         return make_mesh(dict.fromkeys(AXES, 1), gpus.devices(target))
     if importlib.util.find_spec("libtpu") is None:
-        raise RunError('compiling for a TPU needs the libtpu wheel of the installed jax: pip install "jax[tpu]"')
+        raise UserError('compiling for a TPU needs the libtpu wheel of the installed jax: pip install "jax[tpu]"')
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     devices = topologies.get_topology_desc(topology_name=TOPOLOGIES[target], platform="tpu").devices
@@ -231,19 +225,48 @@ def compilations(mesh: Mesh, lengths: Sequence[int] = (4096, 32768)) -> Iterator
     yield "training step", TRAINING.data.tokens, training_step(mesh)
 
 
-def record(path: Path, target: str) -> None:
-    """Compiles everything for a target and writes it into a file, which keeps what other targets have there."""
-    mesh, kept = mesh_for(target), []
-    if path.exists() and (before := json.loads(path.read_text()))["jax"] == jax.__version__:
-        kept = [row for row in before["compiled"] if row["target"] != target]
+def record(path: Path, targets: Sequence[str]) -> None:
+    """Compiles everything for each target and writes it into a file, which keeps what other targets have there.
+
+    A table is written beside the file.
+
+    Args:
+      path: the JSON file. What another jax wrote there is dropped.
+      targets: keys of `TOPOLOGIES` or `gpus.GPUS`; none for all of `TOPOLOGIES`.
+
+    Raises:
+      UserError: for an unknown target, one without its compiler, or a file that is not one of these.
+    """
     order = [*TOPOLOGIES, *gpus.GPUS]
-    for what, length, found in compilations(mesh):
-        kept.append({"target": target, "what": what, "length": length, **dataclasses.asdict(found)})
-        print(kept[-1], flush=True)
-    made = {"jax": jax.__version__, "compiled": sorted(kept, key=lambda row: order.index(row["target"]))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(made))
+    for target in targets:
+        if target not in order:
+            raise unknown("target", target, order)
+    kept = _recorded(path)
+    for target in targets or TOPOLOGIES:
+        mesh = mesh_for(target)
+        kept = [row for row in kept if row["target"] != target]
+        for what, length, found in compilations(mesh):
+            kept.append({"target": target, "what": what, "length": length, **dataclasses.asdict(found)})
+            print(kept[-1], flush=True)
+        made = {"jax": jax.__version__, "compiled": sorted(kept, key=lambda row: order.index(row["target"]))}
+        path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(markdown(made), encoding="utf-8")
+
+
+def _recorded(path: Path) -> list[dict[str, Any]]:
+    """What stands in a file, if the same jax wrote it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"jax": None, "compiled": []}
+        markdown(before)
+        return before["compiled"] if before["jax"] == jax.__version__ else []
+    except OSError as e:
+        raise UserError(f"{path} cannot be used: {e}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{path} holds something else than compiled kernels ({type(e).__name__}: {e}); give another file, or "
+            "remove it"
+        ) from e
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -257,13 +280,3 @@ def markdown(found: dict[str, Any]) -> str:
         cells = [cell(rows[target]) if target in rows else "-" for target in targets]
         lines.append(f"| {PROGRAMS[what].format(length)} | {kernels} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    path, *targets = sys.argv[1:]
-    for target in targets or TOPOLOGIES:
-        record(Path(path), target)
-
-
-if __name__ == "__main__":
-    main()
