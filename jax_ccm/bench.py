@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm import cli, memory, steps, training
+from jax_ccm import cli, memory, processes, steps, training
 from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.errors import UserError
 from jax_ccm.evals import efficiency
@@ -98,6 +98,7 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
 
     start = time.perf_counter()
     reference = _check(options)
+    processes.refuse_several(devices=True)
     experiment = load_experiment(config)
     given = config.method.options()
     rivals = efficiency.rivals(

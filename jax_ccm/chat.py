@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_ccm import cli, layout, memory, sharding, steps
+from jax_ccm import cli, layout, memory, processes, sharding, steps
 from jax_ccm.closing import Closing, policy, prefill
 from jax_ccm.data.pieces import Pieces, sentence_ends
 from jax_ccm.errors import UserError
@@ -210,6 +210,7 @@ _compress = jax.jit(steps.compress, static_argnames="method")
 
 def main() -> None:
     options, config, _ = cli.parse(Options, command="jax_ccm.chat")
+    processes.refuse_several(devices=True)
     experiment = load_experiment(config, adapter=options.adapter)
     with sharding.use(experiment.mesh):
         _talk(experiment, options)

@@ -93,13 +93,19 @@ def _processor() -> str:
     return f"{platform.machine()}-{hashlib.sha256(able.encode()).hexdigest()[:12]}"
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], int | None], *, several: bool = False) -> NoReturn:
     """Runs a command and exits: 0 on success, 2 for a user's mistake, 1 for a run that failed.
 
     Mistakes and failures are one plain message on stderr; only a bug shows a traceback.
+
+    Args:
+      main: the command.
+      several: it can be run by several processes together; otherwise it refuses to be one of them.
     """
     keep_programs()
     try:
+        if not several and not {"-h", "--help"} & set(sys.argv[1:]):
+            processes.refuse_several()
         code = main() or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

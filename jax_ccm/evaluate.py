@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm import cli, sharding
+from jax_ccm import cli, processes, sharding
 from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError, unknown
@@ -74,6 +74,7 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
     """
     start = time.perf_counter()
     _check(config, options)
+    processes.refuse_several(devices=True)
     experiment = load_experiment(config, adapter=options.adapter)
     sharding.check_rows(experiment.mesh, "eval.batch_size", config.eval.batch_size)
     with sharding.use(experiment.mesh):

@@ -36,29 +36,14 @@ def initialize(heartbeat: int) -> None:
       UserError: for variables that are missing or make no sense.
       RunError: if the others do not come.
     """
-    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    if given and len(given) < len(VARIABLES):
-        missing = ", ".join(name for name in VARIABLES if name not in given)
-        raise UserError(f"{', '.join(given)} without {missing}: set all three for a run of several processes, or none")
-    arguments: dict[str, Any] = {}
-    if given:
-        address, *numbers = (given[name] for name in VARIABLES)
-        if not all(number.isdecimal() for number in numbers) or not int(numbers[1]) < int(numbers[0]):
-            raise UserError(
-                f"JAX_NUM_PROCESSES={numbers[0]} and JAX_PROCESS_ID={numbers[1]}; the first is the number of "
-                "processes, the second this one's, from 0 on"
-            )
-        if int(numbers[0]) == 1:
-            return
-        arguments = {"num_processes": int(numbers[0]), "process_id": int(numbers[1])}
-        arguments |= {"coordinator_address": address, "cluster_detection_method": "deactivate"}
-    elif not _in_cluster():
+    arguments = _named()
+    if arguments and arguments["num_processes"] == 1 or not arguments and not _in_cluster():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without effect on other devices
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat)
     except Exception as e:  # Timeouts, unreachable hosts, metadata servers: JAX raises many kinds.
-        where = f"at {given[VARIABLES[0]]}" if given else "that JAX looked for"
+        where = f"at {arguments['coordinator_address']}" if arguments else "that JAX looked for"
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise RunError(
             f"the processes {where} did not find each other ({reason}). See that all of them were started and can "
@@ -70,11 +55,62 @@ def initialize(heartbeat: int) -> None:
         sys.stdout = open(os.devnull, "w")  # for the rest of this process
 
 
+def refuse_several(*, devices: bool = False) -> None:
+    """Refuses to go on as one of several processes, which would all do the same work and write the same files.
+
+    For commands that run in one process. What a launcher says is known at once; the hosts of a TPU slice are known to
+    the devices alone.
+
+    Args:
+      devices: ask these as well, which starts them.
+
+    Raises:
+      UserError: saying what tells of the others, and what to do.
+    """
+    named = _named()
+    sign = None
+    if named:
+        sign = f"JAX_NUM_PROCESSES={named['num_processes']}" if named["num_processes"] > 1 else None
+    elif launcher := _launcher():
+        sign = f"{launcher}={os.environ[launcher]}"
+    if sign is None and devices and jax.process_count() > 1:
+        sign = f"the devices are those of {jax.process_count()} processes"
+    if sign is not None:
+        raise UserError(
+            f"this command runs in one process, and this is one of several ({sign}): each would do the same work and "
+            "write the same files. Start it once, with srun --ntasks=1, mpirun -n 1 or JAX_NUM_PROCESSES unset; it "
+            "uses all devices that it sees. Training is what several processes share"
+        )
+
+
+def _named() -> dict[str, Any]:
+    """What the variables of `VARIABLES` say, as `jax.distributed.initialize` takes it; empty without them."""
+    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    if not given:
+        return {}
+    if len(given) < len(VARIABLES):
+        missing = ", ".join(name for name in VARIABLES if name not in given)
+        raise UserError(f"{', '.join(given)} without {missing}: set all three for a run of several processes, or none")
+    address, *numbers = (given[name] for name in VARIABLES)
+    if not all(number.isdecimal() for number in numbers) or not int(numbers[1]) < int(numbers[0]):
+        raise UserError(
+            f"JAX_NUM_PROCESSES={numbers[0]} and JAX_PROCESS_ID={numbers[1]}; the first is the number of "
+            "processes, the second this one's, from 0 on"
+        )
+    found = {"num_processes": int(numbers[0]), "process_id": int(numbers[1])}
+    return found | {"coordinator_address": address, "cluster_detection_method": "deactivate"}
+
+
+def _launcher() -> str | None:
+    """The variable by which SLURM (inside ``srun``) or Open MPI tells of several processes."""
+    if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        return "SLURM_NTASKS"
+    return "OMPI_COMM_WORLD_SIZE" if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1 else None
+
+
 def _in_cluster() -> bool:
     """Whether JAX can find other processes by itself."""
-    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ
-    mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
-    if slurm or mpi:
+    if _launcher():
         return True
     if "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu") or importlib.util.find_spec("libtpu") is None:
         return False

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_ccm import cli, sharding
+from jax_ccm import cli, processes, sharding
 from jax_ccm.config import Config, save_config
 from jax_ccm.errors import UserError
 from jax_ccm.experiment import Experiment, load_experiment
@@ -82,6 +82,7 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
     if config.model.dtype != "float32":
         print(f"model.dtype is {config.model.dtype}; the check runs in float32, where rounding hides nothing")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
+    processes.refuse_several(devices=True)
     experiment = load_experiment(config, adapter=options.adapter)
     method = experiment.method
     if method.rope == "cache":

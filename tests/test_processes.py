@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jax_ccm import processes
+from jax_ccm import cli, processes
 from jax_ccm.errors import UserError
 from tests.lives import Life, start_all
 from tests.test_train import records, tiny
@@ -158,6 +160,7 @@ def test_one_process_joins_nobody(alone, monkeypatch, given):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     processes.initialize(60)
+    processes.refuse_several()
     assert alone == []
 
 
@@ -183,6 +186,37 @@ def test_named_processes(alone, monkeypatch):
     assert (found["coordinator_address"], found["num_processes"], found["process_id"]) == ("host:1", 3, 2)
 
 
+# What a launcher sets for the second of two or more.
+LAUNCHED = {
+    "variables": dict(zip(processes.VARIABLES, ("host:1", "2", "1"), strict=True)),
+    "srun": {"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-2]"},
+    "mpirun": {"OMPI_COMM_WORLD_SIZE": "2"},
+}
+PACKAGE = Path(processes.__file__).parent
+COMMANDS = sorted(path.stem for path in PACKAGE.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("launcher", LAUNCHED)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_joins_the_others_or_refuses_to_be_one_of_several(alone, monkeypatch, capsys, command, launcher):
+    """Not so many copies of one run that write into one folder."""
+    for name, value in LAUNCHED[launcher].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", [command])
+    monkeypatch.setattr(cli, "keep_programs", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(PACKAGE / f"{command}.py"), run_name="__main__")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and ("runs in one process" in err) == (command != "train"), err
+
+
+def test_hosts_of_a_slice_are_known_to_the_devices(alone, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    processes.refuse_several()
+    with pytest.raises(UserError, match="the devices are those of 4 processes"):
+        processes.refuse_several(devices=True)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [(("host:1", "2", None), "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES without JAX_PROCESS_ID"),
@@ -194,3 +228,5 @@ def test_mistakes(alone, monkeypatch, values, message):
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         processes.initialize(60)
+    with pytest.raises(UserError, match=message):
+        processes.refuse_several()
