@@ -120,6 +120,9 @@ class AdapterSource:
     """An adapter of the same sizes to start from; empty for a fresh one."""
     merge: str = ""
     """A plain LoRA of an earlier stage that is merged into the base weights first (the paper's two stages)."""
+    accept_quantised_base: bool = False
+    """Take an adapter that was trained on another quantisation of the same base, such as a GGUF file of it; how far the
+    weights are apart is said. A base that was merely trained further is not told from that."""
 
 
 @dataclasses.dataclass(frozen=True)

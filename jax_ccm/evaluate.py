@@ -168,7 +168,14 @@ def _system(name: str, experiment: Experiment, options: Options) -> Any:
         from jax_ccm.weights.adapters import load_adapter
 
         assert options.full_adapter is not None
-        model = load_adapter(options.full_adapter, _bare(model), method=build("full"), base=config.model.source)
+        accept = config.adapter.accept_quantised_base
+        model = load_adapter(
+            options.full_adapter,
+            _bare(model),
+            method=build("full"),
+            base=config.model.source,
+            accept_quantised_base=accept,
+        )
         text = f"{base['name']}, full context through the LoRA of {options.full_adapter}"
         return System(name, model, build("full"), text, f"{identity}|{_fingerprint(model)}")
     adapter = options.adapter or config.adapter.load

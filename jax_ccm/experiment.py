@@ -111,8 +111,9 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
     if stored is not None and TRAINED_BASE in stored.extra:
         source = str(Path(stored.source) / stored.extra[TRAINED_BASE])
     model = _base(config, source, shape, tokenizer, mesh)
+    on = {"base": config.model.source, "accept_quantised_base": config.adapter.accept_quantised_base}
     if config.adapter.merge:
-        model = merge_adapter(config.adapter.merge, model, base=config.model.source)
+        model = merge_adapter(config.adapter.merge, model, **on)
     if config.model.source and config.data.tokens > model.config.positions:
         warnings.warn(
             f"rows of data.tokens={config.data.tokens} reach beyond the {model.config.positions} positions that "
@@ -120,7 +121,7 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
             stacklevel=2,
         )
     if stored is not None:
-        model = load_adapter(stored, model, method=method, base=config.model.source)
+        model = load_adapter(stored, model, method=method, **on)
     return Experiment(config, model, method, tokenizer, mesh, source)
 
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any, Literal
 
+import jax_ccm
 from jax_ccm import processes
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError, unknown
@@ -115,7 +115,14 @@ def read_adapter(path: str | Path, *, method: Method | None = None, format: Form
     return adapter
 
 
-def load_adapter(source: str | Path | Adapter, model: Transformer, *, method: Method, base: str = "") -> Transformer:
+def load_adapter(
+    source: str | Path | Adapter,
+    model: Transformer,
+    *,
+    method: Method,
+    base: str = "",
+    accept_quantised_base: bool = False,
+) -> Transformer:
     """The model with an adapter that was saved.
 
     Args:
@@ -123,6 +130,8 @@ def load_adapter(source: str | Path | Adapter, model: Transformer, *, method: Me
       model: with an adapter of the same shape, which is replaced (its dropout is kept), or without one. Not changed.
       method: the method that it is to serve.
       base: what a person calls the model's base, for messages.
+      accept_quantised_base: also where the weights of the base are those of another quantisation of the same model,
+        such as the original of a GGUF file that the adapter was trained on; a warning says how far they are apart.
 
     Returns:
       A new model that shares the base arrays.
@@ -134,24 +143,27 @@ def load_adapter(source: str | Path | Adapter, model: Transformer, *, method: Me
     _check_fits(adapter, method)
     adapter = _with_rows(adapter, method)
     if adapter.base is not None:
-        check_base(adapter.base, model, base, adapter.source)
+        check_base(adapter.base, model, base, adapter.source, accept_quantised=accept_quantised_base)
     return lora.attach(model, adapter)
 
 
-def merge_adapter(source: str | Path | Adapter, model: Transformer, *, base: str = "") -> Transformer:
+def merge_adapter(
+    source: str | Path | Adapter, model: Transformer, *, base: str = "", accept_quantised_base: bool = False
+) -> Transformer:
     """The model with a plain LoRA merged into its base weights, ``W + (alpha / r) A B``: stage 1 of the paper's recipe.
 
     Args:
       source: a folder of any format, or what `read_adapter` returned.
       model: the base model; an adapter that it has stays as it is. Not changed.
       base: what a person calls it, for messages.
+      accept_quantised_base: as for `load_adapter`.
 
     Raises:
       UserError: for an adapter with compression tokens, for another base model, that does not fit or cannot be read.
     """
     adapter = source if isinstance(source, Adapter) else read_adapter(source)
     if adapter.base is not None:
-        check_base(adapter.base, model, base, adapter.source)
+        check_base(adapter.base, model, base, adapter.source, accept_quantised=accept_quantised_base)
     return lora.merge_into_base(model, adapter)
 
 
@@ -191,7 +203,7 @@ def _own_files(adapter: Adapter) -> dict[str, bytes]:
     about = {
         "format": _NAME,
         "version": VERSION,
-        "library": importlib.metadata.version("jax_ccm"),
+        "library": jax_ccm.__version__,
         "adapter": dataclasses.asdict(adapter.config),
         "method": adapter.method,
         "base": adapter.base,

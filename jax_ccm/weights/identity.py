@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -15,16 +17,23 @@ from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
 from jax_ccm.nn import ModelConfig, RopeScaling, Transformer
 from jax_ccm.types import Method, Rule
-from jax_ccm.weights.hf import parameters
+from jax_ccm.weights.hf import base_parameters
 
 # How a method is called, and where its keys are rotated, is not what the adapter has learned: streaming with an adapter
 # that was trained without is the paper's own use (CCM, section 4.3), and gisting-online is gisting's adapter with the
 # context in chunks. The weight of a loss matters in training only.
 _IRRELEVANT = ("name", "rope", "context", "repeat_weight", "fewest")
-_SAMPLED = ("embed_tokens.embedding", "layers.self_attn.q_proj.kernel", "layers.self_attn.v_proj.kernel",
-            "layers.mlp.down_proj.kernel")  # fmt: skip
-_SAMPLES = 64
-_AGREEMENT = 0.9
+# Numbers sampled of each array, and at least so many of each layer: a LoRA may have changed a single one.
+_SAMPLES, _OF_A_LAYER = 64, 4
+# Share of unequal samples that is no difference: merging a LoRA elsewhere rounds a few the other way, and of weights
+# that lay in float16 in between one in sixteen is a neighbour of what it would be.
+_ROUNDED = 0.2
+# Up to this relative distance two sets of weights may be one model in two quantisations. Measured on SmolLM2-135M, the
+# largest of all arrays: to the original 0.009 (Q8_0), 0.05 (Q5_1), 0.07 (Q5_0), 0.10 (Q4_1), 0.13 (Q4_0, MXFP4), and in
+# blocks of 16 weights 0.22 (3 bits) and 0.48 (2 bits); between two files of 4 bits up to 0.17. Two models of one shape
+# are 1.5 to 1.7 apart. Noise of 3 % on each weight, as much as a long fine-tuning, gives 0.04: nothing here tells it
+# from quantisation.
+FARTHEST_QUANTISED = 0.5
 
 
 def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
@@ -73,13 +82,15 @@ def _without_repetition(method: dict[str, Any]) -> dict[str, Any]:
 def describe_base(model: Transformer, name: str) -> dict[str, Any]:
     """A base model as JSON values: what a person calls it, its shape, and a sample of its weights.
 
-    The sample is a few numbers at regular places, rounded to bfloat16: the same for a model that was loaded in
-    float32 and in bfloat16, on whatever devices.
+    The sample is a few numbers of every array, at regular places, rounded to bfloat16: the same for a model that was
+    loaded in float32 and in bfloat16, on whatever devices.
     """
     config = dataclasses.asdict(model.config)
     # How far positions were trained has no part in the computation.
     config.pop("max_position")
-    sample = _sample(model)
+    arrays = base_parameters(model)
+    counts = {path: min(x.size, max(_SAMPLES, _OF_A_LAYER * _layers(path, x))) for path, x in arrays.items()}
+    sample = {path: x.view(np.uint16).astype(">u2").tobytes().hex() for path, x in _samples(arrays, counts).items()}
     text = json.dumps([{k: _short(v) for k, v in sorted(config.items())}, sample])
     return {
         "name": name,
@@ -89,14 +100,31 @@ def describe_base(model: Transformer, name: str) -> dict[str, Any]:
     }
 
 
-def _sample(model: Transformer) -> dict[str, str]:
-    arrays, out = parameters(model), {}
-    for path in _SAMPLED:
-        x = arrays[path]
-        places = np.linspace(0, x.size - 1, min(_SAMPLES, x.size)).astype(np.int64)
-        picked = processes.whole(x[np.unravel_index(places, x.shape)]).astype(ml_dtypes.bfloat16)
-        out[path] = picked.view(np.uint16).astype(">u2").tobytes().hex()
-    return out
+def _layers(path: str, x: Any) -> int:
+    return x.shape[0] if path.startswith("layers.") else 1
+
+
+def _places(size: int, count: int) -> np.ndarray:
+    """Where a sample of so many is taken in an array, laid out flat: the number of samples says the places."""
+    return np.linspace(0, size - 1, count).astype(np.int64)
+
+
+def _samples(arrays: dict[str, Any], counts: dict[str, int]) -> dict[str, np.ndarray]:
+    """So many numbers of each array, bfloat16, on the host."""
+    arrays = {path: arrays[path] for path in counts}
+    where = {path: np.unravel_index(_places(x.size, counts[path]), x.shape) for path, x in arrays.items()}
+    return {path: processes.whole(x).astype(ml_dtypes.bfloat16) for path, x in _take(arrays, where).items()}
+
+
+@jax.jit
+def _take(arrays, where):
+    return {path: x.at[where[path]].get(mode="promise_in_bounds") for path, x in arrays.items()}
+
+
+def _order(x: np.ndarray) -> np.ndarray:
+    """Whole numbers that count the bfloat16 values: neighbours differ by one."""
+    bits = x.view(np.int16).astype(np.int32)
+    return np.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
 def _short(value: Any) -> Any:
@@ -108,47 +136,98 @@ def _short(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float | int) and not isinstance(value, bool) else value
 
 
-def _whole(config: dict[str, Any]) -> dict[str, Any]:
-    """A stored config; a field that an older file does not have yet has its default there."""
-    defaults = lambda kind: {
-        f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING
-    }
-    scaling = config.get("rope_scaling")
-    if scaling:
-        config = config | {"rope_scaling": defaults(RopeScaling) | scaling}
-    return defaults(ModelConfig) | config
-
-
-def check_base(stored: dict[str, Any], model: Transformer, name: str, source: str) -> None:
+def check_base(
+    stored: dict[str, Any], model: Transformer, name: str, source: str, *, accept_quantised: bool = False
+) -> None:
     """Compares the base model that an adapter was trained on with the one it is to serve.
+
+    Args:
+      stored: `describe_base` of the one. Arrays that it does not tell of, being older, are not compared.
+      model: the other.
+      name: what a person calls it.
+      source: the adapter, for messages.
+      accept_quantised: weights may differ as those of one model do in several quantisations, up to
+        `FARTHEST_QUANTISED`; a warning then says by how much. A base that was trained a little further differs less
+        than that, and is accepted, too: whoever sets this vouches for the model.
 
     Raises:
       UserError: with both names and what differs.
     """
-    here = describe_base(model, name)
-    there_config = {key: _short(x) for key, x in _whole(stored.get("config", {})).items()}
+    here, there = dataclasses.asdict(model.config), _with_defaults(ModelConfig, stored.get("config", {}))
+    if there["rope_scaling"]:
+        there["rope_scaling"] = _with_defaults(RopeScaling, there["rope_scaling"])
     differ = [
-        f"{key}: {_whole(stored.get('config', {})).get(key)} there, {value} here"
-        for key, value in here["config"].items()
-        if there_config.get(key) != _short(value)
+        f"{key}: {there.get(key)} there, {here.get(key)} here"
+        for key in here | there
+        if key != "max_position" and _short(there.get(key)) != _short(here.get(key))
     ]
-    share = _agreement(stored.get("sample", {}), here["sample"])
-    if not differ and share < _AGREEMENT:
-        differ = [f"same shape, but {share:.0%} of the sampled weights are equal"]
+    if not differ:
+        change = _compare(stored.get("sample", {}), model)
+        if change is None:
+            return
+        text, distance = change
+        differ = [text]
+        if accept_quantised and distance <= FARTHEST_QUANTISED:
+            warnings.warn(
+                f"{source} was trained on {stored.get('name') or 'an unnamed model'!r}, and is used with other weights "
+                f"of the same shape: {text}. This is accepted as another quantisation (adapter.accept_quantised_base)",
+                stacklevel=2,
+            )
+            return
+        if distance > FARTHEST_QUANTISED:
+            differ.append(f"quantisations of one model stay within {FARTHEST_QUANTISED}, so this is another model")
+        else:
+            differ.append(
+                f"should both be one model that is quantised in different ways (distances up to {FARTHEST_QUANTISED}), "
+                "set adapter.accept_quantised_base: true"
+            )
     if differ:
         called = lambda base: f"{base.get('name') or 'an unnamed model'!r} (fingerprint {base.get('fingerprint', '?')})"
         raise UserError(
-            f"{source} was trained on the base model {called(stored)}, but the base model here is {called(here)}: "
+            f"{source} was trained on the base model {called(stored)}, but the base model here is "
+            f"{called(describe_base(model, name))}: "
             f"{'; '.join(differ)}. Use the adapter's base model; if a stage-1 LoRA was merged into that one, do so "
             "here as well"
         )
 
 
-def _agreement(there: dict[str, str], here: dict[str, str]) -> float:
-    """Share of equal samples. Not all of them must be: merging a LoRA elsewhere may round a few the other way."""
-    pairs = [
-        (there.get(path, "")[i : i + 4], hexes[i : i + 4])
-        for path, hexes in here.items()
-        for i in range(0, len(hexes), 4)
-    ]
-    return sum(a == b for a, b in pairs) / len(pairs)
+def _with_defaults(kind: type, stored: dict[str, Any]) -> dict[str, Any]:
+    """What was stored of a dataclass; a field that an older file does not have yet has its default there."""
+    default = lambda field: None if field.default is dataclasses.MISSING else field.default
+    return {field.name: default(field) for field in dataclasses.fields(kind)} | stored
+
+
+def _compare(there: dict[str, str], model: Transformer) -> tuple[str, float] | None:
+    """What differs between stored samples and a model's weights, and how far they are apart; None for the same model.
+
+    Each array and each layer of it is judged by itself: a LoRA that was merged may have changed a single one. Of a
+    layer there are few samples, so there only those count that are not even neighbours.
+    """
+    arrays = base_parameters(model)
+    stored = {
+        path: np.frombuffer(bytes.fromhex(there[path]), ">u2").astype(np.uint16).view(ml_dtypes.bfloat16)
+        for path in sorted(there.keys() & arrays.keys())
+    }
+    here = _samples(arrays, {path: a.size for path, a in stored.items()})
+    changed, equal, total, farthest = [], 0, 0, 0.0
+    for path, a in stored.items():
+        x, b = arrays[path], here[path]
+        unequal, far = a != b, np.abs(_order(a) - _order(b)) > 1
+        layer = _places(x.size, a.size) * _layers(path, x) // x.size
+        counts, wrong = np.bincount(layer), np.bincount(layer, far)
+        if unequal.mean() > _ROUNDED or (wrong > np.maximum(_ROUNDED * counts, 1)).any():
+            changed.append(path)
+        equal, total = equal + int((~unequal).sum()), total + a.size
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        gap, norm = np.linalg.norm(a - b), np.linalg.norm(a)
+        farthest = max(farthest, gap / norm if norm else gap)
+    if total and not changed:
+        return None
+    if not total:
+        return "nothing is known of the weights there", float("inf")
+    names = ", ".join(changed[:3]) + ", ..." * (len(changed) > 3)
+    return (
+        f"same shape, but {equal / total:.1%} of the sampled weights are equal (not those of {names}), and they are "
+        f"up to {farthest:.2g} apart (relative distance of an array)",
+        float(farthest),
+    )
