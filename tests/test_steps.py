@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_ccm import layout, memory, steps
+from jax_ccm import attention, layout, memory, steps
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
 from jax_ccm.methods import METHODS, build
@@ -25,6 +25,14 @@ MODEL = cases.model(tokens=3)
 EMPTY = np.zeros(0, np.int32)
 TABLE = cases.METHODS | cases.RECURRENT
 REMEMBERS = {name: method for name, method in cases.METHODS.items() if method.remembers}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def parts():
+    """Rows as short as these are cut into parts, too, as long ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "PART", 6)
+        yield
 
 
 def gap(ours, theirs) -> float:
