@@ -163,7 +163,9 @@ def best(cache: MemoryCache, method: Method, selected, closing):
     return take(cache.k), take(cache.v), received, slots, jnp.maximum(wanted - size, 0)
 
 
-def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing, received=None) -> MemoryCache:
+def write(
+    cache: MemoryCache, method: Method, k, v, slots: Slots, closing, received=None, *, whole: bool
+) -> MemoryCache:
     """Closes a chunk in some rows: enters its memory and removes what the rule hides from now on.
 
     Args:
@@ -173,8 +175,9 @@ def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing, recei
       slots: `Slots` of ``[B, n]`` for them, kind MEMORY.
       closing: ``bool [B]``, rows that close a chunk; the others keep their memory.
       received: ``float32 [L, B, n, K]`` for `MemoryCache.received`.
+      whole: as for `closed`.
     """
-    after, store = closed(cache, method, slots, closing)
+    after, store = closed(cache, method, slots, closing, whole=whole)
 
     def every_layer(x, new):
         # In place: a copy of the whole cache would halve the sessions that fit.
@@ -185,7 +188,7 @@ def write(cache: MemoryCache, method: Method, k, v, slots: Slots, closing, recei
     return dataclasses.replace(after, k=every_layer(cache.k, k), v=every_layer(cache.v, v), received=received)
 
 
-def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: bool = True):
+def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: bool):
     """The slots and counters of a cache whose chunk is closed, and what happens to the entries of each layer.
 
     Appending methods add the entries as slots; mixtures blend them into the memory slot by slot,
@@ -197,7 +200,7 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
       method: the compression method.
       slots: `Slots` of ``[B, n]`` for what is written, kind MEMORY.
       closing: ``bool [B]``, rows that close a chunk; the others keep their memory.
-      whole: static, whether rows that close a chunk close all of their open text.
+      whole: static, whether rows that close a chunk close all of their open text; what stays open has to move.
 
     Returns:
       The cache with its old keys and values, and ``store(own [B, S, ...], new [B, n, ...]) -> [B, S, ...]`` that makes

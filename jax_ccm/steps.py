@@ -168,7 +168,7 @@ def compress(
         selected = raw
     else:
         selected = raw & (which if which.ndim == 2 else which[:, None])
-    closing = jnp.any(selected, axis=1)
+    closing, whole = jnp.any(selected, axis=1), which is None or which.ndim == 1
     rest = raw & ~selected & closing[:, None] & (cache.slots.kind != Kind.SINK)
     slots = dataclasses.replace(cache.slots, segment=cache.slots.segment + rest)
     cache = dataclasses.replace(cache, slots=slots)
@@ -178,10 +178,11 @@ def compress(
     if method.keep is not None:
         k, v, received, slots, lost = memory.best(cache, method, selected, closing)
         lost = lost if cache.overflow == "error" else 0
-        return memory.write(dataclasses.replace(cache, lost=cache.lost + lost), method, k, v, slots, closing, received)
+        cache = dataclasses.replace(cache, lost=cache.lost + lost)
+        return memory.write(cache, method, k, v, slots, closing, received, whole=whole)
     count = len(method.closes)
     if not count:
-        return memory.write(cache, method, *memory.pooled(cache, method, closing), closing)
+        return memory.write(cache, method, *memory.pooled(cache, method, closing), closing, whole=whole)
     row = lambda values: jnp.asarray(values, jnp.int32)[None]
     kind = jnp.where(closing[:, None], row([token.kind for token in method.closes]), Kind.PAD)
     segment = jnp.broadcast_to(cache.chunks[:, None], kind.shape)
@@ -201,7 +202,6 @@ def compress(
         jnp.broadcast_to(last, (kind.shape[0], len(written))),
         pick(comp.position),
     )
-    whole = which is None or which.ndim == 1
     after, store = memory.closed(cache, method, entry, closing, whole=whole)
     _, (k, v), _ = model(
         tokens,

@@ -66,7 +66,7 @@ def test_overflow_is_an_error():
 def test_what_need_not_move_stays(name):
     """Closing changes a cache in place where it can ("error"), and gives what moving every entry ("evict") gives."""
     method, rng = (cases.METHODS | cases.RECURRENT)[name], np.random.default_rng(0)
-    write = jax.jit(memory.write, static_argnums=1)
+    write = jax.jit(memory.write, static_argnums=1, static_argnames="whole")
     caches = [cache(method, memory_capacity=18, raw_capacity=24, overflow=overflow) for overflow in ("error", "evict")]
     count = method.memory_slots(1, 4)
     for step, closing in enumerate([(True, True), (True, False), (False, True), (True, True)]):
@@ -87,7 +87,7 @@ def test_what_need_not_move_stays(name):
             kinds = of_entries(jnp.where(closes, Kind.MEMORY, Kind.PAD))
             last = of_entries(full.tokens - 1)
             slots = Slots(kinds, of_entries(old.chunks), last, last)
-            caches[i] = write(full, method, *entries, slots, closes)
+            caches[i] = write(full, method, *entries, slots, closes, whole=True)
         chex.assert_trees_all_equal(*(dataclasses.replace(c, overflow="error") for c in caches))
     assert caches[0].chunks.tolist() == [3, 3] and not caches[0].lost.any()
 

@@ -22,8 +22,11 @@ from jax_ccm.types import Chunk, Kind
 from tests import cases
 
 MODEL = cases.model(tokens=3)
+SHALLOW = cases.model(tokens=3, num_layers=1)
 EMPTY = np.zeros(0, np.int32)
 TABLE = cases.METHODS | cases.RECURRENT
+# One of each name, and of each way to write and to forget.
+FEW = (*cases.EACH, "compressive_now_sink", "streaming_llm", "evict")
 REMEMBERS = {name: method for name, method in cases.METHODS.items() if method.remembers}
 
 
@@ -281,6 +284,29 @@ def test_one_program_and_slots_by_formula(name):
     assert len(traces) == 1
     chex.assert_trees_all_equal_shapes_and_dtypes(cache, empty)
     memory.check(cache)
+
+
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in TABLE])
+def test_a_part_of_the_text_is_closed(name):
+    """Whatever of the oldest raw text is closed, "error" gives what "evict" gives where nothing overflows."""
+    method = dataclasses.replace(TABLE[name], context="chunks", chunk=None, repeat=None)
+    rng = np.random.default_rng(0)
+    counts = np.array([5, 0, 1, 11, 12, 7])
+    text = lambda size: Chunk(rng.integers(3, 90, (6, size)).astype(np.int32), np.ones((6, size), bool))
+    before = memory.init_cache(SHALLOW.config, method, 6, memory_capacity=24, raw_capacity=24)
+    for piece in (text(3) for _ in range(4)):
+        before, _ = parity._read(SHALLOW, before, piece, method=method, query=False, implementation=None)
+    raw = np.asarray(before.slots.kind == Kind.TEXT)
+    oldest = raw & (np.cumsum(raw, axis=1) <= counts[:, None])
+    more, found = text(3), []
+    for overflow in ("error", "evict"):
+        cache = dataclasses.replace(before, overflow=overflow)
+        cache = parity._compress(SHALLOW, cache, oldest, method=method, implementation=None)
+        assert cache.chunks.tolist() == (counts > 0).tolist()
+        memory.check(cache)
+        cache = dataclasses.replace(cache, overflow="error")
+        found.append(parity._read(SHALLOW, cache, more, method=method, query=False, implementation=None))
+    chex.assert_trees_all_close(*found, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", cases.METHODS)
