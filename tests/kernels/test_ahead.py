@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_ccm import ahead
-from jax_ccm.planning import gpus
+from jax_ccm.planning import ahead, gpus
 
 RECORDS = Path(__file__).parents[2] / "results" / "kernels"
 MIB = 2**20
@@ -41,12 +40,12 @@ def test_record_keeps_other_targets(tmp_path, monkeypatch):
     monkeypatch.setattr(ahead, "mesh_for", lambda target: None)
     monkeypatch.setattr(ahead, "compilations", compilations)
     for target in ("v5e", "v4", "v5e"):
-        ahead.record(path, target)
+        ahead.record(path, [target])
     kept = json.loads(path.read_text())
     assert [(row["target"], row["temporaries"] // MIB) for row in kept["compiled"]] == [("v4", 20), ("v5e", 30)]
     table = path.with_suffix(".md").read_text()
     assert "| decoding, 64 sessions with caches of 1,024 | 1 | 20.0 MiB, 2 s | 30.0 MiB, 2 s |" in table
     path.write_text(json.dumps(kept | {"jax": "0.1"}))
     sizes = iter([40])
-    ahead.record(path, "v4")
+    ahead.record(path, ["v4"])
     assert [row["temporaries"] // MIB for row in json.loads(path.read_text())["compiled"]] == [40]
