@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib
 import os
@@ -12,29 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.weights.gguf import GgufFile
+from jax_ccm.weights.pretokenizers import CUTS
 from jax_ccm.weights.sources import TOKENIZER_FILES, locate
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# How text is cut before byte pairs are merged, by `tokenizer.ggml.pre`. The patterns are those with which the models
-# were trained (tokenizer.json of Llama 3 and Qwen 2); None stands for GPT-2's, which `tokenizers` has built in.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _WORDS + r"\p{N}{1,3}" + _REST
-_QWEN2 = _WORDS + r"\p{N}" + _REST
-SPLITS = {
-    "gpt-2": None,
-    "smollm": None,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-}
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-_QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # values of `tokenizer.ggml.token_type`
 
 
@@ -146,11 +131,7 @@ def from_gguf(path: Path) -> PreTrainedTokenizerFast:
     kind = meta.get("tokenizer.ggml.model")
     if kind not in _BUILDERS:
         raise UserError(f"{path}: tokenizer of type {kind!r} is not supported; supported: {', '.join(_BUILDERS)}")
-    tokens = meta.get("tokenizer.ggml.tokens")
-    if not tokens or len(set(tokens)) != len(tokens):
-        raise UserError(f"{path}: the token list is {'repeating itself' if tokens else 'missing'}; the file is damaged")
-    tokenizer = _BUILDERS[kind](meta, tokens, path)
-    _add_special(tokenizer, tokens, meta.get("tokenizer.ggml.token_type") or [])
+    tokens = _vocabulary(file)
     named = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = meta.get(f"tokenizer.ggml.{key}_token_id")
@@ -158,7 +139,10 @@ def from_gguf(path: Path) -> PreTrainedTokenizerFast:
             if not 0 <= index < len(tokens):
                 raise UserError(f"{path}: {key}_token_id is {index}, outside the vocabulary of {len(tokens)}")
             named[f"{name}_token"] = tokens[index]
-    _add_ends(tokenizer, meta, named, default_bos=kind == "llama" or meta.get("tokenizer.ggml.pre") in _LLAMA3_NAMES)
+    tokenizer = _BUILDERS[kind](meta, tokens, named, path)
+    _add_special(tokenizer, tokens, meta["tokenizer.ggml.token_type"])
+    begins = kind == "llama" or CUTS[meta["tokenizer.ggml.pre"]].begins
+    _add_ends(tokenizer, meta, named, default_bos=begins)
     return _transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=meta.get("tokenizer.chat_template"),
@@ -168,31 +152,77 @@ def from_gguf(path: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_level(meta: dict[str, Any], tokens: list[str], path: Path) -> Tokenizer:
+def _vocabulary(file: GgufFile) -> list[str]:
+    """The tokens, after a look at whether each has what it needs.
+
+    Raises:
+      UserError: if the file lacks a list, or one is of another length; llama.cpp's defaults would be silent.
+    """
+    meta, path = file.metadata, file.path
+    tokens = meta.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise _incomplete(path, "the list of tokens, 'tokenizer.ggml.tokens', is missing")
+    if len(set(tokens)) != len(tokens):
+        twice = next(token for token, count in collections.Counter(tokens).items() if count > 1)
+        raise _incomplete(path, f"the list of tokens repeats itself ({twice!r})")
+    if len(tokens) > file.config.vocab_size:
+        raise _incomplete(path, f"{len(tokens)} tokens, but embeddings for {file.config.vocab_size}")
+    needed = ["token_type", "scores"] if meta["tokenizer.ggml.model"] == "llama" else ["token_type"]
+    for name in needed:
+        given = meta.get(f"tokenizer.ggml.{name}")
+        if not isinstance(given, list) or len(given) != len(tokens):
+            found = f"has {len(given)} entries" if isinstance(given, list) else "is missing"
+            raise _incomplete(path, f"'tokenizer.ggml.{name}' {found}; each of the {len(tokens)} tokens needs one")
+    return tokens
+
+
+def _incomplete(path: Path, what: str) -> UserError:
+    return UserError(
+        f"the tokenizer in {path} is incomplete: {what}. Text would be cut into other tokens than those that the model "
+        "was trained on; get the file again, or convert the model again"
+    )
+
+
+def _byte_level(meta: dict[str, Any], tokens: list[str], named: dict[str, str], path: Path) -> Tokenizer:
     """Byte-level BPE, the "gpt2" type."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     pre = meta.get("tokenizer.ggml.pre")
-    if pre not in SPLITS:
-        raise unknown(f"pre-tokenizer in {path}:", str(pre), SPLITS)
-    merges = [tuple(merge.split(" ")) for merge in meta.get("tokenizer.ggml.merges") or ()]
+    if pre is None:
+        raise _incomplete(
+            path, "'tokenizer.ggml.pre', which says how text is cut before byte pairs are merged, is missing"
+        )
+    if pre not in CUTS:
+        raise unknown(f"pre-tokenizer in {path}:", str(pre), CUTS)
+    cut = CUTS[pre]
     vocab = {token: index for index, token in enumerate(tokens)}
     # Llama 3 takes a word that is in the vocabulary whole, without going through the merges.
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _LLAMA3_NAMES))
-    split = SPLITS[pre]
-    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
-    if split is not None:
-        steps.insert(0, pre_tokenizers.Split(Regex(split), behavior="isolated"))
-    if pre == "smollm":
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if pre in _QWEN2_NAMES:
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_pairs(meta, vocab, path), ignore_merges=cut.whole_words))
+    tokenizer.pre_tokenizer = cut.pre_tokenizer()
+    if cut.compose:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece(meta: dict[str, Any], tokens: list[str], path: Path) -> Tokenizer:
+def _pairs(meta: dict[str, Any], vocab: dict[str, int], path: Path) -> list[tuple[str, str]]:
+    """The merges, each of two pieces of the vocabulary to a third."""
+    merges = meta.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list) or not merges:
+        raise _incomplete(path, "the list of merges, 'tokenizer.ggml.merges', is missing")
+    pairs = []
+    for number, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        if not left or not right or " " in right:
+            raise _incomplete(path, f"merge {number} is {merge!r}, and not two pieces with a space between them")
+        strange = [piece for piece in (left, right, left + right) if piece not in vocab]
+        if strange:
+            raise _incomplete(path, f"merge {number}, {merge!r}, needs {strange[0]!r}, which is no token")
+        pairs.append((left, right))
+    return pairs
+
+
+def _sentencepiece(meta: dict[str, Any], tokens: list[str], named: dict[str, str], path: Path) -> Tokenizer:
     """SentencePiece BPE with byte fallback, the "llama" type.
 
     A piece's score is the rank of the merge that makes it. As llama.cpp does, and Llama 2's own tokenizer.json, a space
@@ -200,13 +230,14 @@ def _sentencepiece(meta: dict[str, Any], tokens: list[str], path: Path) -> Token
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores, types = meta.get("tokenizer.ggml.scores"), meta.get("tokenizer.ggml.token_type")
-    if not scores or not types or not len(scores) == len(types) == len(tokens):
-        raise UserError(f"{path}: a SentencePiece vocabulary needs a score and a type for each of {len(tokens)} tokens")
+    scores, types = meta["tokenizer.ggml.scores"], meta["tokenizer.ggml.token_type"]
     vocab = {token: index for index, token in enumerate(tokens)}
     whole = {token for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED, _BYTE)}
-    merges = _merges({token: score for token, score in zip(tokens, scores, strict=True) if token not in whole})
-    unknown_token = tokens[meta.get("tokenizer.ggml.unknown_token_id", 0)]
+    ranks = {token: score for token, score in zip(tokens, scores, strict=True) if token not in whole}
+    merges = _merges(ranks)
+    if len(merges) > 1 and len({ranks[left + right] for left, right in merges}) == 1:
+        raise _incomplete(path, "all scores are the same, so that they do not say which pieces are merged first")
+    unknown_token = named.get("unk_token", tokens[0])
     tokenizer = Tokenizer(
         models.BPE(vocab=vocab, merges=merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True)
     )
@@ -238,7 +269,7 @@ def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> N
     """Control tokens are special; those that the user defined are only kept whole."""
     from tokenizers import AddedToken
 
-    chosen = lambda kind: [token for token, given in zip(tokens, types, strict=False) if given == kind]
+    chosen = lambda kind: [token for token, given in zip(tokens, types, strict=True) if given == kind]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in chosen(_CONTROL)])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in chosen(_USER_DEFINED)])
 

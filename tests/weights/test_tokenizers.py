@@ -5,6 +5,7 @@ import json
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -27,9 +28,12 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im
 
 def with_tokenizer(path: Path, **meta) -> Path:
     meta = {
-        f"tokenizer.{key}" if key == "chat_template" else f"tokenizer.ggml.{key}": value for key, value in meta.items()
+        f"tokenizer.{key}" if key == "chat_template" else f"tokenizer.ggml.{key}": value
+        for key, value in meta.items()
+        if value is not None
     }
-    return ggufs.convert(GOLDEN / "llama_gqa", path, Type.F16, extra_meta=meta)
+    table = np.zeros((len(meta.get("tokenizer.ggml.tokens", "")) or 1, 32), np.float32)
+    return ggufs.convert(GOLDEN / "llama_gqa", path, Type.F16, meta, {"token_embd.weight": table})
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +158,38 @@ def test_saved_and_loaded_from_a_folder(bpe, tmp_path):
 def test_refused(change, message, bpe, tmp_path):
     with pytest.raises(UserError, match=message):
         byte_level(tmp_path / "m.gguf", bpe, **{"pre": "smollm"} | change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"merges": None}, "list of merges, 'tokenizer.ggml.merges', is missing"),
+        ({"merges": ["a b", "ab"]}, "merge 1 is 'ab', and not two pieces"),
+        ({"merges": ["a b c"]}, "merge 0 is 'a b c', and not two pieces"),
+        ({"merges": ["q zzz"]}, "merge 0, 'q zzz', needs 'zzz', which is no token"),
+        ({"merges": ["q q"]}, "merge 0, 'q q', needs 'qq', which is no token"),
+        ({"tokens": None}, "list of tokens, 'tokenizer.ggml.tokens', is missing"),
+        ({"tokens": ["a", "b", "a"]}, r"list of tokens repeats itself \('a'\)"),
+        ({"token_type": None}, "'tokenizer.ggml.token_type' is missing; each of the 600 tokens needs one"),
+        ({"token_type": [1] * 599}, "'tokenizer.ggml.token_type' has 599 entries; each of the 600"),
+        ({"pre": None}, "'tokenizer.ggml.pre', which says how text is cut"),
+        ({"model": "llama"}, "'tokenizer.ggml.scores' is missing"),
+        ({"model": "llama", "scores": [1.0] * 7}, "'tokenizer.ggml.scores' has 7 entries"),
+        ({"model": "llama", "scores": [-1000.0] * 600}, "all scores are the same"),
+    ],
+)
+def test_an_incomplete_tokenizer_is_refused_by_what_is_missing(change, message, bpe, tmp_path):
+    """Without merges a file was loaded, and every word became single characters."""
+    with pytest.raises(UserError, match="tokenizer in .*m.gguf is incomplete: .*" + message):
+        byte_level(tmp_path / "m.gguf", bpe, **{"pre": "gpt-2"} | change)
+
+
+def test_more_tokens_than_embeddings(bpe, tmp_path):
+    tokens = bpe[0][:100]
+    path = ggufs.convert(GOLDEN / "llama_gqa", tmp_path / "m.gguf", extra_meta={
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens})  # fmt: skip
+    with pytest.raises(UserError, match="incomplete: 100 tokens, but embeddings for 96"):
+        load_tokenizer(path)
 
 
 def test_no_tokenizer(tmp_path):
