@@ -234,12 +234,11 @@ def _steps(
 
     slots = concat.memory or 0
     cache = memory.init_cache(
-        shape,
+        model,
         concat.method,
         1,
         memory_capacity=slots,
         raw_capacity=max(chunk, options.reply),
-        dtype=dtype,
         overflow="evict",
     )
     past = slots // max(concat.method.slots_per_chunk, 1)

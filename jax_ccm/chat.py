@@ -100,12 +100,11 @@ class Conversation:
         """A cache of the sizes that the config gives."""
         config = self.experiment.config.cache
         return memory.init_cache(
-            self.experiment.model_config,
+            self.experiment.model,
             self.experiment.method,
             1,
             memory_capacity=config.memory_capacity,
             raw_capacity=config.raw_capacity,
-            dtype=self.experiment.model.embed_tokens.embedding[...].dtype,
             overflow=config.overflow,
         )
 

@@ -21,36 +21,37 @@ from jax_ccm import sharding
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
 from jax_ccm.layout import is_in, reachable
-from jax_ccm.nn.config import ModelConfig
+from jax_ccm.nn import ModelConfig, Transformer
 from jax_ccm.types import TEXT, Kind, MemoryCache, Method, Slots
 
 FORMAT = "jax_ccm.memory/1"
 
 
 def init_cache(
-    config: ModelConfig,
+    model: Transformer | ModelConfig,
     method: Method,
     batch: int,
     *,
     memory_capacity: int,
     raw_capacity: int,
-    dtype=jnp.float32,
+    dtype=None,
     overflow: Literal["error", "evict"] = "error",
 ) -> MemoryCache:
     """An empty cache.
 
     Args:
-      config: the base model.
+      model: the decoder that will read into it; its config serves where there are no weights.
       method: the compression method.
       batch: B, number of sessions.
       memory_capacity: most memory slots of a session; the sink has a place of its own.
       raw_capacity: most raw text tokens of a session: the open chunk, or all text that the method keeps.
-      dtype: of keys and values.
+      dtype: of keys and values; None for the model's own. A config has none: give one with it.
       overflow: when memory is full, make the session invalid ("error"; `check` raises) or drop its oldest ("evict").
 
     Raises:
-      UserError: for capacities that cannot hold one chunk's memory.
+      UserError: for capacities that cannot hold one chunk's memory, or a config without a dtype.
     """
+    config, dtype = _sizes(model, dtype)
     if overflow not in ("error", "evict"):
         raise UserError(f"overflow is {overflow!r}; allowed: 'error' (refuse) or 'evict' (drop the oldest memory)")
     if memory_capacity < method.memory_slots(1):
@@ -82,6 +83,15 @@ def init_cache(
         overflow=overflow,
     )
     return sharding.born(make, sharding.cache_shardings)
+
+
+def _sizes(model: Transformer | ModelConfig, dtype) -> tuple[ModelConfig, jnp.dtype]:
+    """Sizes of a model, and the type of its cache."""
+    if not isinstance(model, ModelConfig):
+        return model.config, jnp.dtype(model.dtype if dtype is None else dtype)
+    if dtype is None:
+        raise UserError("a config does not say of which type keys and values are; give the model, or a dtype with it")
+    return model, jnp.dtype(dtype)
 
 
 def raw_capacity(cache: MemoryCache) -> int:

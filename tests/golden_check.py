@@ -264,7 +264,7 @@ def check_recurrent(model: Transformer, method: Method, data: dict) -> dict[str,
     count = [sum(name.startswith(f"{row}/ctx") and name.endswith("_ids") for name in data) for row in rows]
     width = max(len(x) for name, x in data.items() if name.startswith("rec") and name.endswith("_ids"))
     cache = memory.init_cache(
-        model.config, method, len(rows), memory_capacity=method.memory_slots(max(count)), raw_capacity=width + 64
+        model, method, len(rows), memory_capacity=method.memory_slots(max(count)), raw_capacity=width + 64
     )
     read = jax.jit(steps.read, static_argnames=("method", "query"))
     compress = jax.jit(steps.compress, static_argnames="method")
@@ -325,9 +325,7 @@ def check_stream(model: Transformer, method: Method, data: dict) -> dict[str, fl
         n = events[0, 2] - (events[0, 1] - CLOSES)
         grown = np.minimum(n * np.arange(1, len(events) + 1), CAPACITY)
         closes = CLOSES - np.diff(grown, prepend=0)
-    cache = memory.init_cache(
-        model.config, method, 1, memory_capacity=CAPACITY, raw_capacity=WINDOW + 1, overflow="evict"
-    )
+    cache = memory.init_cache(model, method, 1, memory_capacity=CAPACITY, raw_capacity=WINDOW + 1, overflow="evict")
     snapshots = {f"cache_after_comp{i}": i for i in range(len(events)) if f"cache_after_comp{i}_k" in data}
     snapshots["last_cache"] = len(events) - 1
     found, nll, ours_events, done = {"ids": 0.0}, [], [], 0

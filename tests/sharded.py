@@ -72,7 +72,7 @@ def compute(method: Method, sizes: dict[str, int] | None):
         least = jax.eval_shape(lambda: parity.cache_for(model, method, examples))
         slots, raw = least.memory_capacity, memory.raw_capacity(least) + 3
         raw += -raw % (method.chunk or 1)
-        cache = memory.init_cache(model.config, method, len(ROWS), memory_capacity=slots, raw_capacity=raw)
+        cache = memory.init_cache(model, method, len(ROWS), memory_capacity=slots, raw_capacity=raw)
         graphdef, params, frozen = training.split(model, "all")
         found = program(method)(graphdef, params, frozen, made, cache, sessions.context, sessions.tail)
         jax.block_until_ready(found)

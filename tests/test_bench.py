@@ -25,7 +25,7 @@ RIVALS = efficiency.rivals(comp_tokens=2, sink=True, capacity=6, window=9)
 @pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
 def test_the_state_after_many_turns_is_the_one_that_they_leave(rival):
     turns, model = 5, cases.model(tokens=2, num_layers=1)
-    empty = rival.cache(model.config, 1, turns=turns, turn=TURN, dtype=jnp.float32)
+    empty = rival.cache(model, 1, turns=turns, turn=TURN)
     step = jax.jit(steps.compress_step, static_argnames="method")
     cache = empty
     for _ in range(turns):

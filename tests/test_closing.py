@@ -25,7 +25,7 @@ SENTINEL = build("sentinel")
 
 
 def empty(method, rows=1):
-    return memory.init_cache(cases.CONFIG, method, rows, memory_capacity=24, raw_capacity=24)
+    return memory.init_cache(MODEL, method, rows, memory_capacity=24, raw_capacity=24)
 
 
 def text(count, seed=0):
@@ -128,4 +128,4 @@ def test_mistakes():
         prefill(MODEL, empty(SENTINEL), chunk, method=SENTINEL, ends=np.ones((1, 2), bool))
     method = build("loma", ratio=4, memory_tokens=2)
     with pytest.raises(UserError, match="raw_capacity is 20; .* takes 8 tokens at a time, so give .* such as 24"):
-        memory.init_cache(cases.CONFIG, method, 1, memory_capacity=8, raw_capacity=20)
+        memory.init_cache(MODEL, method, 1, memory_capacity=8, raw_capacity=20)

@@ -89,7 +89,7 @@ def test_what_is_repeated(tmp_path, monkeypatch, capsys):
     repeat = jax.jit(steps.repeat, static_argnames=("method", "length", "back"))
     right, exact, tokens, chunks = 0, 0, 0, 0
     for example in Evaluation.open(load_config(config).data, experiment.tokenizer).texts():
-        cache = memory.init_cache(model.config, experiment.method, 1, memory_capacity=64, raw_capacity=4)
+        cache = memory.init_cache(model, experiment.method, 1, memory_capacity=64, raw_capacity=4)
         for segment in closed(experiment.method, arrange(experiment.method, example)):
             cache = read(model, cache, chunk([segment.tokens], 4, model.config.vocab_size), method=experiment.method)
             hits = np.asarray(repeat(model, cache, length=4, method=experiment.method))[0].argmax(-1) == segment.tokens

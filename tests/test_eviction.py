@@ -40,7 +40,7 @@ def chunk(seed: int, rows: int = 2, size: int = 6) -> Chunk:
 
 def cache(method, **options):
     options = {"memory_capacity": 6, "raw_capacity": 12, **options}
-    return memory.init_cache(cases.CONFIG, method, 2, **options)
+    return memory.init_cache(MODEL, method, 2, **options)
 
 
 def test_received_is_the_column_sum_of_the_softmax():

@@ -26,7 +26,7 @@ READ = jax.jit(steps.read, static_argnames=("method", "query"))
 
 def prompt(batch: int = 3):
     """Sessions of different ages that have read something."""
-    state = memory.init_cache(cases.CONFIG, METHOD, batch, memory_capacity=8, raw_capacity=24)
+    state = memory.init_cache(MODEL, METHOD, batch, memory_capacity=8, raw_capacity=24)
     rng = np.random.default_rng(0)
     step = jax.jit(steps.compress_step, static_argnames="method")
     for _ in range(2):
@@ -83,7 +83,7 @@ def test_what_is_not_a_number_is_not_kept():
 
 def test_no_copy_of_the_cache_for_a_token():
     """What the loop of a decoder with layers apart needs on a CPU is less than a copy of a large cache."""
-    cache = memory.init_cache(cases.CONFIG, METHOD, 2, memory_capacity=2000, raw_capacity=3000)
+    cache = memory.init_cache(MODEL, METHOD, 2, memory_capacity=2000, raw_capacity=3000)
     sampling = jax.random.key(0), jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.asarray([-1]), jnp.ones(2, bool)
     static = dict(method=METHOD, max_tokens=4, closing=None, query=True, vocabulary=None)
     program = _loop.lower(MODEL.apart(), cache, *sampling, **static).compile()
@@ -93,7 +93,7 @@ def test_no_copy_of_the_cache_for_a_token():
 def test_layers_are_taken_apart_where_that_pays(monkeypatch):
     """On a CPU: if they are not too large to be copied, and the cache is small beside them."""
     sizes = dict(memory_capacity=4, raw_capacity=4)
-    small, large = (memory.init_cache(cases.CONFIG, METHOD, batch, **sizes) for batch in (1, 500))
+    small, large = (memory.init_cache(MODEL, METHOD, batch, **sizes) for batch in (1, 500))
     assert len(for_decoding(MODEL, small).layers) == cases.CONFIG.num_layers
     assert for_decoding(MODEL, large) is MODEL
     monkeypatch.setattr(sys.modules[generate.__module__], "APART_BYTES", 1000)
@@ -167,7 +167,7 @@ def test_same_key_same_text():
 def test_bad_input():
     with pytest.raises(UserError, match="needs a PRNG key"):
         generate(MODEL, prompt(), method=METHOD, max_tokens=2, sampling=Sampling(temperature=1.0))
-    fresh = memory.init_cache(cases.CONFIG, METHOD, 2, memory_capacity=8, raw_capacity=8)
+    fresh = memory.init_cache(MODEL, METHOD, 2, memory_capacity=8, raw_capacity=8)
     with pytest.raises(UserError, match=r"sessions \[0, 1\] have read nothing"):
         generate(MODEL, fresh, method=METHOD, max_tokens=2)
     with pytest.raises(UserError, match="larger raw_capacity"):

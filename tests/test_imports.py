@@ -29,8 +29,8 @@ ALLOWED = {
     "kernels": CORE | {"layout"},
     "attention": CORE | {"layout", "kernels", "sharding"},
     "nn": CORE | {"layout", "attention", "sharding"},
-    # memory needs only the sizes of the model.
-    "memory": CORE | {"describe", "layout", "nn.config", "sharding"},
+    # memory needs only the sizes and the type of the model.
+    "memory": CORE | {"describe", "layout", "nn", "sharding"},
     "steps": CORE | {"layout", "memory", "nn"},
     "losses": CORE | {"nn", "sharding"},
     "closing": CORE | {"memory", "nn", "steps"},

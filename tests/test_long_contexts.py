@@ -21,10 +21,10 @@ METHOD = build("ccm_merge", comp_tokens=2, sink=True)
 SMALL = dict(num_layers=1, hidden_size=16, intermediate_size=16, num_heads=2, num_kv_heads=1, max_position=2**21)
 
 
-def prefill(chunk: int, dtype=jnp.float32):
+def prefill(chunk: int):
     """A jitted scan over chunks ``[time, 1, chunk]``, a model, and an empty cache."""
     model = cases.model(tokens=METHOD.rows, **SMALL)
-    cache = memory.init_cache(model.config, METHOD, 1, memory_capacity=2, raw_capacity=chunk, dtype=dtype)
+    cache = memory.init_cache(model, METHOD, 1, memory_capacity=2, raw_capacity=chunk)
     return jax.jit(functools.partial(compress_scan, method=METHOD), donate_argnums=1), model, cache
 
 

@@ -13,6 +13,7 @@ import pytest
 from jax_ccm import memory, steps
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
+from jax_ccm.nn import AdapterConfig, Transformer
 from jax_ccm.types import Chunk, Kind, Slots
 from tests import cases
 
@@ -30,7 +31,7 @@ def chunk(seed: int, batch: int = 2, size: int = 4) -> Chunk:
 
 def cache(method=CONCAT, **options):
     options = {"memory_capacity": 6, "raw_capacity": 8, **options}
-    return memory.init_cache(cases.CONFIG, method, 2, **options)
+    return memory.init_cache(MODEL, method, 2, **options)
 
 
 def test_eviction_drops_the_oldest():
@@ -153,13 +154,27 @@ def test_bad_sizes():
     with pytest.raises(UserError, match="allowed: 'error'"):
         cache(overflow="drop")
     with pytest.raises(UserError, match="cannot|too small|writes"):
-        memory.init_cache(cases.CONFIG, build("ccm_merge", comp_tokens=4), 1, memory_capacity=3, raw_capacity=4)
+        memory.init_cache(MODEL, build("ccm_merge", comp_tokens=4), 1, memory_capacity=3, raw_capacity=4)
+
+
+def test_a_cache_is_of_the_models_type():
+    """Nobody has to say it; with a config alone there is none to take."""
+    half = Transformer(jax.random.key(0), cases.CONFIG, AdapterConfig(tokens=2), jnp.bfloat16)
+    sizes = dict(memory_capacity=6, raw_capacity=8)
+    state = memory.init_cache(half, CONCAT, 2, **sizes)
+    assert state.k.dtype == state.v.dtype == jnp.bfloat16
+    chunks = jax.tree.map(lambda x: np.stack([x, x]), chunk(0))
+    memory.check(steps.compress_scan(half, state, chunks, method=CONCAT))
+    assert memory.init_cache(half, CONCAT, 2, **sizes, dtype=jnp.float32).k.dtype == jnp.float32
+    assert memory.init_cache(half.config, CONCAT, 2, **sizes, dtype="bfloat16").k.dtype == jnp.bfloat16
+    with pytest.raises(UserError, match="give the model, or a dtype"):
+        memory.init_cache(half.config, CONCAT, 2, **sizes)
 
 
 def test_window_keeps_the_newest():
     """A sliding window drops raw text that it hides when chunks are closed."""
     window = build("window", size=5)
-    state = memory.init_cache(cases.CONFIG, window, 2, memory_capacity=0, raw_capacity=8)
+    state = memory.init_cache(MODEL, window, 2, memory_capacity=0, raw_capacity=8)
     for i in range(4):
         state = STEP(MODEL, state, chunk(i), method=window)
     memory.check(state)

@@ -257,7 +257,7 @@ def test_ema_weights():
 def test_one_program_and_slots_by_formula(name):
     """Rows of any ages and lengths, chunks of any number: one trace, bytes that stay, slots as the formula has it."""
     method = dataclasses.replace(TABLE[name], context="chunks", chunk=None, repeat=None)
-    cache = memory.init_cache(cases.CONFIG, method, 3, memory_capacity=40, raw_capacity=48)
+    cache = memory.init_cache(MODEL, method, 3, memory_capacity=40, raw_capacity=48)
     empty = cache
     traces = []
 
@@ -293,7 +293,7 @@ def test_a_part_of_the_text_is_closed(name):
     rng = np.random.default_rng(0)
     counts = np.array([5, 0, 1, 11, 12, 7])
     text = lambda size: Chunk(rng.integers(3, 90, (6, size)).astype(np.int32), np.ones((6, size), bool))
-    before = memory.init_cache(SHALLOW.config, method, 6, memory_capacity=24, raw_capacity=24)
+    before = memory.init_cache(SHALLOW, method, 6, memory_capacity=24, raw_capacity=24)
     for piece in (text(3) for _ in range(4)):
         before, _ = parity._read(SHALLOW, before, piece, method=method, query=False, implementation=None)
     raw = np.asarray(before.slots.kind == Kind.TEXT)
@@ -325,7 +325,7 @@ def test_rows_have_one_shape(name):
 def test_constant_state(name):
     """Bytes of the state and temporaries of the step are the same after 1 and after 1,000 chunks."""
     method = build(name, comp_tokens=2)
-    cache = memory.init_cache(cases.CONFIG, method, 1, memory_capacity=8, raw_capacity=4, overflow="evict")
+    cache = memory.init_cache(MODEL, method, 1, memory_capacity=8, raw_capacity=4, overflow="evict")
     chunk = Chunk(np.full((1, 4), 7, np.int32), np.ones((1, 4), bool))
     step = jax.jit(steps.compress_step, static_argnames="method")
 
@@ -347,7 +347,7 @@ def test_constant_state(name):
 
 def test_bad_input():
     method = build("ccm_concat", comp_tokens=2)
-    cache = memory.init_cache(cases.CONFIG, method, 1, memory_capacity=4, raw_capacity=4)
+    cache = memory.init_cache(MODEL, method, 1, memory_capacity=4, raw_capacity=4)
     full = lambda size: Chunk(np.ones((1, size), np.int32), np.ones((1, size), bool))
     with pytest.raises(UserError, match="5 tokens does not fit the region of 4"):
         steps.read(MODEL, cache, full(5), method=method)

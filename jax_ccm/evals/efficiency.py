@@ -46,16 +46,15 @@ class Rival:
     memory: int | None = 0
     text: int | None = 0
 
-    def cache(self, config: ModelConfig, batch: int, *, turns: int, turn: int, dtype: Any) -> MemoryCache:
+    def cache(self, model: Transformer, batch: int, *, turns: int, turn: int) -> MemoryCache:
         """An empty cache with room for ``turns`` closed turns of ``turn`` tokens and an open one."""
         kept = turns * turn if self.text is None else self.text
         return memory.init_cache(
-            config,
+            model,
             self.method,
             batch,
             memory_capacity=self.method.memory_slots(turns + 1) if self.memory is None else self.memory,
             raw_capacity=kept + turn,
-            dtype=dtype,
             overflow="evict",
         )
 
@@ -175,8 +174,7 @@ class Conversation:
         """
         self.model, self.rival, self.turns, self.reply = model, rival, turns, reply
         self.turn = prompt + reply
-        dtype = model.embed_tokens.embedding[...].dtype
-        cache = rival.cache(model.config, 1, turns=turns, turn=self.turn, dtype=dtype)
+        cache = rival.cache(model, 1, turns=turns, turn=self.turn)
         self.cache = cache
         self.decoder = apart() if pays_apart(model, cache) else model
         self.prompt = Chunk(np.ones((1, prompt), np.int32), np.ones((1, prompt), bool))
@@ -314,9 +312,7 @@ def most_sessions(model: Transformer, rival: Rival, budget: int, *, turns: int, 
     """
 
     def needed(batch: int) -> int:
-        dtype = model.embed_tokens.embedding[...].dtype
-        make = lambda: rival.cache(model.config, batch, turns=turns, turn=turn, dtype=dtype)
-        cache = jax.eval_shape(make)
+        cache = jax.eval_shape(lambda: rival.cache(model, batch, turns=turns, turn=turn))
         shape = lambda dtype: jax.ShapeDtypeStruct((batch, prompt), dtype)
         lowered = ask.lower(model, cache, Chunk(shape(jnp.int32), shape(bool)), method=rival.method)
         return compiled_bytes(lowered.compile())

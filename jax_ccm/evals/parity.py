@@ -95,7 +95,7 @@ def target_steps(method: Method, examples: Sequence[Example]) -> list[np.ndarray
     return found
 
 
-def cache_for(model: Transformer, method: Method, examples: Sequence[Example], dtype=jnp.float32) -> MemoryCache:
+def cache_for(model: Transformer, method: Method, examples: Sequence[Example]) -> MemoryCache:
     """A cache with just the room that the examples need."""
     rows = [arrange(method, example) for example in examples]
     chunks = max(max(len(row) for row in rows) - 1, 1)
@@ -104,12 +104,11 @@ def cache_for(model: Transformer, method: Method, examples: Sequence[Example], d
     lengths = [[len(segment.tokens) for segment in row] for row in rows]
     raw, unit = max(sum(row) if keeps else max(row) for row in lengths), method.chunk or 1
     return memory.init_cache(
-        model.config,
+        model,
         method,
         len(rows),
         memory_capacity=max(method.memory_slots(chunks, max(map(max, lengths))), 1),
         raw_capacity=-(-raw // unit) * unit,
-        dtype=dtype,
     )
 
 

@@ -44,21 +44,19 @@ def score_recurrently(
     sizes = [[len(segment.tokens) for segment in arrange(method, example)] for example in examples]
     # Neighbours in this order have as many chunks, of about the same lengths.
     order = sorted(range(len(examples)), key=lambda i: (len(sizes[i]), max(sizes[i])))
-    dtype = model.embed_tokens.embedding[...].dtype
     # One shape of cache for all.
-    roomy = jax.eval_shape(lambda: cache_for(model, method, examples, dtype))
+    roomy = jax.eval_shape(lambda: cache_for(model, method, examples))
     most = roomy.k.shape[2] - roomy.memory_capacity
     found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(examples)
     for first in range(0, len(order), rows):
         those = order[first : first + rows]
         fill = those + those[:1] * (rows - len(those))
         cache = memory.init_cache(
-            model.config,
+            model,
             method,
             rows,
             memory_capacity=roomy.memory_capacity,
             raw_capacity=_padded(most),
-            dtype=dtype,
         )
         scored = _score(model, method, cache, stream(method, [examples[i] for i in fill]))
         for row, index in enumerate(those):

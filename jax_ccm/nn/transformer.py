@@ -273,6 +273,11 @@ class Transformer(nnx.Module):
         return jnp.einsum(f"...d,{axes}->...v", hidden, head, preferred_element_type=jnp.float32)
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """Of weights and activations: that of the embeddings."""
+        return self.embed_tokens.embedding.dtype
+
+    @property
     def head(self) -> tuple[jax.Array, Literal["vd", "dv"]]:
         """The projection to the vocabulary, and the order of its axes: ``[V, D]`` where embeddings are tied."""
         if self.turned_embedding is not None:

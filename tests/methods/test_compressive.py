@@ -23,7 +23,7 @@ MODEL = cases.model()
 
 def closed(method, lengths, **options):
     """The state after chunks of these lengths, and the keys and values of each chunk's text before it was closed."""
-    cache = memory.init_cache(cases.CONFIG, method, 1, **dict(memory_capacity=16, raw_capacity=16) | options)
+    cache = memory.init_cache(MODEL, method, 1, **dict(memory_capacity=16, raw_capacity=16) | options)
     rng, raw = np.random.default_rng(0), []
     for number, length in enumerate(lengths):
         chunk = layout.chunk([rng.integers(10, 90, length)], 8, cases.VOCAB)

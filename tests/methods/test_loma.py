@@ -272,7 +272,7 @@ def test_generation_compresses_as_it_goes():
         text(6, seed=2).segments[0].tokens,
         text(4, seed=3).segments[0].tokens,
     ]
-    cache = memory.init_cache(cases.CONFIG, METHOD, 3, memory_capacity=20, raw_capacity=4)
+    cache = memory.init_cache(MODEL, METHOD, 3, memory_capacity=20, raw_capacity=4)
     fill = jax.jit(prefill, static_argnames="method")
     for first in (0, 3):
         rows = [prompt[:3] if first == 0 else prompt[3:] for prompt in prompts]

@@ -52,7 +52,7 @@ def chunk(seed: int) -> Chunk:
 def sessions(experiment: Experiment):
     """A cache with two sessions of three closed chunks and an open one."""
     model, method = experiment.model, experiment.method
-    cache = memory.init_cache(experiment.model_config, method, 2, memory_capacity=6, raw_capacity=8)
+    cache = memory.init_cache(experiment.model, method, 2, memory_capacity=6, raw_capacity=8)
     for number in range(3):
         cache = steps.compress_step(model, cache, chunk(number), method=method)
     return steps.read(model, cache, chunk(3), method=method)[0]
