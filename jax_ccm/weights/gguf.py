@@ -9,8 +9,11 @@ window of Mistral 7B v0.1, so that such a file is read, as llama.cpp does, as on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import glob
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,6 @@ from jax_ccm.nn import ModelConfig, RopeScaling, rope
 from jax_ccm.weights.hf import Index
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -38,6 +40,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # as llama-gguf-split names the parts of a model
 
 # Metadata of an architecture that is read below, or says nothing that the tensors do not say.
 _KNOWN = (
@@ -54,10 +57,11 @@ _NEUTRAL = {
 
 
 class GgufFile:
-    """A model in a GGUF file; a `Tensors` under Hugging Face's names.
+    """A model in a GGUF file, or in the parts of one; a `Tensors` under Hugging Face's names.
 
     Attributes:
-      path: the file.
+      path: the file; of a model in parts the first, which holds the metadata.
+      files: all files.
       metadata: all key/value pairs.
       config: the model's shape.
       shapes: of the tensors, by Hugging Face's names; a name that is not understood stays as it is in the file.
@@ -69,16 +73,13 @@ class GgufFile:
         Raises:
           UserError: if the file is damaged, of an unsupported architecture, or asks for what is not implemented.
         """
-        import gguf
-
-        self.path = path
-        try:
-            reader = gguf.GGUFReader(path)
-            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError) as error:
-            size = path.stat().st_size
-            raise UserError(f"{path} ({size} bytes) is not a whole GGUF file: {error}; get it again") from error
-        self._tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+        parts = _parts(path)
+        self.files = tuple(parts)
+        self.path = self.files[0]
+        self.metadata = parts[self.path].metadata
+        found = [(file, tensor) for file, part in parts.items() for tensor in part.tensors]
+        self._tensors = {_hf_name(tensor.name): tensor for _, tensor in found}
+        self._file = {_hf_name(tensor.name): file for file, tensor in found}
         self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         self._arch = self.metadata.get("general.architecture")
         try:
@@ -86,26 +87,31 @@ class GgufFile:
         except UserError:
             raise
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
-        for tensor in reader.tensors:
-            if tensor.tensor_type.name not in TENSOR_TYPES:
+            raise UserError(f"{self.path}: {error}") from error
+        for file, tensor in found:
+            if tensor.tensor_type not in tensor_types():
                 raise UserError(
-                    f"tensor {tensor.name!r} in {path} is of type {tensor.tensor_type.name}; readable: "
-                    f"{', '.join(TENSOR_TYPES)}. Take another quantisation of the model"
+                    f"tensor {tensor.name!r} in {file} is of type {tensor.tensor_type.name}; readable: "
+                    f"{', '.join(kind.name for kind in tensor_types())}. Take another quantisation of the model"
                 )
         self.shapes.pop(_ROPE_FACTORS, None)
 
     @staticmethod
     def open(path: Path) -> GgufFile:
-        """The file at ``path``; the last one is kept, since parsing the vocabulary takes seconds."""
-        stat = path.stat()
-        return _open(path, stat.st_mtime_ns, stat.st_size)
+        """The file at ``path``; the last one is kept, since parsing the vocabulary takes seconds.
+
+        Args:
+          path: a file, or any part of a model in parts; the others are beside it.
+        """
+        match = _PART.fullmatch(path.name)
+        files = sorted(path.parent.glob(f"{glob.escape(match[1])}-*-of-{match[3]}.gguf")) if match else [path]
+        return _open(path, tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
     def describe(self, name: str) -> str:
         return repr(_gguf_name(name))
 
     def file(self, name: str) -> Path:
-        return self.path
+        return self._file.get(name, self.path)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         import gguf
@@ -135,9 +141,6 @@ class GgufFile:
                 f"{self.path}: GGUF architecture {self._arch!r} is not supported; supported: "
                 f"{', '.join(ARCHITECTURES)} (Mistral and SmolLM2 are stored as llama)"
             )
-        if self.metadata.get("split.count", 1) > 1:
-            parts = self.metadata["split.count"]
-            raise UserError(f"{self.path} is one of {parts} parts; join them with llama-gguf-split --merge")
         prefix = self._arch + "."
         for key, value in self.metadata.items():
             name = key.removeprefix(prefix)
@@ -213,8 +216,78 @@ class GgufFile:
 
 
 @functools.lru_cache(maxsize=1)
-def _open(path: Path, modified: int, size: int) -> GgufFile:
+def _open(path: Path, files: tuple[tuple[Path, int, int], ...]) -> GgufFile:
     return GgufFile(path)
+
+
+@functools.cache
+def tensor_types() -> tuple[Any, ...]:
+    """The types that the gguf package dequantises, as `gguf.GGMLQuantizationType`."""
+    import gguf
+
+    readable = []
+    for kind, (_, size) in gguf.GGML_QUANT_SIZES.items():
+        with contextlib.suppress(NotImplementedError):
+            gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+            readable.append(kind)
+    return tuple(readable)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    metadata: dict[str, Any]
+    tensors: list[Any]
+
+
+def _read(path: Path) -> _Part:
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        return _Part({name: field.contents() for name, field in reader.fields.items()}, reader.tensors)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError) as error:
+        size = path.stat().st_size
+        raise UserError(f"{path} ({size} bytes) is not a whole GGUF file: {error}; get it again") from error
+
+
+def _parts(path: Path) -> dict[Path, _Part]:
+    """The file at ``path``, or all parts of the model that it is one of, in order.
+
+    Raises:
+      UserError: for a damaged or missing part, and for parts that do not belong together.
+    """
+    given = _read(path)
+    count = given.metadata.get("split.count", 1)
+    if not isinstance(count, int) or count <= 1:
+        return {path: given}
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match[3]) != count:
+        raise UserError(
+            f"{path} is one of {count} parts, and does not bear the name of one, by which the others are found; name "
+            f"them NAME-00001-of-{count:05d}.gguf to NAME-{count:05d}-of-{count:05d}.gguf again"
+        )
+    files = [path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{path} is one of {count} parts, and {', '.join(missing)} is not beside it; get it, too")
+    parts = {file: given if file == path else _read(file) for file in files}
+    first = parts[files[0]].metadata
+    for number, (file, part) in enumerate(parts.items()):
+        place = part.metadata.get("split.no"), part.metadata.get("split.count")
+        if place != (number, count):
+            raise UserError(f"{file} says split.no, split.count = {place}, not {(number, count)}; get it again")
+        shared = [key for key in part.metadata.keys() & first if not key.startswith(("split.no", "GGUF."))]
+        odd = sorted(key for key in shared if part.metadata[key] != first[key])
+        if odd:
+            raise UserError(f"{file} and {files[0]} are parts of different models: they differ in {odd[0]!r}")
+    names = [tensor.name for part in parts.values() for tensor in part.tensors]
+    total = first.get("split.tensors.count", len(names))
+    if len(names) != total or len(set(names)) != total:
+        raise UserError(
+            f"the {count} parts of {files[0]} hold {len(names)} tensors under {len(set(names))} names, and "
+            f"split.tensors.count is {total}; they are not parts of one model: get them again"
+        )
+    return parts
 
 
 def _hf_name(name: str) -> str:

@@ -47,9 +47,12 @@ def metadata(config: dict, arch: str) -> dict:
     }
 
 
-def write(path: Path, arch: str, meta: dict, tensors: dict) -> Path:
-    """A file of ``tensors``: float32 arrays, or pairs of raw blocks (or an array to quantise) and a type."""
-    writer = gguf.GGUFWriter(path, arch)
+def write(path: Path, arch: str, meta: dict, tensors: dict, most: int = 0) -> Path:
+    """A file of ``tensors``: float32 arrays, or pairs of raw blocks (or an array to quantise) and a type.
+
+    With ``most``, parts of so many tensors, as NAME-00001-of-00003.gguf.
+    """
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=most)
     for key, value in meta.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
@@ -73,7 +76,9 @@ def write(path: Path, arch: str, meta: dict, tensors: dict) -> Path:
     return path
 
 
-def convert(case: Path, path: Path, kind=gguf.GGMLQuantizationType.F32, extra_meta=None, extra_tensors=None) -> Path:
+def convert(
+    case: Path, path: Path, kind=gguf.GGMLQuantizationType.F32, extra_meta=None, extra_tensors=None, most=0
+) -> Path:
     """A recorded Hugging Face model as GGUF; ``kind`` is the type of its matrices, where it fits."""
     config = json.loads((case / "config.json").read_text())
     arch = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
@@ -84,4 +89,4 @@ def convert(case: Path, path: Path, kind=gguf.GGMLQuantizationType.F32, extra_me
                 data = permute(data, config[heads])
         fits = data.ndim == 2 and data.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         tensors[gguf_name(name)] = (data, kind) if fits else data
-    return write(path, arch, metadata(config, arch) | (extra_meta or {}), tensors | (extra_tensors or {}))
+    return write(path, arch, metadata(config, arch) | (extra_meta or {}), tensors | (extra_tensors or {}), most)
