@@ -13,10 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1] / "jax_ccm"
 
 # What each part may import of the library; parts are the first name below jax_ccm.
-CORE = {"errors", "types", "updates"}
+CORE = {"errors", "parsing", "types", "updates"}
 ALLOWED = {
     "errors": set(),
     "updates": set(),
+    "parsing": {"errors"},
     "types": {"updates"},
     "processes": CORE,
     "preemption": set(),

@@ -9,7 +9,7 @@ from jax_ccm.errors import UserError, unknown
 
 # Fields that only some formats read, with the value each takes when it is left at None.
 _TEXT_PIECES = {"bos": True, "eos": True, "max_turn_tokens": 128, "max_tokens": 400, "max_tokens_evaluation": 600}
-_TURNS = {**_TEXT_PIECES, "opening": "", "separator": "\nA:", "truncate": True}
+_TURNS = {**_TEXT_PIECES, "opening": "", "separator": "\nA:", "truncate": True, "unit_of_memory": "turn"}
 FORMAT_OPTIONS: dict[str, dict[str, Any]] = {
     "dialogue": {**_TURNS, "clean": False, "min_turns": 3, "max_turns": None},
     "online": {**_TURNS, "answer": None},
@@ -65,6 +65,10 @@ class DataConfig:
       max_tokens: records with more are dropped and counted (default 400). Fewshot: demonstrations are added up to the
         first that would exceed it (default 1024).
       max_tokens_evaluation: the same in evaluation (default 600; fewshot 1024).
+      unit_of_memory: dialogue and online: what is closed as one chunk of memory, in training, evaluation and
+        conversations alike: every "turn" (or context) by itself (default), or an "exchange", a turn and the answer to
+        it, counted back from the last; a first turn without a partner stands alone. ``max_chunks`` and time steps count
+        these chunks.
       truncate: evaluation at time step t takes every record with at least t chunks and truncates it (true, default);
         false takes those with exactly t.
       clean: dialogue: undo the spacing of tokenised corpora such as DailyDialog (default false).
@@ -103,6 +107,7 @@ class DataConfig:
     max_turn_tokens: int | None = None
     max_tokens: int | None = None
     max_tokens_evaluation: int | None = None
+    unit_of_memory: Literal["turn", "exchange"] | None = None
     truncate: bool | None = None
     clean: bool | None = None
     min_turns: int | None = None
@@ -167,6 +172,8 @@ class DataConfig:
                     f"data.max_turns={self.max_turns} is less than data.min_turns={self.option('min_turns')}: "
                     "no dialogue could pass"
                 )
+        if self.unit_of_memory not in (None, "turn", "exchange"):
+            raise unknown("data.unit_of_memory", self.unit_of_memory, ("turn", "exchange"))
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UserError(f"data.ratio is {self.ratio}; it must lie in (0, 1): the share of places that spans free")
         for name in ("hide", "span", "unit", "sampler"):

@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_ccm.data import recall, spans
 from jax_ccm.data.config import DataConfig
-from jax_ccm.data.formats import Dialogue, FewShot, Format, Online, Report, Unit, filled
+from jax_ccm.data.formats import Dialogue, FewShot, Format, Online, Report, Unit, filled, used
 from jax_ccm.data.pieces import Pieces
 from jax_ccm.data.sources import Source
 from jax_ccm.layout import Sizes, measure
@@ -46,22 +46,23 @@ class Text:
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
         report, units = Report("windows"), []
         chunk, chunks = self.config.option("chunk"), self.config.max_chunks + 1
-        for source in sources:
-            for index in range(len(source)):
-                report.records += 1
-                tokens, begins = self._tokens(source[index]["text"])
-                for first in range(0, len(tokens), chunk * chunks):
-                    window = tokens[first : first + chunk * chunks]
-                    report.units += 1
-                    if len(window) <= chunk:
-                        report.drop("with fewer than 2 chunks")
-                        continue
-                    own = begins[first : first + len(window)]
-                    if self._sampler is not None and not self._sampler.reaches(own[:-1], self._words):
-                        report.drop(f"too short for spans that free {self.config.ratio} of them")
-                        continue
-                    cut = [window[place : place + chunk] for place in range(0, len(window), chunk)]
-                    units.append(TextUnit(f"{source.where(index)} from token {first}", tuple(cut), own))
+        for where, record in used(sources, "text", report, "without text"):
+            tokens, begins = self._tokens(record["text"])
+            if not len(tokens):
+                report.units += 1
+                report.drop("without text", where)
+            for first in range(0, len(tokens), chunk * chunks):
+                window = tokens[first : first + chunk * chunks]
+                report.units += 1
+                if len(window) <= chunk:
+                    report.drop("with fewer than 2 chunks")
+                    continue
+                own = begins[first : first + len(window)]
+                if self._sampler is not None and not self._sampler.reaches(own[:-1], self._words):
+                    report.drop(f"too short for spans that free {self.config.ratio} of them")
+                    continue
+                cut = [window[place : place + chunk] for place in range(0, len(window), chunk)]
+                units.append(TextUnit(f"{where} from token {first}", tuple(cut), own))
         report.kept = len(units)
         return units, report
 

@@ -1,6 +1,7 @@
 """Evaluation sessions at a time step, and the same with the memory of another session.
 
-Time step t means t context chunks: for a dialogue its first t turns, then turn t + 1 as query and turn t + 2 as target.
+Time step t means t context chunks: for a dialogue its first t turns, then turn t + 1 as query and turn t + 2 as target
+(with ``data.unit_of_memory: exchange`` two turns a chunk; the first may be one turn, where no more is left).
 (The reference implementation's last bucket, t = 12, really holds 13: it truncates to 15 turns. Here it is 12.) Only the
 target is scored, without the end-of-sequence token that follows it.
 """
@@ -18,7 +19,7 @@ import numpy as np
 from jax_ccm.data import documents, recall
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.documents import RecallUnit, Text
-from jax_ccm.data.formats import Dialogue, FewShot, Online, Report, Shot, Unit, session
+from jax_ccm.data.formats import Dialogue, FewShot, Online, Report, Shot, Unit, session, turns_a_chunk
 from jax_ccm.data.sources import Record, Records, Source, open_sources
 from jax_ccm.errors import UserError
 from jax_ccm.sessions import Example
@@ -170,7 +171,9 @@ class Evaluation:
             elif isinstance(unit, RecallUnit):
                 length = len(unit.record["facts"])
             else:
-                length = len(unit.pieces) - (1 if self.config.format == "text" else 2)
+                length = len(unit.pieces) - 1
+                if self.config.format != "text":
+                    length = -(-(length - 1) // turns_a_chunk(self.config))
             if length == step or (length > step and not exact):
                 kept.append(unit)
         return kept
@@ -185,11 +188,14 @@ class Evaluation:
                 unit, shown, target, self.config.option("max_tokens_evaluation"), every=False, score_end=False
             )
         if isinstance(format, Dialogue):
-            return session(format.pieces, unit.pieces[: step + 2], every=False, score_end=False, id=unit.id)
+            size = turns_a_chunk(self.config)
+            turns = unit.pieces[: step * size + 2]
+            return session(format.pieces, turns, every=False, score_end=False, unit=size, id=unit.id)
         if isinstance(format, Online):
             *contexts, query, own = unit.pieces
-            turns = (*contexts[:step], query, own if target is None else target)
-            return session(format.pieces, turns, every=False, score_end=False, id=unit.id)
+            size = turns_a_chunk(self.config)
+            turns = (*contexts[: step * size], query, own if target is None else target)
+            return session(format.pieces, turns, every=False, score_end=False, unit=size, id=unit.id)
         if isinstance(format, Text):
             return format.build(Unit(unit.id, unit.pieces[-step - 1 :]), "last")
         assert isinstance(unit, RecallUnit)

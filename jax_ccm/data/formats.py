@@ -9,17 +9,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.pieces import Pieces
-from jax_ccm.data.sources import Source
+from jax_ccm.data.sources import Record, Source, blank
 from jax_ccm.errors import UserError
 from jax_ccm.layout import Sizes, bound, measure
-from jax_ccm.sessions import Example, Segment, glued
+from jax_ccm.sessions import Example, Segment, glued, opened
 from jax_ccm.types import Method
 
 
@@ -33,6 +33,7 @@ class Report:
       units: sessions made of them; fewer or more than records, if records are short or are cut.
       kept: sessions within the limits.
       dropped: reason -> how many were dropped for it.
+      first: reason -> the first of them, where it is told.
     """
 
     noun: str
@@ -40,17 +41,36 @@ class Report:
     units: int = 0
     kept: int = 0
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    first: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def drop(self, reason: str) -> None:
-        """Counts a dropped unit."""
+    def drop(self, reason: str, where: str = "") -> None:
+        """Counts a dropped unit; ``where`` names a record that somebody may want to mend."""
         self.dropped[reason] += 1
+        if where:
+            self.first.setdefault(reason, where)
 
     def __str__(self) -> str:
         made = "" if self.units == self.records else f" (made of {self.records:,} records)"
         text = f"{self.kept:,} of {self.units:,} {self.noun}{made} are used"
         if self.dropped:
-            text += "; dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+            place = lambda reason: f" (the first: {self.first[reason]})" if reason in self.first else ""
+            text += "; dropped: " + ", ".join(
+                f"{n:,} {reason}{place(reason)}" for reason, n in self.dropped.most_common()
+            )
         return text
+
+
+def used(sources: Sequence[Source], format: str, report: Report, blanks: str) -> Iterator[tuple[str, Record]]:
+    """Name and content of each record, all of whose texts say something; the others are counted as ``blanks``."""
+    for source in sources:
+        for index in range(len(source)):
+            record = source[index]
+            report.records += 1
+            if blank(record, format):
+                report.units += 1
+                report.drop(blanks, source.where(index))
+            else:
+                yield source.where(index), record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +112,16 @@ def filled(tokens: np.ndarray, scored: bool = False) -> Segment:
 
 
 def session(
-    pieces: Pieces, turns: Sequence[np.ndarray], *, every: bool, score_end: bool = True, id: str = ""
+    pieces: Pieces, turns: Sequence[np.ndarray], *, every: bool, score_end: bool = True, unit: int = 1, id: str = ""
 ) -> Example:
-    """A dialogue as an example: each turn a chunk, up to the tail ``query answer target end``.
+    """A dialogue as an example: ``unit`` turns a chunk, up to the tail ``query answer target end``.
 
     Args:
       pieces: the fixed pieces.
       turns: int32 tokens of the context turns, the query and the target.
       every: score all turns but the first; if false only the target.
       score_end: whether the end-of-sequence token is scored (in training, not in evaluation).
+      unit: turns of a chunk, counted back from the query; what is left over in front is a smaller one.
       id: names the record in messages.
     """
     *context, query, target = turns
@@ -111,6 +132,11 @@ def session(
         filled(pieces.end, score_end),
     )
     chunks = [filled(turn, every and number > 0) for number, turn in enumerate(context)]
+    if unit > 1:
+        # Within an exchange as in the tail.
+        ends = range(len(chunks), 0, -unit)
+        groups = [chunks[max(end - unit, 0) : end] for end in reversed(ends)]
+        chunks = [glued(head, *(opened(pieces.answer, answer) for answer in rest)) for head, *rest in groups]
     return Example(pieces.start, pieces.separator, (*chunks, tail), id)
 
 
@@ -124,6 +150,11 @@ def despace(text: str) -> str:
     text = re.sub(r"(?<=\w)\s*'\s*(?=(?:s|t|m|d|re|ve|ll)\b)", "'", text)
     text = re.sub(r"\.(?=[A-Za-z])", ". ", text)
     return re.sub(r"\s+", " ", text).strip()
+
+
+def turns_a_chunk(config: DataConfig) -> int:
+    """How many turns or contexts are closed as one chunk of memory."""
+    return 2 if config.option("unit_of_memory") == "exchange" else 1
 
 
 def most_tokens(config: DataConfig, evaluation: bool) -> int:
@@ -144,17 +175,15 @@ class Dialogue:
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
         report, ids, dialogues = Report("dialogues"), [], []
         longest = None if evaluation else self.config.max_turns
-        for source in sources:
-            for index in range(len(source)):
-                turns = source[index]["turns"]
-                if self.config.clean:
-                    turns = [despace(turn) for turn in turns]
-                count = -(-len(turns) // longest) if longest else 1
-                bounds = np.linspace(0, len(turns), count + 1).astype(int)
-                for number in range(count):
-                    ids.append(source.where(index) + (f" piece {number}" if count > 1 else ""))
-                    dialogues.append(turns[bounds[number] : bounds[number + 1]])
-                report.records += 1
+        for where, record in used(sources, "dialogue", report, "with one of their turns empty"):
+            turns = record["turns"]
+            if self.config.clean:
+                turns = [despace(turn) for turn in turns]
+            count = -(-len(turns) // longest) if longest else 1
+            bounds = np.linspace(0, len(turns), count + 1).astype(int)
+            for number in range(count):
+                ids.append(where + (f" piece {number}" if count > 1 else ""))
+                dialogues.append(turns[bounds[number] : bounds[number + 1]])
         first = self.pieces.first([turns[0] if turns else "" for turns in dialogues])
         later = iter(self.pieces.later([turn for turns in dialogues for turn in turns[1:]]))
         tokens = [(head, *(next(later) for _ in turns[1:])) for head, turns in zip(first, dialogues, strict=True)]
@@ -165,34 +194,36 @@ class Dialogue:
         count = len(unit.pieces)
         if not every:
             count = int(rng.integers(self.config.option("min_turns"), count + 1))
-        return session(self.pieces, unit.pieces[:count], every=every, id=unit.id)
+        return self._session(unit, count, every)
+
+    def _session(self, unit: Unit, count: int, every: bool) -> Example:
+        size = turns_a_chunk(self.config)
+        return session(self.pieces, unit.pieces[:count], every=every, unit=size, id=unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         every, least = self.config.loss == "every", self.config.option("min_turns")
-        whole = measure(method, session(self.pieces, unit.pieces, every=every))
+        whole = measure(method, self._session(unit, len(unit.pieces), every))
         if every:
             return whole
         scored = max(len(turn) for turn in unit.pieces[least - 1 :]) + len(self.pieces.end)
         if method.context != "dropped":
             return Sizes(whole.tokens, whole.memory, scored)
         counts = range(least, len(unit.pieces) + 1)
-        tokens = max(measure(method, session(self.pieces, unit.pieces[:k], every=False)).tokens for k in counts)
+        tokens = max(measure(method, self._session(unit, k, False)).tokens for k in counts)
         return Sizes(tokens, 0, scored)
 
 
 class Online:
-    """``{"contexts", "query", "target"}``: each context is a time step; the whole record is always used."""
+    """``{"contexts", "query", "target"}``: contexts are time steps; the whole record is always used."""
 
     def __init__(self, config: DataConfig, pieces: Pieces):
         self.config, self.pieces = config, pieces
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
         report, ids, records = Report("records"), [], []
-        for source in sources:
-            for index in range(len(source)):
-                ids.append(source.where(index))
-                records.append(source[index])
-        report.records = len(records)
+        for where, record in used(sources, "online", report, "with one of their pieces empty"):
+            ids.append(where)
+            records.append(record)
         inputs = [[*record["contexts"], record["query"]] for record in records]
         first = self.pieces.first([texts[0] for texts in inputs])
         later = iter(self.pieces.later([text for texts in inputs for text in texts[1:]]))
@@ -204,10 +235,11 @@ class Online:
         return limited(self.config, ids, tokens, evaluation, report, 2, "pieces"), report
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
-        return session(self.pieces, unit.pieces, every=self.config.loss == "every", id=unit.id)
+        every, size = self.config.loss == "every", turns_a_chunk(self.config)
+        return session(self.pieces, unit.pieces, every=every, unit=size, id=unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
-        return measure(method, session(self.pieces, unit.pieces, every=self.config.loss == "every"))
+        return measure(method, self.draw(unit, np.random.default_rng(0)))
 
 
 def limited(
@@ -222,16 +254,17 @@ def limited(
     """The sessions within the limits, as units; the others are counted in the report."""
     units: list[Unit] = []
     longest, most = config.option("max_turn_tokens"), most_tokens(config, evaluation)
-    report.units = len(tokens)
+    report.units += len(tokens)
     for id, pieces in zip(ids, tokens, strict=True):
-        if len(pieces) < least:
+        if not all(map(len, pieces)) and len(pieces) >= least:
+            # White space, or what the tokenizer leaves out.
+            report.drop(f"with one of their {noun} empty", id)
+        elif len(pieces) < least:
             report.drop(f"with fewer than {least} {noun}")
         elif max(map(len, pieces)) > longest:
             report.drop(f"with one of their {noun} longer than {longest} tokens")
         elif sum(map(len, pieces)) > most:
             report.drop(f"of more than {most} tokens")
-        elif not all(map(len, pieces)):
-            raise UserError(f"{id}: one of its {noun} has no tokens; remove it, a chunk needs at least one")
         else:
             units.append(Unit(id, pieces))
     report.kept = len(units)
@@ -283,22 +316,22 @@ class FewShot:
 
     def read(self, source: Source, report: Report) -> list[Shot]:
         """The examples of a task within the limits."""
-        records = [source[index] for index in range(len(source))]
-        texts = self.pieces.later([record["text"] for record in records])
-        known = {record["label"]: None for record in records}
+        found = list(used([source], "fewshot", report, "without text or label"))
+        texts = self.pieces.later([record["text"] for _, record in found])
+        known = {record["label"]: None for _, record in found}
         labels = dict(zip(known, self.pieces.target(list(known)), strict=True))
         longest = self.config.option("max_turn_tokens")
         around = len(self.pieces.separator) + len(self.pieces.answer)
         units = []
-        for index, (record, text) in enumerate(zip(records, texts, strict=True)):
+        for (where, record), text in zip(found, texts, strict=True):
             label = labels[record["label"]]
-            if len(text) + len(label) + around > longest:
+            if not len(text) or not len(label):
+                report.drop("without text or label", where)
+            elif len(text) + len(label) + around > longest:
                 report.drop(f"of more than {longest} tokens")
             else:
-                units.append(Shot(source.where(index), (text, label), source.name, len(units), record["label"]))
-        report.records, report.units, report.kept = (
-            report.records + len(records), report.units + len(records), report.kept + len(units),
-        )  # fmt: skip
+                units.append(Shot(where, (text, label), source.name, len(units), record["label"]))
+        report.units, report.kept = report.units + len(found), report.kept + len(units)
         return units
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:

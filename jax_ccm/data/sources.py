@@ -5,15 +5,18 @@ Every source has random access, so that grain can shuffle and resume it by index
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import glob
-import json
 import pathlib
+import re
+import reprlib
 import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from jax_ccm.errors import UserError, unknown
+from jax_ccm.parsing import Repeated, parse_json, require_text
 
 Record = dict[str, Any]
 
@@ -89,7 +92,7 @@ def open_sources(sources: Iterable[str], format: str) -> list[Source]:
 
     Raises:
       UserError: for a source that does not exist, cannot be read or is empty, and for a malformed record, with file and
-        line.
+        line. Records without text in one of their fields (`blank`) are for the format to count.
     """
     opened: list[Source] = []
     for source in sources:
@@ -149,34 +152,38 @@ def _local(path: pathlib.Path, fields: dict[str, bool]) -> Source:
         raise UserError(
             f"data source '{path}' ends in {path.suffix!r}; allowed are .jsonl (one record a line) and .txt"
         )
-    records = [{"text": _read(file)} for file in files]
+    records = [{"text": _text(file)} for file in files]
     for file, record in zip(files, records, strict=True):
         _check(record, fields, str(file))
     return Records(str(path), records, [str(file) for file in files])
 
 
-def _read(path: pathlib.Path) -> str:
+def _read(path: pathlib.Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def _text(path: pathlib.Path) -> str:
+    """The text of a file, without a byte order mark, its lines ended by line feeds."""
+    content = _read(path)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text (byte {error.start} of the file); convert it") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _jsonl(path: pathlib.Path, fields: dict[str, bool]) -> Source:
     records, places = [], []
-    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if not line.strip():
+    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped, but no line breaks.
+    for number, line in enumerate(re.split(b"\r\n|\n|\r", _read(path)), 1):
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
             continue
         where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where}: not a JSON object ({error.msg} at column {error.colno}); mend or remove the line"
-            ) from None
+        record = parse_json(line, where)
         _check(record, fields, where)
         records.append(record)
         places.append(where)
@@ -194,17 +201,26 @@ def _check(record: Any, fields: dict[str, bool], where: str) -> None:
                 continue
             found = ", ".join(sorted(record)) or "none"
             raise UserError(f"{where}: the record has no field {name!r}, which this format reads (its fields: {found})")
+        if isinstance(record, Repeated) and name in record.keys_twice:
+            raise UserError(f"{where}: the record gives field {name!r} twice; keep one")
         value = record[name]
         strings = value if is_list else [value]
         if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
             want = "a list of strings" if is_list else "a string"
-            raise UserError(f"{where}: field {name!r} must be {want}, it is {value!r:.60}")
+            raise UserError(f"{where}: field {name!r} must be {want}, it is {reprlib.repr(value)}")
         for number, text in enumerate(strings):
-            if not text.strip():
-                part = f"item {number} of field {name!r}" if is_list else f"field {name!r}"
-                raise UserError(f"{where}: {part} is empty; a chunk needs at least one token, remove it")
+            require_text(text, f"{where}: item {number} of field {name!r}" if is_list else f"{where}: field {name!r}")
     if "choices" in record and "choices?" in fields and record["target"] not in record["choices"]:
         raise UserError(f"{where}: the target {record['target']!r} is not among the choices")
+
+
+def blank(record: Record, format: str) -> bool:
+    """Whether one of the texts that a format reads from a record is empty or white space: it would be no chunk."""
+    for field, is_list in FIELDS[format].items():
+        name = field.rstrip("?")
+        if name in record and not all(text.strip() for text in (record[name] if is_list else [record[name]])):
+            return True
+    return False
 
 
 def _number(source: str, options: dict[str, str], name: str, default: int, least: int) -> int:
@@ -279,7 +295,8 @@ def _tfds(source: str, address: str, options: dict[str, str], fields: dict[str, 
 
     def plain(feature: str, value: Any) -> Any:
         if isinstance(value, bytes):
-            return value.decode()
+            # What is not UTF-8 becomes half characters, which the check of the record names.
+            return value.decode(errors="surrogateescape")
         if isinstance(value, str):
             return value
         if hasattr(info[feature], "int2str"):

@@ -40,6 +40,24 @@ def test_time_steps_of_dialogues():
     assert [example.id for example in exact] == ["records[1]"]
 
 
+def test_time_steps_of_exchanges():
+    """Two turns a step; records as long as the step may begin with one turn alone."""
+    records = dialogues(3, 4, 5, 6)
+    config = lambda **more: DataConfig(unit_of_memory="exchange", **more)
+    for truncate, ids in ((True, [[0, 1, 2, 3], [2, 3], []]), (False, [[0, 1], [2, 3], []])):
+        for step, wanted in enumerate(ids, 1):
+            examples = evaluation_examples(records, config(truncate=truncate), tokenizer(), step)
+            assert [e.id for e in examples] == [f"records[{i}]" for i in wanted]
+            assert all(len(e.segments) == step + 1 for e in examples)
+    odd, even = evaluation_examples(records, config(), tokenizer(), 2)
+    assert context(odd) == ["the turn 0 of 2", " the turn 1 of 2\nA: the turn 2 of 2"]
+    assert context(even)[0] == "the turn 0 of 3\nA: the turn 1 of 3"
+    record = {"contexts": ["a", "b", "c", "d"], "query": "q", "target": "t"}
+    pairs = config(format="online", separator="\nQ:", answer="\nA:")
+    (example,) = evaluation_examples([record], pairs, tokenizer(), 1)
+    assert texts(example) == ["a\nA: b", " q\nA: t</s>"]
+
+
 def test_the_end_token_is_trained_but_not_evaluated():
     """Trap 15."""
     (example,) = evaluation_examples(dialogues(3), DataConfig(), tokenizer(), 1)

@@ -2,15 +2,16 @@
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from jax_ccm import layout
 from jax_ccm.data import documents
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.formats import despace
-from jax_ccm.data.sources import Records
+from jax_ccm.data.sources import Records, open_sources
 from jax_ccm.errors import UserError
 from jax_ccm.methods import baselines, ccm
-from tests.data.support import VOCAB, dialogues, text_of, tokenizer
+from tests.data.support import VOCAB, dialogues, text_of, tokenizer, write
 
 HELLO = {"turns": ["the one", "he is", "in the", "on"]}
 
@@ -207,6 +208,7 @@ def test_text_windows():
 def test_no_draw_needs_more_than_announced(method, loss):
     cases = [
         ({}, dialogues(3, 9, 5)),
+        ({"unit_of_memory": "exchange"}, dialogues(3, 9, 6)),
         ({"format": "online"}, [{"contexts": ["a"] * n, "query": "b" * 9, "target": "c"} for n in range(5)]),
         ({"format": "fewshot", "shots": 3, "max_tokens": 60}, TASK),
         ({"format": "text", "chunk": 3, "max_chunks": 2, "tokens": 20}, [{"text": "abcdefghijklm"}]),
@@ -221,3 +223,66 @@ def test_no_draw_needs_more_than_announced(method, loss):
                 assert largest <= getattr(most, field)
                 if not fields.get("shots"):  # few-shot limits hold for any demonstrations
                     assert largest == getattr(most, field)
+
+
+def test_what_is_closed_as_one_chunk():
+    """By exchange two turns are one chunk, counted back from the tail, which holds the last exchange in any case."""
+    texts = {
+        ("turn", 4): ["<s>the one", "\nA: he is", "\nA: in the\nA: on</s>"],
+        ("exchange", 4): ["<s>the one\nA: he is", "\nA: in the\nA: on</s>"],
+        ("exchange", 3): ["<s>the one", "\nA: he is\nA: in the</s>"],
+    }
+    for (unit, count), wanted in texts.items():
+        for loss in ("last", "every"):
+            format, (own,), _ = load([{"turns": HELLO["turns"][:count]}], unit_of_memory=unit, loss=loss, min_turns=3)
+            example = next(
+                e for e in (format.draw(own, rng(seed)) for seed in range(50)) if len(e.segments) == len(wanted)
+            )
+            rows = layout.arrange(ccm.concat(1), example)
+            assert [text_of(segment.tokens) for segment in rows] == wanted
+    # What is scored does not depend on it, nor what other methods are fed.
+    scored = {}
+    for unit in ("turn", "exchange"):
+        format, (own,), _ = load(dialogues(7), unit_of_memory=unit, loss="every")
+        example = format.draw(own, rng())
+        scored[unit] = "".join(scored_text(example))
+        assert len(example.segments) == {"turn": 6, "exchange": 4}[unit]
+        assert len(layout.arrange(ccm.gist(), example)) == 2
+    assert scored["turn"] == scored["exchange"]
+    with pytest.raises(UserError, match="format 'fewshot' does not read it"):
+        DataConfig(format="fewshot", unit_of_memory="turn")
+    with pytest.raises(UserError, match="unknown data.unit_of_memory 'pair'"):
+        DataConfig(unit_of_memory="pair")
+
+
+BLANKS = {
+    "dialogue": ({}, {"turns": ["a", "b", "c"]}, {"turns": ["a", "\u3000\n", "c"]}, "one of their turns empty"),
+    "online": (
+        {}, {"contexts": ["a"], "query": "b", "target": "c"}, {"contexts": ["a"], "query": "b", "target": " "},
+        "one of their pieces empty",
+    ),
+    "fewshot": ({"shots": 1}, {"text": "a", "label": "b"}, {"text": "a", "label": ""}, "without text or label"),
+    "text": ({"chunk": 2, "max_chunks": 2}, {"text": "abcdef"}, {"text": "\t\n "}, "without text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("format", BLANKS)
+def test_a_record_with_nothing_in_it_is_dropped_and_counted(tmp_path, format):
+    """One among thousands: the whole record goes, and the report names the first."""
+    fields, good, bad, reason = BLANKS[format]
+    source = write(tmp_path / "a.jsonl", [good, bad, good, good, bad])
+    config = DataConfig(format=format, **fields)
+    units, report = documents.build(config, tokenizer()).load(open_sources([source], format))
+    assert len(units) == 3 and report.records == 5
+    assert f"3 of 5 {report.noun} are used; dropped: 2 " in str(report)
+    assert f"{reason} (the first: {source}:2)" in str(report)
+
+
+def test_text_that_the_tokenizer_leaves_out_is_no_turn():
+    made = tokenizer.__wrapped__()
+    made.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    for config, record in (
+        (DataConfig(), {"turns": ["\u200b", "a", "c"]}), (DataConfig(format="text"), {"text": "\u200b"}),
+    ):  # fmt: skip
+        units, report = documents.build(config, made).load([Records("r", [record])])
+        assert not units and report.dropped.total() == 1 and "r[0]" in str(report)

@@ -1,11 +1,14 @@
 """Sources give records, or say what is wrong and where."""
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jax_ccm.data.sources import open_sources
 from jax_ccm.errors import UserError
@@ -24,12 +27,21 @@ def test_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("line", "format", "says"),
     [
-        ('{"turns": ["a", "b"', "dialogue", "not a JSON object"),
+        ('{"turns": ["a", "b"', "dialogue", r"not JSON \(Expecting .* column 20\)"),
         ('["a", "b"]', "dialogue", "this is a list"),
         ('{"text": "a"}', "dialogue", "no field 'turns'.*its fields: text"),
         ('{"turns": "a"}', "dialogue", "must be a list of strings"),
         ('{"turns": ["a", 3]}', "dialogue", "must be a list of strings"),
-        ('{"turns": ["a", " "]}', "dialogue", "item 1 of field 'turns' is empty"),
+        (
+            '{"turns": ["a", "cut \\ud83d"]}',
+            "dialogue",
+            r"item 1 of field 'turns' holds half a character .*ud83d at place 4",
+        ),
+        ('{"turns": ["a"], "turns": ["b"]}', "dialogue", "gives field 'turns' twice"),
+        ('{"turns": ' + "9" * 5000 + "}", "dialogue", "must be a list of strings, it is inf"),
+        ('{"turns": NaN}', "dialogue", "must be a list of strings, it is nan"),
+        ('{"turns": ["a"], "x": ' + "[" * 100_000 + "}", "dialogue", "nested too deep"),
+        ('{"turns": ' + "[" * 200 + "]" * 200 + "}", "dialogue", "must be a list of strings"),
         ('{"text": "a", "label": 1}', "fewshot", "field 'label' must be a string, it is 1"),
         ('{"contexts": [], "query": "a", "target": "b", "choices": ["c"]}', "online", "'b' is not among the choices"),
     ],
@@ -44,6 +56,60 @@ def test_malformed_records_name_file_and_line(tmp_path, line, format, says):
     path.write_text(json.dumps(good) + "\n" + line + "\n")
     with pytest.raises(UserError, match=rf"bad\.jsonl:2: .*{says}"):
         open_sources([str(path)], format)
+
+
+def test_fields_that_nobody_reads_may_hold_anything(tmp_path):
+    odd = '"a": ' + "9" * 5000 + ', "b": NaN, "b": -Infinity, "c": "\\ud83d", "\\ud83d": 1e999, "d": "\\ud83d\\ude00"'
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"turns": ["x \\ud83d\\ude00"], ' + odd + "}")
+    (source,) = open_sources([str(path)], "dialogue")
+    assert source[0]["turns"] == ["x 😀"]
+
+
+def test_byte_order_marks_and_line_ends(tmp_path):
+    """Neither is text: of a file, of files that were put together, of Windows."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree")
+    (source,) = open_sources([str(tmp_path / "a.txt")], "text")
+    assert source[0] == {"text": "one\ntwo\nthree"}
+    line = b'{"text": "\xc3\xa9"}\r\n'
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\xef\xbb\xbf" + line + b"\xef\xbb\xbf\r\n")
+    (source,) = open_sources([str(tmp_path / "a.jsonl")], "text")
+    assert [source[i] for i in range(len(source))] == [{"text": "é"}] * 2 and source.where(1).endswith("a.jsonl:3")
+    (tmp_path / "b.txt").write_bytes(b"fine\nnot \xff")
+    with pytest.raises(UserError, match=r"b\.txt:2: not UTF-8 text \(byte 9 of the file\)"):
+        open_sources([str(tmp_path / "b.txt")], "text")
+    (tmp_path / "b.jsonl").write_bytes(line + b'{"text": "\xff"}')
+    with pytest.raises(UserError, match=r"b\.jsonl:2: not UTF-8 text \(byte 10\)"):
+        open_sources([str(tmp_path / "b.jsonl")], "text")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "turns", "a"]), inner),
+    max_leaves=8,
+)
+
+
+FILES = (
+    st.binary(max_size=40)
+    | JSON.map(lambda value: json.dumps(value).encode())
+    | st.text(st.sampled_from('{}[]":,\\ud8text1')).map(str.encode)
+)
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(FILES)
+def test_any_file_is_read_or_refused_with_its_line(tmp_path, content):
+    path = tmp_path / "fuzz.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + content)
+    try:
+        (source,) = open_sources([str(path)], "text")
+    except UserError as error:
+        assert re.search(r"fuzz\.jsonl:\d+: ", str(error))
+    else:
+        assert all(source[i]["text"].encode() is not None for i in range(len(source)))
 
 
 def test_files_and_folders(tmp_path):
