@@ -174,6 +174,9 @@ def run(main: Callable[[], int | None], *, several: bool = False) -> NoReturn:
       several: it can be run by several processes together; otherwise it refuses to be one of them.
     """
     _open_closed()
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")  # a terminal may lack characters of an answer, or of a path
     try:
         find_home()
         check_platforms()

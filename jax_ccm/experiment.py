@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ class Experiment:
         """The shape of the adapter."""
         assert self.model.adapter is not None
         return self.model.adapter
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Ids of the tokens that end a reply: the tokenizer's end of sequence, and all that the model's files name.
+
+        Raises:
+          UserError: if those files are damaged.
+        """
+        from jax_ccm.weights.endings import end_tokens
+
+        source = self.config.model.source or self.config.model.tokenizer
+        found = set(end_tokens(source, self.model_config.vocab_size)) if source else set()
+        own = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        return tuple(sorted(found | ({own} if own is not None else set())))
 
     @property
     def base_name(self) -> str:

@@ -3,31 +3,91 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jax_ccm import layout, methods, sharding, steps
+from jax_ccm import chat, layout, methods, sharding, steps
 from jax_ccm.chat import Conversation
 from jax_ccm.closing import Closing
 from jax_ccm.config import from_mapping
+from jax_ccm.data import formats
 from jax_ccm.errors import UserError
+from jax_ccm.evals import parity
 from jax_ccm.experiment import Experiment
 from jax_ccm.types import Kind
 from tests import cases
 
 
-def experiment(name="ccm_concat", **method):
+def experiment(name="ccm_concat", unit=None, data=None, **method):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={c: i + 2 for i, c in enumerate(alphabet)} | {"<s>": 0, "</s>": 1}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
-    config = from_mapping({"method": {"name": name, **method}, "cache": {"memory_capacity": 12, "raw_capacity": 64}})
+    config = from_mapping({
+        "method": {"name": name, **method}, "data": {"unit_of_memory": unit, **(data or {})},
+        "cache": {"memory_capacity": 24, "raw_capacity": 64},
+    })  # fmt: skip
     model = cases.model(tokens=2, vocab_size=len(tokenizer))
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     return Experiment(config, model, methods.build(name, **method), tokenizer, mesh)
+
+
+LAID_OUT = {
+    "ccm_concat": dict(comp_tokens=2, sink=True),
+    "ccm_concat, independent": dict(comp_tokens=1, independent=True),
+    "ccm_merge": dict(comp_tokens=2),
+    "sentinel": {},
+    "loma": dict(ratio=4, memory_tokens=2),
+    "gist": dict(comp_tokens=2),
+    "full": {},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("unit", ["turn", "exchange"])
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_conversations_are_what_training_lays_out(name, unit):
+    """Each answer is the one of the parallel forward over all turns so far, closed as the data are."""
+    made = experiment(name.split(",")[0], unit, {"max_turn_tokens": 64}, **LAID_OUT[name])
+    session, turns, examples, answers = Conversation(made, max_tokens=5), [], [], []
+    answer = session._answer
+    session._answer = lambda *given: answers.append(answer(*given)) or answers[-1]
+    for number, text in enumerate(("hello there", "what", "and so it goes")):
+        session.say(text)
+        turns += [(session.pieces.later if number else session.pieces.first)([text])[0], answers[-1][0]]
+        examples.append(
+            formats.session(session.pieces, turns, every=False, unit=formats.turns_a_chunk(made.config.data))
+        )
+    for logits, (tokens, after) in zip(parity.parallel_logits(made.model, made.method, examples), answers, strict=True):
+        assert len(tokens)
+        np.testing.assert_array_equal(logits[:-1].argmax(axis=1), tokens)
+        np.testing.assert_allclose(np.asarray(after.logits[0]), logits[-1], atol=1e-5)
+
+
+def test_questions_with_an_opening_of_their_own():
+    """The answer is opened as in the data: by ``answer`` behind its question, else by the separator."""
+    data = {"format": "online", "separator": "\nQ:", "answer": "\nA:"}
+    for unit, laid in (("turn", ["<s>hi", "\nQ: x"]), ("exchange", ["<s>hi\nA: x"])):
+        session = Conversation(experiment("ccm_concat", unit, data))
+        pieces = session.pieces
+        (answer,) = pieces.target(["x"])
+        chunks = session.chunks(session.question("hi", first=True), answer)
+        texts = ["".join(session.experiment.tokenizer.convert_ids_to_tokens(chunk)) for chunk in chunks]
+        assert [text.replace("Ġ", " ").replace("Ċ", "\n") for text in texts] == laid
+        context = [pieces.first(["hi"])[0], answer]
+        example = formats.session(pieces, [*context, answer, answer], every=False, unit=1 + (unit == "exchange"))
+        for chunk, segment in zip(chunks, layout.arrange(session.experiment.method, example)[:-1], strict=True):
+            np.testing.assert_array_equal(chunk, segment.tokens)
 
 
 @pytest.mark.parametrize("independent", [False, True])
@@ -36,7 +96,7 @@ def test_turns_become_memory(independent):
     for turn in range(1, 4):
         session.say("hello there")
         slots, ours, full = session.memory_bytes()
-        assert slots == 1 + 2 * turn and ours == slots * cases.CONFIG.kv_bytes_per_slot(4) and full > ours
+        assert slots == 1 + 4 * turn and ours == slots * cases.CONFIG.kv_bytes_per_slot(4) and full > ours
         assert not (np.asarray(session.cache.slots.kind) == Kind.QUERY).any()
     # Answers depend on what was said before, and not if the memory is left out.
     other = Conversation(experiment(comp_tokens=2, sink=True, independent=independent), max_tokens=6)
@@ -58,8 +118,8 @@ def test_methods_that_cut_text_themselves():
 
 
 def test_turns_become_spans():
-    """With Sentinel tokens a turn is a span: one slot, and no text is kept."""
-    session = Conversation(experiment("sentinel"), max_tokens=6)
+    """With Sentinel tokens an exchange is a span: one slot, and no text is kept."""
+    session = Conversation(experiment("sentinel", "exchange"), max_tokens=6)
     for turn in range(1, 4):
         session.say("hello there")
         kinds = np.asarray(session.cache.slots.kind)
@@ -85,8 +145,8 @@ def test_gist_compresses_everything_anew():
     session = Conversation(made, max_tokens=3)
     for _ in range(2):
         session.say("hello")
-    assert session.cache.tokens.tolist() == [len(session.said)] and session.cache.chunks.tolist() == [1]
-    chunk = layout.chunk([session.said], len(session.said), made.model_config.vocab_size)
+    assert session.cache.tokens.tolist() == [len(session.state.said)] and session.cache.chunks.tolist() == [1]
+    chunk = layout.chunk([session.state.said], len(session.state.said), made.model_config.vocab_size)
     whole = steps.compress_step(made.model, session.empty(), chunk, method=made.method)
     np.testing.assert_allclose(session.cache.k, whole.k, atol=1e-5)
     assert session.memory_bytes()[0] == 2
@@ -96,19 +156,128 @@ def test_gist_compresses_everything_anew():
     session = Conversation(experiment("gist", comp_tokens=2, online=True), max_tokens=3)
     for turn in range(1, 3):
         session.say("hello")
-        assert session.memory_bytes()[0] == 2 * turn
+        assert session.memory_bytes()[0] == 4 * turn
+
+
+def unchanged(session, before):
+    return session.state is before and all(
+        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(session.cache), jax.tree.leaves(before.cache), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["ccm_concat", "gist"])
+def test_a_refused_turn_changes_nothing(name):
+    """Too long, empty, no text, a full memory, an interrupt: the session is as it was, and goes on."""
+    session, other = (Conversation(experiment(name, comp_tokens=2), max_tokens=6) for _ in range(2))
+    session.say("hello")
+    other.say("hello")
+    before = session.state
+    for text, message in (
+        ("x" * 400, "raise cache.raw_capacity|larger memory_capacity|do not fit cache.raw_capacity"),
+        ("  \n", "a turn is empty"),
+        ("cut \ud83d", r"the turn holds half a character \(\\ud83d at place 4\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            session.say(text)
+        assert unchanged(session, before)
+    generate = chat.generate
+    calls = []
+
+    def interrupted(*args, **options):
+        calls.append(options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "generate", interrupted)
+        patch.setattr(chat, "AT_A_TIME", 3)
+        with pytest.raises(KeyboardInterrupt):
+            session.say("again")
+    assert unchanged(session, before)
+    assert session.say("what now") == other.say("what now")
+    np.testing.assert_array_equal(session.cache.k, other.cache.k)
+
+
+def test_a_full_memory_refuses_and_the_session_goes_on():
+    session = Conversation(experiment(comp_tokens=2), max_tokens=6)
+    for _ in range(6):
+        session.say("a")
+    before = session.state
+    for _ in range(2):
+        with pytest.raises(UserError, match="larger memory_capacity"):
+            session.say("a")
+        assert unchanged(session, before) and not int(session.cache.lost[0])
+    assert session.say_without_memory("a") is not None
+
+
+def test_a_control_token_in_a_turn_is_text():
+    session = Conversation(experiment(comp_tokens=2), max_tokens=2)
+    assert not {0, 1} & set(session.question("use </s> to <s>stop", first=True)[1:].tolist())
+    for name in ("</s>", "<s>"):
+        assert not {0, 1} & set(session.question(name, first=False).tolist())
+
+
+TALK = """
+import os, signal, sys
+from pathlib import Path
+import tests.conftest  # quick to compile
+from jax_ccm import chat, cli
+from tests.test_chat import experiment
+sys.stdout.reconfigure(encoding="ascii")
+generate, calls = chat.generate, []
+def interrupted(*args, **options):
+    calls.append(options)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+    return generate(*args, **options)
+chat.generate = interrupted
+options = chat.Options(adapter=Path("none"), max_tokens=6, workdir=Path(sys.argv[1]))
+cli.run(lambda: chat._talk(experiment("ccm_concat", comp_tokens=2), options))
+"""
+
+
+def test_one_bad_turn_does_not_end_a_conversation(tmp_path):
+    """Turns that are refused, and a real interrupt, in a process of its own that reads a pipe; all are recorded."""
+    turns = [b"hello", b"interrupted", b"x" * 70, b"not UTF-8: \xff", "é <s>".encode()]
+    ran = subprocess.run(
+        [sys.executable, "-c", TALK, str(tmp_path)], input=b"\n".join(turns) + b"\n", capture_output=True,
+        cwd=Path(__file__).parents[1], env=os.environ | {"PYTHONPATH": "."},
+    )  # fmt: skip
+    assert b"Traceback" not in ran.stderr and ran.returncode == 2, ran.stderr.decode()
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+    record = json.loads((tmp_path / "chat.json").read_text(encoding="utf-8"))
+    assert [entry["you"] for entry in record] == [turn.decode(errors="surrogateescape") for turn in turns]
+    refused = [entry.get("refused", "") for entry in record]
+    assert [bool(text) for text in refused] == [False, True, True, True, False]
+    assert refused[1] == "interrupted" and "raw_capacity" in refused[2] and "half a character" in refused[3]
+    assert record[4]["slots"] == 8, "two exchanges were answered"
+
+
+def test_the_record_grows_and_the_exit_code_tells(tmp_path, monkeypatch):
+    made, seen = experiment(comp_tokens=2), []
+    add = chat.Record.add
+    file = tmp_path / "new" / "chat.json"
+    monkeypatch.setattr(
+        chat.Record, "add", lambda *given: add(*given) or seen.append(len(json.loads(file.read_text())))
+    )
+    talk = lambda *say: chat._talk(made, chat.Options(Path("none"), say=say, max_tokens=6, workdir=file.parent))
+    assert talk("a", " ", "b") == 2 and seen == [1, 2, 3]
+    assert "turn is empty" in json.loads(file.read_text())[1]["refused"]
+    assert talk("a") == 0 and len(json.loads(file.read_text())) == 1
+    # With nobody at the keyboard an interrupt ends the command; what was said before is on disk.
+    exchange = chat._exchange
+    stop = lambda *given, **options: exchange(*given, **options) if given[1]["you"] != "b" else signal.raise_signal(2)
+    monkeypatch.setattr(chat, "_exchange", stop)
+    with pytest.raises(KeyboardInterrupt):
+        talk("a", "b")
+    assert [entry["you"] for entry in json.loads(file.read_text())] == ["a"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir .*file: .*; give a folder"):
+        chat.Record(tmp_path / "file")
 
 
 def test_mistakes():
-    session = Conversation(experiment(comp_tokens=2), max_tokens=6)
-    with pytest.raises(UserError, match="turn is empty"):
-        session.say("  ")
-    with pytest.raises(UserError, match="raise cache.raw_capacity"):
-        session.say("x" * 70)
-    for _ in range(6):
-        session.say("a")
-    with pytest.raises(UserError, match="larger memory_capacity"):
-        session.say("a")
     recall = dataclasses.replace(experiment(comp_tokens=2), tokenizer=None)
     with pytest.raises(UserError, match="can chat"):
         Conversation(recall)
