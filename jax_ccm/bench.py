@@ -28,6 +28,7 @@ from jax_ccm.generate import pays_apart
 from jax_ccm.layout import batch, measure
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
+from jax_ccm.parsing import parse_json
 from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Batch, Chunk, MemoryCache, Method
 
@@ -158,7 +159,7 @@ def _check(options: Options) -> dict[str, Any] | None:
     if options.reference is None:
         return None
     try:
-        found = json.loads(options.reference.read_text(encoding="utf-8"))
+        found = parse_json(options.reference.read_bytes(), str(options.reference))
         seconds = {name: [float(x) for x in span] for name, span in found["seconds"].items()}
         return {"source": str(found["source"]), "seconds": seconds}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:

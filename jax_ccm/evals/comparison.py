@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals.report import SHARES, STYLE, cell_share, plot_tradeoff
+from jax_ccm.parsing import parse_json
 
 # What all share, taken from the first evaluation; and their names.
 SHARED = {"none": "no context", "full": "full context", "full_lora": "full context, LoRA"}
@@ -23,7 +23,7 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "results.json"
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = parse_json(file.read_bytes(), str(file))
         assert "memory" in results["steps"][0]["systems"]
     except (OSError, ValueError) as e:
         raise UserError(f"{file} cannot be read ({e}); give folders that jax_ccm.evaluate wrote") from e

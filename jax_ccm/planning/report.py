@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
+from jax_ccm.parsing import parse_json
 
 GIB = 2**30
 KINDS = ("weights", "adapter", "optimizer", "cache", "batch", "temporaries", "other")
@@ -115,7 +115,7 @@ def write_overview(folder: Path) -> Path:
     plans = []
     for path in paths:
         try:
-            plans.append(json.loads(path.read_text(encoding="utf-8")))
+            plans.append(parse_json(path.read_bytes(), str(path)))
             overview(plans[-1:])
         except OSError as e:
             raise UserError(f"{path} cannot be read: {e}") from e

@@ -23,9 +23,10 @@ from jax_ccm import processes
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.nn import AdapterConfig, Transformer
+from jax_ccm.parsing import read_json
 from jax_ccm.types import Method
 from jax_ccm.weights import lora, peft, reference
-from jax_ccm.weights.folders import read_json, read_tensors, safetensors_bytes, write_folder
+from jax_ccm.weights.folders import read_tensors, safetensors_bytes, write_folder
 from jax_ccm.weights.identity import check_base, check_method, describe_base
 from jax_ccm.weights.lora import COMP, Adapter
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_ccm.errors import UserError
 from jax_ccm.nn import ModelConfig, Transformer
+from jax_ccm.parsing import parse_json, read_json
 from jax_ccm.sharding import path_of
 from jax_ccm.weights import hf_config
 
@@ -85,9 +86,9 @@ class Safetensors:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an index of safetensors files (JSON with a 'weight_map'): {error!r}") from error
 
 
@@ -116,10 +117,10 @@ def _damage(path: Path) -> str | None:
         if len(head) < 8 or 8 + length > size:
             return f"it ends within its header, after {size} bytes"
         try:
-            entries = json.loads(file.read(length))
+            entries = parse_json(file.read(length), str(path))
             entries.pop("__metadata__", None)
             ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in entries.items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        except (UserError, KeyError, TypeError, AttributeError):
             return None
     lost = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size]
     if not lost:

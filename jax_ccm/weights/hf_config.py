@@ -7,7 +7,6 @@ that wrote the file, and every field that would change the computation must be i
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from jax_ccm.errors import UserError
 from jax_ccm.nn import ModelConfig, RopeScaling, rope
+from jax_ccm.parsing import read_json
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -109,13 +109,7 @@ def read(path: Path) -> ModelConfig:
     """
     if not path.is_file():
         raise UserError(f"there is no {path.name} in {str(path.parent)!r}; a model in Hugging Face layout has one")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a JSON {type(raw).__name__}; expected an object")
-    return from_dict(raw, str(path))
+    return from_dict(read_json(path), str(path))
 
 
 def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:

@@ -18,7 +18,8 @@ import numpy as np
 
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig
-from jax_ccm.weights.folders import read_json, read_tensors, safetensors_bytes
+from jax_ccm.parsing import parse_json, read_json
+from jax_ccm.weights.folders import read_tensors, safetensors_bytes
 from jax_ccm.weights.lora import COMP, Adapter
 
 CONFIG_FILE = "adapter_config.json"
@@ -214,7 +215,7 @@ def known(metadata: dict[str, str], path: Path) -> dict[str, Any]:
     if METADATA not in metadata:
         return {}
     try:
-        found = json.loads(metadata[METADATA])
+        found = parse_json(metadata[METADATA], f"{path}: its metadata {METADATA!r}")
         return {"method": found["method"], "base": found["base"], "extra": found["extra"]}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path}: its metadata {METADATA!r} is damaged ({error!r})") from error

@@ -19,8 +19,9 @@ import numpy as np
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
+from jax_ccm.parsing import read_json
 from jax_ccm.types import Method
-from jax_ccm.weights.folders import read_json, read_tensors
+from jax_ccm.weights.folders import read_tensors
 from jax_ccm.weights.lora import COMP, Adapter
 from jax_ccm.weights.peft import COMP_KEY, CONFIG_FILE, config_bytes, known, lora_config, pack, tensor_bytes, unpack
 

@@ -164,10 +164,10 @@ def test_broken_file(tmp_path):
     with pytest.raises(UserError, match="there is no config.json in"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(UserError, match="config.json is not valid JSON"):
+    with pytest.raises(UserError, match="config.json: not JSON"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds a JSON list; expected an object"):
+    with pytest.raises(UserError, match="holds a JSON list; an object is needed"):
         read_config(tmp_path)
 
 
