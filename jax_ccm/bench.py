@@ -29,6 +29,7 @@ from jax_ccm.layout import batch, measure
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
 from jax_ccm.parsing import parse_json
+from jax_ccm.paths import Folder
 from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Batch, Chunk, MemoryCache, Method
 
@@ -48,7 +49,7 @@ class Options:
     directory.
     """
 
-    workdir: Path
+    workdir: Folder
     """Where all output goes."""
     turns: tuple[int, ...] = (1, 10, 30, 100, 300, 1000)
     """Closed turns before the one that is measured."""
@@ -72,7 +73,7 @@ class Options:
     machine they are the same."""
     memory_gib: float = 16.0
     """Memory that weights, sessions and temporaries may take, for the number of sessions that fit; 0 leaves it out."""
-    reference: Path | None = None
+    reference: Folder | None = None
     """A JSON file with figures of another implementation, which the table then shows beside ours."""
 
 

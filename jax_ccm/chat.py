@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_ccm import cli, layout, memory, processes, sharding, steps
+from jax_ccm import cli, layout, memory, paths, processes, sharding, steps
 from jax_ccm.closing import Closing, policy, prefill
 from jax_ccm.data.formats import turns_a_chunk
 from jax_ccm.data.pieces import Pieces, sentence_ends
@@ -22,6 +21,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.experiment import Experiment, load_experiment
 from jax_ccm.generate import Sampling, for_decoding, generate
 from jax_ccm.parsing import require_text
+from jax_ccm.paths import Folder
 from jax_ccm.types import Kind, MemoryCache
 
 # Chunks are padded to whole multiples, so that turns of any length share few compilations.
@@ -42,7 +42,7 @@ class Options:
     conversation goes on. Unless it is held at a terminal, the command then exits with 2 in the end, else with 0.
     """
 
-    adapter: Path
+    adapter: Folder
     """A trained adapter."""
     say: tuple[str, ...] = ()
     """What to say, one argument a turn; none for a conversation at the keyboard."""
@@ -61,7 +61,7 @@ class Options:
     trained on 2 to 25); 0 for turn by turn."""
     sentences: bool = False
     """With a span: end one with each sentence, too."""
-    workdir: Path | None = None
+    workdir: Folder | None = None
     """Where to write the conversation, as chat.json, turn by turn; not written if left out."""
 
 
@@ -373,11 +373,9 @@ class Record:
     def _write(self) -> None:
         if self._path is None:
             return
-        new = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         text = json.dumps(self._entries, indent=2, ensure_ascii=False) + "\n"
         # Half a character becomes \udcXX, which JSON reads back as what it was.
-        new.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(new, self._path)
+        paths.write(self._path, text.encode("utf-8", "backslashreplace"))
 
 
 def _lines() -> Iterator[str]:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jax_ccm import processes
+from jax_ccm import paths, processes
 from jax_ccm.config import differences
 from jax_ccm.errors import RunError, UserError
 
@@ -81,8 +81,14 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        self.folder = Path(os.path.abspath(folder))
-        self._unlock = weakref.finalize(self, os.close, _lock(self.folder)) if processes.is_first() else lambda: None
+        self.folder = paths.of(folder)
+        self._unlock = lambda: None
+        if paths.is_remote(self.folder):
+            print(f"{self.folder} is in a bucket, which cannot be locked: see that no other run uses it")
+        else:
+            self.folder = self.folder.absolute()
+            if processes.is_first():
+                self._unlock = weakref.finalize(self, os.close, _lock(self.folder))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._remove_unfinished()
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "progress"))
@@ -203,7 +209,8 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """Removes what writes that failed or were killed have left, to give the room back."""
-        if processes.is_first():
+        # In a bucket Orbax marks what is finished, and sees to the rest.
+        if processes.is_first() and not paths.is_remote(self.folder):
             for path in self.folder.glob(f"*{UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -211,8 +218,9 @@ class Checkpoints:
         """Renames a checkpoint, so that it does not count."""
         bad = self.folder / f"{step}.damaged"
         if processes.is_first():
-            shutil.rmtree(bad, ignore_errors=True)
-            os.replace(self.folder / str(step), bad)
+            if bad.exists():
+                shutil.rmtree(bad) if isinstance(bad, Path) else bad.rmtree()
+            (self.folder / str(step)).rename(bad)
         processes.wait(f"set aside {step}")
         self._manager.reload()
         return bad

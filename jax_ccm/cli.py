@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
-from jax_ccm import processes
+from jax_ccm import paths, processes
 from jax_ccm.config import Config, check, from_mapping
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.mappings import read_yaml
@@ -48,8 +48,9 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
     argv = list(sys.argv[1:] if argv is None else argv)
     file = next((arg for arg in argv if arg.endswith((".yaml", ".yml"))), None)
     config = Config() if file is None else from_mapping(read_yaml(file))
+    about = tyro.conf.arg(metavar="CONFIG.yaml", help="The experiment.")
     fields = [
-        ("config", Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.yaml", help="The experiment.")]),
+        ("config", Annotated[paths.Folder, tyro.conf.Positional, about]),
         ("options", Annotated[options, tyro.conf.arg(name="", help="")]),
         ("settings", Annotated[Config, tyro.conf.arg(name="", help="")], dataclasses.field(default=config)),
     ]
@@ -62,7 +63,7 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),
     )
-    if file is None or parsed.config != Path(file):
+    if file is None or parsed.config != paths.of(file):
         raise UserError(f"the config is {str(parsed.config)!r}; give a YAML file, such as configs/recall_tiny.yaml")
     check(parsed.settings)
     return parsed.options, parsed.settings, parsed.config

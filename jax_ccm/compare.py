@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from jax_ccm import cli
+from jax_ccm import cli, paths
 from jax_ccm.errors import UserError
 
 COMMAND = "jax_ccm.compare"
@@ -27,7 +27,7 @@ def main() -> None:
     )
     fields = [
         ("runs", Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=DIR ...", help=runs)]),
-        ("workdir", Annotated[Path, tyro.conf.arg(help="Where all output goes.")]),
+        ("workdir", Annotated[paths.Folder, tyro.conf.arg(help="Where all output goes.")]),
     ]
     arguments = dataclasses.make_dataclass("Arguments", fields)
     parsed = tyro.cli(arguments, prog=f"python -m {COMMAND}", description=HELP)
@@ -58,11 +58,8 @@ def compare(runs: Sequence[str], workdir: Path, *, command: str = "") -> None:
     if not named:
         raise UserError("there is nothing to compare; give NAME=DIR for each evaluation")
     result = comparison.compare(named, command)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "comparison.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"--workdir {workdir} cannot be used: {e}") from e
+    workdir = paths.usable(workdir)
+    (workdir / "comparison.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     table = comparison.markdown(result)
     (workdir / "table.md").write_text(table, encoding="utf-8")
     comparison.plot(result, workdir / "plot.png")

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jax_ccm import paths
 from jax_ccm.data.config import DataConfig
 from jax_ccm.errors import UserError
 from jax_ccm.mappings import convert, read_yaml
@@ -283,7 +284,8 @@ def save_config(config: Config, path: str | Path) -> None:
     """Writes the whole config, defaults included, as YAML that `load_config` reads back to an equal one."""
     import yaml
 
-    Path(path).write_text(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    paths.of(path).write_text(text, encoding="utf-8")
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -12,6 +11,7 @@ import tyro
 from jax_ccm import cli
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
+from jax_ccm.paths import Folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Options:
     kept, and a source that says nothing stays without.
     """
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Folder, tyro.conf.Positional]
     """Folder of the adapter."""
-    target: Annotated[Path, tyro.conf.Positional]
+    target: Annotated[Folder, tyro.conf.Positional]
     """Folder to write."""
     format: Literal["own", "peft", "reference"] = "own"
     """Format to write."""

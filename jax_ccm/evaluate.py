@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm import cli, processes, sharding
+from jax_ccm import cli, paths, processes, sharding
 from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.experiment import Experiment, load_experiment
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer, abstract_transformer
+from jax_ccm.paths import Folder
 
 COMMAND = "jax_ccm.evaluate"
 SYSTEMS = {"step": ("none", "full", "uncompressed", "memory"), "text": ("full", "uncompressed", "memory")}
@@ -41,13 +42,13 @@ class Options:
     directory. Any key of the config can be overridden, as in `--eval.max_examples 100`.
     """
 
-    workdir: Path
+    workdir: Folder
     """Where all output goes."""
-    adapter: Path | None = None
+    adapter: Folder | None = None
     """Folder of the trained adapter; without one, that of the config (adapter.load), or an untrained one."""
-    full_adapter: Path | None = None
+    full_adapter: Folder | None = None
     """Folder of a plain LoRA trained on full context: the fair ceiling, a fourth system."""
-    store: Path | None = None
+    store: Folder | None = None
     """Folder in which scores are kept: given again, baselines (or an interrupted evaluation) are not run again."""
     split: Literal["test", "validation"] = "test"
     """Which sources of the config's data to evaluate on. Choose settings on validation, report on test."""
@@ -142,10 +143,7 @@ def _check(config: Config, options: Options) -> None:
             f"--workdir {options.workdir} holds a training run, whose files would be overwritten; give another, such "
             f"as {options.workdir / 'evaluation'}"
         )
-    try:
-        options.workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--workdir {options.workdir} cannot be used: {e}") from e
+    paths.usable(options.workdir)
 
 
 def _system(name: str, experiment: Experiment, options: Options) -> Any:

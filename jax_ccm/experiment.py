@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_ccm import methods, sharding
+from jax_ccm import methods, paths, sharding
 from jax_ccm.config import Config, ScratchConfig
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
@@ -124,7 +124,7 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     source = config.model.source
     if stored is not None and TRAINED_BASE in stored.extra:
-        source = str(Path(stored.source) / stored.extra[TRAINED_BASE])
+        source = str(paths.of(f"{stored.source}/{stored.extra[TRAINED_BASE]}"))
     model = _base(config, source, shape, tokenizer, mesh)
     on = {"base": config.model.source, "accept_quantised_base": config.adapter.accept_quantised_base}
     if config.adapter.merge:

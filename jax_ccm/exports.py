@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jax_ccm import processes
+from jax_ccm import paths, processes
 from jax_ccm.experiment import TRAINED_BASE, Experiment
 from jax_ccm.nn.transformer import Transformer
 
@@ -45,7 +46,12 @@ def export(workdir: Path, model: Transformer, experiment: Experiment, *, step: i
 
 
 def _replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a folder beside ``folder`` and puts it in its place."""
+    """Writes a folder beside ``folder`` and puts it in its place; in a bucket, file by file."""
+    if paths.is_remote(folder):
+        with tempfile.TemporaryDirectory() as made:
+            write(Path(made))
+            paths.upload(Path(made), folder, remove=True)
+        return
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_ccm import paths
 from jax_ccm.config import Config
 from jax_ccm.data.batches import TrainingSet
 from jax_ccm.errors import UserError
@@ -37,7 +38,7 @@ def of_files(config: Config, base: str) -> dict[str, Any]:
         found["model.tokenizer"] = _folder(path, [x for x in TOKENIZER_FILES if x != "config.json"])
     for key in ("merge", "load"):
         if folder := getattr(config.adapter, key):
-            found[f"adapter.{key}"] = _folder(Path(folder), ("*",))
+            found[f"adapter.{key}"] = _folder(paths.local(folder), ("*",))
     return found
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jax_ccm import paths
 from jax_ccm.errors import UserError, unknown
 
 
@@ -36,7 +37,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = paths.of(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"there is no config file {path}") from None
     except (OSError, UnicodeDecodeError) as e:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
+import tempfile
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from jax_ccm import processes
+from jax_ccm import paths, processes
+
+# Names the run of Weights & Biases.
+WANDB = "wandb.json"
+# Between copies to a bucket, whose objects are written as a whole.
+COPY_SECONDS = 30.0
 
 
 @dataclasses.dataclass
@@ -69,14 +77,23 @@ class Metrics:
         """
         from tensorboardX import SummaryWriter
 
-        self._wandb = _open_wandb(wandb, workdir, config, start) if wandb else None
-        self._path = workdir / "metrics.jsonl"
-        removed = cut(self._path, start)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._workdir, self._folder, self._copied = workdir, workdir, time.monotonic()
+        if paths.is_remote(workdir):
+            # Nothing grows in a bucket: these files grow here, and are copied there.
+            self._folder = Path(tempfile.mkdtemp(prefix="jax_ccm-metrics-"))
+            for name in ("metrics.jsonl", WANDB):
+                if (workdir / name).exists():
+                    (self._folder / name).write_bytes((workdir / name).read_bytes())
+        self._wandb = _open_wandb(wandb, self._folder, workdir.name, config, start) if wandb else None
+        path = self._folder / "metrics.jsonl"
+        removed = cut(path, start)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1 if start else None)
         self._progress = _Line(start, steps) if sys.stdout.isatty() else None
         if removed:
-            self.say(f"removed {removed} records after step {start} from {self._path}; those steps are run again")
+            self.say(
+                f"removed {removed} records after step {start} from {workdir / path.name}; those steps are run again"
+            )
 
     def __enter__(self) -> Metrics:
         return self
@@ -99,6 +116,18 @@ class Metrics:
             self._board.add_scalar(name.replace("validation_", "validation/"), value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+        if time.monotonic() - self._copied > COPY_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Copies what was written to where it belongs, if that is a bucket."""
+        self._copied = time.monotonic()
+        if self._folder != self._workdir:
+            self._board.flush()
+            for name in ("metrics.jsonl", WANDB):
+                if (self._folder / name).exists():
+                    (self._workdir / name).write_bytes((self._folder / name).read_bytes())
+            paths.upload(self._folder / "tensorboard", self._workdir / "tensorboard")
 
     def advance(self, step: int, loss: float) -> None:
         """Moves the progress line on."""
@@ -120,10 +149,13 @@ class Metrics:
         """Closes every sink."""
         self._file.close()
         self._board.close()
+        self.flush()
         if self._wandb is not None:
             self._wandb.finish()
         if self._progress is not None:
             self._progress.close()
+        if self._folder != self._workdir:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class NoMetrics(Metrics):
@@ -142,6 +174,9 @@ class NoMetrics(Metrics):
         pass
 
     def report(self, step: int, steps: int, values: dict[str, float], remaining: float) -> None:
+        pass
+
+    def flush(self) -> None:
         pass
 
     def close(self) -> None:
@@ -206,7 +241,7 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-def _open_wandb(project: str, workdir: Path, config: dict[str, Any] | None, start: int) -> Any:
+def _open_wandb(project: str, folder: Path, name: str, config: dict[str, Any] | None, start: int) -> Any:
     """The run of Weights & Biases that belongs to the folder: the same one when it is resumed, else a new one."""
     try:
         import wandb
@@ -217,12 +252,12 @@ def _open_wandb(project: str, workdir: Path, config: dict[str, Any] | None, star
             f"train.wandb is {project!r}, but wandb is not installed; pip install 'jax_ccm[wandb]', or leave the key "
             "empty"
         ) from None
-    path = workdir / "wandb.json"
+    path = folder / WANDB
     known = json.loads(path.read_text(encoding="utf-8")) if start and path.exists() else {}
     if known.get("project") != project:
         known = {"project": project, "id": uuid.uuid4().hex[:8]}
         path.write_text(json.dumps(known) + "\n", encoding="utf-8")
-    return wandb.init(**known, dir=str(workdir), config=config, name=workdir.name, resume="allow")
+    return wandb.init(**known, dir=str(folder), config=config, name=name, resume="allow")
 
 
 def clock(seconds: float) -> str:

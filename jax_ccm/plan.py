@@ -23,6 +23,7 @@ from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.errors import UserError
 from jax_ccm.experiment import build_method, scratch_model
 from jax_ccm.nn import ModelConfig
+from jax_ccm.paths import Folder
 from jax_ccm.planning import ahead, chips, costs, measure, programs, report, sessions
 
 COMMAND = "jax_ccm.plan"
@@ -44,7 +45,7 @@ class Options:
 
     topology: str
     """Chip and shape, such as v5e:4x4 or v5p:2x2x2; GPUs of one host, h100:8 or a100:8, or of several, h100:2x8."""
-    workdir: Path | None = None
+    workdir: Folder | None = None
     """Where the plan goes; nowhere without it."""
     shape: str = ""
     """A folder with config.json, if not that of model.source; Llama-2-7b-hf, Llama-3.1-8B and Qwen3-8B are known."""

@@ -179,7 +179,7 @@ def require_shared(folder: Path) -> None:
 
     mark = folder / f".shared-{uuid.uuid4().hex}"
     if is_first():
-        mark.touch()
+        mark.write_bytes(b"")
     name = np.frombuffer(mark.name.encode(), np.uint8)
     seen = folder / bytes(np.asarray(multihost_utils.broadcast_one_to_all(name))).decode()
     shared = agree(seen.exists())

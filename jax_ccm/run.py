@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_ccm import inputs, layout, processes, sharding, training
+from jax_ccm import inputs, layout, paths, processes, sharding, training
 from jax_ccm.checkpoints import Checkpoints, require_same
 from jax_ccm.config import Config, from_mapping, save_config, to_mapping
 from jax_ccm.data.batches import TrainingSet, prepare
@@ -44,7 +44,7 @@ class Run:
           RunError: if there are checkpoints, and none of them can be read.
         """
         layout.require_parallel(build_method(config))
-        self.config, self.workdir = config, Path(workdir)
+        self.config, self.workdir = config, paths.of(workdir)
         self.progress = Progress()
         self._accepted: list[dict[str, Any]] = []
         self._stop = StopRequest(config.train.grace, self._last_good)
@@ -294,6 +294,7 @@ class Run:
             "accepted": self._accepted,
         }
         self.checkpoints.save(self.progress.step, self.state, progress)
+        metrics.flush()
         grace, a_step = self.config.train.grace, self.progress.seconds / self.progress.step
         needed = a_step + time.perf_counter() - began
         if grace and needed > grace and not self._warned:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from jax_ccm import cli
 from jax_ccm.errors import UserError
+from jax_ccm.paths import Folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Options:
     `--optimizer.learning_rate 3e-4`.
     """
 
-    workdir: Path
+    workdir: Folder
     """Where all output goes, and where a stopped run is found again."""
     accept_changes: bool = False
     """Resume even if base, adapters, tokenizer or data are not what the run began with; recorded in its checkpoints."""

@@ -19,6 +19,7 @@ from jax_ccm.config import Config, save_config
 from jax_ccm.errors import UserError
 from jax_ccm.experiment import Experiment, load_experiment
 from jax_ccm.nn import Transformer
+from jax_ccm.paths import Folder
 from jax_ccm.sessions import Example, Segment
 
 COMMAND = "jax_ccm.verify"
@@ -38,7 +39,7 @@ class Options:
     is hidden: a check without a memory that matters would prove nothing.
     """
 
-    adapter: Path | None = None
+    adapter: Folder | None = None
     """Folder of a trained adapter; without one, that of the config (adapter.load), or a random one."""
     random_lora_b: bool = True
     """Without a trained adapter, give the LoRA a random B (seeded): a fresh one is zero, which hides every mistake of
@@ -53,7 +54,7 @@ class Options:
     """Compare the gradients of the adapter as well; the slower half of the check."""
     seed: int = 0
     """Of random tokens and of a random B."""
-    workdir: Path | None = None
+    workdir: Folder | None = None
     """Where results.json, metrics.jsonl, summary.json and config.yaml go, if wanted."""
 
 

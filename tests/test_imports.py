@@ -19,6 +19,7 @@ ALLOWED = {
     "updates": set(),
     "parsing": {"errors"},
     "types": {"updates"},
+    "paths": {"errors"},
     "processes": CORE,
     "preemption": set(),
     "sessions": set(),
@@ -36,9 +37,9 @@ ALLOWED = {
     "losses": CORE | {"nn", "sharding"},
     "closing": CORE | {"memory", "nn", "steps"},
     "generate": CORE | {"closing", "memory", "nn", "steps"},
-    "weights": CORE | {"processes", "describe", "nn", "methods", "sharding"},
-    "data": CORE | {"layout", "sessions"},
-    "evals": CORE | {"sessions", "layout", "memory", "nn", "steps", "losses", "generate", "data", "methods"},
+    "weights": CORE | {"paths", "processes", "describe", "nn", "methods", "sharding"},
+    "data": CORE | {"layout", "paths", "sessions"},
+    "evals": CORE | {"sessions", "layout", "memory", "nn", "steps", "losses", "generate", "data", "methods", "paths"},
 }
 EXTERNAL = {"methods": {"jax", "flax"}, "data": {"jax", "flax"}}
 

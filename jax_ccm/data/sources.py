@@ -15,6 +15,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from jax_ccm import paths
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.parsing import Repeated, parse_json, require_text
 
@@ -112,12 +113,21 @@ def _open(source: str, fields: dict[str, bool], format: str) -> list[Source]:
         options = _options(source, query)
         return [(_generated if scheme == "generated" else _tfds)(source, address, options, fields, format)]
     if "*" in source:
-        paths = sorted(glob.glob(source, recursive=True))
-        if not paths:
+        files = _in_bucket(source) if paths.is_remote(source) else sorted(glob.glob(source, recursive=True))
+        if not files:
             raise UserError(f"no file matches the data source {source!r}")
     else:
-        paths = [source]
-    return [_local(pathlib.Path(path), fields) for path in paths]
+        files = [source]
+    return [_local(paths.local(file, ("*.txt",)), fields) for file in files]
+
+
+def _in_bucket(source: str) -> list[str]:
+    """URLs of the files that a pattern in a bucket names."""
+    folder, _, rest = source.partition("*")
+    folder, _, start = folder.rpartition("/")
+    if "**" in source:
+        raise UserError(f"data source {source!r}: ** is not known in buckets; write a * for each folder")
+    return sorted(str(path) for path in paths.of(folder).glob(f"{start}*{rest}"))
 
 
 def _options(source: str, query: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_ccm import paths
 from jax_ccm.errors import UserError
 from jax_ccm.evals.report import SHARES, STYLE, cell_share, plot_tradeoff
 from jax_ccm.parsing import parse_json
@@ -21,7 +22,7 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: for a folder without one, or a damaged file.
     """
-    file = Path(path) / "results.json"
+    file = paths.of(path) / "results.json"
     try:
         results = parse_json(file.read_bytes(), str(file))
         assert "memory" in results["steps"][0]["systems"]

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_ccm import paths
+
 DASHES = (0, (4, 2))
 # Colours and short names of the systems, in the order in which they are shown.
 STYLE = {
@@ -153,7 +155,7 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
         handles.append(Line2D([], [], color="#555555", linestyle=DASHES, linewidth=1.2, label=dashed))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
+    paths.save_figure(figure, path, dpi=150)
 
 
 def plot_tradeoff(points: Sequence[tuple[str, str, Sequence]], path: str | Path, *, title: str) -> None:
@@ -189,7 +191,7 @@ def plot_tradeoff(points: Sequence[tuple[str, str, Sequence]], path: str | Path,
     note = "open circles: after the context of another conversation" if controlled else None
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, title=note, title_fontsize=8)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
+    paths.save_figure(figure, path, dpi=150)
 
 
 def _of_texts(results: Mapping[str, Any]) -> bool:

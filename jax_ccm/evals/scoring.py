@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import io
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_ccm import paths
 from jax_ccm.errors import UserError
 from jax_ccm.evals.recurrent import score_recurrently
 from jax_ccm.layout import Sizes, batch, measure
@@ -72,11 +74,7 @@ class Store:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"the store {folder} cannot be used: {e}") from e
+        self.folder = paths.usable(folder, "--store")
 
     def path(self, identity: str, method: Method, examples: Sequence[Example]) -> Path:
         """The file for these examples.
@@ -104,7 +102,7 @@ class Store:
         if not path.exists():
             return None
         try:
-            with np.load(path) as file:
+            with path.open("rb") as stored, np.load(stored) as file:
                 lengths, nll, hit = (file[name] for name in ("lengths", "nll", "hit"))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
             raise UserError(f"{path} cannot be read as stored scores ({e}); remove it to compute them again") from e
@@ -113,15 +111,14 @@ class Store:
 
     def save(self, path: Path, scores: Sequence[Scores]) -> None:
         """Writes a file, as a whole or not at all."""
-        new = path.with_suffix(".tmp")
-        with new.open("wb") as file:
-            np.savez(
-                file,
-                lengths=np.array([len(x.nll) for x in scores]),
-                nll=np.concatenate([x.nll for x in scores]),
-                hit=np.concatenate([x.hit for x in scores]),
-            )
-        new.replace(path)
+        content = io.BytesIO()
+        np.savez(
+            content,
+            lengths=np.array([len(x.nll) for x in scores]),
+            nll=np.concatenate([x.nll for x in scores]),
+            hit=np.concatenate([x.hit for x in scores]),
+        )
+        paths.write(path, content.getvalue())
 
 
 def base_only(method: Method) -> Method:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_ccm import paths
+
 COLOURS = {
     "full": "#2f6db3",
     "window": "#8c8c8c",
@@ -158,4 +160,4 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     labels = [f"{name} ({results['rivals'][name]})" for name in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
+    paths.save_figure(figure, path, dpi=150)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_ccm import paths
 from jax_ccm.errors import UserError
 from jax_ccm.parsing import parse_json
 
@@ -164,4 +165,4 @@ def plot(plan: dict[str, Any], path: Path) -> None:
         right.set_yscale("log")
         right.legend(fontsize=8)
     figure.suptitle(f"{plan['model']} on {plan['topology']}: compiled, not run")
-    figure.savefig(path, dpi=120)
+    paths.save_figure(figure, path, dpi=120)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax_ccm
-from jax_ccm import processes
+from jax_ccm import paths, processes
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.nn import AdapterConfig, Transformer
@@ -75,7 +75,7 @@ def save_adapter(
     _check_tokens(adapter, method, "the model's adapter")
     about = {"method": describe_method(method), "base": describe_base(model, base), "extra": extra or {}}
     if not processes.is_first():
-        return Path(path)
+        return paths.of(path)
     return write_adapter(path, dataclasses.replace(adapter, **about), format=format)
 
 
@@ -84,7 +84,7 @@ def write_adapter(path: str | Path, adapter: Adapter, *, format: Format = "own")
     writers = {"own": _own_files, "peft": peft.peft_files, "reference": reference.reference_files}
     if format not in writers:
         raise unknown("adapter format", format, FORMATS)
-    path = Path(path)
+    path = paths.of(path)
     write_folder(path, writers[format](adapter), _FILES[format])
     return path
 
@@ -101,7 +101,7 @@ def read_adapter(path: str | Path, *, method: Method | None = None, format: Form
     Raises:
       UserError: for missing, damaged or unknown files, another method, or a feature that is not implemented.
     """
-    path = Path(path)
+    given, path = str(path), paths.local(path)
     format = format or detect_format(path)
     if format == "own":
         adapter = _read_own(path)
@@ -111,6 +111,8 @@ def read_adapter(path: str | Path, *, method: Method | None = None, format: Form
         adapter = reference.read_reference(path, method)
     else:
         raise unknown("adapter format", format, FORMATS)
+    if paths.is_remote(given):
+        adapter = dataclasses.replace(adapter, source=given)
     if method is not None:
         _check_fits(adapter, method)
     return adapter

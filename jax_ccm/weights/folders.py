@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jax_ccm import paths
 from jax_ccm.errors import UserError
 from jax_ccm.weights.pickles import read_torch
 
@@ -67,6 +68,14 @@ def write_folder(path: Path, files: dict[str, bytes], known: set[str]) -> None:
         raise UserError(
             f"{path} holds other files ({', '.join(strange[:5])}); give a new or empty folder for the adapter"
         )
+    if paths.is_remote(path):
+        # Folders of a bucket are not renamed. What describes the rest comes last, so that half a folder is not taken
+        # for a whole one.
+        for name in known - files.keys():
+            (path / name).unlink(missing_ok=True)
+        for name in sorted(files, key=lambda name: name.endswith(".json")):
+            (path / name).write_bytes(files[name])
+        return
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("new", "old"))

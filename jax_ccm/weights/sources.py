@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax_ccm import paths
 from jax_ccm.errors import UserError
 
 FORMS = (
@@ -38,7 +39,7 @@ def locate(source: str | Path, files: Sequence[str] = WEIGHT_FILES) -> Path:
     text = str(source)
     if text.startswith("package:"):
         return _inside_package(text)
-    path = Path(text).expanduser()
+    path = paths.local(text, files).expanduser()
     if path.is_dir():
         return path
     if path.suffix == ".gguf":
