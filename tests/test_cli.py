@@ -122,6 +122,9 @@ def test_platforms_that_are_there(monkeypatch, capfd):
     monkeypatch.setattr(cli, "_modules", lambda package: {"xla_cuda12"})
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,gpu,cpu")
     assert ends(lambda: 0, capfd) == (0, "")
+    monkeypatch.setattr(cli, "_modules", lambda package: {"metal_plugin"})
+    monkeypatch.setenv("JAX_PLATFORMS", "METAL")
+    assert ends(lambda: 0, capfd) == (0, "")
 
 
 def raising(error):
