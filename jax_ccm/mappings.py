@@ -46,6 +46,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         tree = yaml.load(text, Loader)
     except yaml.YAMLError as e:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{path} is nested too deep to be read; a config has three levels") from None
+    except (ValueError, TypeError) as e:  # numbers of thousands of digits, dates that are none, lists as keys
+        raise UserError(f"{path} holds something that no config can: {e}") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):

@@ -6,6 +6,7 @@ import pytest
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals import comparison
+from jax_ccm.mappings import read_yaml
 from jax_ccm.methods import build
 from jax_ccm.parsing import parse_json, require_text
 from jax_ccm.planning.report import write_overview
@@ -40,6 +41,16 @@ def test_a_file_that_is_no_json_of_ours_is_named(tmp_path: Path, name: str, bad:
     (tmp_path / name).write_bytes(BAD[bad])
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
         READERS[name](tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 5000, b"a: " + b"9" * 5000, b"a: 2020-13-45", b"? [a]\n: 1", b"a: \xff", b"\x00", b"[1]", b"a: 1\na: 2"],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        read_yaml(tmp_path / "config.yaml")
 
 
 def test_values_are_read():
