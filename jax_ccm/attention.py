@@ -9,6 +9,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
+from jax_ccm.kernels.passes import Score
 from jax_ccm.kernels.sizes import Refused
 from jax_ccm.layout import visible
 from jax_ccm.sharding import activation_spec, constrain, context_shards
@@ -38,6 +39,8 @@ def memory_attention(
     rule: Rule,
     slots: Slots,
     memory_slots: Slots | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
     in_order: bool = False,
     implementation: str | None = None,
 ):
@@ -50,6 +53,8 @@ def memory_attention(
       rule: who sees whom.
       slots: `Slots` of ``[B, T]``.
       memory_slots: `Slots` of ``[B, M]``.
+      scale: of the products of queries and keys; None for ``H ** -0.5``.
+      cap: if set, scores are ``cap * tanh(score / cap)`` (Gemma 2).
       in_order: static, whether the tokens of a row stand in order of `Slots.index` (padding aside), as they do in all
         layouts: later ones need then not be compared. The kernels find out by themselves.
       implementation: "xla", plain matrix products in blocks of queries; "pallas", a kernel that visits only what is
@@ -73,13 +78,14 @@ def memory_attention(
     sources = [(k, v, slots)]
     if memory_k is not None and memory_v is not None and memory_slots is not None and memory_k.shape[1]:
         sources.append((memory_k, memory_v, memory_slots))
+    score = Score(q.shape[3] ** -0.5 if scale is None else scale, cap)
     kernel = _kernel(implementation)
     if kernel is not None:
         try:
-            return kernel(q, slots, tuple(sources), rule=rule)
+            return kernel(q, slots, tuple(sources), rule=rule, score=score)
         except Refused as e:
             _say(f"attention runs as 'xla': the kernel refuses, {e}")
-    return _xla(q, slots, sources, rule, in_order and not rule.both_ways)
+    return _xla(q, slots, sources, rule, score, in_order and not rule.both_ways)
 
 
 def _kernel(implementation: str | None):
@@ -104,12 +110,12 @@ def _kernel(implementation: str | None):
 
 
 def _on_mesh(attend):
-    """``attend(q, slots, sources, *, rule)`` of arrays that may be spread over the mesh in use."""
+    """``attend(q, slots, sources, *, rule, score)`` of arrays that may be spread over the mesh in use."""
     mesh = jax.sharding.get_abstract_mesh()
     return attend if mesh.size <= 1 or mesh.are_all_axes_manual else functools.partial(_spread, attend)
 
 
-def _spread(attend, q, slots: Slots, sources, *, rule: Rule):
+def _spread(attend, q, slots: Slots, sources, *, rule: Rule, score: Score):
     """``attend`` on each device of the mesh in use: rows and heads as they lie; queries see all tokens of their row."""
     tokens, heads = activation_spec(slots.kind.shape, "rows", "tokens"), activation_spec(q.shape, "rows", None, "heads")
     if len(heads) > 2 and activation_spec(sources[0][0].shape, "rows", None, "heads") != heads:
@@ -117,7 +123,7 @@ def _spread(attend, q, slots: Slots, sources, *, rule: Rule):
     queries = activation_spec(q.shape, "rows", "tokens", "heads")
     rows = activation_spec(slots.kind.shape, "rows")
     own = jax.shard_map(
-        functools.partial(attend, rule=rule),
+        functools.partial(attend, rule=rule, score=score),
         in_specs=(queries, tokens, tuple((heads, heads, rows) for _ in sources)),
         out_specs=queries,
         check_vma=False,
@@ -131,11 +137,11 @@ def _say(message: str) -> None:
     logger.info(message)
 
 
-def _xla(q, slots: Slots, sources, rule: Rule, in_order: bool):
+def _xla(q, slots: Slots, sources, rule: Rule, score: Score, in_order: bool):
     """Plain matrix products, a block of queries at a time. Memory goes in front of the text."""
     if q.shape[1] == 1:
         try:
-            return _on_mesh(_attend_one)(q, slots, tuple(sources), rule=rule)
+            return _on_mesh(_attend_one)(q, slots, tuple(sources), rule=rule, score=score)
         except Refused:
             pass
     k, v, seen = _joined(sources)
@@ -149,16 +155,15 @@ def _xla(q, slots: Slots, sources, rule: Rule, in_order: bool):
     outs = []
     for begin, end in itertools.pairwise(ends):
         mine, keys = slots.map(lambda x, b=begin, e=end: x[:, b:e]), seen.map(lambda x, e=before + end: x[:, :e])
-        outs.append(
-            _in_blocks(q[:, begin:end], mine, k[:, :, : before + end], v[:, :, : before + end], keys, rule=rule)
-        )
+        mine = q[:, begin:end], mine, k[:, :, : before + end], v[:, :, : before + end], keys
+        outs.append(_in_blocks(*mine, rule=rule, score=score))
     return jnp.concatenate(outs, axis=1) if parts > 1 else outs[0]
 
 
-def _in_blocks(q, slots: Slots, k, v, seen: Slots, *, rule: Rule):
+def _in_blocks(q, slots: Slots, k, v, seen: Slots, *, rule: Rule, score: Score):
     """`_attend` to a block of queries at a time."""
     # Recomputed in the backward pass: what is kept for it grows with T and S, not with T x S.
-    attend = jax.checkpoint(functools.partial(_attend, rule=rule))
+    attend = jax.checkpoint(functools.partial(_attend, rule=rule, score=score))
     batch, length = q.shape[:2]
     # Where devices share the tokens of a row, a block takes as many from each.
     shards = context_shards() if length % context_shards() == 0 else 1
@@ -179,7 +184,7 @@ def _in_blocks(q, slots: Slots, k, v, seen: Slots, *, rule: Rule):
     return out.reshape(batch, shards, -1, *q.shape[2:])[:, :, :own].reshape(q.shape)
 
 
-def _attend(q, slots: Slots, k, v, seen: Slots, *, rule: Rule):
+def _attend(q, slots: Slots, k, v, seen: Slots, *, rule: Rule, score: Score):
     """Attention of a block of queries ``[B, T, N, H]`` to all keys and values ``[B, K, S, H]``."""
     batch, length, heads, size = q.shape
     kv_heads = k.shape[1]
@@ -187,7 +192,7 @@ def _attend(q, slots: Slots, k, v, seen: Slots, *, rule: Rule):
     # The query heads of a group share their keys as rows of one matrix; tokens in front, as devices may share them.
     rows = (batch, kv_heads, length * heads // kv_heads)
     q = jnp.moveaxis(q.reshape(batch, length, kv_heads, -1, size), 1, 2).reshape(*rows, size)
-    scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32) * size**-0.5
+    scores = score.of(jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32))
     scores = scores.reshape(batch, kv_heads, length, -1, k.shape[2])
     weights, share = _weights(scores, visible(rule, slots, seen)[:, None, :, None])
     # Divided after the product: T x H numbers instead of T x S.
@@ -204,7 +209,7 @@ def _joined(sources):
     return k, v, jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *(source[2] for source in reversed(sources)))
 
 
-def _attend_one(q, slots: Slots, sources, *, rule: Rule):
+def _attend_one(q, slots: Slots, sources, *, rule: Rule, score: Score):
     """Attention of one query a row, as in decoding, to keys that stay as they lie.
 
     They are one matrix ``[S, K H]``, and the query of a head is zero where the keys of other heads stand. That is K
@@ -222,7 +227,7 @@ def _attend_one(q, slots: Slots, sources, *, rule: Rule):
     own = (jnp.arange(heads)[:, None] // (heads // kv_heads) == jnp.arange(kv_heads))[:, :, None]
     wide = jnp.where(own, q[:, 0, :, None], 0).reshape(batch, heads, -1)
     flat = lambda x: x.reshape(*x.shape[:2], -1)
-    scores = jnp.einsum("bnd,bsd->bns", wide, flat(k), preferred_element_type=jnp.float32) * size**-0.5
+    scores = score.of(jnp.einsum("bnd,bsd->bns", wide, flat(k), preferred_element_type=jnp.float32))
     weights, share = _weights(scores, visible(rule, slots, seen))
     out = jnp.einsum("bns,bsd->bnd", weights.astype(v.dtype), flat(v), preferred_element_type=jnp.float32)
     out = jnp.sum(jnp.where(own, out.reshape(batch, heads, kv_heads, size), 0), axis=2) * share

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jax_ccm.nn.transformer import Transformer
+from jax_ccm.nn.transformer import Transformer, capped
 from jax_ccm.sharding import constrain
 from jax_ccm.types import Batch, Kind, Method
 
@@ -27,11 +27,11 @@ def scored_losses(model: Transformer, hidden, batch: Batch):
     """Negative log-likelihood in nats of each scored token, ``float32 [B, Q]``, 0 on padding."""
     hidden = constrain(jnp.take_along_axis(hidden, batch.places[:, :, None], axis=1), "rows")
     head, axes = model.head
-    return token_losses(axes, hidden, head, batch.targets) * batch.weights
+    return token_losses(axes, hidden, head, batch.targets, model.config.logit_cap) * batch.weights
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def token_losses(axes: str, hidden, head, targets):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def token_losses(axes: str, hidden, head, targets, cap: float | None = None):
     """Negative log-likelihood in nats of each target, without ever holding all logits.
 
     Logits are made in blocks of columns. Where the head is frozen, as in training an adapter, the gradient of each
@@ -43,31 +43,32 @@ def token_losses(axes: str, hidden, head, targets):
       hidden: ``[B, Q, D]``.
       head: ``[V, D]`` or ``[D, V]``.
       targets: ``int32 [B, Q]``.
+      cap: static; if set, logits are ``cap * tanh(logit / cap)`` (Gemma 2).
 
     Returns:
       ``float32 [B, Q]``.
     """
-    step = lambda block: _likelihood(_logits(axes, block[0], head), block[1])[0]
+    step = lambda block: _likelihood(_logits(axes, block[0], head, cap), block[1])[0]
     return _by_blocks(step, head, axes, hidden, targets)
 
 
-def _forward(axes, hidden, head, targets):
+def _forward(axes, hidden, head, targets, cap):
     trained = head.perturbed
     hidden, head, targets = hidden.value, head.value, targets.value
 
     def step(block):
         hidden, targets = block
-        logits = _logits(axes, hidden, head)
+        logits = _logits(axes, hidden, head, cap)
         losses, total = _likelihood(logits, targets)
         if trained:
             return losses, total
-        return losses, _to_hidden(axes, _slope(logits, total, targets), head).astype(hidden.dtype)
+        return losses, _to_hidden(axes, _slope(logits, total, targets, cap), head).astype(hidden.dtype)
 
     losses, kept = _by_blocks(step, head, axes, hidden, targets)
     return losses, ((hidden, head, targets, kept) if trained else (kept,))
 
 
-def _backward(axes, residuals, g):
+def _backward(axes, cap, residuals, g):
     if len(residuals) == 1:
         (slope,) = residuals
         return g[:, :, None].astype(slope.dtype) * slope, None, None
@@ -75,7 +76,7 @@ def _backward(axes, residuals, g):
 
     def step(gradient, block):
         hidden, targets, total, g = block
-        slope = _slope(_logits(axes, hidden, head), total, targets) * g[:, :, None]
+        slope = _slope(_logits(axes, hidden, head, cap), total, targets, cap) * g[:, :, None]
         order = {"v": slope, "d": hidden}
         terms = [f"bq{axis}" for axis in axes]
         found = jnp.einsum(
@@ -93,9 +94,9 @@ def _backward(axes, residuals, g):
 token_losses.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _logits(axes: str, hidden, head):
+def _logits(axes: str, hidden, head, cap: float | None):
     logits = jnp.einsum(f"bqd,{axes}->bqv", hidden, head, preferred_element_type=jnp.float32)
-    return constrain(logits, "rows", None, "vocab")
+    return constrain(capped(logits, cap), "rows", None, "vocab")
 
 
 def _likelihood(logits, targets):
@@ -104,10 +105,11 @@ def _likelihood(logits, targets):
     return total - jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0], total
 
 
-def _slope(logits, total, targets):
-    """The gradient of the losses for the logits: probabilities, less 1 at the target."""
+def _slope(logits, total, targets, cap: float | None):
+    """The gradient of the losses for logits before the cap: probabilities, less 1 at the target, times its slope."""
     hit = jnp.arange(logits.shape[-1]) == targets[:, :, None]
-    return jnp.exp(logits - total[:, :, None]) - hit
+    slope = jnp.exp(logits - total[:, :, None]) - hit
+    return slope if cap is None else slope * (1 - (logits / cap) ** 2)
 
 
 def _to_hidden(axes: str, slope, head):

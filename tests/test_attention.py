@@ -13,9 +13,11 @@ from jax_ccm import attention, layout
 from jax_ccm.attention import memory_attention
 from jax_ccm.evals import parity
 from jax_ccm.kernels import tpu
+from jax_ccm.kernels.passes import Score
 from jax_ccm.kernels.sizes import Refused
 from jax_ccm.types import Kind, Slots
 from tests import cases
+from tests.kernels import support
 from tests.kernels.support import made_for
 
 HEADS, KV_HEADS, SIZE = 6, 2, 8
@@ -112,6 +114,27 @@ def test_one_query_at_a_time(name):
     ):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
         assert np.abs(ours).max() > 0
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_scale_and_cap_reach_every_implementation(implementation):
+    """All queries at once, and one alone; what an implementation could not do it would have to refuse."""
+    method = cases.METHODS["concat_n2_sink"]
+    made, (q, k, v, memory_k, memory_v) = arrays(method)
+    sources = [(k, v, made.slots), (memory_k, memory_v, made.memory.slots)]
+    score = Score(0.4, 1.5)
+    expected = support.exact(method.rule, made.slots, q, sources, np.zeros(q.shape), score)[0]
+    plain = support.exact(method.rule, made.slots, q, sources, np.zeros(q.shape))[0]
+    assert np.abs(expected - plain).max() > 0.05
+    seen = dict(rule=method.rule, memory_slots=made.memory.slots, scale=0.4, cap=1.5, implementation=implementation)
+    out = memory_attention(q, k, v, memory_k, memory_v, slots=made.slots, **seen)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    place = 7
+    own, rest = (lambda x: x[:, place : place + 1]), (lambda m, x: jnp.concatenate([m, x[:, :place]], axis=1))
+    seen["memory_slots"] = jax.tree.map(rest, made.memory.slots, made.slots)
+    given = own(q), own(k), own(v), rest(memory_k, k), rest(memory_v, v)
+    alone = memory_attention(*given, slots=made.slots.map(own), **seen)
+    np.testing.assert_allclose(alone[:, 0], expected[:, place], atol=1e-5)
 
 
 def test_gradients_of_blocks(monkeypatch):

@@ -10,8 +10,9 @@ import pytest
 from jax_ccm import losses
 
 
-def plain(axes, hidden, head, targets):
+def plain(axes, hidden, head, targets, cap=None):
     logits = jnp.einsum(f"bqd,{axes}->bqv", hidden, head)
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=2)[:, :, 0]
 
 
@@ -24,15 +25,14 @@ def problem(axes, vocab=50, columns=37, width=8):
 
 
 @pytest.mark.parametrize("axes", ["vd", "dv"])
-@pytest.mark.parametrize("block", [2**24, 1])
-def test_losses_and_gradients(monkeypatch, axes, block):
-    """In one block or several, the last of them not full; with the head frozen or trained."""
+@pytest.mark.parametrize("block, cap", [(2**24, None), (1, None), (1, 2.0)])
+def test_losses_and_gradients(monkeypatch, axes, block, cap):
+    """In one block or several, the last of them not full; with the head frozen or trained; with capped logits."""
     monkeypatch.setattr(losses, "BLOCK", block)
     hidden, head, targets, weights = problem(axes)
-    total = lambda f: lambda hidden, head: jnp.sum(f(axes, hidden, head, targets) * weights)
-    np.testing.assert_allclose(
-        losses.token_losses(axes, hidden, head, targets), plain(axes, hidden, head, targets), atol=1e-5
-    )
+    total = lambda f: lambda hidden, head: jnp.sum(f(axes, hidden, head, targets, cap) * weights)
+    given = axes, hidden, head, targets, cap
+    np.testing.assert_allclose(losses.token_losses(*given), plain(*given), atol=1e-5)
     for wanted in (0, (0, 1)):
         ours, theirs = (jax.jit(jax.grad(total(f), wanted))(hidden, head) for f in (losses.token_losses, plain))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jax_ccm.kernels import blocks
-from jax_ccm.kernels.passes import HIDDEN, UNSEEN, differentiable
+from jax_ccm.kernels.passes import HIDDEN, UNSEEN, Score, differentiable
 from jax_ccm.kernels.rows import heads_as_rows, rows_as_heads
 from jax_ccm.kernels.sizes import Refused
 from jax_ccm.layout import sees
@@ -42,12 +42,14 @@ class Call:
       q: queries of a block.
       k: keys of a block, for each source.
       interpret: run the kernel's operations one by one, on any device.
+      score: how products become scores.
     """
 
     rule: Rule
     q: int
     k: tuple[int, ...]
     interpret: bool
+    score: Score
 
 
 def choose(length: int, keys: tuple[int, ...], size: int, itemsize: int) -> tuple[int, tuple[int, ...]]:
@@ -129,11 +131,11 @@ def _walk(call: Call, refs, row, block, q_slots: Slots, kv_head, visit, state):
 def _forward_kernel(codes, q, *refs, call: Call, group: int):
     *keys, out, lse = refs
     block, head, row = _where()
-    query, scale = _load(q, row, block, call.q, head), q.shape[3] ** -0.5
+    query = _load(q, row, block, call.q, head)
 
     def visit(state, k, v, mask):
         top, total, sums = state
-        scores = jnp.where(mask, _dot(query, k.T) * scale, HIDDEN)
+        scores = jnp.where(mask, call.score.of(_dot(query, k.T)), HIDDEN)
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
         shrink, weights = jnp.exp(top - higher), jnp.exp(scores - higher[:, None])
         total = total * shrink + jnp.sum(weights, axis=1)
@@ -151,23 +153,24 @@ def _forward_kernel(codes, q, *refs, call: Call, group: int):
 def _queries_kernel(codes, q, d_out, lse, delta, *refs, call: Call, group: int):
     *keys, d_q = refs
     block, head, row = _where()
-    scale, places = q.shape[3] ** -0.5, pl.ds(block * call.q, call.q)
+    places = pl.ds(block * call.q, call.q)
     query, gradient = (_load(x, row, block, call.q, head) for x in (q, d_out))
     own_lse, own_delta = lse[row, head, places][:, None], delta[row, head, places][:, None]
 
     def visit(sums, k, v, mask):
-        weights = jnp.where(mask, jnp.exp(_dot(query, k.T) * scale - own_lse), 0.0)
-        d_scores = weights * (_dot(gradient, v.T) - own_delta)
+        scores = call.score.of(_dot(query, k.T))
+        weights = jnp.where(mask, jnp.exp(scores - own_lse), 0.0)
+        d_scores = call.score.back(weights * (_dot(gradient, v.T) - own_delta), scores)
         return sums + _dot(d_scores.astype(k.dtype), k)
 
     slots, kv_head = _slots(codes, row, block, call.q), jax.lax.div(head, group)
     sums = _walk(call, keys, row, block, slots, kv_head, visit, jnp.zeros(query.shape, jnp.float32))
-    _store(d_q, row, block, call.q, head, sums * scale)
+    _store(d_q, row, block, call.q, head, sums * call.score.scale)
 
 
 def _keys_kernel(counts, lists, codes, k, v, q_codes, q, d_out, lse, delta, d_k, d_v, *, call: Call, size: int):
     block, kv_head, row = _where()
-    scale, group = q.shape[3] ** -0.5, q.shape[2] // k.shape[2]
+    group = q.shape[2] // k.shape[2]
     key, value = (_load(x, row, block, size, kv_head) for x in (k, v))
     slots = _slots(codes, row, block, size).map(lambda x: x[:, None])
 
@@ -178,8 +181,9 @@ def _keys_kernel(counts, lists, codes, k, v, q_codes, q, d_out, lse, delta, d_k,
         places = pl.ds(place * call.q, call.q)
         mask = sees(call.rule, _slots(q_codes, row, place, call.q).map(lambda x: x[None, :]), slots)
         # Transposed, keys down and queries across.
-        weights = jnp.where(mask, jnp.exp(_dot(key, query.T) * scale - lse[row, head, places][None, :]), 0.0)
-        d_scores = weights * (_dot(value, gradient.T) - delta[row, head, places][None, :])
+        scores = call.score.of(_dot(key, query.T))
+        weights = jnp.where(mask, jnp.exp(scores - lse[row, head, places][None, :]), 0.0)
+        d_scores = call.score.back(weights * (_dot(value, gradient.T) - delta[row, head, places][None, :]), scores)
         sums_k += _dot(d_scores.astype(query.dtype), query)
         return sums_k, sums_v + _dot(weights.astype(gradient.dtype), gradient)
 
@@ -188,7 +192,7 @@ def _keys_kernel(counts, lists, codes, k, v, q_codes, q, d_out, lse, delta, d_k,
 
     state = (jnp.zeros(key.shape, jnp.float32),) * 2
     sums_k, sums_v = jax.lax.fori_loop(0, group, each, state)
-    _store(d_k, row, block, size, kv_head, sums_k * scale)
+    _store(d_k, row, block, size, kv_head, sums_k * call.score.scale)
     _store(d_v, row, block, size, kv_head, sums_v)
 
 
@@ -265,7 +269,7 @@ def _backward(call: Call, q, q_slots: Slots, sources, out, lse, d_out):
 _attend = differentiable(_forward, _backward)
 
 
-def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, sizes=None):
+def attend(q, q_slots: Slots, sources, *, rule: Rule, score: Score | None = None, interpret: bool = False, sizes=None):
     """Attention of queries to the visible keys of several sources.
 
     Args:
@@ -273,6 +277,7 @@ def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, s
       q_slots: `Slots` of ``[B, T]``.
       sources: for each source of keys ``(k, v, slots)``: ``[B, S, K, H]`` twice and `Slots` of ``[B, S]``.
       rule: who sees whom.
+      score: how products become scores; None for ``H ** -0.5`` times them.
       interpret: run the kernel's operations one by one, on any device.
       sizes: of a block of queries and of one of each source's keys, ``(q, (k, ...))``; None to choose them.
 
@@ -299,5 +304,5 @@ def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, s
     counts = [-(-n // k) for n, k in zip(keys, k_sizes, strict=True)]
     if (listed := 4 * batch * -(-q.shape[1] // q_size) * sum(counts)) > LIST_BYTES:
         raise Refused(f"the lists of visible blocks take {listed / 2**20:.0f} MiB, more than {LIST_BYTES // 2**20}")
-    out = _attend(Call(rule, q_size, k_sizes, interpret), q, q_slots, tuple(sources))
+    out = _attend(Call(rule, q_size, k_sizes, interpret, score or Score(size**-0.5)), q, q_slots, tuple(sources))
     return rows_as_heads(out, length) if short else out

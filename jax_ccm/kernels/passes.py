@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 # A hidden score, and the maximum before anything was seen: far enough apart that exp(HIDDEN - UNSEEN) is 0.
 HIDDEN, UNSEEN = -1e30, -1e20
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How the product of a query and a key becomes their score.
+
+    Attributes:
+      scale: what it is multiplied by.
+      cap: if set, c of ``c tanh(x / c)``, which keeps scores within ``(-c, c)`` (Gemma 2).
+    """
+
+    scale: float
+    cap: float | None = None
+
+    def of(self, products):
+        """Scores, float32."""
+        scores = products * self.scale
+        return scores if self.cap is None else self.cap * jnp.tanh(scores / self.cap)
+
+    def back(self, gradients, scores):
+        """Gradients of the scaled products, from those of their scores."""
+        return gradients if self.cap is None else gradients * (1 - (scores / self.cap) ** 2)
 
 
 def differentiable(forward: Callable, backward: Callable) -> Callable:

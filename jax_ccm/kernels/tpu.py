@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_ccm.kernels import blocks
 from jax_ccm.kernels.blocks import Pairs
-from jax_ccm.kernels.passes import differentiable
+from jax_ccm.kernels.passes import Score, differentiable
 from jax_ccm.kernels.rows import heads_as_rows, rows_as_heads
 from jax_ccm.kernels.sizes import HEAD_SIZES, ROWS, Refused, Sizes, choose
 from jax_ccm.kernels.tpu_steps import Call, forward_kernel, keys_kernel, queries_kernel
@@ -165,7 +165,16 @@ def _key_gradients(call: Call, seen, source, size: int, queries):
 _attend = differentiable(_forward, _backward)
 
 
-def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, sizes: Sizes | None = None):
+def attend(
+    q,
+    q_slots: Slots,
+    sources,
+    *,
+    rule: Rule,
+    score: Score | None = None,
+    interpret: bool = False,
+    sizes: Sizes | None = None,
+):
     """Attention of queries to the visible keys of several sources.
 
     Args:
@@ -173,6 +182,7 @@ def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, s
       q_slots: `Slots` of ``[B, T]``.
       sources: for each source of keys ``(k, v, slots)``: ``[B, S, K, H]`` twice and `Slots` of ``[B, S]``.
       rule: who sees whom.
+      score: how products become scores; None for ``H ** -0.5`` times them.
       interpret: run the kernel's operations one by one, on any device.
       sizes: of the blocks; None to choose them.
 
@@ -187,7 +197,8 @@ def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, s
         # As in serving thousands of sessions: more rows than the list of pairs can number.
         pick = lambda first: jax.tree.map(lambda x: x[first : first + blocks.MAX_BATCH], (q, q_slots, sources))
         parts = map(pick, range(0, batch, blocks.MAX_BATCH))
-        return jnp.concatenate([attend(*part, rule=rule, interpret=interpret, sizes=sizes) for part in parts])
+        options = dict(rule=rule, score=score, interpret=interpret, sizes=sizes)
+        return jnp.concatenate([attend(*part, **options) for part in parts])
     kv_heads = sources[0][0].shape[2]
     group = heads // kv_heads
     if short := sizes is None and length * group <= SHORT_ROWS:
@@ -201,7 +212,7 @@ def attend(q, q_slots: Slots, sources, *, rule: Rule, interpret: bool = False, s
             raise Refused(f"heads of {size} are not among {', '.join(map(str, HEAD_SIZES))}")
         sizes = choose(batch, q.shape[1], keys, q.shape[2], kv_heads, size, q.dtype.itemsize, short)
     flat = lambda x: x.reshape(*x.shape[:2], -1)
-    call = Call(rule, sizes, q.shape[2], kv_heads, size, q.shape[1], keys, interpret)
+    call = Call(rule, sizes, q.shape[2], kv_heads, size, q.shape[1], keys, interpret, score or Score(size**-0.5))
     out = _attend(call, flat(q), q_slots, tuple((flat(k), flat(v), slots) for k, v, slots in sources))
     if not short:
         return out.reshape(q.shape)[:, :length]

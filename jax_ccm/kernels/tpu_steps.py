@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jax_ccm.kernels.blocks import FIRST, LAST, SOURCE, block_of
-from jax_ccm.kernels.passes import HIDDEN, UNSEEN
+from jax_ccm.kernels.passes import HIDDEN, UNSEEN, Score
 from jax_ccm.kernels.sizes import Sizes
 from jax_ccm.layout import sees
 from jax_ccm.types import Rule, Slots
@@ -32,6 +32,7 @@ class Call:
       length: T.
       keys: places of each source.
       interpret: run the kernel's operations one by one, on any device.
+      score: how products become scores.
     """
 
     rule: Rule
@@ -42,6 +43,7 @@ class Call:
     length: int
     keys: tuple[int, ...]
     interpret: bool
+    score: Score
 
     @property
     def step_heads(self) -> int:
@@ -85,8 +87,7 @@ def _dot(a, b, axis_a: int, axis_b: int):
 
 
 def _scores(call: Call, k, q, mask):
-    scores = _dot(k, q, 1, 1) * call.size**-0.5
-    return jnp.where(mask, scores, HIDDEN)
+    return jnp.where(mask, call.score.of(_dot(k, q, 1, 1)), HIDDEN)
 
 
 def _sources(call: Call, rows, columns, refs, visit):
@@ -135,8 +136,9 @@ def forward_kernel(rows, columns, q_slots, q, *refs, call: Call):
 
 
 def _probabilities(call: Call, k, q, mask, lse, head: int):
-    scores = _dot(k, q, 1, 1) * call.size**-0.5
-    return jnp.where(mask, jnp.exp(scores - lse[0, 0, head : head + 1]), 0.0)
+    """Probabilities, and the scores that they come from."""
+    scores = call.score.of(_dot(k, q, 1, 1))
+    return jnp.where(mask, jnp.exp(scores - lse[0, 0, head : head + 1]), 0.0), scores
 
 
 def queries_kernel(rows, columns, q_slots, q, out, d_out, lse, *refs, call: Call):
@@ -157,9 +159,9 @@ def queries_kernel(rows, columns, q_slots, q, out, d_out, lse, *refs, call: Call
         for head in range(call.step_heads):
             lanes = call.lanes(head // call.sizes.group)
             key, value = _rows(k, lanes, block, length), _rows(v, lanes, block, length)
-            weights = _probabilities(call, key, q[0, :, call.lanes(head)], mask, lse, head)
+            weights, scores = _probabilities(call, key, q[0, :, call.lanes(head)], mask, lse, head)
             d_weights = _dot(value, d_out[0, :, call.lanes(head)], 1, 1)
-            d_scores = weights * (d_weights - delta[0, 0, head : head + 1])
+            d_scores = call.score.back(weights * (d_weights - delta[0, 0, head : head + 1]), scores)
             sums[head] += _dot(key, d_scores.astype(key.dtype), 0, 0)
 
     _sources(call, rows, columns, keys, visit)
@@ -167,7 +169,7 @@ def queries_kernel(rows, columns, q_slots, q, out, d_out, lse, *refs, call: Call
     @pl.when((flags & LAST) != 0)
     def _():
         for head in range(call.step_heads):
-            d_q[0, :, call.lanes(head)] = jnp.transpose(sums[head] * call.size**-0.5).astype(d_q.dtype)
+            d_q[0, :, call.lanes(head)] = jnp.transpose(sums[head] * call.score.scale).astype(d_q.dtype)
 
 
 def keys_kernel(rows, columns, slots, k, v, q_slots, q, d_out, lse, delta, d_k, d_v, sums_k, sums_v, *, call, length):
@@ -190,15 +192,16 @@ def keys_kernel(rows, columns, slots, k, v, q_slots, q, d_out, lse, delta, d_k, 
             lanes = call.lanes(kv_head)
             query = _rows(q, call.lanes(head), block, call.length)
             d_head = _rows(d_out, call.lanes(head), block, call.length)
-            weights = _probabilities(call, _rows(k, lanes, place, length), query, mask, lse, head)
+            weights, scores = _probabilities(call, _rows(k, lanes, place, length), query, mask, lse, head)
             d_weights = _dot(_rows(v, lanes, place, length), d_head, 1, 1)
             # The delta of places behind the end is anything, and 0 times anything may not be 0.
-            d_scores = jnp.where(mask, weights * (d_weights - delta[0, 0, head : head + 1]), 0.0)
+            d_scores = call.score.back(weights * (d_weights - delta[0, 0, head : head + 1]), scores)
+            d_scores = jnp.where(mask, d_scores, 0.0)
             sums_v[kv_head] += _dot(weights.astype(d_head.dtype), d_head, 1, 0)
             sums_k[kv_head] += _dot(d_scores.astype(query.dtype), query, 1, 0)
 
     @pl.when(((flags & LAST) != 0) & (split == call.splits - 1))
     def _():
         for kv_head in range(call.sizes.kv_heads):
-            d_k[0, :, call.lanes(kv_head)] = (sums_k[kv_head] * call.size**-0.5).astype(d_k.dtype)
+            d_k[0, :, call.lanes(kv_head)] = (sums_k[kv_head] * call.score.scale).astype(d_k.dtype)
             d_v[0, :, call.lanes(kv_head)] = sums_v[kv_head].astype(d_v.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,13 @@ class ModelConfig:
       sliding_window: raw text farther back is not attended, or None.
       max_position: positions the model was trained for; beyond is allowed, and warned about.
       rotary_factor: the share of each head, from its beginning, that is rotated (Phi-4-mini).
+      full_layers: layers that see all raw text in spite of `sliding_window` (Gemma).
+      activation: of the MLP's gate.
+      post_norms: norms of the outputs of attention and MLP, too, before they are added (Gemma).
+      norm_offset: norms multiply by ``1 + weight`` (Gemma).
+      scale_embeddings: embeddings are multiplied by the square root of `hidden_size` (Gemma).
+      query_scalar: scores are divided by its square root; None for `head_dim`.
+      score_cap, logit_cap: if set, c of ``c tanh(x / c)``, for attention scores and for logits (Gemma 2).
     """
 
     family: str
@@ -78,6 +86,14 @@ class ModelConfig:
     sliding_window: int | None = None
     max_position: int = 2048
     rotary_factor: float = 1.0
+    full_layers: tuple[int, ...] = ()
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    post_norms: bool = False
+    norm_offset: bool = False
+    scale_embeddings: bool = False
+    query_scalar: int | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -91,6 +107,17 @@ class ModelConfig:
     def kv_bytes_per_slot(self, itemsize: int) -> int:
         """Bytes of one cache slot over all layers, keys and values."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    @property
+    def windowed(self) -> tuple[bool, ...]:
+        """Of each layer, whether it has the sliding window."""
+        return tuple(
+            self.sliding_window is not None and number not in self.full_layers for number in range(self.num_layers)
+        )
+
+    def as_seen(self, windowed: bool) -> ModelConfig:
+        """The config as a layer with or without the window sees it."""
+        return self if windowed else dataclasses.replace(self, sliding_window=None)
 
     @property
     def rotary_dim(self) -> int:

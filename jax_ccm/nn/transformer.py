@@ -26,15 +26,19 @@ Remat = Literal["none", "dots", "all"]
 
 
 class RMSNorm(nnx.Module):
-    """``x / rms(x) * scale`` over the last axis, computed in float32."""
+    """``x / rms(x) * scale`` over the last axis, computed in float32; with an offset ``1 + scale``."""
 
-    def __init__(self, size: int, eps: float, dtype):
-        self.scale = nnx.Param(jnp.ones((size,), dtype))
-        self.eps = eps
+    def __init__(self, size: int, config: ModelConfig, dtype):
+        self.offset = config.norm_offset
+        self.scale = nnx.Param((jnp.zeros if self.offset else jnp.ones)((size,), dtype))
+        self.eps = config.norm_eps
 
     def __call__(self, x):
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            # Rounded once, as Gemma does.
+            return ((1 + self.scale[...].astype(jnp.float32)) * h).astype(x.dtype)
         return self.scale[...] * h.astype(x.dtype)
 
 
@@ -50,8 +54,8 @@ class Attention(nnx.Module):
         self.k_proj = make("k_proj", keys[1], config.hidden_size, kv_heads * size, config.qkv_bias)
         self.v_proj = make("v_proj", keys[2], config.hidden_size, kv_heads * size, config.qkv_bias)
         self.o_proj = make("o_proj", keys[3], heads * size, config.hidden_size, config.o_bias)
-        self.q_norm = RMSNorm(size, config.norm_eps, dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(size, config.norm_eps, dtype) if config.qk_norm else None
+        self.q_norm = RMSNorm(size, config, dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, config, dtype) if config.qk_norm else None
         self.head_dim = size
         self.joined: Joined | None = None
 
@@ -68,8 +72,11 @@ class Attention(nnx.Module):
         return q, k, v
 
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
 class MLP(nnx.Module):
-    """SwiGLU."""
+    """A gated MLP: SwiGLU or GeGLU."""
 
     def __init__(self, key, config: ModelConfig, dtype):
         keys = jax.random.split(key, 3)
@@ -77,22 +84,41 @@ class MLP(nnx.Module):
         self.gate_proj = Linear(keys[0], d, f, bias=bias, dtype=dtype)
         self.up_proj = Linear(keys[1], d, f, bias=bias, dtype=dtype)
         self.down_proj = Linear(keys[2], f, d, bias=bias, dtype=dtype)
+        self.activation = config.activation
         self.joined: Joined | None = None
 
     def __call__(self, x):
         gate, up = (self.gate_proj(x), self.up_proj(x)) if self.joined is None else self.joined(x)
-        return self.down_proj(constrain(jax.nn.silu(gate) * up, "rows", "tokens", "inner"))
+        return self.down_proj(constrain(ACTIVATIONS[self.activation](gate) * up, "rows", "tokens", "inner"))
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP."""
+    """Attention and MLP, with norms before them, and behind them where the model has `ModelConfig.post_norms`.
+
+    Norms have Hugging Face's names: "post_attention_layernorm" stands before the MLP, or, if there are norms behind,
+    there.
+    """
 
     def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, dtype):
         key_attn, key_mlp = jax.random.split(key)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, config, dtype)
         self.self_attn = Attention(key_attn, config, adapter, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, dtype)
         self.mlp = MLP(key_mlp, config, dtype)
+        self.post_norms = config.post_norms
+        if config.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, dtype)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, dtype)
+
+    def after_attention(self, y):
+        """What is added for the output ``y`` of attention."""
+        return self.post_attention_layernorm(y) if self.post_norms else y
+
+    def feed_forward(self, x):
+        """What the MLP adds."""
+        if not self.post_norms:
+            return self.mlp(self.post_attention_layernorm(x))
+        return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class Embedding(nnx.Module):
@@ -141,7 +167,7 @@ class Transformer(nnx.Module):
         self.embed_tokens = Embedding(key_embed, config, adapter, dtype)
         make = lambda key: Block(key, config, adapter, dtype)
         self.layers = jax.vmap(make)(jax.random.split(key_layers, config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.norm = RMSNorm(config.hidden_size, config, dtype)
         self.turned_embedding: nnx.Param | None = None
         if not config.tie_embeddings:
             self.lm_head = Linear(key_head, config.hidden_size, config.vocab_size, dtype=dtype)
@@ -189,13 +215,21 @@ class Transformer(nnx.Module):
           attention received by the tokens themselves ``float32 [L, B, T, K]`` and by the entries of the cache
           ``[L, B, S, K]``, summed over the heads of a group.
         """
-        rule = with_window(rule, self.config.sliding_window)
+        config = self.config
+        # Where layers differ, each picks its own of two.
+        windowed = jnp.asarray(config.windowed)
+        kinds = [config.as_seen(kind) for kind in sorted(set(config.windowed))]
+        rules = [with_window(rule, kind.sliding_window) for kind in kinds]
+        turns = lambda places: [rope.angles(kind, places) for kind in kinds]
         by_place = places is not None
-        cos, sin = rope.angles(self.config, places if by_place else slots.position)
+        own_angles = turns(places if by_place else slots.position)
         past = (memory.k, memory.v) if isinstance(memory, MemoryCache) else None
         memory_slots = memory.slots if memory is not None else None
         past_places = jnp.arange(past[0].shape[2])[None] if by_place and past is not None else None
-        past_angles = None if past_places is None else rope.angles(self.config, past_places)
+        past_angles = None if past_places is None else turns(past_places)
+        seen = dict(slots=slots, memory_slots=memory_slots, in_order=True, implementation=implementation)
+        seen |= dict(scale=config.query_scalar and config.query_scalar**-0.5, cap=config.score_cap)
+        attends = [functools.partial(memory_attention, rule=rule, **seen) for rule in rules]
 
         def body(carry, scanned):
             x, whole = carry
@@ -203,25 +237,29 @@ class Transformer(nnx.Module):
             if whole is not None:
                 past = tuple(in_order(each[number], "rows", None, "heads") for each in whole)
             keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+            which = None if len(kinds) == 1 else windowed[number]
+            pick = lambda options: (
+                options[0] if which is None else jax.tree.map(lambda no, yes: jnp.where(which, yes, no), *options)
+            )
+            attend = attends[0] if which is None else functools.partial(jax.lax.cond, which, *reversed(attends))
+            cos, sin = pick(own_angles)
             q, k, v = block.self_attn.project(block.input_layernorm(x), gate, keys)
             rotated = rope.rotate(k, cos, sin)
             if past is not None:
                 mk, mv = past
                 if past_angles is not None:
-                    mk = rope.rotate(mk, *past_angles)
+                    mk = rope.rotate(mk, *pick(past_angles))
             elif memory is not None:
                 mk, mv = pack(memory, rotated), pack(memory, v)
             else:
                 mk = mv = None
-            seen = dict(rule=rule, slots=slots, memory_slots=memory_slots, in_order=True)
-            attend = functools.partial(memory_attention, **seen, implementation=implementation)
             q, more = rope.rotate(q, cos, sin), None
             if observe is None:
                 y = attend(q, rotated, v, mk, mv)
             else:
                 y, more = received(lambda v, mv: attend(q, rotated, v, mk, mv), v, mv, observe)
-            x = x + block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), gate, keys[3])
-            out = constrain(x + block.mlp(block.post_attention_layernorm(x)), "rows", "tokens")
+            x = x + block.after_attention(block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), gate, keys[3]))
+            out = constrain(x + block.feed_forward(x), "rows", "tokens")
             new = (k if by_place else rotated, v)
             if whole is not None and past is not None:
                 replaced = (
@@ -235,6 +273,8 @@ class Transformer(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         x = constrain(self.embed_tokens(tokens), "rows", "tokens")
+        if config.scale_embeddings:
+            x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         whole, past = (None, past) if store is None else (past, None)
         numbers = jnp.arange(self.config.num_layers)
@@ -270,7 +310,8 @@ class Transformer(nnx.Module):
         """``float32 [..., V]`` for hidden states ``[..., D]``. Compression tokens have no column."""
         # Accumulated and kept in float32: rounding logits to bfloat16 would cost more than it saves.
         head, axes = self.head
-        return jnp.einsum(f"...d,{axes}->...v", hidden, head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(f"...d,{axes}->...v", hidden, head, preferred_element_type=jnp.float32)
+        return capped(logits, self.config.logit_cap)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -279,12 +320,20 @@ class Transformer(nnx.Module):
 
     @property
     def head(self) -> tuple[jax.Array, Literal["vd", "dv"]]:
-        """The projection to the vocabulary, and the order of its axes: ``[V, D]`` where embeddings are tied."""
+        """The projection to the vocabulary, and the order of its axes: ``[V, D]`` where embeddings are tied.
+
+        Its products are logits before `ModelConfig.logit_cap`.
+        """
         if self.turned_embedding is not None:
             return self.turned_embedding[...], "dv"
         if self.config.tie_embeddings:
             return self.embed_tokens.embedding[...], "vd"
         return self.lm_head.kernel[...], "dv"
+
+
+def capped(logits, cap: float | None):
+    """``cap * tanh(logits / cap)``; the logits where there is no cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _over_layers(body, carry, scanned):

@@ -130,7 +130,13 @@ def _compiled(lowered: jax.stages.Lowered) -> Compiled:
 
 
 def call(
-    rule: Rule, batch: int, length: int, memory: int, heads: Heads = Heads(), dtype: Any = jnp.bfloat16
+    rule: Rule,
+    batch: int,
+    length: int,
+    memory: int,
+    heads: Heads = Heads(),
+    dtype: Any = jnp.bfloat16,
+    cap: float | None = None,
 ) -> tuple[Callable, Callable, tuple]:
     """One attention in the kernel's own layout, its gradients, and abstract arguments.
 
@@ -139,6 +145,7 @@ def call(
       batch, length, memory: B, T and M; 0 for no memory.
       heads: N, K and H.
       dtype: of queries, keys and values.
+      cap: of the scores, as for `memory_attention`.
 
     Returns:
       ``forward(arrays, slots)``, ``gradients(arrays, d_out, slots)``, and ``(arrays, d_out, slots)``: arrays are
@@ -152,7 +159,8 @@ def call(
 
     def forward(arrays, slots):
         apart = [x.reshape(*x.shape[:2], -1, heads.size) for x in arrays]
-        out = memory_attention(*apart, rule=rule, slots=slots[0], memory_slots=slots[1], implementation="pallas")
+        seen = dict(slots=slots[0], memory_slots=slots[1], cap=cap, implementation="pallas")
+        out = memory_attention(*apart, rule=rule, **seen)
         return out.reshape(*out.shape[:2], -1)
 
     def gradients(arrays, d_out, slots):

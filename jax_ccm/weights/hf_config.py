@@ -7,14 +7,15 @@ that wrote the file, and every field that would change the computation must be i
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
-from jax_ccm.nn import ModelConfig, RopeScaling, rope
+from jax_ccm.nn import ModelConfig, rope
 from jax_ccm.parsing import read_json
+from jax_ccm.weights import hf_rope
+from jax_ccm.weights.hf_fields import Fields, names
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -22,22 +23,22 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
 }
 # Families whose files hold queries, keys and values, and gate and up, as one projection each.
 FUSED = ("phi3",)
 SUPPORTED = ", ".join(f"{family} ({name})" for family, name in ARCHITECTURES.items())
-# Parameters that a scaling of the rotary embedding may have besides its kind and base.
-_ROPE: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "dynamic": ("factor",),
-    "yarn": (
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-        "mscale_all_dim", "truncate",
-    ),
-    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
-}  # fmt: skip
+# Families whose attention may have biases.
+_ATTENTION_BIAS = ("llama", "qwen3", "gemma2")
+# What holds for every model of a family.
+_GEMMA = {"activation": "gelu_tanh", "post_norms": True, "norm_offset": True, "scale_embeddings": True}
+_ALWAYS: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "gemma2": _GEMMA,
+}
+# Families whose layers have the sliding window but for each n-th.
+_FULL_EVERY = {"gemma2": 2}
 
 # What transformers assumes for a field that the file leaves out, where the families differ.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -57,13 +58,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         "original_max_position_embeddings": 4096,
     },
+    "gemma2": {
+        "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192, "sliding_window": 4096,
+        "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
 }  # fmt: skip
 
 # Fields that change the computation in a way that is not implemented, and the value at which they do not.
 _NEUTRAL: dict[str, tuple[Any, str]] = {
     "quantization_config": (None, "quantised safetensors are not read; give the unquantised model, or a GGUF file"),
     "compression_config": (None, "compressed safetensors are not read; give the uncompressed model, or a GGUF file"),
-    "partial_rotary_factor": (1.0, "rotary embedding of only a part of each head is not implemented"),
     "rope_interleaved": (False, "interleaved rotary pairs are not implemented"),
     "use_qk_norm": (False, "a norm of queries and keys is implemented for model_type qwen3 only"),
     "attn_logit_softcapping": (None, "soft-capped attention scores are not implemented"),
@@ -77,17 +82,19 @@ _NEUTRAL: dict[str, tuple[Any, str]] = {
     "no_rope_layers": (None, "layers without rotary embedding are not implemented"),
     "num_experts": (0, "mixtures of experts are not implemented"),
     "num_local_experts": (0, "mixtures of experts are not implemented"),
+    "use_bidirectional_attention": (False, "text that sees what comes after it is not implemented"),
     "is_encoder_decoder": (False, "encoder-decoder models are not implemented"),
     "add_cross_attention": (False, "cross-attention is not implemented"),
 }
 
 # Of these, what is implemented for some families.
-_IMPLEMENTED: dict[str, tuple[str, ...]] = {"phi3": ("partial_rotary_factor",)}
+_IMPLEMENTED: dict[str, tuple[str, ...]] = {"gemma2": ("attn_logit_softcapping", "final_logit_softcapping")}
 
 # Fields without influence on the logits of a plain forward pass, or read below.
 _KNOWN = set(
     """architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim hidden_act rms_norm_eps max_position_embeddings tie_word_embeddings rope_theta
+    num_key_value_heads head_dim hidden_act hidden_activation query_pre_attn_scalar partial_rotary_factor
+    rms_norm_eps max_position_embeddings tie_word_embeddings rope_theta
     rope_scaling rope_parameters original_max_position_embeddings attention_bias mlp_bias sliding_window
     use_sliding_window max_window_layers layer_types auto_map
     initializer_range use_cache attention_dropout hidden_dropout embd_pdrop resid_pdrop pretraining_tp torch_dtype dtype
@@ -96,7 +103,7 @@ _KNOWN = set(
     _attn_implementation _attn_implementation_autoset attn_implementation is_llama_config transformers.js_config
     max_sequence_length model_max_length use_bfloat16 output_attentions output_hidden_states return_dict
     chunk_size_feed_forward id2label label2id problem_type task_specific_params tokenizer_class unsloth_version
-    unsloth_fixed""".split()
+    unsloth_fixed cache_implementation""".split()
 )
 
 
@@ -115,7 +122,7 @@ def read(path: Path) -> ModelConfig:
 def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
     """The `ModelConfig` of a parsed ``config.json``; ``where`` names it in errors. See `read`."""
     family = str(raw.get("model_type"))
-    architectures = _names(raw, "architectures", where)
+    architectures = names(raw, "architectures", where)
     wrong = [name for name in architectures if name != ARCHITECTURES.get(family)]
     if family not in ARCHITECTURES or wrong:
         named = ", ".join(wrong or architectures) or "none named"
@@ -123,7 +130,7 @@ def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
             f"{where}: architecture {named} of model_type {family!r} is not supported; supported: {SUPPORTED}"
         )
     _refuse(raw, family, where)
-    get = _Fields(raw, _DEFAULTS[family], where)
+    get = Fields(raw, _DEFAULTS[family], where)
     heads, hidden = get("num_attention_heads", int), get("hidden_size", int)
     head_dim = get("head_dim", int, optional=True)
     if head_dim is None:
@@ -132,8 +139,14 @@ def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
         head_dim = hidden // heads
     if head_dim % 2:
         raise UserError(f"{where}: head_dim is {head_dim}; rotary embedding needs an even number")
-    theta, scaling, rotated = _rope(raw, get, family, where)
-    bias = get("attention_bias", bool, default=False) if family in ("llama", "qwen3") else False
+    bias = get("attention_bias", bool, default=False) if family in _ATTENTION_BIAS else False
+    fields = {"qkv_bias": bias, "o_bias": bias} | _ALWAYS.get(family, {})
+    fields |= hf_rope.read(get, family) | _window(get, family)
+    if "query_pre_attn_scalar" in _DEFAULTS[family]:
+        fields["query_scalar"] = get("query_pre_attn_scalar", int)
+    for name, field in (("score_cap", "attn_logit_softcapping"), ("logit_cap", "final_logit_softcapping")):
+        if field in _IMPLEMENTED.get(family, ()):
+            fields[name] = get(field, float, optional=True)
     try:
         config = ModelConfig(
             family=family,
@@ -145,16 +158,10 @@ def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
             num_kv_heads=get("num_key_value_heads", int, optional=True) or heads,
             head_dim=head_dim,
             norm_eps=get("rms_norm_eps", float, default=1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
             tie_embeddings=get("tie_word_embeddings", bool, default=False),
-            qkv_bias=bias or family == "qwen2",
-            o_bias=bias,
             mlp_bias=get("mlp_bias", bool, default=False) if family == "llama" else False,
-            qk_norm=family == "qwen3",
-            sliding_window=_window(raw, get, family, where),
             max_position=get("max_position_embeddings", int),
-            rotary_factor=rotated,
+            **fields,
         )
         rope.frequencies(config)  # raises for factors that do not fit the head
         return config
@@ -164,43 +171,14 @@ def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: {error}") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class _Fields:
-    """Typed access to a ``config.json``."""
-
-    raw: dict[str, Any]
-    defaults: dict[str, Any]
-    where: str
-
-    def __call__(self, name: str, kind: type, *, default: Any = None, optional: bool = False) -> Any:
-        value = self.raw[name] if name in self.raw else self.defaults.get(name, default)
-        if value is None:
-            if optional:
-                return None
-            value = default  # null counts as absent, as in transformers
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        positive = number and 0 < value < float("inf")
-        whole = positive and isinstance(value, int)
-        if not {int: whole, float: positive, bool: isinstance(value, bool)}[kind]:
-            wanted = {int: "a positive integer", float: "a positive number", bool: "true or false"}[kind]
-            given = f"is {value!r}" if name in self.raw else "is missing"
-            raise UserError(f"{self.where}: {name} {given}; it must be {wanted}")
-        return kind(value)
-
-
-def _names(raw: dict[str, Any], field: str, where: str) -> list[str]:
-    value = raw.get(field) or []
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise UserError(f"{where}: {field} is {value!r}; it must be a list of names")
-    return value
-
-
 def _refuse(raw: dict[str, Any], family: str, where: str) -> None:
     for name, (neutral, reason) in _NEUTRAL.items():
         if raw.get(name) not in (None, neutral) and name not in _IMPLEMENTED.get(family, ()):
             raise UserError(f"{where}: {name} is {raw[name]!r}: {reason}")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}; only silu is implemented")
+    gelu = _ALWAYS.get(family, {}).get("activation") == "gelu_tanh"
+    field, known = ("hidden_activation", ("gelu_pytorch_tanh",)) if gelu else ("hidden_act", ("silu", "swish"))
+    if raw.get(field) not in (None, *known):
+        raise UserError(f"{where}: {field} is {raw[field]!r}; only {known[0]} is implemented")
     if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
         raise UserError(f"{where}: auto_map says that the model is computed by Python code of its own; that is not run")
     strange = sorted(name for name, value in raw.items() if name not in _KNOWN and name not in _NEUTRAL and value)
@@ -208,99 +186,34 @@ def _refuse(raw: dict[str, Any], family: str, where: str) -> None:
         warnings.warn(f"{where}: fields that are not known, and have no effect: {', '.join(strange)}", stacklevel=4)
 
 
-def _rope(raw: dict[str, Any], get: _Fields, family: str, where: str) -> tuple[float, RopeScaling | None, float]:
-    """Base, scaling, and the share of a head that is rotated.
-
-    From ``rope_theta`` and ``rope_scaling``, or ``rope_parameters`` (transformers 5).
-    """
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise UserError(f"{where}: rope parameters {given!r}: only one set for all layers is implemented")
-    # A null entry counts as absent, as it does in transformers.
-    given = {name: value for name, value in given.items() if value is not None}
-    kind = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)
-    if family == "phi3" and kind in ("su", "yarn"):
-        kind = "longrope"  # what early files call it
-    if kind not in _ROPE:
-        raise UserError(f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(_ROPE)}")
-    share = given.pop("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0)
-    if share != 1.0 and "partial_rotary_factor" not in _IMPLEMENTED.get(family, ()):
-        raise UserError(f"{where}: rope parameter partial_rotary_factor: {_NEUTRAL['partial_rotary_factor'][1]}")
-    params = dataclasses.replace(get, raw=given, defaults={}, where=f"{where}: rope parameters")
-    theta = params("rope_theta", float) if "rope_theta" in given else get("rope_theta", float, default=10000.0)
-    strange = sorted(set(given) - set(_ROPE[kind]) - {"rope_theta", "factor", "original_max_position_embeddings"})
-    if strange:
-        raise UserError(f"{where}: rope parameter {strange[0]!r} is not known for {kind!r} rope")
-    if not isinstance(share, int | float) or not 0 < share <= 1:
-        raise UserError(f"{where}: partial_rotary_factor is {share!r}; it must be above 0 and at most 1")
-    if kind == "default":
-        return theta, None, share
-    longest = get("max_position_embeddings", int)
-    original = longest
-    if raw.get("original_max_position_embeddings") or "original_max_position_embeddings" in get.defaults:
-        original = get("original_max_position_embeddings", int)
-    elif "original_max_position_embeddings" in given:
-        original = params("original_max_position_embeddings", int)
-    # Phi-3 and others leave the factor to the ratio of the two lengths.
-    factor = longest / original if kind == "longrope" and "factor" not in given else params("factor", float)
-    if kind in ("linear", "dynamic"):
-        # What dynamic NTK takes for the old context is the context that the file names.
-        return theta, RopeScaling(kind, factor, original_max_position=longest if kind == "dynamic" else 8192), share
-    if kind == "llama3":
-        low, high = params("low_freq_factor", float), params("high_freq_factor", float)
-        if low >= high:
-            raise UserError(f"{where}: low_freq_factor {low} must be smaller than high_freq_factor {high}")
-        return theta, RopeScaling(kind, factor, low, high, original), share
-    scaling = RopeScaling(kind, factor, original_max_position=original)
-    if kind == "longrope":
-        shown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        short, long = (_numbers(given, name, params.where) for name in ("short_factor", "long_factor"))
-        scaling = dataclasses.replace(scaling, short_factor=short, long_factor=long)
-    else:
-        temper = lambda scale: 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
-        one, all_ = (params(name, float) if given.get(name) else 0.0 for name in ("mscale", "mscale_all_dim"))
-        shown = temper(one) / temper(all_) if one and all_ else temper(1.0)
-        scaling = dataclasses.replace(
-            scaling,
-            beta_fast=params("beta_fast", float, default=32.0),
-            beta_slow=params("beta_slow", float, default=1.0),
-            truncate=params("truncate", bool, default=True),
-        )
-    return theta, dataclasses.replace(scaling, attention_factor=params("attention_factor", float, default=shown)), share
-
-
-def _numbers(given: dict[str, Any], name: str, where: str) -> tuple[float, ...]:
-    value = given.get(name)
-    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
-    if not isinstance(value, list) or not all(map(number, value)):
-        raise UserError(f"{where}: {name} is {value!r}; it must be a list of positive numbers")
-    return tuple(map(float, value))
-
-
-def _window(raw: dict[str, Any], get: _Fields, family: str, where: str) -> int | None:
-    """The sliding window, if all layers have it; None if no layer has one."""
-    kinds = set(_names(raw, "layer_types", where))
-    if family == "llama":
-        window = None
-    elif family in ("mistral", "phi3") or get("use_sliding_window", bool, default=False):
-        window = get("sliding_window", int, optional=True)
-    else:
-        window = None
-    if not kinds and window is not None and family.startswith("qwen"):
-        # Qwen: the first max_window_layers layers attend to everything, the others through the window.
-        full = 0 if raw.get("max_window_layers") == 0 else get("max_window_layers", int)
-        kinds = {"full_attention"} if full > 0 else set()
-        kinds |= {"sliding_attention"} if full < get("num_hidden_layers", int) else set()
-    if kinds - {"full_attention", "sliding_attention"} or len(kinds) > 1:
+def _window(get: Fields, family: str) -> dict[str, Any]:
+    """The sliding window, and the layers without it."""
+    layers, where = get("num_hidden_layers", int), get.where
+    kinds = names(get.raw, "layer_types", where)
+    if set(kinds) - {"full_attention", "sliding_attention"} or len(kinds) not in (0, layers):
         raise UserError(
-            f"{where}: layers of different attention ({', '.join(sorted(kinds))}; see layer_types, max_window_layers) "
-            "are not implemented: all layers must have the sliding window, or none"
+            f"{where}: layer_types are {kinds!r}; implemented are full_attention and sliding_attention, one for each "
+            f"of the {layers} layers"
         )
-    unsaid = kinds == {"sliding_attention"} and window is None
-    if unsaid or kinds == {"full_attention"} and family == "mistral" and window is not None:
-        raise UserError(f"{where}: layer_types say {kinds.pop()}, but the sliding window in force is {window}")
-    return None if kinds == {"full_attention"} else window
+    every = family in ("mistral", "phi3")
+    has_window = every or family in _FULL_EVERY or get("use_sliding_window", bool, default=False)
+    window = get("sliding_window", int, optional=True) if has_window and family != "llama" else None
+    if not kinds and window is not None:
+        full = lambda number: False
+        if family.startswith("qwen"):
+            first = 0 if get.raw.get("max_window_layers") == 0 else get("max_window_layers", int)
+            full = lambda number: number < first
+        elif family in _FULL_EVERY:
+            period = _FULL_EVERY[family]
+            full = lambda number: (number + 1) % period == 0
+        kinds = ["full_attention" if full(number) else "sliding_attention" for number in range(layers)]
+    full_layers = tuple(number for number, kind in enumerate(kinds) if kind == "full_attention")
+    wrong = "sliding_attention" if window is None else "full_attention" if every else None
+    if wrong in kinds:
+        raise UserError(f"{where}: layer_types say {wrong}, but the sliding window in force is {window}")
+    if len(full_layers) == layers:
+        return {}
+    return {"sliding_window": window, "full_layers": full_layers}
 
 
 def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -312,7 +225,7 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
     family = config.family
     if family not in ARCHITECTURES:
         raise UserError(f"family {family!r} cannot be written in Hugging Face layout; supported: {SUPPORTED}")
-    scaling_said = None if config.rope_scaling is None else _rope_dict(config.rope_scaling)
+    scaling_said = None if config.rope_scaling is None else hf_rope.to_dict(config.rope_scaling)
     raw: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
@@ -323,7 +236,6 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling_said,
@@ -331,11 +243,16 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": dtype,
     }
-    if family == "llama":
-        raw |= {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-    elif family == "qwen3":
+    gelu = config.activation == "gelu_tanh"
+    raw |= {"hidden_activation": "gelu_pytorch_tanh"} if gelu else {"hidden_act": "silu"}
+    if family in _ATTENTION_BIAS:
         raw |= {"attention_bias": config.qkv_bias}
-    elif family == "phi3":
+    if family == "llama":
+        raw |= {"mlp_bias": config.mlp_bias}
+    if "query_pre_attn_scalar" in _DEFAULTS[family]:
+        raw |= {"query_pre_attn_scalar": config.query_scalar}
+        raw |= {"attn_logit_softcapping": config.score_cap, "final_logit_softcapping": config.logit_cap}
+    if family == "phi3":
         raw |= {"partial_rotary_factor": config.rotary_factor}
         if config.rope_scaling is not None:
             raw |= {"original_max_position_embeddings": config.rope_scaling.original_max_position}
@@ -346,8 +263,13 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
         raw |= {
             "use_sliding_window": window is not None,
             "sliding_window": window,
-            "max_window_layers": config.num_layers if window is None else 0,
+            "max_window_layers": config.num_layers if window is None else len(config.full_layers),
         }
+    if family in _FULL_EVERY:
+        raw |= {"sliding_window": config.sliding_window}
+    if config.full_layers:
+        kinds = ("full_attention", "sliding_attention")
+        raw |= {"layer_types": [kinds[windowed] for windowed in config.windowed]}
     # The length of sessions is chosen by who loads the file; it has no place in it.
     scaling = config.rope_scaling
     unsaid = None if scaling is None else dataclasses.replace(scaling, length=None)
@@ -357,21 +279,3 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "those of the family"
         )
     return raw
-
-
-def _rope_dict(scaling: RopeScaling) -> dict[str, Any]:
-    """The rope parameters of a ``config.json``."""
-    said = {
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position,
-        "attention_factor": scaling.attention_factor,
-        "beta_fast": scaling.beta_fast,
-        "beta_slow": scaling.beta_slow,
-        "truncate": scaling.truncate,
-        "short_factor": list(scaling.short_factor),
-        "long_factor": list(scaling.long_factor),
-    }
-    used = {name: said[name] for name in _ROPE[scaling.kind] if name in said}
-    return {"rope_type": scaling.kind, **used}

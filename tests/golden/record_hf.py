@@ -17,7 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -56,6 +64,11 @@ CASES = {
     "phi3_longrope": Phi3Config(
         **SMALL | dict(num_key_value_heads=2), **NO_IDS, original_max_position_embeddings=24, rope_parameters=LONGROPE
     ),
+    # Caps that bend what stands before them; the scale of the scores is not that of the head.
+    "gemma2": Gemma2Config(
+        **SMALL | dict(num_hidden_layers=3), **NO_IDS, head_dim=16, query_pre_attn_scalar=24, sliding_window=12,
+        attn_logit_softcapping=3.0, final_logit_softcapping=4.0,
+    ),
 }  # fmt: skip
 
 # A head of 64 numbers, with the lengths to record.
@@ -93,11 +106,13 @@ def record_model(config, folder: Path, seed: int) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(1 + 0.2 * noise)
+                # Gemma's norms multiply by 1 + weight.
+                parameter.copy_((0 if "gemma" in config.model_type else 1) + 0.2 * noise)
             elif "bias" in name:
                 parameter.copy_(0.5 * noise)
             else:
-                embedding = 0.2 if config.tie_word_embeddings else 1.0
+                # Gemma multiplies its embeddings by the square root of their size.
+                embedding = 0.3 if "gemma" in config.model_type else 0.2 if config.tie_word_embeddings else 1.0
                 parameter.copy_(noise * (embedding if "embed" in name else 1.2 * parameter.shape[-1] ** -0.5))
         ids = torch.randint(0, config.vocab_size, (2, 48), generator=generator)
         logits = model(ids, use_cache=False).logits

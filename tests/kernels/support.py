@@ -11,6 +11,7 @@ import numpy as np
 
 from jax_ccm import layout
 from jax_ccm.evals import parity
+from jax_ccm.kernels.passes import Score
 from jax_ccm.types import Batch, Kind, Method, Rule, Slots
 from tests import cases
 
@@ -32,21 +33,26 @@ def draw(seed: int, batch: int, length: int, keys: Sequence[int], heads: int, kv
     return array(length, heads), values, array(length, heads)
 
 
-def exact(rule: Rule, q_slots: Slots, q, sources, d_out):
+def exact(rule: Rule, q_slots: Slots, q, sources, d_out, score: Score | None = None):
     """Output, and gradients of queries and of each source's keys and values, in float64."""
     wide = lambda x: np.asarray(x, np.float64)
     group = q.shape[2] // sources[0][0].shape[2]
     k, v = (np.concatenate([wide(s[i]) for s in sources], axis=1) for i in (0, 1))
     mask = np.concatenate([np.asarray(layout.visible(rule, q_slots, s[2])) for s in sources], axis=-1)[:, None]
-    q, d_out, scale = wide(q), wide(d_out), q.shape[3] ** -0.5
+    score = score or Score(q.shape[3] ** -0.5)
+    q, d_out = wide(q), wide(d_out)
     each_k, each_v = (np.repeat(x, group, axis=2) for x in (k, v))
-    scores = np.where(mask, np.einsum("btnh,bsnh->bnts", q, each_k) * scale, -np.inf)
+    products, slope = np.einsum("btnh,bsnh->bnts", q, each_k) * score.scale, score.scale
+    if score.cap is not None:
+        products = score.cap * np.tanh(products / score.cap)
+        slope = score.scale * (1 - (products / score.cap) ** 2)
+    scores = np.where(mask, products, -np.inf)
     top = np.max(scores, axis=-1, keepdims=True, initial=-1e30)
     weights = np.exp(scores - top)
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
     out = np.einsum("bnts,bsnh->btnh", weights, each_v)
     d_weights = np.einsum("btnh,bsnh->bnts", d_out, each_v)
-    d_scores = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True)) * scale
+    d_scores = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True)) * slope
     shared = lambda x: x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(axis=3)
     d_q = np.einsum("bnts,bsnh->btnh", d_scores, each_k)
     d_k = shared(np.einsum("bnts,btnh->bsnh", d_scores, q))
@@ -55,23 +61,24 @@ def exact(rule: Rule, q_slots: Slots, q, sources, d_out):
     return out, d_q, list(zip(np.split(d_k, ends, axis=1), np.split(d_v, ends, axis=1), strict=True))
 
 
-@functools.partial(jax.jit, static_argnames=("kernel", "rule", "sizes"))
-def attend(q, q_slots, sources, key_slots, d_out, *, kernel, rule, sizes=None):
+@functools.partial(jax.jit, static_argnames=("kernel", "rule", "sizes", "score"))
+def attend(q, q_slots, sources, key_slots, d_out, *, kernel, rule, sizes=None, score=None):
     """Output and gradients of a kernel, interpreted."""
 
     def call(q, sources):
         joined = tuple((*values, slots) for values, slots in zip(sources, key_slots, strict=True))
-        return kernel(q, q_slots, joined, rule=rule, sizes=sizes, interpret=True)
+        return kernel(q, q_slots, joined, rule=rule, sizes=sizes, score=score, interpret=True)
 
     out, pull = jax.vjp(call, q, sources)
     return out, *pull(d_out)
 
 
-def check(rule, q_slots, key_slots, arrays, **options):
+def check(rule, q_slots, key_slots, arrays, *, score=None, **options):
     """A kernel against `exact`."""
     q, sources, d_out = arrays
-    found = attend(q, q_slots, sources, key_slots, d_out, rule=rule, **options)
-    expected = exact(rule, q_slots, q, [(*s, slots) for s, slots in zip(sources, key_slots, strict=True)], d_out)
+    found = attend(q, q_slots, sources, key_slots, d_out, rule=rule, score=score, **options)
+    keys = [(*s, slots) for s, slots in zip(sources, key_slots, strict=True)]
+    expected = exact(rule, q_slots, q, keys, d_out, score)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     return found

@@ -113,6 +113,13 @@ def test_rules(name, options):
 
 
 @pytest.mark.slow
+def test_capped_scores():
+    """Gemma 2's scores compile, forward and backward."""
+    _, gradients, arguments = ahead.call(CONCAT, 1, 1000, 137, ahead.Heads(8, 4, 256), cap=50.0)
+    assert ahead.compile_for(ahead.mesh_for("v5e"), gradients, *arguments).kernels == 4
+
+
+@pytest.mark.slow
 def test_mesh():
     """Rows and heads spread over four devices: each runs the kernel on its own."""
     mesh = ahead.mesh_for("v5e", data=2, tensor=2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jax_ccm.kernels import gpu
+from jax_ccm.kernels.passes import Score
 from jax_ccm.kernels.sizes import Refused
 from jax_ccm.types import Kind, Slots
 from tests import cases
@@ -41,6 +42,15 @@ def test_heads(heads, kv_heads, size):
     keys = [made.slots, made.memory.slots]
     arrays = draw(1, 3, made.tokens.shape[1], [s.kind.shape[1] for s in keys], heads, kv_heads, size)
     check(method.rule, made.slots, keys, arrays)
+
+
+def test_scaled_and_capped_scores():
+    """Another scale than that of the head, and a cap that bends most scores (Gemma 2)."""
+    method = cases.METHODS["concat_n2_sink"]
+    made = made_for(method)
+    keys = [made.slots, made.memory.slots]
+    arrays = draw(3, 3, made.tokens.shape[1], [s.kind.shape[1] for s in keys], 2, 1, 8)
+    check(method.rule, made.slots, keys, arrays, sizes=(32, (16, 16)), score=Score(0.5, 1.5))
 
 
 def test_few_queries():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jax_ccm.evals import parity
 from jax_ccm.kernels import blocks, tpu
+from jax_ccm.kernels.passes import Score
 from jax_ccm.kernels.sizes import Sizes
 from jax_ccm.types import Kind, Slots
 from tests import cases
@@ -53,6 +54,15 @@ def test_heads(heads, kv_heads, size, split):
     arrays = draw(1, 3, made.tokens.shape[1], [s.kind.shape[1] for s in keys], heads, kv_heads, size)
     sizes = None if split is None else Sizes(32, (32, 16), 1, split)
     check(method.rule, made.slots, keys, arrays, sizes=sizes)
+
+
+def test_scaled_and_capped_scores():
+    """Another scale than that of the head, and a cap that bends most scores (Gemma 2)."""
+    method = cases.METHODS["concat_n2_sink"]
+    made = made_for(method)
+    keys = [made.slots, made.memory.slots]
+    arrays = draw(3, 3, made.tokens.shape[1], [s.kind.shape[1] for s in keys], 2, 1, 8)
+    check(method.rule, made.slots, keys, arrays, sizes=Sizes(32, (16, 16), 1, 2), score=Score(0.5, 1.5))
 
 
 def test_few_queries():

@@ -27,7 +27,7 @@ def test_llama_defaults():
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2"])
 def test_left_out_fields_mean_what_transformers_assumes(family):
     from transformers import CONFIG_MAPPING
 
@@ -100,8 +100,16 @@ def test_sliding_window():
     assert qwen(layer_types=["full_attention"] * 3) is None
     mixed = ["full_attention", "sliding_attention", "sliding_attention"]
     for fields in ({"max_window_layers": 1}, {"layer_types": mixed}):
-        with pytest.raises(UserError, match="all layers must have the sliding window, or none"):
-            qwen(use_sliding_window=True, **fields)
+        found = read("qwen2", num_key_value_heads=2, sliding_window=64, use_sliding_window=True, **fields)
+        assert found.sliding_window == 64 and found.full_layers == (0,)
+        assert found.windowed == (False, True, True)
+        assert hf_config.from_dict(hf_config.to_dict(found, "float32"), "x") == found
+    with pytest.raises(UserError, match="one for each of the 3 layers"):
+        qwen(use_sliding_window=True, layer_types=mixed[:2])
+    with pytest.raises(UserError, match="layer_types say full_attention, but the sliding window in force is 16"):
+        mistral(sliding_window=16, layer_types=mixed)
+    gemma = lambda **fields: read("gemma2", **fields)
+    assert gemma().windowed == (True, False, True) and gemma(layer_types=mixed).full_layers == (0,)
     with pytest.raises(UserError, match="the sliding window in force is None"):
         qwen(layer_types=["sliding_attention"] * 3)
 

@@ -26,8 +26,15 @@ def difference(case: str, model: Transformer) -> float:
 
 
 def test_every_family_was_recorded():
-    assert len(CASES) == 14
-    assert {read_config(GOLDEN / case).family for case in CASES} == {"llama", "mistral", "qwen2", "qwen3", "phi3"}
+    assert len(CASES) == 15
+    assert {read_config(GOLDEN / case).family for case in CASES} == {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "gemma2",
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -45,6 +52,12 @@ def test_logits_equal_transformers(case):
         ("phi3_longrope", {"rope_scaling": None}),
         ("phi3", {"rotary_factor": 1.0}),
         ("phi3", {"sliding_window": 13}),
+        ("gemma2", {"full_layers": ()}),
+        ("gemma2", {"sliding_window": None}),
+        ("gemma2", {"score_cap": None}),
+        ("gemma2", {"logit_cap": None}),
+        ("gemma2", {"query_scalar": None}),
+        ("gemma2", {"scale_embeddings": False}),
         ("llama_gqa", {"rope_theta": 10000.0}),
         ("mistral_window", {"sliding_window": None}),
         ("mistral_window", {"sliding_window": 13}),
