@@ -65,6 +65,7 @@ class ModelConfig:
       scale_embeddings: embeddings are multiplied by the square root of `hidden_size` (Gemma).
       query_scalar: scores are divided by its square root; None for `head_dim`.
       score_cap, logit_cap: if set, c of ``c tanh(x / c)``, for attention scores and for logits (Gemma 2).
+      window_theta: rotary base of the layers that have the window, without scaling (Gemma 3); None for that of all.
     """
 
     family: str
@@ -94,6 +95,7 @@ class ModelConfig:
     query_scalar: int | None = None
     score_cap: float | None = None
     logit_cap: float | None = None
+    window_theta: float | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -117,7 +119,11 @@ class ModelConfig:
 
     def as_seen(self, windowed: bool) -> ModelConfig:
         """The config as a layer with or without the window sees it."""
-        return self if windowed else dataclasses.replace(self, sliding_window=None)
+        if not windowed:
+            return dataclasses.replace(self, sliding_window=None)
+        if self.window_theta is None:
+            return self
+        return dataclasses.replace(self, rope_theta=self.window_theta, rope_scaling=None)
 
     @property
     def rotary_dim(self) -> int:

@@ -24,21 +24,23 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
 # Families whose files hold queries, keys and values, and gate and up, as one projection each.
 FUSED = ("phi3",)
 SUPPORTED = ", ".join(f"{family} ({name})" for family, name in ARCHITECTURES.items())
 # Families whose attention may have biases.
-_ATTENTION_BIAS = ("llama", "qwen3", "gemma2")
+_ATTENTION_BIAS = ("llama", "qwen3", "gemma2", "gemma3_text")
 # What holds for every model of a family.
 _GEMMA = {"activation": "gelu_tanh", "post_norms": True, "norm_offset": True, "scale_embeddings": True}
 _ALWAYS: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
     "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA | {"qk_norm": True},
 }
 # Families whose layers have the sliding window but for each n-th.
-_FULL_EVERY = {"gemma2": 2}
+_FULL_EVERY = {"gemma2": 2, "gemma3_text": 6}
 
 # What transformers assumes for a field that the file leaves out, where the families differ.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -62,6 +64,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192, "sliding_window": 4096,
         "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072, "sliding_window": 4096,
+        "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "rope_theta": 1e6,
     },
 }  # fmt: skip
 
@@ -88,7 +94,10 @@ _NEUTRAL: dict[str, tuple[Any, str]] = {
 }
 
 # Of these, what is implemented for some families.
-_IMPLEMENTED: dict[str, tuple[str, ...]] = {"gemma2": ("attn_logit_softcapping", "final_logit_softcapping")}
+_IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
+    "gemma3_text": ("final_logit_softcapping",),
+}
 
 # Fields without influence on the logits of a plain forward pass, or read below.
 _KNOWN = set(
@@ -103,7 +112,7 @@ _KNOWN = set(
     _attn_implementation _attn_implementation_autoset attn_implementation is_llama_config transformers.js_config
     max_sequence_length model_max_length use_bfloat16 output_attentions output_hidden_states return_dict
     chunk_size_feed_forward id2label label2id problem_type task_specific_params tokenizer_class unsloth_version
-    unsloth_fixed cache_implementation""".split()
+    unsloth_fixed cache_implementation sliding_window_pattern _sliding_window_pattern rope_local_base_freq""".split()
 )
 
 
@@ -205,6 +214,9 @@ def _window(get: Fields, family: str) -> dict[str, Any]:
             full = lambda number: number < first
         elif family in _FULL_EVERY:
             period = _FULL_EVERY[family]
+            if family == "gemma3_text":
+                # Files have one of these two where they have no layer_types.
+                period = get("_sliding_window_pattern", int, default=get("sliding_window_pattern", int, default=period))
             full = lambda number: (number + 1) % period == 0
         kinds = ["full_attention" if full(number) else "sliding_attention" for number in range(layers)]
     full_layers = tuple(number for number, kind in enumerate(kinds) if kind == "full_attention")
@@ -267,6 +279,8 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
         }
     if family in _FULL_EVERY:
         raw |= {"sliding_window": config.sliding_window}
+    if family in hf_rope.WINDOW_THETA:
+        raw |= {"rope_local_base_freq": config.window_theta}
     if config.full_layers:
         kinds = ("full_attention", "sliding_attention")
         raw |= {"layer_types": [kinds[windowed] for windowed in config.windowed]}

@@ -12,6 +12,8 @@ from jax_ccm.weights.hf_fields import Fields, numbers
 
 # Families of which a part of each head may be rotated.
 PARTIAL = ("phi3",)
+# Families whose layers with a window have a base of their own.
+WINDOW_THETA = ("gemma3_text",)
 # Parameters that a scaling of the rotary embedding may have besides its kind and base.
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -34,8 +36,13 @@ def read(get: Fields, family: str) -> dict[str, Any]:
     """
     raw, where = get.raw, get.where
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+    nested = isinstance(given, dict) and any(isinstance(value, dict) for value in given.values())
+    if not isinstance(given, dict) or nested and family not in WINDOW_THETA:
         raise UserError(f"{where}: rope parameters {given!r}: only one set for all layers is implemented")
+    found: dict[str, Any] = {}
+    if family in WINDOW_THETA:
+        found["window_theta"] = _window_theta(get, given.get("sliding_attention") if nested else None)
+        given = (given.get("full_attention") or {}) if nested else given
     # A null entry counts as absent, as it does in transformers.
     given = {name: value for name, value in given.items() if value is not None}
     kind = given.pop("rope_type", given.pop("type", "default"))
@@ -58,7 +65,21 @@ def read(get: Fields, family: str) -> dict[str, Any]:
     if strange:
         raise UserError(f"{where}: rope parameter {strange[0]!r} is not known for {kind!r} rope")
     scaling = None if kind == "default" else _scaling(kind, get, params)
-    return {"rope_theta": theta, "rope_scaling": scaling, "rotary_factor": float(share)}
+    return found | {"rope_theta": theta, "rope_scaling": scaling, "rotary_factor": float(share)}
+
+
+def _window_theta(get: Fields, given: dict[str, Any] | None) -> float:
+    """The base of layers with the window: ``rope_local_base_freq``, or its own rope parameters (transformers 5)."""
+    if not given:
+        return get("rope_local_base_freq", float, default=10000.0)
+    own = dict(given)
+    kind = own.pop("rope_type", own.pop("type", "default"))
+    odd = sorted(name for name in own if name != "rope_theta" and own[name] is not None)
+    if kind != "default" or odd:
+        raise UserError(
+            f"{get.where}: rope parameters of sliding_attention are {given!r}; only a base (rope_theta) is implemented"
+        )
+    return dataclasses.replace(get, raw=own, defaults={})("rope_theta", float, default=10000.0)
 
 
 def _scaling(kind: str, get: Fields, params: Fields) -> RopeScaling:

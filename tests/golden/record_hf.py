@@ -20,6 +20,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -68,6 +69,14 @@ CASES = {
     "gemma2": Gemma2Config(
         **SMALL | dict(num_hidden_layers=3), **NO_IDS, head_dim=16, query_pre_attn_scalar=24, sliding_window=12,
         attn_logit_softcapping=3.0, final_logit_softcapping=4.0,
+    ),
+    # Seven layers: five with the window, one without, and another with.
+    "gemma3": Gemma3TextConfig(
+        **SMALL | dict(num_hidden_layers=7), **NO_IDS, head_dim=8, query_pre_attn_scalar=6, sliding_window=12,
+        rope_parameters={
+            "full_attention": dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+            "sliding_attention": dict(rope_type="default", rope_theta=10000.0),
+        },
     ),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from tests import cases
 # A window shorter than every chunk but one, in some layers only.
 GEMMA = dict(
     sliding_window=4, full_layers=(1,), activation="gelu_tanh", post_norms=True, norm_offset=True, qk_norm=True,
-    scale_embeddings=True, query_scalar=20, score_cap=2.0, logit_cap=3.0, tie_embeddings=True,
+    scale_embeddings=True, query_scalar=20, score_cap=2.0, logit_cap=3.0, tie_embeddings=True, window_theta=500.0,
 )  # fmt: skip
 PHI = dict(
     rotary_factor=0.5,

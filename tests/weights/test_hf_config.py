@@ -27,7 +27,7 @@ def test_llama_defaults():
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"])
 def test_left_out_fields_mean_what_transformers_assumes(family):
     from transformers import CONFIG_MAPPING
 
@@ -41,7 +41,11 @@ def test_left_out_fields_mean_what_transformers_assumes(family):
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.max_position == theirs.max_position_embeddings
     assert ours.tie_embeddings == theirs.tie_word_embeddings
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    ropes = theirs.rope_parameters
+    if family == "gemma3_text":
+        assert ours.window_theta == ropes["sliding_attention"]["rope_theta"]
+        ropes = ropes["full_attention"]
+    assert ours.rope_theta == ropes["rope_theta"]
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
 
 
@@ -64,6 +68,19 @@ def test_left_out_fields_mean_what_transformers_assumes(family):
 def test_both_spellings_of_rope(old, new, expected):
     assert read(**old) == read(**new)
     assert read(**old).rope_theta == 5e5 and read(**old).rope_scaling == expected
+
+
+def test_two_bases_in_both_spellings():
+    old = read("gemma3_text", rope_scaling={"rope_type": "linear", "factor": 8.0}, rope_local_base_freq=5e3)
+    kinds = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+             "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}}  # fmt: skip
+    assert old == read("gemma3_text", rope_parameters=kinds)
+    assert old.rope_theta == 1e6 and old.window_theta == 5e3 and old.rope_scaling == RopeScaling("linear", 8.0)
+    kinds["sliding_attention"] = {"rope_type": "yarn", "factor": 2.0}
+    with pytest.raises(UserError, match="of sliding_attention are .*; only a base .rope_theta. is implemented"):
+        read("gemma3_text", rope_parameters=kinds)
+    with pytest.raises(UserError, match="attn_logit_softcapping is 50.0: soft-capped"):
+        read("gemma3_text", attn_logit_softcapping=50.0)
 
 
 def test_biases_and_norms():
@@ -108,6 +125,8 @@ def test_sliding_window():
         qwen(use_sliding_window=True, layer_types=mixed[:2])
     with pytest.raises(UserError, match="layer_types say full_attention, but the sliding window in force is 16"):
         mistral(sliding_window=16, layer_types=mixed)
+    assert read("gemma3_text", num_hidden_layers=8).full_layers == (5,)
+    assert read("gemma3_text", sliding_window_pattern=2).full_layers == (1,)
     gemma = lambda **fields: read("gemma2", **fields)
     assert gemma().windowed == (True, False, True) and gemma(layer_types=mixed).full_layers == (0,)
     with pytest.raises(UserError, match="the sliding window in force is None"):

@@ -26,7 +26,7 @@ def difference(case: str, model: Transformer) -> float:
 
 
 def test_every_family_was_recorded():
-    assert len(CASES) == 15
+    assert len(CASES) == 16
     assert {read_config(GOLDEN / case).family for case in CASES} == {
         "llama",
         "mistral",
@@ -34,6 +34,7 @@ def test_every_family_was_recorded():
         "qwen3",
         "phi3",
         "gemma2",
+        "gemma3_text",
     }
 
 
@@ -58,6 +59,9 @@ def test_logits_equal_transformers(case):
         ("gemma2", {"logit_cap": None}),
         ("gemma2", {"query_scalar": None}),
         ("gemma2", {"scale_embeddings": False}),
+        ("gemma3", {"window_theta": None}),
+        ("gemma3", {"rope_scaling": None}),
+        ("gemma3", {"full_layers": ()}),
         ("llama_gqa", {"rope_theta": 10000.0}),
         ("mistral_window", {"sliding_window": None}),
         ("mistral_window", {"sliding_window": 13}),
