@@ -21,24 +21,9 @@ import numpy as np
 
 from jax_ccm.errors import UserError
 from jax_ccm.nn import ModelConfig, RopeScaling, rope
+from jax_ccm.weights.gguf_names import ARCHITECTURES, FULL_EVERY, WIDE_QUERIES, gguf_name, hf_name
 from jax_ccm.weights.hf import Index
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _ROPE_FACTORS = "rope_freqs.weight"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # as llama-gguf-split names the parts of a model
 
@@ -48,6 +33,7 @@ _KNOWN = (
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
     "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count", "rope.freq_base",
     "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 # Metadata that says nothing at these values.
 _NEUTRAL = {
@@ -78,10 +64,10 @@ class GgufFile:
         self.path = self.files[0]
         self.metadata = parts[self.path].metadata
         found = [(file, tensor) for file, part in parts.items() for tensor in part.tensors]
-        self._tensors = {_hf_name(tensor.name): tensor for _, tensor in found}
-        self._file = {_hf_name(tensor.name): file for file, tensor in found}
-        self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         self._arch = self.metadata.get("general.architecture")
+        self._tensors = {hf_name(tensor.name, self._arch): tensor for _, tensor in found}
+        self._file = {hf_name(tensor.name, self._arch): file for file, tensor in found}
+        self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         try:
             self.config = self._config()
         except UserError:
@@ -108,7 +94,7 @@ class GgufFile:
         return _open(path, tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
     def describe(self, name: str) -> str:
-        return repr(_gguf_name(name))
+        return repr(gguf_name(name, self._arch))
 
     def file(self, name: str) -> Path:
         return self._file.get(name, self.path)
@@ -120,7 +106,9 @@ class GgufFile:
         rows = self.row_order(name)
         # Blocks of a quantised tensor lie within a row, so rows may be picked before they are dequantised.
         data = tensor.data[index[0]] if rows is None else tensor.data[rows[index[0]]]
-        return gguf.dequantize(data, tensor.tensor_type)[(slice(None), *index[1:])]
+        values = gguf.dequantize(data, tensor.tensor_type)[(slice(None), *index[1:])]
+        # llama.cpp's converter adds the 1 of norms that multiply by 1 + weight.
+        return values - 1 if self.config.norm_offset and name.endswith("norm.weight") else values
 
     def row_order(self, name: str) -> np.ndarray | None:
         """Where in the file each row of a tensor is, or None for rows in order.
@@ -152,22 +140,37 @@ class GgufFile:
             raise UserError(f"{self.path} lacks tensor 'token_embd.weight'; it is not a whole language model")
         heads, hidden = self._int("attention.head_count"), self._int("embedding_length")
         head_dim = self._int("attention.key_length", hidden // heads)
-        for name in ("attention.value_length", "rope.dimension_count"):
-            if self._int(name, head_dim) != head_dim:
-                raise UserError(
-                    f"{self.path}: {prefix}{name} is {self._int(name)} but the head dimension is {head_dim}; "
-                    "different sizes, and rotary embedding of a part of a head, are not implemented"
-                )
+        rotated = self._int("rope.dimension_count", head_dim)
+        if self._int("attention.value_length", head_dim) != head_dim or rotated != head_dim and self._arch != "phi3":
+            raise UserError(
+                f"{self.path}: the head dimension is {head_dim}, but {prefix}attention.value_length is "
+                f"{self._int('attention.value_length', head_dim)} and {prefix}rope.dimension_count is {rotated}; "
+                "different sizes, and rotary embedding of a part of a head, are not implemented"
+            )
         window = self._int("attention.sliding_window", 0) or None
+        layers = self._int("block_count")
+        fields = ARCHITECTURES[self._arch]
+        if window and self._arch in FULL_EVERY:
+            period = FULL_EVERY[self._arch]
+            wide = layers == WIDE_QUERIES[self._arch]
+            fields = fields | {
+                "full_layers": tuple(number for number in range(layers) if (number + 1) % period == 0),
+                "query_scalar": hidden // heads if wide else head_dim,
+            }
+        if self._arch == "gemma2":
+            caps = ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)
+            fields = fields | {
+                name: self._float(*cap) for name, cap in zip(("score_cap", "logit_cap"), caps, strict=True)
+            }
         bias = lambda part: f"model.layers.0.{part}.bias" in self.shapes
         scaling = self._scaling()
         config = ModelConfig(
             # Mistral is stored as llama; what tells them apart in Hugging Face's format is the window.
-            family="mistral" if self._arch == "llama" and window else self._arch,
+            **{"family": "mistral" if self._arch == "llama" and window else self._arch} | fields,
             vocab_size=self.shapes["model.embed_tokens.weight"][0],
             hidden_size=hidden,
             intermediate_size=self._int("feed_forward_length"),
-            num_layers=self._int("block_count"),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=self._int("attention.head_count_kv", heads),
             head_dim=head_dim,
@@ -178,9 +181,9 @@ class GgufFile:
             qkv_bias=bias("self_attn.q_proj"),
             o_bias=bias("self_attn.o_proj"),
             mlp_bias=bias("mlp.gate_proj"),
-            qk_norm=self._arch == "qwen3",
             sliding_window=window,
             max_position=self._int("context_length"),
+            rotary_factor=rotated / head_dim,
         )
         if _ROPE_FACTORS in self._tensors:
             config = _with_factors(config, self._tensors[_ROPE_FACTORS].data, self.metadata, self.path)
@@ -288,27 +291,6 @@ def _parts(path: Path) -> dict[Path, _Part]:
             f"split.tensors.count is {total}; they are not parts of one model: get them again"
         )
     return parts
-
-
-def _hf_name(name: str) -> str:
-    stem, _, leaf = name.rpartition(".")
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{leaf}"
-    parts = stem.split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in _LAYER:
-        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{leaf}"
-    return name
-
-
-def _gguf_name(name: str) -> str:
-    stem, _, leaf = name.rpartition(".")
-    for ours, theirs in _TOP.items():
-        if stem == theirs:
-            return f"{ours}.{leaf}"
-    for ours, theirs in _LAYER.items():
-        if stem.startswith("model.layers.") and stem.endswith("." + theirs):
-            return f"blk.{stem.split('.')[2]}.{ours}.{leaf}"
-    return name
 
 
 def _with_factors(config: ModelConfig, factors: np.ndarray, metadata: dict, path: Path) -> ModelConfig:

@@ -13,14 +13,17 @@ NAMES = {
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
 }  # fmt: skip
+GEMMA = {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+         "post_feedforward_layernorm": "post_ffw_norm"}  # fmt: skip
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str = "llama") -> str:
     stem, leaf = name.rsplit(".", 1)
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{NAMES[part]}.{leaf}"
+        return f"blk.{layer}.{(NAMES | GEMMA if 'gemma' in arch else NAMES)[part]}.{leaf}"
     return f"{NAMES[stem]}.{leaf}"
 
 
@@ -34,6 +37,8 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
 def metadata(config: dict, arch: str) -> dict:
     """The numbers of a config.json under llama.cpp's keys."""
     heads = config["num_attention_heads"]
+    rope = config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     return {
         f"{arch}.block_count": config["num_hidden_layers"],
         f"{arch}.context_length": config["max_position_embeddings"],
@@ -43,7 +48,7 @@ def metadata(config: dict, arch: str) -> dict:
         f"{arch}.attention.head_count_kv": config["num_key_value_heads"],
         f"{arch}.attention.key_length": config.get("head_dim") or config["hidden_size"] // heads,
         f"{arch}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        f"{arch}.rope.freq_base": config["rope_parameters"]["rope_theta"],
+        f"{arch}.rope.freq_base": rope["rope_theta"],
     }
 
 
@@ -81,12 +86,14 @@ def convert(
 ) -> Path:
     """A recorded Hugging Face model as GGUF; ``kind`` is the type of its matrices, where it fits."""
     config = json.loads((case / "config.json").read_text())
-    arch = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
     tensors = {}
     for name, data in load_file(case / "model.safetensors").items():
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if arch == "llama" and part in name:
                 data = permute(data, config[heads])
+        if "gemma" in arch and name.endswith("norm.weight"):
+            data = data + np.float32(1)
         fits = data.ndim == 2 and data.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
-        tensors[gguf_name(name)] = (data, kind) if fits else data
+        tensors[gguf_name(name, arch)] = (data, kind) if fits else data
     return write(path, arch, metadata(config, arch) | (extra_meta or {}), tensors | (extra_tensors or {}), most)
