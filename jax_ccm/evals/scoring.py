@@ -48,8 +48,8 @@ class Scores:
 # What scores are computed by: parts of the library, and packages.
 PARTS = (
     "attention.py", "closing.py", "describe.py", "errors.py", "evals/parity.py", "evals/recurrent.py",
-    "evals/scoring.py", "kernels", "layout.py", "losses.py", "memory.py", "methods", "nn", "processes.py",
-    "sessions.py", "sharding.py", "steps.py", "types.py", "updates.py", "weights",
+    "evals/scoring.py", "kernels", "layout.py", "losses.py", "memory.py", "methods", "nn", "parsing.py", "paths.py",
+    "processes.py", "sessions.py", "sharding.py", "steps.py", "types.py", "updates.py", "weights",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "gguf")
 
