@@ -210,8 +210,10 @@ class Conversation:
     def memory_bytes(self) -> tuple[int, int, int]:
         """Live slots (memory, and text that stays); their bytes; and what full context would hold by now."""
         slots = int(np.asarray(self.cache.slots.live).sum())
-        each = self.experiment.model_config.kv_bytes_per_slot(self.cache.k.dtype.itemsize)
-        return slots, slots * each, self.state.tokens * each
+        sizes = self.experiment.model_config
+        each, mixed = sizes.kv_bytes_per_slot(self.cache.k.dtype.itemsize), sizes.kv_bytes_per_slot(4)
+        ours = slots * each + self.experiment.method.mixed_slots * mixed
+        return slots, ours, self.state.tokens * each
 
     def _stands(self, question: np.ndarray, answer: np.ndarray, chunks: list[np.ndarray]) -> bool:
         """Whether the text as it was read for the answer can be closed; if not, it is read once more, as context."""

@@ -121,7 +121,8 @@ def generate(
       The cache; tokens ``int32 [B, max_tokens]``, 0 behind the end; lengths ``int32 [B]``.
 
     Raises:
-      UserError: if a session has read nothing yet, there is no room for the tokens, or the method cannot close.
+      UserError: if a session has read nothing yet or is invalid (`memory.check`), there is no room for the tokens,
+        what comes out is not finite, or the method cannot close. Sessions that are not continued may be invalid.
     """
     closing, query = policy(method, closing, query=True)
     if key is None:
@@ -129,6 +130,7 @@ def generate(
             raise UserError(f"temperature {sampling.temperature} needs a PRNG key: pass key=jax.random.key(seed)")
         key = jax.random.key(0)
     rows = np.ones(cache.tokens.shape[0], bool) if rows is None else np.asarray(rows)
+    memory.check(cache, rows)
     empty = np.flatnonzero(rows & (np.asarray(cache.tokens) == 0))
     if len(empty):
         raise UserError(f"sessions {empty.tolist()} have read nothing; read a prompt (or a start token) first")
@@ -148,7 +150,7 @@ def generate(
         query=query,
         vocabulary=vocabulary,
     )
-    memory.check(cache)
+    memory.check(cache, rows)
     read_so_far = int(np.max(np.asarray(cache.tokens)[rows], initial=0))
     warn_beyond(model.config, method, tokens=read_so_far, places=cache.slots.kind.shape[1])
     return cache, tokens, lengths
@@ -165,6 +167,9 @@ def _loop(model, cache, key, temperature, top_k, top_p, stops, rows, *, method, 
         logits = cache.logits
         if vocabulary is not None:
             logits = jnp.where(jnp.arange(logits.shape[1]) < vocabulary, logits, -jnp.inf)
+        # The largest logit is NaN if any is. A spoiled row stops: there is nothing to draw from.
+        cache = dataclasses.replace(cache, spoiled=cache.spoiled | ~done & ~jnp.isfinite(jnp.max(logits, axis=1)))
+        done = done | cache.spoiled
         token = sample(jax.random.fold_in(key, i), logits, temperature, top_k, top_p)
         done = done | jnp.any(token[:, None] == stops, axis=1)
         tokens = tokens.at[:, i].set(jnp.where(done, 0, token))

@@ -8,23 +8,19 @@ from then on is removed.
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_ccm import sharding
-from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
 from jax_ccm.layout import is_in, reachable
 from jax_ccm.nn import ModelConfig, Transformer
 from jax_ccm.types import TEXT, Kind, MemoryCache, Method, Slots
-
-FORMAT = "jax_ccm.memory/1"
 
 
 def init_cache(
@@ -68,6 +64,7 @@ def init_cache(
         )
     size = memory_capacity + raw_capacity + int(method.sink)
     shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
+    mixed = (*shape[:2], method.mixed_slots, *shape[3:])
     # Every array is its own buffer, so that a cache may be donated.
     zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
     make = lambda: MemoryCache(
@@ -78,7 +75,10 @@ def init_cache(
         chunks=zeros(batch),
         logits=jnp.zeros((batch, config.vocab_size), jnp.float32),
         received=jnp.zeros(shape[:-1], jnp.float32) if method.keep and method.keep.decay is not None else None,
+        mixed_k=jnp.zeros(mixed, jnp.float32) if method.mix is not None else None,
+        mixed_v=jnp.zeros(mixed, jnp.float32) if method.mix is not None else None,
         lost=zeros(batch),
+        spoiled=jnp.zeros(batch, bool),
         memory_capacity=memory_capacity,
         overflow=overflow,
     )
@@ -188,22 +188,35 @@ def write(
       whole: as for `closed`.
     """
     after, store = closed(cache, method, slots, closing, whole=whole)
+    live = slots.live[None, :, :, None, None]
+    finite = [jnp.all(jnp.isfinite(x) | ~live, axis=(0, 2, 3, 4)) for x in (k, v)]
+    after = dataclasses.replace(after, spoiled=after.spoiled | ~(finite[0] & finite[1]))
+    # What is received goes with the keys; only methods without a mixture ask for it.
+    old, new = cache.stored, (k, v)
+    if cache.received is not None:
+        old, new = (*old, cache.received), (*new, received)
 
-    def every_layer(x, new):
+    def layer(number, whole):
         # In place: a copy of the whole cache would halve the sessions that fit.
-        layer = lambda number, x: jax.lax.dynamic_update_index_in_dim(x, store(x[number], new[number]), number, 0)
-        return jax.lax.fori_loop(0, x.shape[0], layer, x)
+        at = lambda arrays: tuple(x[number] for x in arrays)
+        update = lambda x, layer: jax.lax.dynamic_update_index_in_dim(x, layer, number, 0)
+        return tuple(map(update, whole, store(at(whole), at(new))))
 
-    received = None if cache.received is None else every_layer(cache.received, received)
-    return dataclasses.replace(after, k=every_layer(cache.k, k), v=every_layer(cache.v, v), received=received)
+    done = jax.lax.fori_loop(0, k.shape[0], layer, old)
+    return (
+        after.storing(done)
+        if cache.received is None
+        else dataclasses.replace(after.storing(done[:2]), received=done[2])
+    )
 
 
 def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: bool):
     """The slots and counters of a cache whose chunk is closed, and what happens to the entries of each layer.
 
     Appending methods add the entries as slots; mixtures blend them into the memory slot by slot,
-    ``memory = (1 - a) memory + a new`` with ``a = mix.rate(number of this chunk)`` (CCM, equation 3). Live entries then
-    stand in front, in order of index.
+    ``memory = (1 - a) memory + a new`` with ``a = mix.rate(number of this chunk)`` (CCM, equation 3), in float32: in
+    bfloat16 a mean of a few hundred chunks would round the next one away. Live entries then stand in front, in order
+    of index.
 
     Args:
       cache: the state, its raw slots labelled with the segment that they belong to after this.
@@ -213,10 +226,15 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
       whole: static, whether rows that close a chunk close all of their open text; what stays open has to move.
 
     Returns:
-      The cache with its old keys and values, and ``store(own [B, S, ...], new [B, n, ...]) -> [B, S, ...]`` that makes
-      the new ones of a layer.
+      The cache with what it stored before, and ``store(own, new) -> own`` that makes the new arrays of a layer: ``own``
+      are arrays ``[B, S, ...]`` to which arrays ``new`` of ``[B, n, ...]`` are written, and, where the method mixes,
+      their mixtures ``float32 [B, n, ...]``.
+
+    Raises:
+      UserError: for a cache that was made for another method.
     """
     old, size, count = cache.slots, cache.k.shape[2], slots.kind.shape[1]
+    blend = _blending(cache, method, count, closing)
     join = lambda a, b: jnp.concatenate([a, b], axis=1)
     both = Slots(*(join(a, b) for a, b in zip(_fields(old), _fields(slots), strict=True)))
     kept = reachable(method.rule, both, cache.chunks + 1, cache.tokens) & both.live
@@ -236,36 +254,41 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
         *(jnp.where(live, take(x), 0) for x in (both.segment, both.index, both.position)),
     )
 
-    enter = _blend(cache, method, count) if method.mix is not None else lambda own, new: new
     # Whole on the devices that share a row: otherwise they exchange masks of the shape of a layer.
     order, live, enters = (sharding.constrain(x, "rows") for x in (order, live, order >= size))
     stays = whole and method.forgets_text and cache.overflow == "error"
 
-    def store(own, new):
+    def place(own, new):
         inner = lambda a: a.reshape(*a.shape, *(1,) * (own.ndim - 2))
         each = lambda x, place: jnp.take_along_axis(x, inner(jnp.clip(place, 0, x.shape[1] - 1)), axis=1)
-        entered = each(enter(own, new).astype(own.dtype), order - size) if count else jnp.zeros_like(own)
+        entered = each(new.astype(own.dtype), order - size) if count else jnp.zeros_like(own)
         # What stays is not even read from elsewhere, so that a layer can change in place.
         entries = jnp.where(inner(enters), entered, own if stays else each(own, order))
         return jnp.where(inner(live), entries, 0)
+
+    def store(own, new):
+        own, mixed = own[: len(new)], own[len(new) :]
+        if mixed:
+            new = mixed = tuple(map(blend, mixed, new))
+        return (*map(place, own, new), *mixed)
 
     lost = cache.lost + (excess if cache.overflow == "error" else jnp.zeros_like(excess))
     return dataclasses.replace(cache, slots=placed, chunks=cache.chunks + closing, lost=lost), store
 
 
-def _blend(cache: MemoryCache, method: Method, count: int):
-    """``(own [B, S, K, H], new [B, n, K, H]) -> [B, n, K, H]``: a layer's memory, mixed with what a chunk writes."""
-    assert method.mix is not None
-    is_memory = cache.slots.kind == Kind.MEMORY
-    pick = is_memory[:, None] & (jnp.cumsum(is_memory, axis=1)[:, None] == jnp.arange(1, count + 1)[:, None])
-    place, found = jnp.argmax(pick, axis=2), jnp.any(pick, axis=2)[:, :, None, None]
-    rate = method.mix.rate(cache.chunks + 1).astype(jnp.float32)[:, None, None, None]
-
-    def blend(own, new):
-        memory = jax.vmap(lambda own, place: own[place])(own, place)
-        return (1 - rate) * jnp.where(found, memory, 0).astype(jnp.float32) + rate * new
-
-    return blend
+def _blending(cache: MemoryCache, method: Method, count: int, closing):
+    """``(mixed, new) -> mixed`` for a layer's mixture ``float32 [B, n, K, H]`` and what a chunk writes."""
+    held = 0 if cache.mixed_k is None else cache.mixed_k.shape[2]
+    if held != (count if method.mix is not None else 0):
+        raise UserError(
+            f"method {method.name!r} mixes {count if method.mix is not None else 0} slots, this cache has {held} that "
+            "are mixed: it was made for another method. Make one with `init_cache` for this method"
+        )
+    if method.mix is None:
+        return lambda mixed, new: new  # there is no mixture
+    column = lambda x: x[:, None, None, None]
+    rate = column(method.mix.rate(cache.chunks + 1).astype(jnp.float32))
+    return lambda mixed, new: jnp.where(column(closing), (1 - rate) * mixed + rate * new, mixed)
 
 
 def pooled(cache: MemoryCache, method: Method, closing):
@@ -312,16 +335,28 @@ def open_raw(cache: MemoryCache, method: Method):
     return is_in(cache.slots.kind, kinds) & (cache.slots.segment == cache.chunks[:, None])
 
 
-def check(cache: MemoryCache) -> None:
-    """Raises if a session lost something for want of room. Reads the arrays back to the host.
+def check(cache: MemoryCache, rows=None) -> None:
+    """Raises if a session is invalid: it lost something for want of room, or is spoiled. Reads both back to the host.
+
+    Args:
+      cache: the sessions.
+      rows: ``bool [B]``, those that are asked about; None for all.
 
     Raises:
       UserError: naming the rows and the remedies.
     """
+    rows = np.ones(cache.tokens.shape[0], bool) if rows is None else np.asarray(rows)
+    if (spoiled := np.flatnonzero(np.asarray(cache.spoiled) & rows)).size:
+        raise UserError(
+            f"sessions {spoiled.tolist()} are spoiled: reading or closing their text gave numbers that are not finite "
+            "(NaN or infinity). Weights may be damaged, or too large for the type that they were loaded in; float32 "
+            "or bfloat16 hold what float16 does not. Start these sessions anew (`memory.reset`), or from a copy of "
+            "before that text"
+        )
     lost = np.asarray(cache.lost)
-    if not lost.any():
+    if not (lost.astype(bool) & rows).any():
         return
-    rows = np.flatnonzero(lost)
+    rows = np.flatnonzero(lost.astype(bool) & rows)
     raise UserError(
         f"sessions {rows.tolist()} needed {lost[rows].tolist()} more slots than the cache has (memory "
         f"{cache.memory_capacity}, raw text {raw_capacity(cache)}). Use a larger memory_capacity for more chunks, a "
@@ -330,78 +365,48 @@ def check(cache: MemoryCache) -> None:
 
 
 def select(cache: MemoryCache, rows) -> MemoryCache:
-    """Sessions ``rows`` (int32 ``[R]``) of the cache, in that order: a row named twice is forked."""
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=_row_axis(x)), cache)
+    """Sessions of the cache, in an order: one that is named twice is forked.
+
+    Args:
+      cache: the sessions.
+      rows: integers ``[R]``, from 0. Under jit, where it cannot be refused, a row that does not exist gives an empty
+        session.
+
+    Raises:
+      UserError: for rows that do not exist, or are not integers in a row.
+    """
+    batch = cache.tokens.shape[0]
+    rows = rows if isinstance(rows, Tracer) else np.asarray(rows)
+    if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise UserError(f"rows are {rows.dtype} {list(rows.shape)}; give the numbers of sessions, integers [R]")
+    if isinstance(rows, np.ndarray) and len(wrong := rows[(rows < 0) | (rows >= batch)]):
+        raise UserError(f"there is no session {wrong[0]}; the cache has {batch}, numbered from 0 to {batch - 1}")
+    found = jax.tree.map(lambda x: jnp.take(x, rows, axis=_row_axis(x), mode="clip"), cache)
+    return found if isinstance(rows, np.ndarray) else _where((rows >= 0) & (rows < batch), found)
 
 
 def reset(cache: MemoryCache, rows) -> MemoryCache:
-    """The cache with the sessions ``rows`` (bool ``[B]``) made empty."""
+    """The cache with the sessions ``rows`` (bool ``[B]``) made empty.
+
+    Raises:
+      UserError: for rows of another shape or type.
+    """
+    rows = jnp.asarray(rows)
+    if rows.shape != cache.tokens.shape or rows.dtype != bool:
+        raise UserError(
+            f"rows are {rows.dtype} {list(rows.shape)}; give a bool for each of the {len(cache.tokens)} sessions"
+        )
+    return _where(~rows, cache)
+
+
+def _where(rows, cache: MemoryCache) -> MemoryCache:
+    """The cache with all sessions but ``rows`` (bool ``[B]``) made empty."""
 
     def clear(x):
         mask = rows.reshape((1,) * _row_axis(x) + (-1,))
-        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), 0, x)
+        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, jnp.zeros((), x.dtype))
 
     return jax.tree.map(clear, cache)
-
-
-def save(cache: MemoryCache, path: str | Path, *, fingerprint: str, method: Method) -> None:
-    """Writes sessions to a safetensors file.
-
-    Args:
-      cache: the sessions; valid ones (`check`).
-      path: the file.
-      fingerprint: names the base model and the adapter; `load` compares it.
-      method: the method that wrote the memory.
-    """
-    from safetensors.flax import save_file
-
-    check(cache)
-    meta = {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "method": describe_method(method),
-        "memory_capacity": cache.memory_capacity,
-        "overflow": cache.overflow,
-    }
-    arrays = {name: getattr(cache, name) for name in ("k", "v", "tokens", "chunks", "logits", "received", "lost")}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    arrays |= {f"slots.{f.name}": getattr(cache.slots, f.name) for f in dataclasses.fields(Slots)}
-    save_file(arrays, str(path), metadata={"jax_ccm": json.dumps(meta)})
-
-
-def load(path: str | Path, *, fingerprint: str, method: Method) -> MemoryCache:
-    """Reads sessions that `save` wrote.
-
-    Raises:
-      UserError: if the file is not one of ours, or of another model, adapter or method.
-    """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.flax import load_file
-
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            meta = json.loads((file.metadata() or {}).get("jax_ccm", "{}"))
-        arrays = load_file(str(path))
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path} cannot be read as a memory file: {e}") from e
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{path} is not a memory file of this library (expected format {FORMAT!r})")
-    if meta["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{path} was written with fingerprint {meta['fingerprint']!r}; this session uses {fingerprint!r}. Use the "
-            "same base model and adapter"
-        )
-    here, there = describe_method(method), meta["method"]
-    if differ := sorted(key for key in here | there if here.get(key) != there.get(key)):
-        raise UserError(
-            f"{path} was written with method {label(there)}; this session uses {label(here)}. They differ in "
-            f"{', '.join(differ)}. Use the same one"
-        )
-    slots = Slots(*(arrays.pop(f"slots.{f.name}") for f in dataclasses.fields(Slots)))
-    received = arrays.pop("received", None)
-    return MemoryCache(
-        slots=slots, received=received, **arrays, memory_capacity=meta["memory_capacity"], overflow=meta["overflow"]
-    )
 
 
 def _row_axis(x) -> int:

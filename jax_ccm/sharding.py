@@ -61,7 +61,7 @@ PARAMETERS: tuple[tuple[str, P], ...] = (
     (r"", P()),
 )
 CACHE: tuple[tuple[str, P], ...] = (
-    (r"^(k|v)$", P(None, ROWS, None, "tensor")),
+    (r"^(mixed_)?(k|v)$", P(None, ROWS, None, "tensor")),
     (r"^received$", P(None, ROWS, None, "tensor")),
     (r"^logits$", P(ROWS, "tensor")),
     (r"", P(ROWS)),

@@ -86,8 +86,8 @@ def read(
 
     Returns:
       The cache, with the pending logits of each row's last token; and logits ``float32 [B, C, V]`` after each token
-      (not computed under jit if unused). A row whose last hidden state is not finite keeps nothing of the text: it
-      would spoil the session for good.
+      (not computed under jit if unused). A row with a hidden state that is not finite keeps nothing of the text and
+      is spoiled (`MemoryCache.spoiled`).
 
     Raises:
       UserError: for a chunk longer than the region of raw text.
@@ -124,16 +124,18 @@ def read(
         observe=observe,
         implementation=implementation,
     )
+    finite = jnp.all(jnp.isfinite(hidden), axis=2) | ~chunk.valid
+    kept = jnp.all(finite, axis=1, keepdims=True)
     own = None
     if decay is not None and received is not None and cache.received is not None:
         own, past = received
         before = decay ** count.astype(jnp.float32)
-        cache = dataclasses.replace(cache, received=cache.received * before[None, :, None, None] + past)
+        total = cache.received * before[None, :, None, None] + past
+        cache = dataclasses.replace(cache, received=jnp.where(kept[None, :, :, None], total, cache.received))
     last = jnp.argmax(jnp.where(chunk.valid, rank, -1), axis=1)
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     # This also orders the write behind every layer's read of the cache: where nothing does, XLA copies the whole cache
     # on a CPU, twice for every token.
-    kept = jnp.all(jnp.isfinite(final), axis=1, keepdims=True)
     slots = dataclasses.replace(slots, kind=jnp.where(kept, slots.kind, Kind.PAD))
     cache = memory.append(cache, k, v, slots, own)
     some = jnp.any(chunk.valid, axis=1)
@@ -141,6 +143,7 @@ def read(
         cache,
         tokens=cache.tokens + count,
         logits=jnp.where(some[:, None], model.logits(final), cache.logits),
+        spoiled=cache.spoiled | ~kept[:, 0],
     )
     return cache, model.logits(hidden)
 
@@ -162,6 +165,9 @@ def compress(
         oldest of each row; the rest stays raw, in the next segment); None for all. Rows with no such text pass through.
       method: static.
       implementation: of the attention.
+
+    Returns:
+      The cache. Rows for which numbers come out that are not finite are spoiled (`MemoryCache.spoiled`).
     """
     raw = memory.open_raw(cache, method)
     if which is None:
@@ -203,17 +209,19 @@ def compress(
         pick(comp.position),
     )
     after, store = memory.closed(cache, method, entry, closing, whole=whole)
-    _, (k, v), _ = model(
+    hidden, stored, _ = model(
         tokens,
         comp,
         gate(method, comp),
         rule=method.rule,
         memory=cache,
         places=places,
-        store=lambda own, new: store(own, pick(new)),
+        store=lambda own, new: store(own, tuple(map(pick, new))),
         implementation=implementation,
     )
-    return dataclasses.replace(after, k=k, v=v)
+    # Closing tokens see themselves: keys and values that are not finite show in what follows from them.
+    finite = jnp.all(jnp.isfinite(hidden), axis=(1, 2)) | ~closing
+    return dataclasses.replace(after.storing(stored), spoiled=after.spoiled | ~finite)
 
 
 def repeat(

@@ -225,6 +225,11 @@ class Method:
         return sum(token.kind in self.writes for token in self.closes)
 
     @property
+    def mixed_slots(self) -> int:
+        """Memory slots that are also kept in float32, since each chunk is blended into them."""
+        return self.slots_per_chunk if self.mix is not None else 0
+
+    @property
     def rows(self) -> int:
         """Rows of the adapter's table of embeddings."""
         return max((token.row + 1 for token in (*self.closes, *([self.repeat] if self.repeat else []))), default=0)
@@ -356,8 +361,12 @@ class MemoryCache:
       logits: ``float32 [B, V]``, pending: they predict the token after the last text token.
       received: ``float32 [L, B, S, K]``, attention that each entry has received (`Keep.decay`), summed over the query
         heads of a group; None for methods that do not ask for it.
+      mixed_k, mixed_v: ``float32 [L, B, M, K, H]``, the memory of a method that mixes, of which `k` and `v` hold the
+        rounded values: each chunk is blended into these. None for other methods.
       lost: ``int32 [B]``, slots for which there was no room. Not zero means that the session is
         invalid; `memory.check` raises.
+      spoiled: ``bool [B]``, whether reading or closing gave numbers that are not finite. The session is invalid for
+        good; `memory.check` raises.
       memory_capacity: static, most memory slots of a session (sinks included).
       overflow: static, what happens when a session's memory is full: "error", or "evict" the oldest.
     """
@@ -369,9 +378,21 @@ class MemoryCache:
     chunks: Array
     logits: Array
     received: Array | None
+    mixed_k: Array | None
+    mixed_v: Array | None
     lost: Array
+    spoiled: Array
     memory_capacity: int = dataclasses.field(metadata=dict(static=True))
     overflow: Literal["error", "evict"] = dataclasses.field(default="error", metadata=dict(static=True))
+
+    @property
+    def stored(self) -> tuple[Array, ...]:
+        """What closing a chunk rewrites in each layer: keys, values and, for methods that mix, the mixtures of both."""
+        return (self.k, self.v) if self.mixed_k is None else (self.k, self.v, self.mixed_k, self.mixed_v)
+
+    def storing(self, arrays: tuple[Array, ...]) -> MemoryCache:
+        """The state with other `stored` arrays."""
+        return dataclasses.replace(self, **dict(zip(("k", "v", "mixed_k", "mixed_v"), arrays, strict=False)))
 
     @property
     def nbytes(self) -> int:

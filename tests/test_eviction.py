@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_ccm import memory, steps
+from jax_ccm import memory, memory_files, steps
 from jax_ccm.attention import memory_attention
 from jax_ccm.errors import UserError
 from jax_ccm.evals.parity import cache_for, parallel_logits, recurrent_logits
@@ -160,11 +160,11 @@ def test_rows_that_do_not_close_pass_through():
 def test_files_hold_what_was_received(tmp_path):
     method = METHODS["h2o"]
     state, _ = READ(MODEL, cache(method), chunk(0), method=method)
-    memory.save(state, tmp_path / "m", fingerprint="x", method=method)
-    loaded = memory.load(tmp_path / "m", fingerprint="x", method=method)
+    memory_files.save(state, tmp_path / "m", fingerprint="x", method=method)
+    loaded = memory_files.load(tmp_path / "m", MODEL, fingerprint="x", method=method)
     np.testing.assert_array_equal(loaded.received, state.received)
     with pytest.raises(UserError, match="keep"):
-        memory.load(tmp_path / "m", fingerprint="x", method=METHODS["norm"])
+        memory_files.load(tmp_path / "m", MODEL, fingerprint="x", method=METHODS["norm"])
 
 
 @pytest.mark.parametrize("name", ["concat_n2_sink", "full", "h2o"])

@@ -32,7 +32,8 @@ ALLOWED = {
     "attention": CORE | {"layout", "kernels", "sharding"},
     "nn": CORE | {"layout", "attention", "sharding"},
     # memory needs only the sizes and the type of the model.
-    "memory": CORE | {"describe", "layout", "nn", "sharding"},
+    "memory": CORE | {"layout", "nn", "sharding"},
+    "memory_files": CORE | {"describe", "memory", "nn", "sharding"},
     "steps": CORE | {"layout", "memory", "nn"},
     "losses": CORE | {"nn", "sharding"},
     "closing": CORE | {"memory", "nn", "steps"},

@@ -1,4 +1,4 @@
-"""The cache: eviction, forks, resets, files."""
+"""The cache: eviction, forks, resets."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_overflow_is_an_error():
     full = STEP(MODEL, full, chunk(2), method=CONCAT)
     with pytest.raises(UserError, match=r"sessions \[0, 1\] needed \[2, 2\] more slots"):
         memory.check(full)
-    with pytest.raises(UserError, match="needed"):
-        memory.save(full, "never-written", fingerprint="", method=CONCAT)
+    # Who is not asked for may be invalid.
+    memory.check(full, np.zeros(2, bool))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,32 @@ def test_forked_and_reset_rows():
     np.testing.assert_allclose(again.k[:, 0], state.k[:, 0], atol=1e-6)
 
 
+def test_rows_that_do_not_exist():
+    """Refused where they are known; under jit they give empty sessions, and nobody else's memory."""
+    state = STEP(MODEL, cache(), chunk(0), method=CONCAT)
+    for rows, message in (
+        ([0, 2], "no session 2; the cache has 2, numbered from 0 to 1"),
+        ([-1], "no session -1"),
+        ([True, False], r"rows are bool \[2\]; give the numbers"),
+        ([[0]], r"int64 \[1, 1\]"),
+        ([0.0], r"float64 \[1\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            memory.select(state, np.asarray(rows))
+    found = jax.jit(memory.select)(state, jnp.array([1, 2, -1]))
+    row = lambda c, b: memory.select(c, np.array([b]))
+    chex.assert_trees_all_equal(row(found, 0), row(state, 1))
+    for b in (1, 2):
+        chex.assert_trees_all_equal(row(found, b), row(cache(), 0))
+
+
+@pytest.mark.parametrize("rows", [[0], [True], [[True, False]], [1, 0]], ids=str)
+def test_reset_takes_a_bool_for_each_session(rows):
+    for call in (memory.reset, jax.jit(memory.reset)):
+        with pytest.raises(UserError, match="give a bool for each of the 2 sessions"):
+            call(cache(), jnp.asarray(rows))
+
+
 def test_rows_compress_when_they_want():
     """Rows that do not compress keep their raw text; later they compress all of it as one chunk."""
     state, _ = READ(MODEL, cache(), chunk(0), method=CONCAT)
@@ -126,24 +152,6 @@ def test_rows_compress_when_they_want():
     both = Chunk(*(np.concatenate([getattr(chunk(i), f) for i in (0, 1)], 1) for f in ("tokens", "valid")))
     alone = STEP(MODEL, cache(), both, method=CONCAT)
     np.testing.assert_allclose(alone.k[:, 1], state.k[:, 1], atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_files(tmp_path, dtype):
-    path = tmp_path / "sessions.safetensors"
-    state = STEP(MODEL, cache(dtype=dtype), chunk(0), method=CONCAT)
-    memory.save(state, path, fingerprint="model+adapter", method=CONCAT)
-    loaded = memory.load(path, fingerprint="model+adapter", method=CONCAT)
-    chex.assert_trees_all_equal(state, loaded)
-    with pytest.raises(UserError, match="'model[+]adapter'.*'other'"):
-        memory.load(path, fingerprint="other", method=CONCAT)
-    with pytest.raises(UserError, match="method"):
-        memory.load(path, fingerprint="model+adapter", method=build("ccm_merge", comp_tokens=2))
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match="cannot be read"):
-        memory.load(path, fingerprint="model+adapter", method=CONCAT)
-    with pytest.raises(UserError, match="cannot be read"):
-        memory.load(tmp_path / "missing", fingerprint="", method=CONCAT)
 
 
 def test_bad_sizes():

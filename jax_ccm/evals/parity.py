@@ -274,12 +274,14 @@ def memory_bytes(method: Method, config: ModelConfig, example: Example, itemsize
     """Bytes of keys and values that a session carries from its context to its tail.
 
     Args:
-      method: full context carries every token, compressed memory its slots (the sink included), no context nothing.
+      method: full context carries every token, compressed memory its slots (the sink included; a mixture also its
+        float32 form, `Method.mixed_slots`), no context nothing.
       config: the base model.
       example: the session.
       itemsize: bytes of a number, 4 for float32 and 2 for bfloat16.
     """
-    return context_slots(method, example) * config.kv_bytes_per_slot(itemsize)
+    slots = context_slots(method, example)
+    return slots * config.kv_bytes_per_slot(itemsize) + bool(slots) * method.mixed_slots * config.kv_bytes_per_slot(4)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "implementation"))

@@ -75,12 +75,14 @@ class Measured:
       wrong: with another's, or None.
       slots: ``float64 [questions]``, key/value slots carried from the context to the tail.
       unconditional: total log-likelihood of an answer behind the answer prefix alone, by its tokens.
+      beside: bytes that a session carries beside its slots: a mixture in float32.
     """
 
     right: list[tuple[Scores, ...]]
     wrong: list[tuple[Scores, ...]] | None
     slots: np.ndarray
     unconditional: dict[bytes, float]
+    beside: int = 0
 
 
 def stages(evaluation: Evaluation, steps: Sequence[int], *, most: int = 0, choices: bool = False) -> list[Stage]:
@@ -161,6 +163,7 @@ def measure(
             taken[stage.step][1] if len(taken[stage.step]) > 1 else None,
             np.array([carried(system.method, q.examples[q.answer]) for q in stage.right], float),
             unconditional,
+            system.method.mixed_slots * system.model.config.kv_bytes_per_slot(4),
         )
         for stage in questions
     ]
@@ -209,7 +212,7 @@ def _compare(
         loss, cell = _cell(right, own, resamples)
         losses[name] = loss
         slots = np.concatenate([stage.slots for stage in steps])
-        cell |= {"kv_slots": float(slots.mean()), "kv_bytes": float(slots.mean() * slot_bytes)}
+        cell |= {"kv_slots": float(slots.mean()), "kv_bytes": float(slots.mean() * slot_bytes) + steps[0].beside}
         row["tokens"] = cell.pop("tokens")
         accuracy = tasks.accuracy(right, own, steps[0].unconditional, resamples)
         if accuracy:

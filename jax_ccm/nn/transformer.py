@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -204,14 +204,15 @@ class Transformer(nnx.Module):
           collect: also return the hidden state before each layer and after the final norm.
           observe: ``float32 [B, T]`` or None. If given, also return the attention that every key receives, each query
             counting so much. Needs a `MemoryCache`.
-          store: ``(own [B, S, K, H], new [B, T, K, H]) -> [B, S, K, H]`` or None. If given, it replaces the entries of
-            a `MemoryCache` layer by layer, in place, and the whole is returned instead of the tokens' own keys and
-            values, which are then never held for all layers at once.
+          store: ``(own, new) -> own`` or None. If given, it replaces what a `MemoryCache` keeps of a layer
+            (`MemoryCache.stored`: keys and values ``[B, S, K, H]`` and what follows them) by means of the tokens' keys
+            and values ``[B, T, K, H]``, layer by layer, in place, and the whole is returned instead of these, which are
+            then never held for all layers at once.
           implementation: passed on to `memory_attention`.
 
         Returns:
           ``hidden [B, T, D]`` after the final norm; keys and values ``[L, B, T, K, H]`` of the tokens (with ``store``
-          ``[L, B, S, K, H]`` of the cache); and what was asked for, else None: ``[L + 1, B, T, D]`` hidden states, or
+          what the cache keeps); and what was asked for, else None: ``[L + 1, B, T, D]`` hidden states, or
           attention received by the tokens themselves ``float32 [L, B, T, K]`` and by the entries of the cache
           ``[L, B, S, K]``, summed over the heads of a group.
         """
@@ -235,7 +236,10 @@ class Transformer(nnx.Module):
             x, whole = carry
             block, past, number, key = scanned
             if whole is not None:
-                past = tuple(in_order(each[number], "rows", None, "heads") for each in whole)
+                held = tuple(in_order(each[number], "rows", None, "heads") for each in whole)
+                past = held[:2]
+            else:
+                held = None
             keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
             which = None if len(kinds) == 1 else windowed[number]
             pick = lambda options: (
@@ -261,12 +265,10 @@ class Transformer(nnx.Module):
             x = x + block.after_attention(block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), gate, keys[3]))
             out = constrain(x + block.feed_forward(x), "rows", "tokens")
             new = (k if by_place else rotated, v)
-            if whole is not None and past is not None:
-                replaced = (
-                    in_order(store(own, new), "rows", None, "heads") for own, new in zip(past, new, strict=True)
-                )
+            if whole is not None and held is not None:
+                replaced = (in_order(layer, "rows", None, "heads") for layer in store(held, new))
                 update = lambda each, layer: jax.lax.dynamic_update_index_in_dim(each, layer, number, 0)
-                whole, new = tuple(map(update, whole, replaced)), None
+                whole, new = tuple(map(update, whole, replaced)), ()
             return (out, whole), (new, out if collect else more)
 
         if remat != "none":
@@ -276,15 +278,15 @@ class Transformer(nnx.Module):
         if config.scale_embeddings:
             x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
-        whole, past = (None, past) if store is None else (past, None)
+        whole, past = (None, past) if store is None else (memory.stored, None)
         numbers = jnp.arange(self.config.num_layers)
         (hidden, whole), (new, more) = _over_layers(body, (x, whole), (self.layers, past, numbers, keys))
-        k, v = new if whole is None else whole
+        kept: Any = new if whole is None else whole
         hidden = self.norm(hidden)
         if collect:
             # The last entry is taken after the final norm, as Hugging Face does.
             more = jnp.concatenate([x[None], more[:-1], hidden[None]])
-        return hidden, (k, v), more
+        return hidden, kept, more
 
     def apart(self) -> Transformer:
         """The same decoder in the form that reads one token fastest on a CPU: each layer has arrays of its own.

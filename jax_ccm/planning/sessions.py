@@ -119,7 +119,8 @@ def most_sessions(
     return {
         "sessions": most,
         "slots": slots + raw + int(method.sink),
-        "cache_bytes_per_session": (slots + raw + int(method.sink)) * shape.kv_bytes_per_slot(itemsize),
+        "cache_bytes_per_session": (slots + raw + int(method.sink)) * shape.kv_bytes_per_slot(itemsize)
+        + method.mixed_slots * shape.kv_bytes_per_slot(4),
         "first_that_does_not_fit": min(refused),
         "steps": {name: entry(name, found) for name, found in steps.items()},
     }

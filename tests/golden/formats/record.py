@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_ccm import memory, steps
+from jax_ccm import memory, memory_files, steps
 from jax_ccm.config import Config, from_mapping, load_config
 from jax_ccm.experiment import Experiment, load_experiment
 from jax_ccm.run import Run
@@ -86,7 +86,7 @@ def main(root: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         experiment = load_experiment(config, adapter=folder / "adapter")
         cache = sessions(experiment)
-        memory.save(cache, folder / "memory.safetensors", fingerprint=FINGERPRINT, method=experiment.method)
+        memory_files.save(cache, folder / "memory.safetensors", fingerprint=FINGERPRINT, method=experiment.method)
         further = root / ".further"
         expected = {"loss": go_on(folder, further), "logits": answer(experiment, cache).tolist()}
         (folder / "expected.json").write_text(json.dumps(expected) + "\n")
