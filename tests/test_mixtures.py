@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
-from jax_ccm import memory, steps
+from jax_ccm import memory, sharding, steps
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
 from jax_ccm.methods import build
@@ -106,6 +108,14 @@ def test_other_methods_keep_no_mixture():
         without = dataclasses.replace(cache, mixed_k=None, mixed_v=None)
         assert cache.mixed_k.shape[2] == method.mixed_slots == method.memory_slots(1)
         assert cache.nbytes - without.nbytes == 2 * method.mixed_slots * cases.CONFIG.kv_bytes_per_slot(4)
+
+
+def test_mixtures_are_spread_like_keys():
+    mesh = AbstractMesh((2, 2, 2, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    method = build("ccm_merge", comp_tokens=2)
+    make = lambda: memory.init_cache(cases.CONFIG, method, 8, memory_capacity=4, raw_capacity=4, dtype=jnp.bfloat16)
+    spread = sharding.cache_shardings(mesh, jax.eval_shape(make))
+    assert spread.mixed_k.spec == spread.mixed_v.spec == spread.k.spec == P(None, ("data", "fsdp"), None, "tensor")
 
 
 def test_a_cache_of_another_method():
