@@ -85,7 +85,8 @@ def compute(method: Method, sizes: dict[str, int] | None):
 
 def difference(a, b) -> float:
     """Largest difference of two trees, relative to the largest number where that is above 1."""
-    pairs = zip(*(jax.tree.leaves(jax.tree.map(np.asarray, tree)) for tree in (a, b)), strict=True)
+    number = lambda x: np.asarray(x) * 1  # booleans cannot be subtracted
+    pairs = zip(*(jax.tree.leaves(jax.tree.map(number, tree)) for tree in (a, b)), strict=True)
     gaps = [np.abs(x - y).max(initial=0) / max(1, np.abs(y).max(initial=0)) for x, y in pairs]
     return float(max(gaps))
 
