@@ -20,7 +20,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.mappings import convert, read_yaml
 from jax_ccm.methods import METHODS
 
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class AdapterSource:
     dropout: float = 0.05
     """On the input of the LoRA branch, in training only."""
     targets: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Projections with a LoRA."""
+    """Projections with a LoRA: of attention, and of the MLP (gate_proj, up_proj, down_proj)."""
     load: str = ""
     """An adapter of the same sizes to start from; empty for a fresh one."""
     merge: str = ""

@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, prog="python -m jax_ccm.convert", use_underscores=True)
     from jax_ccm.describe import describe_method, label
     from jax_ccm.weights.adapters import read_adapter, write_adapter
+    from jax_ccm.weights.peft import is_conditional
 
     names = ("comp_tokens", "sink", "independent", "conditional")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -64,6 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"wrote {path} ({options.format}): rank {config.rank}, alpha {config.alpha:g}, {config.tokens} compression "
         f"tokens; method {trained}; base model {base}"
     )
+    if options.format == "peft" and is_conditional(adapter):
+        print(
+            "note: this LoRA acts on compression tokens only, and PEFT would run it on all tokens: loaded there it is "
+            "not what was trained. adapter_config.json has a field that makes PEFT say so"
+        )
+    elif options.format == "peft" and config.tokens:
+        print("note: PEFT passes over the embeddings of compression tokens, which lie in the same file")
 
 
 if __name__ == "__main__":

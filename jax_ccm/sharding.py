@@ -56,8 +56,8 @@ PARAMETERS: tuple[tuple[str, P], ...] = (
     (r"(o|down)_proj\.kernel$", P(None, "tensor", "fsdp")),
     (r"(q|k|v|gate|up)_proj\.bias$", P(None, "tensor")),
     # The small factors of the LoRA follow the side of the projection that tensor cuts, so that it needs no exchange.
-    (r"(q|k|v)_proj\.lora_b$", P(None, None, "tensor")),
-    (r"o_proj\.lora_a$", P(None, "tensor")),
+    (r"(q|k|v|gate|up)_proj\.lora_b$", P(None, None, "tensor")),
+    (r"(o|down)_proj\.lora_a$", P(None, "tensor")),
     (r"", P()),
 )
 CACHE: tuple[tuple[str, P], ...] = (

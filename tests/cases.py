@@ -10,6 +10,7 @@ from flax import nnx
 
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer
+from jax_ccm.nn.config import PROJECTIONS
 from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Method
 
@@ -24,6 +25,9 @@ CONFIG = ModelConfig(
     num_kv_heads=2,
     head_dim=8,
 )
+
+# What an adapter may change: the usual projections, and all of them.
+ATTENTION, ALL = AdapterConfig().targets, tuple(PROJECTIONS)
 
 # Every method of the library that has a parallel form, with the options that change its computation.
 METHODS: dict[str, Method] = {
@@ -77,10 +81,12 @@ EACH = (
 )  # fmt: skip
 
 
-def model(tokens: int = 0, seed: int = 0, config: ModelConfig = CONFIG, rank: int = 4, **changes) -> Transformer:
+def model(
+    tokens: int = 0, seed: int = 0, config: ModelConfig = CONFIG, rank: int = 4, targets=ATTENTION, **changes
+) -> Transformer:
     """A random model whose LoRA B is not zero: a zero B hides every mistake of the gate."""
     config = dataclasses.replace(config, **changes)
-    made = Transformer(jax.random.key(seed), config, AdapterConfig(rank=rank, tokens=tokens))
+    made = Transformer(jax.random.key(seed), config, AdapterConfig(rank=rank, tokens=tokens, targets=targets))
     graphdef, adapter, base = nnx.split(made, nnx.LoRAParam, ...)
     leaves, tree = jax.tree.flatten(adapter)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))

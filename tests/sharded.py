@@ -64,7 +64,7 @@ def compute(method: Method, sizes: dict[str, int] | None):
     examples = cases.sessions_for(method, lengths=ROWS)
     caps = parity.caps_for(method, examples)
     caps = type(caps)(-(-caps.tokens // 8) * 8, caps.memory, caps.scored)
-    model = cases.model(tokens=max(method.rows, 1), num_layers=2)
+    model = cases.model(tokens=max(method.rows, 1), num_layers=2, targets=cases.ALL)
     sessions = parity.stream(method, examples)
     with sharding.use(mesh):
         model = jax.device_put(model, sharding.parameter_shardings(mesh, model, model.config))

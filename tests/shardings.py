@@ -24,6 +24,7 @@ from jax_ccm import methods, sharding
 from jax_ccm.config import from_mapping
 from jax_ccm.experiment import scratch_model
 from jax_ccm.nn import AdapterConfig, abstract_transformer
+from jax_ccm.nn.config import PROJECTIONS
 from jax_ccm.plan import SHAPES
 from jax_ccm.planning import hlo, programs
 from jax_ccm.weights import read_config
@@ -55,7 +56,7 @@ def parameters(name: str) -> str:
     """Each array of a model, an adapter beside it, and of a cache, on a mesh of 2 x 4 x 4."""
     mesh = AbstractMesh((2, 4, 4, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
     shape = read_config(SHAPES / name)
-    model = abstract_transformer(shape, AdapterConfig(tokens=8), "bfloat16")
+    model = abstract_transformer(shape, AdapterConfig(tokens=8, targets=tuple(PROJECTIONS)), "bfloat16")
     lines = [f"{name} on data 2 x fsdp 4 x tensor 4: what cuts each dimension"]
     lines += _lines(model, sharding.parameter_shardings(mesh, model, shape))
     cache = jax.eval_shape(lambda: programs.memory.init_cache(

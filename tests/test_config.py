@@ -61,7 +61,7 @@ def test_saved_config_reads_back_equal(tmp_path):
         ("train: 3", "train is 3 .*mapping"),
         ("model: {dtype: float16}", "model.dtype is 'float16' .*float32, bfloat16"),
         ("adapter: {targets: q_proj}", "adapter.targets is 'q_proj' .*list"),
-        ("adapter: {targets: [q_proj, up_proj]}", r"adapter.targets\[1\] is 'up_proj' .*q_proj, k_proj"),
+        ("adapter: {targets: [q_proj, lm_head]}", r"adapter.targets\[1\] is 'lm_head' .*q_proj, k_proj"),
         ("optimizer: {learning_rate: fast}", "optimizer.learning_rate is 'fast' .*a number"),
         ("optimizer: {learning_rate: .nan}", "optimizer.learning_rate is nan"),
         ("data: {train: x.jsonl}", "data.train is 'x.jsonl' .*list"),

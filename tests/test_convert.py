@@ -1,5 +1,6 @@
 """The converter: through all formats and back."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from jax_ccm import convert
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
 from jax_ccm.weights.adapters import detect_format, read_adapter
+from jax_ccm.weights.peft_modules import NOTE
 
 GOLDEN = Path(__file__).parent / "golden" / "ccm" / "adapters"
 MERGE = ["--method", "ccm_merge", "--comp_tokens", "2"]
@@ -56,3 +58,24 @@ def test_exit_codes(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: adapter") and "Traceback" not in done.stderr
+
+
+def test_a_conditional_lora_for_peft_says_what_peft_would_do(tmp_path, capsys):
+    """PEFT loads it without a word and runs it on all tokens: the converter says so, and so does PEFT for our field.
+
+    Seen with PEFT 0.21.2: "UserWarning: Unexpected keyword arguments ['jax_ccm__this_LoRA_acts_on_...'] for class
+    LoraConfig, these are ignored. ...", and nothing at all without the field.
+    """
+    fields = lambda path: json.loads((path / "adapter_config.json").read_text())
+    for name, conditional, said in (
+        ("conditional", "True", "acts on compression tokens only, and PEFT would run it on all tokens"),
+        ("everywhere", "False", "PEFT passes over the embeddings of compression tokens"),
+    ):
+        arguments = [str(tmp_path / name), "--format", "peft", *MERGE, "--conditional", conditional]
+        convert.main([str(GOLDEN / "merge_n2"), *arguments])
+        assert said in capsys.readouterr().out
+        assert (NOTE in fields(tmp_path / name)) == (conditional == "True")
+        assert read_adapter(tmp_path / name).method["gate"]
+    convert.main([str(tmp_path / "conditional"), str(tmp_path / "own")])
+    convert.main([str(tmp_path / "conditional"), str(tmp_path / "reference"), "--format", "reference"])
+    assert "note" not in capsys.readouterr().out and NOTE not in fields(tmp_path / "reference")

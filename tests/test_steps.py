@@ -17,11 +17,12 @@ from jax_ccm import attention, layout, memory, steps
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
 from jax_ccm.methods import METHODS, build
+from jax_ccm.nn.config import PROJECTIONS
 from jax_ccm.sessions import Example, Segment
 from jax_ccm.types import Chunk, Kind
 from tests import cases
 
-MODEL = cases.model(tokens=3)
+MODEL = cases.model(tokens=3, targets=cases.ALL)
 SHALLOW = cases.model(tokens=3, num_layers=1)
 EMPTY = np.zeros(0, np.int32)
 TABLE = cases.METHODS | cases.RECURRENT
@@ -167,12 +168,12 @@ def test_text_is_bit_equal_with_the_adapter_on():
     assert not np.array_equal(with_adapter[0], parity.parallel_logits(MODEL, everywhere, [text])[0])
 
 
-@pytest.mark.parametrize("zeroed", ["q_proj", "k_proj", "v_proj", "o_proj"])
+@pytest.mark.parametrize("zeroed", PROJECTIONS)
 def test_the_gate_holds_in_all_projections(zeroed):
-    """Each of q, k, v and o has its LoRA in effect on compression tokens (trap 4)."""
+    """Each projection of attention and MLP has its LoRA in effect on compression tokens (trap 4)."""
     method = build("ccm_concat", comp_tokens=2)
     changed = nnx.merge(*nnx.split(MODEL))
-    projection = getattr(changed.layers.self_attn, zeroed)
+    projection = getattr(getattr(changed.layers, PROJECTIONS[zeroed]), zeroed)
     projection.lora_b = nnx.LoRAParam(jnp.zeros_like(projection.lora_b[...]))
     sessions = cases.sessions()
     assert (

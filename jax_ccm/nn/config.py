@@ -156,6 +156,13 @@ class ModelConfig:
         return dataclasses.replace(self, rope_scaling=dataclasses.replace(scaling, length=length))
 
 
+# Projections that may have a LoRA, and the part of a layer that each belongs to.
+PROJECTIONS = {
+    "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """What is trained beside a frozen base model.
@@ -164,7 +171,7 @@ class AdapterConfig:
       rank: LoRA rank; 0 for no LoRA.
       alpha: the LoRA branch is scaled by ``alpha / rank``.
       dropout: on the input of the LoRA branch, in training only.
-      targets: projections with a LoRA, of "q_proj", "k_proj", "v_proj", "o_proj".
+      targets: projections with a LoRA, of `PROJECTIONS`.
       tokens: rows of the table of compression-token embeddings.
     """
 
@@ -175,10 +182,9 @@ class AdapterConfig:
     tokens: int = 0
 
     def __post_init__(self):
-        allowed = ("q_proj", "k_proj", "v_proj", "o_proj")
         for target in self.targets:
-            if target not in allowed:
-                raise ValueError(f"adapter target {target!r} is not one of {', '.join(allowed)}")
+            if target not in PROJECTIONS:
+                raise ValueError(f"adapter target {target!r} is not one of {', '.join(PROJECTIONS)}")
         if self.rank < 0 or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"adapter rank {self.rank} must be >= 0 and dropout {self.dropout} in [0, 1)")
 

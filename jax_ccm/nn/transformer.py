@@ -42,14 +42,18 @@ class RMSNorm(nnx.Module):
         return self.scale[...] * h.astype(x.dtype)
 
 
+def _projection(name: str, key, inputs: int, outputs: int, bias: bool, *, adapter: AdapterConfig | None, dtype):
+    lora = adapter if adapter is not None and name in adapter.targets else None
+    return Linear(key, inputs, outputs, bias=bias, adapter=lora, dtype=dtype)
+
+
 class Attention(nnx.Module):
     """Projections, rotation and output of one attention layer."""
 
     def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, dtype):
         keys = jax.random.split(key, 4)
         heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
-        lora = lambda name: adapter if adapter is not None and name in adapter.targets else None
-        make = lambda name, key, i, o, bias: Linear(key, i, o, bias=bias, adapter=lora(name), dtype=dtype)
+        make = functools.partial(_projection, adapter=adapter, dtype=dtype)
         self.q_proj = make("q_proj", keys[0], config.hidden_size, heads * size, config.qkv_bias)
         self.k_proj = make("k_proj", keys[1], config.hidden_size, kv_heads * size, config.qkv_bias)
         self.v_proj = make("v_proj", keys[2], config.hidden_size, kv_heads * size, config.qkv_bias)
@@ -78,18 +82,25 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 class MLP(nnx.Module):
     """A gated MLP: SwiGLU or GeGLU."""
 
-    def __init__(self, key, config: ModelConfig, dtype):
+    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, dtype):
         keys = jax.random.split(key, 3)
         d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(keys[0], d, f, bias=bias, dtype=dtype)
-        self.up_proj = Linear(keys[1], d, f, bias=bias, dtype=dtype)
-        self.down_proj = Linear(keys[2], f, d, bias=bias, dtype=dtype)
+        make = functools.partial(_projection, adapter=adapter, dtype=dtype)
+        self.gate_proj = make("gate_proj", keys[0], d, f, bias)
+        self.up_proj = make("up_proj", keys[1], d, f, bias)
+        self.down_proj = make("down_proj", keys[2], f, d, bias)
         self.activation = config.activation
         self.joined: Joined | None = None
 
-    def __call__(self, x):
-        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.joined is None else self.joined(x)
-        return self.down_proj(constrain(ACTIVATIONS[self.activation](gate) * up, "rows", "tokens", "inner"))
+    def __call__(self, x, gate, keys):
+        """``[B, T, D]``; ``gate`` and a dropout key for each of the three projections as for `Linear`."""
+        if self.joined is not None:
+            open, up = self.joined(x, gate, keys[:2])
+        else:
+            open, up = self.gate_proj(x, gate, keys[0]), self.up_proj(x, gate, keys[1])
+        return self.down_proj(
+            constrain(ACTIVATIONS[self.activation](open) * up, "rows", "tokens", "inner"), gate, keys[2]
+        )
 
 
 class Block(nnx.Module):
@@ -104,7 +115,7 @@ class Block(nnx.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config, dtype)
         self.self_attn = Attention(key_attn, config, adapter, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, dtype)
-        self.mlp = MLP(key_mlp, config, dtype)
+        self.mlp = MLP(key_mlp, config, adapter, dtype)
         self.post_norms = config.post_norms
         if config.post_norms:
             self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, dtype)
@@ -114,11 +125,11 @@ class Block(nnx.Module):
         """What is added for the output ``y`` of attention."""
         return self.post_attention_layernorm(y) if self.post_norms else y
 
-    def feed_forward(self, x):
-        """What the MLP adds."""
+    def feed_forward(self, x, gate, keys):
+        """What the MLP adds; ``gate`` and ``keys`` as for `MLP`."""
         if not self.post_norms:
-            return self.mlp(self.post_attention_layernorm(x))
-        return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+            return self.mlp(self.post_attention_layernorm(x), gate, keys)
+        return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), gate, keys))
 
 
 class Embedding(nnx.Module):
@@ -240,7 +251,7 @@ class Transformer(nnx.Module):
                 past = held[:2]
             else:
                 held = None
-            keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+            keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
             which = None if len(kinds) == 1 else windowed[number]
             pick = lambda options: (
                 options[0] if which is None else jax.tree.map(lambda no, yes: jnp.where(which, yes, no), *options)
@@ -263,7 +274,7 @@ class Transformer(nnx.Module):
             else:
                 y, more = received(lambda v, mv: attend(q, rotated, v, mk, mv), v, mv, observe)
             x = x + block.after_attention(block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), gate, keys[3]))
-            out = constrain(x + block.feed_forward(x), "rows", "tokens")
+            out = constrain(x + block.feed_forward(x, gate, keys[4:]), "rows", "tokens")
             new = (k if by_place else rotated, v)
             if whole is not None and held is not None:
                 replaced = (in_order(layer, "rows", None, "heads") for layer in store(held, new))

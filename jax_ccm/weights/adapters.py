@@ -211,6 +211,7 @@ def _own_files(adapter: Adapter) -> dict[str, bytes]:
         "method": adapter.method,
         "base": adapter.base,
         "extra": adapter.extra,
+        "partial": adapter.partial,
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
     return {CONFIG_FILE: (json.dumps(about, indent=2) + "\n").encode(), TENSOR_FILE: tensors}
@@ -235,7 +236,8 @@ def _read_own(folder: Path) -> Adapter:
     tensors, _ = read_tensors(folder / TENSOR_FILE)
     if hashlib.sha256((folder / TENSOR_FILE).read_bytes()).hexdigest() != digest:
         raise UserError(f"{folder / TENSOR_FILE} is not the file that {path} describes; get both again")
-    return Adapter(config, tensors, method, base, extra, source=str(folder))
+    partial = about.get("partial") is True  # older files do not say
+    return Adapter(config, tensors, method, base, extra, partial, source=str(folder))
 
 
 def _check_fits(adapter: Adapter, method: Method) -> None:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax_ccm import processes
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, Transformer, abstract_transformer
+from jax_ccm.nn.config import PROJECTIONS
 from jax_ccm.weights.hf import parameters
 
 COMP = "embed_tokens.comp"
@@ -29,6 +30,7 @@ class Adapter:
       method: description of the method it was trained for (`identity.describe_method`), or None if unknown.
       base: description of its base model (`identity.describe_base`), or None if unknown.
       extra: anything else that was saved with it, such as the training step.
+      partial: its LoRA is on some layers only; layers behind the last of its arrays have none.
       source: where it was read from, for messages.
     """
 
@@ -37,6 +39,7 @@ class Adapter:
     method: dict[str, Any] | None = None
     base: dict[str, Any] | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    partial: bool = False
     source: str = "the adapter"
 
     def __post_init__(self):
@@ -63,8 +66,27 @@ class Adapter:
 
 def names(config: AdapterConfig) -> list[str]:
     """Parameter paths of an adapter of this shape."""
-    lora = [f"layers.self_attn.{target}.{leaf}" for target in config.targets for leaf in ("lora_a", "lora_b")]
+    lora = [f"{stem(target)}.{leaf}" for target in config.targets for leaf in ("lora_a", "lora_b")]
     return (lora if config.rank else []) + ([COMP] if config.tokens else [])
+
+
+def stem(target: str) -> str:
+    """The path of a projection's arrays, such as "layers.mlp.up_proj"."""
+    return f"layers.{PROJECTIONS[target]}.{target}"
+
+
+def depth(arrays: dict[str, np.ndarray]) -> int:
+    """Layers of an adapter's arrays; 0 without a LoRA."""
+    return max((x.shape[0] for path, x in arrays.items() if path != COMP), default=0)
+
+
+def _for_depth(adapter: Adapter, layers: int) -> Adapter:
+    """A `partial` adapter with zeros for the layers behind its last; others as they are."""
+    more = layers - depth(adapter.arrays)
+    if not adapter.partial or more < 0:
+        return adapter
+    pad = lambda path, x: x if path == COMP else np.pad(x, ((0, more), (0, 0), (0, 0)))
+    return dataclasses.replace(adapter, arrays={path: pad(path, x) for path, x in adapter.arrays.items()})
 
 
 def extract(model: Transformer) -> Adapter:
@@ -104,6 +126,7 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
                     f"{adapter.source} has {field} {theirs}, but the model was built for {field} {mine}; set the "
                     "adapter's values in the config, or build the model with the adapter's own config"
                 )
+    adapter = _for_depth(adapter, model.config.num_layers)
     graphdef, old, base = nnx.split(model, nnx.LoRAParam, ...)
     if here is None:
         graphdef, old, _ = nnx.split(abstract_transformer(model.config, there), nnx.LoRAParam, ...)
@@ -133,18 +156,19 @@ def merge_into_base(model: Transformer, adapter: Adapter) -> Transformer:
             f"{adapter.source} is a compression adapter with {adapter.config.tokens} compression tokens. Its LoRA acts "
             "on those tokens only and cannot be merged; only a plain LoRA (stage 1) can"
         )
+    adapter = _for_depth(adapter, model.config.num_layers)
     graphdef, state = nnx.split(model)
     leaves = parameters(state)
     for target in adapter.config.targets if adapter.config.rank else ():
-        stem = f"layers.self_attn.{target}"
-        kernel, a, b = leaves[f"{stem}.kernel"], adapter.arrays[f"{stem}.lora_a"], adapter.arrays[f"{stem}.lora_b"]
+        path = stem(target)
+        kernel, a, b = leaves[f"{path}.kernel"], adapter.arrays[f"{path}.lora_a"], adapter.arrays[f"{path}.lora_b"]
         if kernel.shape != (a.shape[0], a.shape[1], b.shape[2]):
             raise UserError(
-                f"{adapter.source} does not fit this model: tensors {stem + '.lora_a'!r} {list(a.shape)} and lora_b "
+                f"{adapter.source} does not fit this model: tensors {path + '.lora_a'!r} {list(a.shape)} and lora_b "
                 f"{list(b.shape)} against a weight of {list(kernel.shape)}"
             )
         merge = jax.jit(_add_low_rank, static_argnames="scale", out_shardings=kernel.sharding)
-        leaves[f"{stem}.kernel"] = merge(kernel, a, b, scale=adapter.config.scale)
+        leaves[f"{path}.kernel"] = merge(kernel, a, b, scale=adapter.config.scale)
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), list(leaves.values())))
 
 

@@ -1,14 +1,16 @@
 """PEFT's layout of an adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Tensors are ``base_model.model.model.layers.{i}.self_attn.{q,k,v,o}_proj.lora_A.weight`` ``[r, in]`` and
-``….lora_B.weight`` ``[out, r]``. PEFT has no place for embeddings of compression tokens: they lie beside them in the
-same file, as ``base_model.model.model.embed_tokens.comp_embeddings.weight`` ``[n, D]``, where PEFT's own loader passes
+Tensors are ``base_model.model.model.layers.{i}.{self_attn,mlp}.{q,k,v,o,gate,up,down}_proj.lora_A.weight`` ``[r, in]``
+and ``….lora_B.weight`` ``[out, r]``. PEFT has no place for embeddings of compression tokens: they lie beside them in
+the same file, as ``base_model.model.model.embed_tokens.comp_embeddings.weight`` ``[n, D]``, where PEFT's loader passes
 them over. What PEFT's config has no field for (method and base model) is JSON in the metadata of the safetensors file,
 under ``jax_ccm``.
 """
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -18,48 +20,31 @@ import numpy as np
 
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig
+from jax_ccm.nn.config import PROJECTIONS
 from jax_ccm.parsing import parse_json, read_json
 from jax_ccm.weights.folders import read_tensors, safetensors_bytes
-from jax_ccm.weights.lora import COMP, Adapter
+from jax_ccm.weights.lora import COMP, Adapter, depth, stem
+from jax_ccm.weights.peft_modules import NOTE, Modules, read_modules
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 COMP_KEY = "base_model.model.model.embed_tokens.comp_embeddings.weight"
 METADATA = "jax_ccm"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# More layers than any model has.
+DEEPEST = 500
 
-_LORA_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.([qkvo]_proj)\.lora_([AB])\.weight")
+_LORA_KEY = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.(\w+)\.(\w+))\.lora_([AB])\.weight")
 # The reference's older files spell the table differently.
 _COMP_KEYS = (COMP_KEY, COMP_KEY.replace("comp_embeddings", "gist_embeddings"))
-
-# Fields of a PEFT config that do not change the computation of a finished adapter, whatever they hold.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "layers_pattern", "lora_alpha", "lora_dropout",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
-    "target_modules",
-}  # fmt: skip
-# Fields that do: the values with which they do nothing. Any other field must be empty.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "task_type": ("CAUSAL_LM", None),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
-}
-_REASONS = {
-    "alora_invocation_tokens": "a LoRA that starts at some token",
-    "alpha_pattern": "a scale of its own for some layers",
-    "bias": "trained biases",
-    "fan_in_fan_out": "kernels stored the other way round",
-    "init_lora_weights": "an initialisation that also changes the base weights, so that the adapter fits no other base",
-    "layer_replication": "repeated layers",
-    "layers_to_transform": "a LoRA on some layers only",
-    "lora_bias": "a bias in the LoRA",
-    "modules_to_save": "whole modules that were trained besides the LoRA",
-    "rank_pattern": "a rank of its own for some layers",
-    "target_parameters": "a LoRA on bare parameters",
-    "task_type": "a head other than the language model's",
-    "trainable_token_indices": "trained rows of the vocabulary",
-    "use_dora": "DoRA, which also rescales the weights",
-    "use_rslora": "the scale alpha / sqrt(r)",
+# Parts of the names of other tensors, and what they are.
+_OTHERS = {
+    "lora_magnitude_vector": "of DoRA, which also rescales the weights",
+    "lora_embedding": "of a LoRA on the embeddings",
+    "token_adapter": "rows of the vocabulary that were trained",
+    "lm_head": "of the head",
+    "embed_tokens": "the whole table of embeddings, which PEFT also saves where it was resized",
+    "modules_to_save": "a whole module that was trained besides the LoRA",
+    ".bias": "a bias that was trained",
 }
 
 
@@ -69,19 +54,12 @@ def read_peft(folder: Path) -> Adapter:
     Raises:
       UserError: for damaged files, features that are not implemented, and tensors that are missing or not known.
     """
-    config = read_json(folder / CONFIG_FILE)
+    modules = read_modules(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
     path = folder / TENSOR_FILE
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         path = folder / "adapter_model.bin"
     tensors, metadata = read_tensors(path)
-    arrays = unpack(tensors, path)
-    rows = arrays[COMP].shape[0] if COMP in arrays else 0
-    return Adapter(
-        lora_config(config, folder / CONFIG_FILE, tokens=rows),
-        arrays,
-        **known(metadata, path),
-        source=str(folder),
-    )
+    return dataclasses.replace(unpack(tensors, modules, path), **known(metadata, path), source=str(folder))
 
 
 def peft_files(adapter: Adapter) -> dict[str, bytes]:
@@ -91,71 +69,98 @@ def peft_files(adapter: Adapter) -> dict[str, bytes]:
       UserError: for an adapter without LoRA, which PEFT cannot express.
     """
     return {
-        CONFIG_FILE: config_bytes(adapter),
+        CONFIG_FILE: config_bytes(adapter, **({NOTE: True} if is_conditional(adapter) else {})),
         TENSOR_FILE: tensor_bytes(pack(adapter), adapter),
     }
 
 
-def lora_config(config: dict[str, Any], path: Path, *, tokens: int) -> AdapterConfig:
-    """The shape and scale of an adapter from PEFT's config.
+def unpack(tensors: dict[str, np.ndarray], modules: Modules, path: Path) -> Adapter:
+    """An adapter from tensors with PEFT's keys, its arrays stacked over layers.
+
+    All modules get the largest rank of any, padded with zeros, and the scale that most of them have; B takes what
+    another scale differs by. Layers without a LoRA have zeros.
 
     Raises:
-      UserError: naming the field, if it asks for something that is not implemented.
+      UserError: naming the tensor, if one is missing, empty, not known, or of another shape than it should have.
     """
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{path}: peft_type is {kind!r}; only LORA is implemented")
-    for field, value in config.items():
-        neutral = value in _NEUTRAL[field] if field in _NEUTRAL else not value
-        if field not in _HARMLESS and not neutral:
-            reason = f" ({_REASONS[field]})" if field in _REASONS else ""
-            raise UserError(f"{path}: {field} is {value!r}{reason}, which is not implemented; refused")
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    for field, value in (("r", rank), ("lora_alpha", alpha), ("lora_dropout", dropout)):
-        kinds = (int,) if field == "r" else (int, float)
-        if type(value) not in kinds or value < (field == "r"):
-            need = "an integer from 1" if field == "r" else "a number, not negative"
-            raise UserError(f"{path}: {field} is {value!r}; it must be {need}")
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or not targets or not set(targets) <= set(TARGETS):
-        raise UserError(f"{path}: target_modules is {targets!r}; implemented is a list out of {', '.join(TARGETS)}")
-    try:
-        return AdapterConfig(rank, float(alpha), float(dropout), tuple(t for t in TARGETS if t in targets), tokens)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def unpack(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
-    """Arrays by our names, stacked over layers, from a file with PEFT's keys.
-
-    Raises:
-      UserError: naming the tensor, if one is missing, not known, or of another shape than its fellows.
-    """
-    arrays, stacks = {}, {}
-    for name, x in tensors.items():
-        found = _LORA_KEY.fullmatch(name)
-        if found:
-            layer, target, side = found.groups()
-            stacks.setdefault(f"layers.self_attn.{target}.lora_{side.lower()}", {})[int(layer)] = (name, x)
-        elif name in _COMP_KEYS and COMP not in arrays:
-            arrays[COMP] = x
-        else:
+    found: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    rows = None
+    for key, x in tensors.items():
+        match = _LORA_KEY.fullmatch(key)
+        if not x.size:
             raise UserError(
-                f"{path}: tensor {name!r} {list(x.shape)} is not known. An adapter holds lora_A and lora_B of q_proj, "
-                f"k_proj, v_proj, o_proj (base_model.model.model.layers.N.self_attn...) and {COMP_KEY!r}"
+                f"{path}: tensor {key!r} is empty, {list(x.shape)}: it was saved under DeepSpeed ZeRO-3, where each "
+                "process holds a part only. Save the adapter again with stage3_gather_16bit_weights_on_model_save: true"
             )
-    layers = 1 + max((layer for stack in stacks.values() for layer in stack), default=-1)
-    for array, stack in stacks.items():
-        first, x0 = next(iter(stack.values()))
-        for layer in range(layers):
-            if layer not in stack:
-                name = re.sub(r"layers\.\d+", f"layers.{layer}", first)
-                raise UserError(f"{path} lacks tensor {name!r} {list(x0.shape)}; get it again")
-            name, x = stack[layer]
-            if x.ndim != 2 or x.shape != x0.shape:
-                raise UserError(f"{path}: tensor {name!r} is {list(x.shape)}, but {first!r} is {list(x0.shape)}")
-        arrays[array] = np.stack([stack[layer][1].T for layer in range(layers)])
-    return arrays
+        if match and PROJECTIONS.get(match[4]) == match[3]:
+            if not modules.has(match[1]):
+                raise UserError(f"{path} holds tensor {key!r}, but {CONFIG_FILE} gives that module no LoRA")
+            found.setdefault((int(match[2]), match[4]), {})[match[5]] = x
+        elif key in _COMP_KEYS and rows is None and x.ndim == 2:
+            rows = x
+        else:
+            what = next((f", {what}," for part, what in _OTHERS.items() if part in key), "")
+            raise UserError(
+                f"{path}: tensor {key!r} {list(x.shape)}{what} is not known. An adapter holds lora_A and lora_B of "
+                f"{', '.join(PROJECTIONS)} (base_model.model.model.layers.N...) and {COMP_KEY!r}"
+            )
+    layers = 1 + max((layer for layer, _ in found), default=-1)
+    of_layer = lambda layer: [target for target in PROJECTIONS if modules.has(_module(layer, target))]
+    wanted = [(layer, target) for layer in range(layers) for target in of_layer(layer)]
+    _check(found, wanted or [(0, target) for target in of_layer(0)], modules, path)
+    names = [_module(*module) for module in wanted]
+    scales = collections.Counter(map(modules.scale_of, names))
+    scale, rank = max(scales, key=lambda x: scales[x]), max(map(modules.rank_of, names))
+    # Exactly what the config says, where one number says it for all.
+    plain = scale == modules.alpha / rank
+    targets = tuple(target for target in PROJECTIONS if any(target == other for _, other in wanted))
+    config = AdapterConfig(
+        rank, modules.alpha if plain else scale * rank, modules.dropout, targets, 0 if rows is None else len(rows)
+    )
+    arrays = {} if rows is None else {COMP: rows}
+    for target in targets:
+        of_target = {layer: found[layer, other] for layer, other in wanted if other == target}
+        first = next(iter(of_target.values()))
+        a = np.zeros((layers, first["A"].shape[1], rank), np.float32)
+        b = np.zeros((layers, rank, first["B"].shape[0]), np.float32)
+        for layer, sides in of_target.items():
+            own = modules.rank_of(_module(layer, target))
+            factor = modules.scale_of(_module(layer, target)) / scale
+            a[layer, :, :own] = sides["A"].T
+            b[layer, :own] = sides["B"].T if factor == 1 else sides["B"].T.astype(np.float64) * factor
+        arrays[f"{stem(target)}.lora_a"], arrays[f"{stem(target)}.lora_b"] = a, b
+    # Only names that tell layers apart can have no module in any deeper layer.
+    partial = not any(of_layer(layer) for layer in range(layers, layers + DEEPEST))
+    return Adapter(config, arrays, partial=partial, source=str(path.parent))
+
+
+def _module(layer: int, target: str) -> str:
+    return f"model.layers.{layer}.{PROJECTIONS[target]}.{target}"
+
+
+def _key(layer: int, target: str, side: str) -> str:
+    return f"base_model.model.{_module(layer, target)}.lora_{side}.weight"
+
+
+def _check(found: dict, wanted: list[tuple[int, str]], modules: Modules, path: Path) -> None:
+    """Every module that the config names has both tensors, of its rank, and as wide as in other layers."""
+    sizes: dict[tuple[str, str], tuple[str, int]] = {}
+    for layer, target in wanted:
+        rank = modules.rank_of(_module(layer, target))
+        for side, axis in (("A", 0), ("B", 1)):
+            key = _key(layer, target, side)
+            x = found.get((layer, target), {}).get(side)
+            if x is None:
+                raise UserError(f"{path} lacks tensor {key!r} of rank {rank}; get it again")
+            if x.ndim != 2 or x.shape[axis] != rank:
+                raise UserError(f"{path}: tensor {key!r} is {list(x.shape)}, but {CONFIG_FILE} says rank {rank}")
+            other, size = sizes.setdefault((target, side), (key, x.shape[1 - axis]))
+            if size != x.shape[1 - axis]:
+                raise UserError(
+                    f"{path}: tensor {key!r} is {list(x.shape)}, which is not as wide as {other!r} with {size}"
+                )
+    if not wanted:
+        raise UserError(f"{path}: {CONFIG_FILE} gives none of {', '.join(PROJECTIONS)} of a layer a LoRA")
 
 
 def pack(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -167,13 +172,17 @@ def pack(adapter: Adapter) -> dict[str, np.ndarray]:
             continue
         target, leaf = name.split(".")[-2:]
         for layer in range(x.shape[0]):
-            key = f"base_model.model.model.layers.{layer}.self_attn.{target}.lora_{leaf[-1].upper()}.weight"
-            tensors[key] = x[layer].T
+            tensors[_key(layer, target, leaf[-1].upper())] = x[layer].T
     return tensors
 
 
-def config_bytes(adapter: Adapter) -> bytes:
-    """``adapter_config.json``, with the fields of PEFT 0.4 (which newer ones read).
+def is_conditional(adapter: Adapter) -> bool:
+    """Whether the LoRA is known to act on some tokens only, and PEFT would run it on all."""
+    return adapter.method is not None and bool(adapter.method["gate"]) and "TEXT" not in adapter.method["gate"]
+
+
+def config_bytes(adapter: Adapter, **more: Any) -> bytes:
+    """``adapter_config.json``, with the fields of PEFT 0.4 (which newer ones read), and ``more``.
 
     Raises:
       UserError: for an adapter without LoRA.
@@ -189,7 +198,7 @@ def config_bytes(adapter: Adapter) -> bytes:
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
-        "layers_to_transform": None,
+        "layers_to_transform": [*range(depth(adapter.arrays))] if adapter.partial else None,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
         "modules_to_save": None,
@@ -199,7 +208,7 @@ def config_bytes(adapter: Adapter) -> bytes:
         "target_modules": list(config.targets),
         "task_type": "CAUSAL_LM",
     }
-    return (json.dumps(fields, indent=2) + "\n").encode()
+    return (json.dumps(fields | more, indent=2) + "\n").encode()
 
 
 def tensor_bytes(tensors: dict[str, np.ndarray], adapter: Adapter) -> bytes:

@@ -10,6 +10,7 @@ of one run) but neither method nor base model. The caller gives them; the publis
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from jax_ccm.parsing import read_json
 from jax_ccm.types import Method
 from jax_ccm.weights.folders import read_tensors
 from jax_ccm.weights.lora import COMP, Adapter
-from jax_ccm.weights.peft import COMP_KEY, CONFIG_FILE, config_bytes, known, lora_config, pack, tensor_bytes, unpack
+from jax_ccm.weights.peft import COMP_KEY, CONFIG_FILE, config_bytes, known, pack, tensor_bytes, unpack
+from jax_ccm.weights.peft_modules import read_modules
 
 BIN_FILE = "pytorch_model.bin"
 TENSOR_FILE = "model.safetensors"
@@ -46,11 +48,11 @@ def read_reference(folder: Path, method: Method | None) -> Adapter:
     path = folder / (BIN_FILE if (folder / BIN_FILE).is_file() else TENSOR_FILE)
     if (folder / BIN_FILE).is_file() and (folder / TENSOR_FILE).is_file():
         raise UserError(f"{folder} holds both {BIN_FILE} and {TENSOR_FILE}; remove the one that is out of date")
-    config = read_json(folder / CONFIG_FILE)
+    modules = read_modules(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
     tensors, metadata = read_tensors(path)
-    arrays = unpack(tensors, path)
+    found = unpack(tensors, modules, path)
+    config, arrays = found.config, dict(found.arrays)
     about = known(metadata, path) or {"method": _method_of_run(folder)}
-    tokens = 0
     if COMP in arrays:
         if about["method"] is None and method is None:
             raise UserError(
@@ -60,8 +62,8 @@ def read_reference(folder: Path, method: Method | None) -> Adapter:
         if about["method"] is None and method is not None:
             about["method"] = describe_method(method)
         arrays[COMP] = _comp_rows(arrays[COMP], about["method"], path)
-        tokens = len(arrays[COMP])
-    return Adapter(lora_config(config, folder / CONFIG_FILE, tokens=tokens), arrays, **about, source=str(folder))
+        config = dataclasses.replace(config, tokens=len(arrays[COMP]))
+    return Adapter(config, arrays, **about, partial=found.partial, source=str(folder))
 
 
 def reference_tensors(adapter: Adapter) -> dict[str, np.ndarray]:

@@ -57,7 +57,7 @@ def test_dropout():
 )
 def test_layers_apart(options):
     """Joined and turned kernels compute what the stack computes, with biases, norms, branch and head."""
-    model = cases.model(tokens=2, **options)
+    model = cases.model(tokens=2, targets=cases.ALL, **options)
     leaves, tree = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
@@ -187,7 +187,7 @@ def test_sizes_of_adapters(sizes, count):
 def test_bad_sizes():
     with pytest.raises(ValueError, match="9 query heads cannot share 2"):
         dataclasses.replace(cases.CONFIG, num_heads=9)
-    with pytest.raises(ValueError, match="'gate_proj' is not one of"):
-        AdapterConfig(targets=("gate_proj",))
+    with pytest.raises(ValueError, match="'lm_head' is not one of q_proj, .*, down_proj"):
+        AdapterConfig(targets=("lm_head",))
     with pytest.raises(ValueError, match="dropout 1.0"):
         AdapterConfig(dropout=1.0)

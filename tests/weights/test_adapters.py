@@ -341,7 +341,7 @@ def test_tensors_that_do_not_fit_the_model(saved):
         (lambda d: d.update(version=2), "version 2 .*reads version 1"),
         (lambda d: d.pop("method"), "damaged"),
         (lambda d: d["adapter"].update(rnk=3), "damaged.*rnk"),
-        (lambda d: d["adapter"].update(targets=["up_proj"]), "up_proj"),
+        (lambda d: d["adapter"].update(targets=["lm_head"]), "lm_head"),
     ],
 )
 def test_damaged_description(saved, change, message):
