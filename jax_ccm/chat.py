@@ -43,7 +43,7 @@ class Options:
     """
 
     adapter: Folder
-    """A trained adapter."""
+    """Folder of a trained adapter, or ORG/NAME[@REVISION] on the hub."""
     say: tuple[str, ...] = ()
     """What to say, one argument a turn; none for a conversation at the keyboard."""
     compare: bool = False

@@ -50,8 +50,10 @@ class ModelSource:
     source: str = ""
     """Local folder, hub id "org/name", a .gguf file, or "package:NAME/FILE.gguf" inside an installed Python package;
     empty for a decoder from scratch."""
+    revision: str = ""
+    """Branch, tag or commit of a source on the hub; empty for its main branch. The same as "org/name@revision"."""
     tokenizer: str = ""
-    """Where the tokenizer comes from; empty for the same place as the model."""
+    """Where the tokenizer comes from ("org/name@revision" pins it, too); empty for the same place as the model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base weights and of the computation; adapters are always float32."""
     rope_length: int | None = None
@@ -118,7 +120,7 @@ class AdapterSource:
     targets: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Projections with a LoRA: of attention, and of the MLP (gate_proj, up_proj, down_proj)."""
     load: str = ""
-    """An adapter of the same sizes to start from; empty for a fresh one."""
+    """An adapter of the same sizes to start from, a folder or "org/name@revision" on the hub; empty for a fresh one."""
     merge: str = ""
     """A plain LoRA of an earlier stage that is merged into the base weights first (the paper's two stages)."""
     accept_quantised_base: bool = False
@@ -335,5 +337,10 @@ def check(config: Config) -> None:
         )
     if config.model.rope_length is not None and not config.model.source:
         raise UserError("model.rope_length is given, but a model from scratch has no scaled rope; leave it out")
+    if config.model.revision and (not config.model.source or "@" in config.model.source):
+        raise UserError(
+            f"model.revision is {config.model.revision!r}, and model.source {config.model.source!r}; a revision is "
+            "that of a source on the hub, and is given once"
+        )
     if config.adapter.merge and not config.model.source:
         raise UserError("adapter.merge needs a pretrained base (model.source); a model from scratch has no first stage")

@@ -21,7 +21,7 @@ from jax_ccm import cli, paths, processes, sharding
 from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError, unknown
-from jax_ccm.experiment import Experiment, load_experiment
+from jax_ccm.experiment import Experiment, base_source, load_experiment
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer, abstract_transformer
 from jax_ccm.paths import Folder
@@ -45,7 +45,8 @@ class Options:
     workdir: Folder
     """Where all output goes."""
     adapter: Folder | None = None
-    """Folder of the trained adapter; without one, that of the config (adapter.load), or an untrained one."""
+    """Folder of the trained adapter, or ORG/NAME[@REVISION] on the hub; without one, that of
+    the config (adapter.load), or an untrained one."""
     full_adapter: Folder | None = None
     """Folder of a plain LoRA trained on full context: the fair ceiling, a fourth system."""
     store: Folder | None = None
@@ -171,7 +172,7 @@ def _system(name: str, experiment: Experiment, options: Options) -> Any:
             options.full_adapter,
             _bare(model),
             method=build("full"),
-            base=config.model.source,
+            base=base_source(config),
             accept_quantised_base=accept,
         )
         text = f"{base['name']}, full context through the LoRA of {options.full_adapter}"

@@ -70,8 +70,14 @@ class Experiment:
     @property
     def base_name(self) -> str:
         """What to call the base model in files and messages."""
-        name = self.config.model.source or "from scratch"
+        name = base_source(self.config) or "from scratch"
         return f"{name} + {self.config.adapter.merge}" if self.config.adapter.merge else name
+
+
+def base_source(config: Config) -> str:
+    """Where the config's base comes from, with its revision; empty for one from scratch."""
+    model = config.model
+    return f"{model.source}@{model.revision}" if model.revision else model.source
 
 
 def build_method(config: Config) -> Method:
@@ -122,11 +128,11 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         shape = dataclasses.replace(stored.config, dropout=config.adapter.dropout)
     tokenizer = _tokenizer(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
-    source = config.model.source
+    source = base_source(config)
     if stored is not None and TRAINED_BASE in stored.extra:
         source = str(paths.of(f"{stored.source}/{stored.extra[TRAINED_BASE]}"))
     model = _base(config, source, shape, tokenizer, mesh)
-    on = {"base": config.model.source, "accept_quantised_base": config.adapter.accept_quantised_base}
+    on = {"base": base_source(config), "accept_quantised_base": config.adapter.accept_quantised_base}
     if config.adapter.merge:
         model = merge_adapter(config.adapter.merge, model, **on)
     if config.model.source and config.data.tokens > model.config.positions:
@@ -166,7 +172,7 @@ def _require_shape(stored: AdapterConfig, wanted: AdapterConfig, path: str) -> N
 def _tokenizer(config: Config) -> Any:
     if config.data.format == "recall":
         return None  # made of token ids
-    source = config.model.tokenizer or config.model.source
+    source = config.model.tokenizer or base_source(config)
     if source:
         from jax_ccm.weights import load_tokenizer
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_ccm import paths
 from jax_ccm.config import Config
 from jax_ccm.data.batches import TrainingSet
 from jax_ccm.errors import UserError
+from jax_ccm.experiment import base_source
 
 # Of a large file these are read: so many blocks of so many bytes at regular places, and more where they would lie
 # further apart than this. Files of up to 2 MiB are read whole; of 7B parameters each projection is hit several times.
@@ -27,18 +27,18 @@ def of_files(config: Config, base: str) -> dict[str, Any]:
     Returns:
       JSON values: config key -> file name -> size and digest.
     """
-    from jax_ccm.weights.sources import TOKENIZER_FILES, WEIGHT_FILES, locate
+    from jax_ccm.weights.sources import TOKENIZER_FILES, WEIGHT_FILES, locate, locate_adapter
 
     found = {}
     if base:
         found["model.source"] = _folder(Path(locate(base)), WEIGHT_FILES)
-    tokenizer = config.model.tokenizer or config.model.source
+    tokenizer = config.model.tokenizer or base_source(config)
     if tokenizer and config.data.format != "recall":
         path = Path(locate(tokenizer, TOKENIZER_FILES))
         found["model.tokenizer"] = _folder(path, [x for x in TOKENIZER_FILES if x != "config.json"])
     for key in ("merge", "load"):
         if folder := getattr(config.adapter, key):
-            found[f"adapter.{key}"] = _folder(paths.local(folder), ("*",))
+            found[f"adapter.{key}"] = _folder(locate_adapter(folder), ("*",))
     return found
 
 

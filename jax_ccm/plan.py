@@ -21,7 +21,7 @@ import tyro
 from jax_ccm import cli, sharding
 from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.errors import UserError
-from jax_ccm.experiment import build_method, scratch_model
+from jax_ccm.experiment import base_source, build_method, scratch_model
 from jax_ccm.nn import ModelConfig
 from jax_ccm.paths import Folder
 from jax_ccm.planning import ahead, chips, costs, measure, programs, report, sessions
@@ -178,7 +178,7 @@ def model_shape(config: Config, given: str = "") -> tuple[str, ModelConfig]:
             return "from scratch", scratch_model(config.model.scratch, 0)
         except ValueError as e:
             raise UserError(f"model.scratch: {e}") from e
-    source = given or config.model.source
+    source = given or base_source(config)
     known = SHAPES / source.rsplit("/", 1)[-1]
     return source, read_config(known if known.is_dir() else source, config.model.rope_length)
 

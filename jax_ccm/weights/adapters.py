@@ -29,6 +29,7 @@ from jax_ccm.weights import lora, peft, reference
 from jax_ccm.weights.folders import read_tensors, safetensors_bytes, write_folder
 from jax_ccm.weights.identity import check_base, check_method, describe_base
 from jax_ccm.weights.lora import COMP, Adapter
+from jax_ccm.weights.sources import locate_adapter
 
 Format = Literal["own", "peft", "reference"]
 FORMATS = ("own", "peft", "reference")
@@ -93,7 +94,7 @@ def read_adapter(path: str | Path, *, method: Method | None = None, format: Form
     """Reads an adapter of any format, without a model.
 
     Args:
-      path: the folder.
+      path: the folder, or a hub id, ``ORG/NAME`` or ``ORG/NAME@REVISION``.
       method: the method it is to serve. It is compared with what the files say, if they do; the reference's format
         cannot be read without it.
       format: None to tell from the files in the folder.
@@ -101,7 +102,7 @@ def read_adapter(path: str | Path, *, method: Method | None = None, format: Form
     Raises:
       UserError: for missing, damaged or unknown files, another method, or a feature that is not implemented.
     """
-    given, path = str(path), paths.local(path)
+    given, path = str(path), locate_adapter(path)
     format = format or detect_format(path)
     if format == "own":
         adapter = _read_own(path)
@@ -176,10 +177,7 @@ def detect_format(path: str | Path) -> Format:
     Raises:
       UserError: if it is no folder, or holds no adapter, or more than one.
     """
-    path = Path(path)
-    if not path.is_dir():
-        what = "a file, not a folder" if path.exists() else "not there"
-        raise UserError(f"adapter {str(path)!r} is {what}; give the folder that holds the adapter's files")
+    path = locate_adapter(path)
     there = lambda *names: any((path / name).is_file() for name in names)
     found: list[Format] = []
     if there(CONFIG_FILE, TENSOR_FILE):

