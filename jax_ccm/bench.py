@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm import cli, memory, processes, steps, training
+from jax_ccm import cli, processes, sharding, steps, training
 from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.errors import UserError
-from jax_ccm.evals import efficiency
+from jax_ccm.evals import efficiency, rivals
+from jax_ccm.evals.rivals import Rival
 from jax_ccm.experiment import Experiment, load_experiment
 from jax_ccm.generate import pays_apart
 from jax_ccm.layout import batch, measure
@@ -31,7 +32,7 @@ from jax_ccm.nn import Transformer
 from jax_ccm.parsing import parse_json
 from jax_ccm.paths import Folder
 from jax_ccm.sessions import Example, Segment
-from jax_ccm.types import Batch, Chunk, MemoryCache, Method
+from jax_ccm.types import Batch, Chunk, Kind, MemoryCache, Method
 
 COMMAND = "jax_ccm.bench"
 
@@ -40,11 +41,12 @@ COMMAND = "jax_ccm.bench"
 class Options:
     """Measures on this machine: a turn of a conversation after many others, compression, and training.
 
-    Full context, a window, and compressed memories (concatenated, with and without forgetting, and merged) keep the
-    same conversation. Each number is the median of repeated runs after a warm-up; within a round everything is run
-    once, one after the other, so that what disturbs one disturbs all. A conversation of 1,000 turns is not talked
-    through: the cache is put into the state in which it would be, and one turn is run. Weights do not matter, so no
-    adapter is asked for; the number of compression tokens, the sink and the memory capacity are those of the config.
+    Full context, a window, and the config's method keep the same conversation: a memory that grows with and without
+    forgetting, and beside CCM's own methods both ways to write, concatenated and merged. Each number is the median of
+    repeated runs after a warm-up; within a round everything is run once, one after the other, so that what disturbs one
+    disturbs all. A conversation of 1,000 turns is not talked through: the cache is put into the state in which it would
+    be, and one turn is run. Weights do not matter, so no adapter is asked for; the method with its options, the memory
+    capacity and the mesh are those of the config.
     Writes bench.json, turns.md, steps.md, sessions.md, plot.png, summary.json and config.yaml into the working
     directory.
     """
@@ -58,9 +60,10 @@ class Options:
     reply: int = 16
     """Tokens of an answer."""
     window: int = 256
-    """Newest text tokens that the sliding window keeps."""
+    """Newest text tokens that the sliding window keeps; a config whose method is a window has its own."""
     chunk: int = 128
-    """Tokens of the chunk that is compressed at once, and of a row in training."""
+    """Tokens of the chunk that is compressed at once (a method that cuts text itself has its own), and of a row in
+    training."""
     prefill: int = 512
     """Tokens of the text that is read at once."""
     rounds: int = 5
@@ -72,7 +75,8 @@ class Options:
     machine that others use too. On one core (taskset -c 0, XLA_FLAGS=--xla_cpu_multi_thread_eigen=false) of an idle
     machine they are the same."""
     memory_gib: float = 16.0
-    """Memory that weights, sessions and temporaries may take, for the number of sessions that fit; 0 leaves it out."""
+    """Memory of each device that weights, sessions and temporaries may take, for the number of sessions that fit; 0
+    leaves it out."""
     reference: Folder | None = None
     """A JSON file with figures of another implementation, which the table then shows beside ours."""
 
@@ -101,18 +105,32 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
     start = time.perf_counter()
     reference = _check(options)
     processes.refuse_several(devices=True)
-    experiment = load_experiment(config)
-    given = config.method.options()
-    rivals = efficiency.rivals(
-        comp_tokens=given.get("comp_tokens", 2),
-        sink=given.get("sink", True),
-        capacity=config.cache.memory_capacity,
-        window=options.window,
+    ways = rivals.rivals(
+        config.method.name, config.method.options(), capacity=config.cache.memory_capacity, window=options.window
     )
-    device = jax.devices()[0]
+    experiment = load_experiment(config)
+    if experiment.method.recurrent_only and options.train_rounds:
+        print(f"note: training is left out; method {experiment.method.name!r} runs only as a recurrence")
+        options = dataclasses.replace(options, train_rounds=0)
+    if options.train_rounds:
+        sharding.check_rows(experiment.mesh, "data.batch_size", config.data.batch_size)
+    with sharding.use(experiment.mesh):
+        results = _measure(experiment, ways, options, command)
+    if reference is not None:
+        results["reference"] = reference
+    results["seconds"] = round(time.perf_counter() - start, 1)
+    _write(config, options.workdir, results)
+    speed.print_tables(results)
+    print(f"results in {options.workdir / 'bench.json'}, picture in plot.png; {results['seconds']:.0f} s")
+    return results
+
+
+def _measure(experiment: Experiment, ways: list[Rival], options: Options, command: str) -> dict[str, Any]:
+    """All that is measured, and of what."""
+    config, device = experiment.config, jax.devices()[0]
     results: dict[str, Any] = {
         "command": command,
-        "title": f"{experiment.base_name.rsplit('/', 1)[-1]}, {config.model.dtype}, {_machine()}",
+        "title": f"{experiment.base_name.rsplit('/', 1)[-1]}, {config.model.dtype}, {_machine(experiment)}",
         "config": to_mapping(config),
         "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
         "versions": {
@@ -125,21 +143,16 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
         "load_average": round(os.getloadavg()[0], 2),
         "how": "each number is the median of repeated runs after warm-up; rivals take turns within a round. Turns: the "
         "cache is put into the state after so many turns and one turn is run; no 1,000 turns were talked through",
-        "rivals": {rival.name: rival.note for rival in rivals},
+        "rivals": {rival.name: rival.note for rival in ways},
+        "mesh": dict(experiment.mesh.shape),
         "weights_bytes": efficiency.weights_bytes(experiment.model),
         "kv_bytes_per_slot": experiment.model_config.kv_bytes_per_slot(jnp.dtype(config.model.dtype).itemsize),
     }
     apart = functools.cache(experiment.model.apart)
-    results["turns"] = [_turns(experiment, apart, rivals, options, turns) for turns in options.turns]
-    results |= _steps(experiment, apart, rivals, options)
+    results["turns"] = [_turns(experiment, apart, ways, options, turns) for turns in options.turns]
+    results |= _steps(experiment, apart, ways, options)
     if options.memory_gib:
-        results["sessions"] = _sessions(experiment, rivals, options)
-    if reference is not None:
-        results["reference"] = reference
-    results["seconds"] = round(time.perf_counter() - start, 1)
-    _write(config, options.workdir, results)
-    speed.print_tables(results)
-    print(f"results in {options.workdir / 'bench.json'}, picture in plot.png; {results['seconds']:.0f} s")
+        results["sessions"] = _sessions(experiment, ways, options)
     return results
 
 
@@ -175,23 +188,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _machine() -> str:
-    device = jax.devices()[0]
-    return f"{_cores()} CPU cores" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
+def _machine(experiment: Experiment) -> str:
+    cores = f", {_cores()} CPU cores" if jax.default_backend() == "cpu" else ""
+    one = jax.default_backend() == "cpu" and experiment.mesh.size == 1
+    return cores.removeprefix(", ") if one else sharding.describe(experiment.mesh) + cores
 
 
 def _turns(
     experiment: Experiment,
     apart: Callable[[], Transformer],
-    rivals: list[efficiency.Rival],
+    ways: list[Rival],
     options: Options,
     turns: int,
 ) -> dict[str, Any]:
     """A turn after so many, for each rival."""
-    found: dict[str, dict[str, list[efficiency.Sample]]] = {rival.name: {} for rival in rivals}
+    found: dict[str, dict[str, list[efficiency.Sample]]] = {rival.name: {} for rival in ways}
     conversations = [
         efficiency.Conversation(experiment.model, apart, rival, turns=turns, prompt=options.prompt, reply=options.reply)
-        for rival in rivals
+        for rival in ways
     ]
     for _ in range(options.rounds):
         for conversation in conversations:
@@ -214,18 +228,20 @@ def _turns(
 
 
 def _steps(
-    experiment: Experiment, apart: Callable[[], Transformer], rivals: list[efficiency.Rival], options: Options
+    experiment: Experiment, apart: Callable[[], Transformer], ways: list[Rival], options: Options
 ) -> dict[str, Any]:
-    """The machine's rates, and single steps measured against them."""
-    model, shape = experiment.model, experiment.model_config
+    """The machine's rates, and single steps of the config's method measured against them."""
+    model, shape, devices = experiment.model, experiment.model_config, experiment.mesh.size
     dtype = jnp.dtype(experiment.config.model.dtype)
     product, product_flops = efficiency.matrix_product(dtype)
     read, read_bytes = efficiency.reading()
-    concat = next(rival for rival in rivals if rival.name == "concat, evicting")
-    chunk, count = options.chunk, options.prefill
+    # With the capacity of the config, if its memory grows.
+    own = rivals.of(ways, experiment.method)
+    method = own.method
+    chunk, count = method.chunk or options.chunk, options.prefill
     calls: dict[str, Callable[[], Any]] = {"matrix product": product, "reading": read}
     work = {"matrix product": product_flops}
-    tokens = {"prefill": count, "compress_step": chunk, "decode": options.reply}
+    tokens = {"prefill": count}
 
     row = _example(shape.vocab_size, [count])
     text = batch(build("full"), [row], measure(build("full"), row), shape.vocab_size)
@@ -234,16 +250,13 @@ def _steps(
     calls["prefill"] = lambda: forward(model, text)
     work["prefill"] = efficiency.forward_flops(shape, count, count * (count + 1) // 2, 1)
 
-    slots = concat.memory or 0
-    cache = memory.init_cache(
-        model,
-        concat.method,
-        1,
-        memory_capacity=slots,
-        raw_capacity=max(chunk, options.reply),
-        overflow="evict",
-    )
-    past = slots // max(concat.method.slots_per_chunk, 1)
+    # As many turns as fill the memory; without one, as many as are read at once.
+    written, recent = method.memory_slots(1, chunk), rivals.kept_text(method, 99, chunk) // chunk if own.memory else 0
+    past = (own.memory or written) // written + recent if written else max(count // chunk, 1)
+    cache = own.cache(model, 1, turns=past, turn=max(chunk, options.reply))
+    state = dict(turns=past, turn=chunk, capacity=cache.memory_capacity)
+    live = rivals.slots_after(method, past, chunk, cache.memory_capacity).kind
+    slots = int((live == Kind.MEMORY).sum()) if method.remembers else len(live)
     states = {}
 
     def kept(name: str, call: Callable[[MemoryCache], MemoryCache]) -> None:
@@ -251,23 +264,26 @@ def _steps(
         states[name] = jax.tree.map(jnp.copy, cache)
 
         def run() -> MemoryCache:
-            states[name] = call(efficiency.fill(states[name], concat.method, turns=past, turn=chunk))
+            states[name] = call(rivals.fill(states[name], method, turns=past, turn=chunk))
             return states[name]
 
         calls[name] = run
 
-    piece = Chunk(np.ones((1, chunk), np.int32), np.ones((1, chunk), bool))
-    compress = jax.jit(steps.compress_step, static_argnames="method", donate_argnames="cache")
-    kept("compress_step", lambda cache: compress(model, cache, piece, method=concat.method))
-    seen = chunk * (chunk + 1) // 2 + chunk * slots
-    work["compress_step"] = efficiency.forward_flops(shape, chunk + concat.method.slots_per_chunk, seen, 1)
+    if method.remembers:
+        piece = Chunk(np.ones((1, chunk), np.int32), np.ones((1, chunk), bool))
+        compress = efficiency.read_and_close
+        kept("compress_step", lambda cache: compress(model, cache, piece, method=method))
+        seen = efficiency.seen_pairs(method, **state, text=chunk, kind=Kind.TEXT, closing=True)
+        work["compress_step"] = efficiency.forward_flops(shape, chunk + len(method.closes), seen, 1)
+        tokens["compress_step"] = chunk
 
     first = jnp.ones((1,), jnp.int32)
     decoder = apart() if pays_apart(model, cache) else model
-    answer = lambda cache: efficiency.answer(decoder, cache, first, length=options.reply, method=concat.method)[0]
+    answer = lambda cache: efficiency.answer(decoder, cache, first, length=options.reply, method=method)[0]
     kept("decode", answer)
-    seen = options.reply * slots + options.reply * (options.reply + 1) // 2
+    seen = efficiency.seen_pairs(method, **state, text=options.reply, kind=Kind.QUERY, closing=False)
     work["decode"] = efficiency.forward_flops(shape, options.reply, seen, options.reply)
+    tokens["decode"] = options.reply
 
     seconds = {}
     for name, call in calls.items():
@@ -279,7 +295,7 @@ def _steps(
     beside = dict.fromkeys(tokens, found["matrix product"])
     if options.train_rounds:
         start = time.perf_counter()
-        step, sizes, work["train"] = _training(experiment, chunk)
+        step, sizes, work["train"] = _training(experiment, options.chunk)
         step()
         seconds["train"] = round(time.perf_counter() - start, 2)
         samples = efficiency.interleaved({"matrix product": product, "train": step}, options.train_rounds)
@@ -287,21 +303,22 @@ def _steps(
         beside["train"] = efficiency.summary(samples["matrix product"], options.clock)
         tokens["train"] = sizes["tokens"]
     machine = {
-        "flops_per_second": product_flops / found["matrix product"]["seconds"],
-        "read_bytes_per_second": read_bytes / found["reading"]["seconds"],
+        "flops_per_second": devices * product_flops / found["matrix product"]["seconds"],
+        "read_bytes_per_second": devices * read_bytes / found["reading"]["seconds"],
     }
     rows: dict[str, Any] = {}
     for name, count in tokens.items():
         taken = found[name]["seconds"]
-        # Of the rate that the matrix product reached in the same rounds.
-        share = work[name] / product_flops * beside[name]["seconds"] / taken
+        # Of the rate that the matrix product reached in the same rounds, on one device, times their number.
+        share = work[name] / (devices * product_flops) * beside[name]["seconds"] / taken
         rows[name] = found[name] | {
             "tokens": count, "tokens_per_second": count / taken, "flops": work[name], "of_matrix_rate": share,
             "compile_seconds": seconds[name],
         }  # fmt: skip
     reading = _read_bytes(experiment) / machine["read_bytes_per_second"]
     rows["decode"]["times_reading_weights"] = rows["decode"]["seconds"] / options.reply / reading
-    rows["compress_step"]["memory_slots"] = rows["decode"]["memory_slots"] = slots
+    for name in {"compress_step", "decode"} & set(rows):
+        rows[name]["memory_slots"] = slots
     if options.train_rounds:
         rows["train"] |= sizes
     return {"machine": machine, "steps": rows}
@@ -333,10 +350,12 @@ def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], d
     made = batch(method, [row] * config.data.batch_size, sizes, shape.vocab_size)
     graphdef, params, frozen = training.split(experiment.model, config.train.trainable)
     optimizer = training.make_optimizer(config.optimizer, training.make_schedule(config.optimizer, 100))
-    step = training.make_step(config, graphdef, method, optimizer)
-    batches: Batch = jax.tree.map(lambda x: np.asarray(x)[None], made)
+    init = lambda params: training.init_state(params, optimizer)
+    places = sharding.parameter_shardings(experiment.mesh, jax.eval_shape(init, params), shape)
+    step = training.make_step(config, graphdef, method, optimizer, (places, sharding.replicated(experiment.mesh)))
+    batches: Batch = sharding.place(experiment.mesh, jax.tree.map(lambda x: np.asarray(x)[None], made), leading=1)
     # A copy: the step is given its state for good, and the model's arrays are still needed.
-    state = [jax.tree.map(jnp.copy, training.init_state(params, optimizer))]
+    state = [jax.tree.map(jnp.copy, jax.jit(init, out_shardings=places)(params))]
     key = jax.random.key(0)
     # Ahead of time, as in training: an executable cannot be compiled again while it is measured.
     compiled = step.lower(state[0], frozen, batches, key).compile()
@@ -366,16 +385,12 @@ def _pairs(method: Method, made: Batch) -> int:
     return int(own + visible(method.rule, first(made.slots), first(made.memory.slots)).sum())
 
 
-def _sessions(experiment: Experiment, rivals: list[efficiency.Rival], options: Options) -> dict[str, Any]:
+def _sessions(experiment: Experiment, ways: list[Rival], options: Options) -> dict[str, Any]:
     """How many sessions fit, for each rival."""
     budget = int(options.memory_gib * 2**30)
     turn = options.prompt + options.reply
-    found = {
-        rival.name: efficiency.most_sessions(
-            experiment.model, rival, budget, turns=options.turns[-1], turn=turn, prompt=options.prompt
-        )
-        for rival in rivals
-    }
+    sizes = dict(turns=options.turns[-1], turn=turn, prompt=options.prompt, mesh=experiment.mesh)
+    found = {rival.name: efficiency.most_sessions(experiment.model, rival, budget, **sizes) for rival in ways}
     return {"budget_bytes": budget, "turns": options.turns[-1], "systems": found}
 
 

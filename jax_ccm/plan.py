@@ -18,13 +18,14 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from jax_ccm import cli, sharding
+from jax_ccm import cli, layout, sharding
 from jax_ccm.config import Config, save_config, to_mapping
 from jax_ccm.errors import UserError
 from jax_ccm.experiment import base_source, build_method, scratch_model
 from jax_ccm.nn import ModelConfig
 from jax_ccm.paths import Folder
 from jax_ccm.planning import ahead, chips, costs, measure, programs, report, sessions
+from jax_ccm.training import check_spread
 
 COMMAND = "jax_ccm.plan"
 SHAPES = Path(__file__).parent / "planning" / "shapes"
@@ -36,8 +37,9 @@ class Options:
 
     No weights are read: shapes are enough. Reported are memory of each chip by kind, collectives and their bytes, work
     by formula and the time that peak rates allow, the largest micro-batch, and the largest number of live sessions for
-    full context, CCM-concat and CCM-merge side by side. Nothing is run. Writes plan.json, table.md, plot.png and
-    config.yaml into the working directory. Any key of the config can be overridden, as in `--mesh.fsdp 16`.
+    full context and the config's method side by side (of CCM's own, both concat and merge). Nothing is run. Writes
+    plan.json, table.md, plot.png and config.yaml into the working directory. Any key of the config can be overridden,
+    as in `--mesh.fsdp 16`.
 
     Two other forms, each with a --help of its own: `plan kernels FILE.json [TARGET ...]` compiles the kernels alone for
     TPUs and GPUs; `plan overview DIR` makes one table of the plans in a folder.
@@ -66,7 +68,7 @@ class Kernels:
     beside the file. Targets that are not named keep what stands there, if the same jax wrote it.
     """
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Folder, tyro.conf.Positional]
     """The JSON file to write, such as results/kernels/tpu.json."""
     targets: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """v4, v5e, v5p, v6e, 7x, h100, a100; none for all TPUs."""
@@ -76,7 +78,7 @@ class Kernels:
 class Overview:
     """Makes one table, overview.md, of all plans (*.json) of a folder: each the plan.json of a run, renamed."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Folder, tyro.conf.Positional]
     """The folder, such as results/plan."""
 
 
@@ -186,14 +188,18 @@ def model_shape(config: Config, given: str = "") -> tuple[str, ModelConfig]:
 def training(
     config: Config, shape: ModelConfig, devices: Any, chip: chips.Chip, *, find_largest: bool
 ) -> dict[str, Any]:
-    """The training step with the config's global batch in the smallest micro-batches, and in the largest that fit."""
+    """The training step in the config's micro-batches, and in the largest that fit and make up the same global batch.
+
+    Raises:
+      UserError: for what `jax_ccm.train` refuses on such a mesh, too.
+    """
+    method = build_method(config)
+    layout.require_parallel(method)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
     sharding.check(mesh, shape)
-    sharding.check_tokens(mesh, "data.tokens", config.data.tokens)
-    method = build_method(config)
-    shares = sharding.row_shares(mesh)
-    batch = config.data.batch_size * config.optimizer.accumulation
-    sharding.check_rows(mesh, "data.batch_size x optimizer.accumulation", batch)
+    check_spread(config, mesh)
+    shares, smallest = sharding.row_shares(mesh), config.data.batch_size
+    batch = smallest * config.optimizer.accumulation
     print(f"training: {sharding.describe(mesh)}, global batch {batch}")
 
     def entry(rows: int, found: measure.Need) -> dict[str, Any]:
@@ -210,7 +216,6 @@ def training(
         _say(f"training step of {rows} rows: {found.bytes / 2**30:.2f} GiB, {'fits' if found.fits else 'does not fit'}")
         return found
 
-    smallest = max(shares, config.data.batch_size // shares * shares)
     first = needs(smallest)
     made = {"step": entry(smallest, first)}
     if find_largest and first.fits:

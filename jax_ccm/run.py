@@ -70,7 +70,7 @@ class Run:
     def _prepare(self, stored: dict[str, Any] | None, accept_changes: bool) -> None:
         """Opens the data, and places what is trained: fresh, or from the newest checkpoint."""
         config = self.config
-        self._check_spread()
+        training.check_spread(config, self.experiment.mesh)
         self._describe()
         train, self.validation = self._open_data(self.experiment)
         changed: list[str] = []
@@ -335,12 +335,6 @@ class Run:
     def _rows(self) -> list[int]:
         """The rows of each global batch that this process reads."""
         return sharding.process_rows(self.experiment.mesh, self.config.data.batch_size).tolist()
-
-    def _check_spread(self) -> None:
-        data, mesh = self.config.data, self.experiment.mesh
-        sharding.check_rows(mesh, "data.batch_size", data.batch_size)
-        for tokens in (data.tokens, *data.buckets):
-            sharding.check_tokens(mesh, "data.buckets" if tokens in data.buckets else "data.tokens", tokens)
 
     def _describe(self) -> None:
         config, experiment = self.config, self.experiment

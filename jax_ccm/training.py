@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jax_ccm import sharding
 from jax_ccm.config import Config, OptimizerConfig
 from jax_ccm.losses import mean_loss, repeated, scored_losses
 from jax_ccm.nn.transformer import Transformer
@@ -55,6 +56,18 @@ def _decayed(params: Tree) -> Tree:
 def init_state(params: Tree, optimizer: optax.GradientTransformation) -> dict[str, Tree]:
     """What a step changes: ``{"params", "optimizer", "step"}``."""
     return {"params": params, "optimizer": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def check_spread(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses rows and tokens of a micro-batch that do not spread evenly over a mesh.
+
+    Raises:
+      UserError: naming the config key.
+    """
+    data = config.data
+    sharding.check_rows(mesh, "data.batch_size", data.batch_size)
+    for tokens in (data.tokens, *data.buckets):
+        sharding.check_tokens(mesh, "data.buckets" if tokens in data.buckets else "data.tokens", tokens)
 
 
 def make_step(

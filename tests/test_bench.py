@@ -11,40 +11,39 @@ import numpy as np
 import pytest
 import yaml
 
-from jax_ccm import bench, cli, steps
+from jax_ccm import bench, cli
 from jax_ccm.bench import Options
 from jax_ccm.config import load_config
-from jax_ccm.evals import efficiency, speed
-from jax_ccm.types import Chunk, Kind
+from jax_ccm.evals import efficiency, rivals, speed
+from jax_ccm.methods import build
+from jax_ccm.types import Kind
 from tests import cases
 
 TURN = 6
-RIVALS = efficiency.rivals(comp_tokens=2, sink=True, capacity=6, window=9)
+RIVALS = rivals.rivals("ccm_merge", dict(comp_tokens=2, sink=True), capacity=6, window=9)
 
 
-@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
-def test_the_state_after_many_turns_is_the_one_that_they_leave(rival):
-    turns, model = 5, cases.model(tokens=2, num_layers=1)
-    empty = rival.cache(model, 1, turns=turns, turn=TURN)
-    step = jax.jit(steps.compress_step, static_argnames="method")
-    cache = empty
-    for _ in range(turns):
-        cache = step(model, cache, Chunk(np.ones((1, TURN), np.int32), np.ones((1, TURN), bool)), method=rival.method)
-    filled = efficiency.fill(empty, rival.method, turns=turns, turn=TURN)
-    assert int(filled.tokens[0]) == turns * TURN and int(cache.lost[0]) == 0
-    for ours, real in zip(jax.tree.leaves(filled), jax.tree.leaves(cache), strict=True):
-        if ours.dtype == jnp.int32:
-            np.testing.assert_array_equal(ours, real)
-    # There is room for one more turn.
-    raw = np.isin(np.asarray(filled.slots.kind), (Kind.TEXT, Kind.QUERY)).sum()
-    assert raw + TURN <= filled.k.shape[2] - filled.memory_capacity
+@pytest.mark.parametrize(
+    ("name", "options"), [("ccm_concat", dict(independent=True)), ("loma", dict(ratio=2, memory_tokens=2))], ids=str
+)
+def test_a_turn_that_is_run_leaves_the_state_of_one_turn_more(name, options):
+    """Also where a turn is read once more to be closed, and where the method cuts text itself."""
+    rival = rivals.of(rivals.rivals(name, options, capacity=6, window=9), build(name, **options))
+    model = cases.model(tokens=rival.method.rows, num_layers=1)
+    session = efficiency.Conversation(model, lambda: model, rival, turns=3, prompt=4, reply=TURN - 4)
+    left, expected = session.cache, rivals.fill(session.cache, rival.method, turns=4, turn=TURN)
+    for field in ("kind", "segment", "index", "position"):
+        ours, real = (np.asarray(getattr(x.slots, field)) for x in (left, expected))
+        # Text that is still open was read as a question and an answer.
+        np.testing.assert_array_equal(np.where(ours == Kind.QUERY, Kind.TEXT, ours) if field == "kind" else ours, real)
+    assert int(left.chunks[0]) == int(expected.chunks[0]) and int(left.tokens[0]) == 4 * TURN
 
 
 def test_needed_flops_are_those_of_the_program():
     """Of one layer, since XLA counts the body of a scan once."""
     config = dataclasses.replace(cases.CONFIG, num_layers=1, hidden_size=64, intermediate_size=256)
     model, length = cases.model(config=config), 4
-    slots = jax.tree.map(jnp.asarray, efficiency.slots_after(RIVALS[0].method, 1, length, 0).map(lambda x: x[None]))
+    slots = jax.tree.map(jnp.asarray, rivals.slots_after(RIVALS[0].method, 1, length, 0).map(lambda x: x[None]))
     run = jax.jit(lambda model, x: model.logits(model(x, slots, None, rule=RIVALS[0].method.rule)[0]))
     counted = run.lower(model, jnp.ones((1, length), jnp.int32)).compile().cost_analysis()["flops"]
     # The program also computes the pairs that nobody sees, and what is not a matrix product.
@@ -128,6 +127,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         "nothing.json cannot be used": ("--reference", str(tmp_path / "nothing.json")),
         "bad.json cannot be used": ("--reference", str(tmp_path / "bad.json")),
         "--workdir": ("--workdir", str(tmp_path / "c.yaml")),
+        "Set method.online: true": ("--method.name", "gist"),
     }
     for text, argv in cases_of.items():
         argv = argv if "--workdir" in argv else ("--workdir", str(tmp_path / "out"), *argv)

@@ -40,7 +40,21 @@ ALLOWED = {
     "generate": CORE | {"closing", "memory", "nn", "steps"},
     "weights": CORE | {"paths", "processes", "describe", "nn", "methods", "sharding"},
     "data": CORE | {"layout", "paths", "sessions"},
-    "evals": CORE | {"sessions", "layout", "memory", "nn", "steps", "losses", "generate", "data", "methods", "paths"},
+    "evals": CORE
+    | {
+        "sessions",
+        "layout",
+        "memory",
+        "nn",
+        "steps",
+        "losses",
+        "closing",
+        "sharding",
+        "generate",
+        "data",
+        "methods",
+        "paths",
+    },
 }
 EXTERNAL = {"methods": {"jax", "flax"}, "data": {"jax", "flax"}}
 

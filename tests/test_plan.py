@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -83,11 +84,34 @@ def test_tables():
     assert "| merge, a token, after 16 chunks of 50, 32 raw | 9,000 | 15.00 GiB | 17.5 ms |" in table
     assert "| 16 chunks of 50 | 32 | 500 | 2,600 (5.2 x) | 9,000 (18.0 x) |" in table
     overview = report.overview([made]).splitlines()
+    # Other methods have columns of their own.
+    other = {"setting": talk["setting"], "systems": {"full": {"sessions": 500}, "loma": {"sessions": 1000}}}
+    both = report.overview([made, made | {"sessions": [other]}]).splitlines()
+    assert both[0].endswith("| full context | concat | merge | loma |")
+    assert both[2].endswith("| 500 | 2,600 (5.2 x) | 9,000 (18.0 x) | - |")
     # Apart or together: the same lines.
     apart = [{key: value for key, value in made.items() if key != part} for part in ("sessions", "training")]
     assert report.overview(apart).splitlines() == overview
     assert len(overview) == 4 and "M, v5e:4x4 | 16 rows x 8 of 1,152 tokens: 5.0 of 16 GiB, too much" in overview[2]
     assert overview[3].startswith("|  |  |  | 16 chunks of 50, 32 raw |")
+
+
+def test_rows_that_training_refuses_are_not_planned(monkeypatch):
+    """A micro-batch of two rows over four devices, however many are accumulated; and what has no parallel form."""
+    monkeypatch.setattr(measure, "need", lambda *_: pytest.fail("something was compiled"))
+    _, shape = plan.model_shape(from_mapping(TINY))
+    run = lambda **changes: plan.training(
+        from_mapping(TINY | changes), shape, jax.devices()[:1] * 4, chips.CHIPS["v5e"], find_largest=False
+    )
+    monkeypatch.setattr(
+        jax, "make_mesh", lambda shape, names, **_: SimpleNamespace(shape=dict(zip(names, shape, strict=True)), size=4)
+    )
+    with pytest.raises(UserError, match="data.batch_size is 2, but rows are spread over .* = 4 devices"):
+        run(data={**TINY["data"], "batch_size": 2}, optimizer={"accumulation": 8})
+    with pytest.raises(UserError, match="data.tokens is 62, but the tokens of a row are spread"):
+        run(data={**TINY["data"], "tokens": 62}, mesh={"context": 4})
+    with pytest.raises(UserError, match="has no parallel form"):
+        run(method={"name": "evict"})
 
 
 @pytest.mark.skipif(gpus.missing() is None, reason="the compiler for GPUs is installed")

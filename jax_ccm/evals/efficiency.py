@@ -17,110 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm import memory, steps
+from jax_ccm import sharding, steps
+from jax_ccm.closing import close_due, policy, prefill
+from jax_ccm.evals.rivals import Rival, closes_turns, fill, slots_after
 from jax_ccm.generate import pays_apart
-from jax_ccm.layout import reachable
-from jax_ccm.methods import build
+from jax_ccm.layout import visible
 from jax_ccm.nn.config import ModelConfig
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.types import Chunk, Kind, MemoryCache, Method, Slots
 
 Clock = Literal["wall", "cpu"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rival:
-    """A way to keep a conversation.
-
-    Attributes:
-      name: what tables and plots call it.
-      method: what is run.
-      note: what is kept, for people.
-      memory: memory slots that there is room for; None for those of all turns.
-      text: text tokens that are kept of closed turns; None for all, and then nothing is run to close a turn.
-    """
-
-    name: str
-    method: Method
-    note: str
-    memory: int | None = 0
-    text: int | None = 0
-
-    def cache(self, model: Transformer, batch: int, *, turns: int, turn: int) -> MemoryCache:
-        """An empty cache with room for ``turns`` closed turns of ``turn`` tokens and an open one."""
-        kept = turns * turn if self.text is None else self.text
-        return memory.init_cache(
-            model,
-            self.method,
-            batch,
-            memory_capacity=self.method.memory_slots(turns + 1) if self.memory is None else self.memory,
-            raw_capacity=kept + turn,
-            overflow="evict",
-        )
-
-
-def rivals(*, comp_tokens: int, sink: bool, capacity: int, window: int) -> list[Rival]:
-    """Full context and what bounds it.
-
-    Args:
-      comp_tokens: of a chunk.
-      sink: whether the memories and the window keep the session's first token.
-      capacity: memory slots of the concatenated memory that forgets its oldest.
-      window: newest text tokens that the window keeps.
-    """
-    capacity = max(capacity, comp_tokens)
-    concat = build("ccm_concat", comp_tokens=comp_tokens, sink=sink)
-    slots = f"{comp_tokens} slot{'s' * (comp_tokens != 1)}"
-    return [
-        Rival("full", build("full"), "all text", text=None),
-        Rival("window", build("window", size=window, sink=sink), f"the newest {window} tokens of text", text=window),
-        Rival("concat", concat, f"{slots} a turn, all kept", memory=None),
-        Rival("concat, evicting", concat, f"{slots} a turn, the newest {capacity} slots", memory=capacity),
-        Rival("merge", build("ccm_merge", comp_tokens=comp_tokens, sink=sink), f"{slots} in all", memory=comp_tokens),
-    ]
-
-
-def slots_after(method: Method, turns: int, turn: int, capacity: int) -> Slots:
-    """The live slots of a session after closed turns of equal length, numpy ``int32 [S]`` each, in order.
-
-    Args:
-      method: the compression method.
-      turns: closed turns.
-      turn: tokens of each.
-      capacity: memory slots that there is room for; the oldest are gone.
-    """
-    place = np.arange(turns * turn)
-    kind = np.where(place < method.sink, int(Kind.SINK), int(Kind.TEXT))
-    parts = [Slots(kind, place // turn, place, place)]
-    begin = np.arange(turns) * turn
-    for token in method.closes:
-        if token.kind in method.writes:
-            position = (begin if token.from_begin else begin + turn) + token.offset
-            written = np.full(turns, int(Kind.MEMORY))
-            parts.append(Slots(written, np.arange(turns), begin + turn - 1, np.maximum(position, 0)))
-    join = lambda *arrays: np.concatenate(arrays).astype(np.int32)
-    found = jax.tree.map(join, *parts)
-    rows = found.map(lambda x: x[None])
-    kept = reachable(method.rule, rows, np.array([turns]), np.array([turns * turn]))[0]
-    order = np.argsort(found.index, kind="stable")
-    found = found.map(lambda x: x[order][kept[order]])
-    is_memory = found.kind == Kind.MEMORY
-    old = is_memory & (np.cumsum(is_memory) <= is_memory.sum() - capacity)
-    return found.map(lambda x: x[~old])
-
-
-def fill(cache: MemoryCache, method: Method, *, turns: int, turn: int) -> MemoryCache:
-    """The cache as ``turns`` closed turns leave it, except the numbers in its keys and values, which stay."""
-    live = slots_after(method, turns, turn, cache.memory_capacity)
-    batch, size = cache.slots.kind.shape
-    whole = lambda x, *shape: jax.device_put(np.broadcast_to(np.asarray(x, np.int32), (batch, *shape)))
-    return dataclasses.replace(
-        cache,
-        slots=live.map(lambda x: whole(np.pad(x, (0, size - len(x))), size)),
-        tokens=whole(turns * turn),
-        chunks=whole(turns),
-        lost=whole(0),
-    )
 
 
 # What a turn consists of. The cache is donated, as in a server that owns it.
@@ -129,24 +35,34 @@ def fill(cache: MemoryCache, method: Method, *, turns: int, turn: int) -> Memory
 @functools.partial(jax.jit, static_argnames="method", donate_argnames="cache")
 def ask(model: Transformer, cache: MemoryCache, prompt: Chunk, *, method: Method):
     """Reads the question; returns the cache and the first token of the answer, ``int32 [B]``."""
-    cache, _ = steps.read(model, cache, prompt, method=method, query=True)
+    cache = prefill(model, cache, prompt, method=method, query=True)
     return cache, jnp.argmax(cache.logits, axis=-1).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "length"), donate_argnames="cache")
 def answer(model: Transformer, cache: MemoryCache, token, *, length: int, method: Method):
     """Reads ``length`` tokens one by one, each the most likely one after those before."""
+    closing, query = policy(method, None, query=True)
 
     def step(carry, _):
         cache, token = carry
-        piece = Chunk(token[:, None], jnp.ones((token.shape[0], 1), bool))
-        cache, _ = steps.read(model, cache, piece, method=method, query=True)
+        every = jnp.ones((token.shape[0],), bool)
+        cache, _ = steps.read(model, cache, Chunk(token[:, None], every[:, None]), method=method, query=query)
+        cache = close_due(model, cache, token, every, method=method, closing=closing)
         return (cache, jnp.argmax(cache.logits, axis=-1).astype(jnp.int32)), None
 
     return jax.lax.scan(step, (cache, token), length=length)[0]
 
 
 close = jax.jit(steps.compress, static_argnames="method", donate_argnames="cache")
+read_and_close = jax.jit(steps.compress_step, static_argnames="method", donate_argnames="cache")
+
+
+def reads_again(method: Method) -> bool:
+    """Whether a turn is read once more, as context, to be closed: its chunks see less than its answers do."""
+    if method.chunk or not method.remembers:
+        return False
+    return Kind.QUERY not in method.compresses or not method.sees_memory_in_context
 
 
 class Conversation:
@@ -177,7 +93,8 @@ class Conversation:
         cache = rival.cache(model, 1, turns=turns, turn=self.turn)
         self.cache = cache
         self.decoder = apart() if pays_apart(model, cache) else model
-        self.prompt = Chunk(np.ones((1, prompt), np.int32), np.ones((1, prompt), bool))
+        piece = lambda size: Chunk(np.ones((1, size), np.int32), np.ones((1, size), bool))
+        self.prompt, self.whole = piece(prompt), piece(self.turn)
         self.bytes = cache.nbytes
         self.slots = len(slots_after(rival.method, turns, self.turn, cache.memory_capacity).kind)
         start = time.perf_counter()
@@ -191,12 +108,16 @@ class Conversation:
           What "first token", "token" (each further one) and "close" took.
         """
         method = self.rival.method
-        cache = fill(self.cache, method, turns=self.turns, turn=self.turn)
-        jax.block_until_ready(cache)
+        before = lambda cache: jax.block_until_ready(fill(cache, method, turns=self.turns, turn=self.turn))
+        cache = before(self.cache)
         first, (cache, token) = timed(lambda: ask(self.model, cache, self.prompt, method=method))
         rest, (cache, _) = timed(lambda: answer(self.decoder, cache, token, length=self.reply, method=method))
         closing = Sample(0.0, 0.0)
-        if self.rival.text is not None or method.closes:
+        if reads_again(method):
+            # Reading has only added behind what was there.
+            cache = before(cache)
+            closing, cache = timed(lambda: read_and_close(self.model, cache, self.whole, method=method))
+        elif closes_turns(method) and not method.chunk:
             closing, cache = timed(lambda: close(self.model, cache, method=method))
         self.cache = cache
         return {"first token": first, "token": rest / self.reply, "close": closing}
@@ -281,6 +202,30 @@ def forward_flops(config: ModelConfig, tokens: int, pairs: int, scored: int) -> 
     return 2.0 * linear_parameters(config) * tokens + attention + 2.0 * config.vocab_size * config.hidden_size * scored
 
 
+def seen_pairs(method: Method, *, turns: int, turn: int, capacity: int, text: int, kind: Kind, closing: bool) -> int:
+    """Pairs of a query and a key that it sees, where a session reads text.
+
+    Args:
+      method: the compression method.
+      turns: closed turns before.
+      turn: tokens of each.
+      capacity: memory slots that there is room for.
+      text: tokens that are read.
+      kind: of the text.
+      closing: whether they are closed, too.
+    """
+    before, total = slots_after(method, turns, turn, capacity), turns * turn
+    place = np.arange(text) + total
+    parts = [Slots(np.full(text, int(kind)), np.full(text, turns), place, place)]
+    for number, token in enumerate(method.closes if closing else ()):
+        one = lambda x: np.array([x])
+        position = (total if token.from_begin else total + text) + token.offset
+        parts.append(Slots(one(int(token.kind)), one(turns), one(total + text + number), one(position)))
+    queries = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    keys = jax.tree.map(lambda *x: np.concatenate(x), before, queries)
+    return int(visible(method.rule, queries, keys).sum())
+
+
 # Memory.
 
 
@@ -296,32 +241,48 @@ def compiled_bytes(compiled: Any) -> int:
     return whole - sizes.alias_size_in_bytes
 
 
-def most_sessions(model: Transformer, rival: Rival, budget: int, *, turns: int, turn: int, prompt: int) -> dict:
+def most_sessions(
+    model: Transformer,
+    rival: Rival,
+    budget: int,
+    *,
+    turns: int,
+    turn: int,
+    prompt: int,
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict:
     """The largest batch of sessions whose question can be read within so many bytes, as compiled (nothing is run).
 
     Args:
       model: the decoder.
       rival: how the conversations are kept.
-      budget: bytes for weights, sessions and temporaries together.
+      budget: bytes of each device for weights, sessions and temporaries together.
       turns: closed turns of each session.
       turn: tokens of each.
       prompt: tokens of the question.
+      mesh: the devices that sessions and weights are spread over, in use; None for one.
 
     Returns:
-      ``sessions``; the ``bytes`` that this many need; ``bytes_per_session`` at the margin.
+      ``sessions``; the ``bytes`` that this many need; ``bytes_per_session`` at the margin. Bytes are those of a
+      device.
     """
+    step = 1 if mesh is None else sharding.row_shares(mesh)
 
-    def needed(batch: int) -> int:
+    def needed(count: int) -> int:
+        batch = count * step
         cache = jax.eval_shape(lambda: rival.cache(model, batch, turns=turns, turn=turn))
+        if mesh is not None and mesh.size > 1:
+            on = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+            cache = jax.tree.map(on, cache, sharding.cache_shardings(mesh, cache))
         shape = lambda dtype: jax.ShapeDtypeStruct((batch, prompt), dtype)
         lowered = ask.lower(model, cache, Chunk(shape(jnp.int32), shape(bool)), method=rival.method)
         return compiled_bytes(lowered.compile())
 
     # Bytes are nearly linear in the batch: a line through two sizes leads to a third, which is then looked at itself.
-    sizes = {batch: needed(batch) for batch in (1, 5)}
+    sizes = {count: needed(count) for count in (1, 5)}
     slope = (sizes[5] - sizes[1]) / 4
     for _ in range(4):
-        fits, over = ([b for b, size in sizes.items() if (size <= budget) == side] for side in (True, False))
+        fits, over = ([n for n, size in sizes.items() if (size <= budget) == side] for side in (True, False))
         if not fits:
             break
         low = max(fits)
@@ -331,5 +292,5 @@ def most_sessions(model: Transformer, rival: Rival, budget: int, *, turns: int, 
         if guess in sizes:
             break
         sizes[guess] = needed(guess)
-    best = max((batch for batch, size in sizes.items() if size <= budget), default=0)
-    return {"sessions": best, "bytes": sizes.get(best, sizes[1]), "bytes_per_session": round(slope)}
+    best = max((count for count, size in sizes.items() if size <= budget), default=0)
+    return {"sessions": best * step, "bytes": sizes.get(best, sizes[1]), "bytes_per_session": round(slope)}

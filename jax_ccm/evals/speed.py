@@ -16,6 +16,8 @@ COLOURS = {
     "concat, evicting": "#d1495b",
     "merge": "#2a9d6f",
 }
+# Of methods that have no colour of their own, in order.
+OTHERS = ("#d1495b", "#7b5ea7", "#5a9bd4")
 STEPS = {
     "prefill": "read {tokens} tokens",
     "compress_step": "compress_step: {tokens} tokens onto {memory_slots} slots",
@@ -140,15 +142,17 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     times = [row["turns"] for row in results["turns"]]
+    others = [name for name in results["rivals"] if name not in COLOURS]
+    colours = COLOURS | dict(zip(others, OTHERS, strict=False))
     for axes, title, value in (
         (left, "Seconds for a turn", lambda cell: cell["turn"]),
         (right, "State of a session, MiB", lambda cell: cell["state_bytes"] / 2**20),
     ):
         for name in results["rivals"]:
             heights = [value(row["systems"][name]) for row in results["turns"]]
-            axes.plot(times, heights, color=COLOURS[name], marker="o", markersize=4, linewidth=1.8, label=name)
+            axes.plot(times, heights, color=colours[name], marker="o", markersize=4, linewidth=1.8, label=name)
             axes.annotate(f"{heights[-1]:,.3g}", (times[-1], heights[-1]), xytext=(5, 3), textcoords="offset points",
-                          color=COLOURS[name], fontsize=8)  # fmt: skip
+                          color=colours[name], fontsize=8)  # fmt: skip
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("turns before")
         axes.set_xscale("log")

@@ -28,6 +28,10 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 
+# Methods that differ only in how a closed chunk enters the memory, and what tables call them.
+_UPDATES = {"ccm_concat": "concat", "ccm_merge": "merge", "ccm_ema": "ema"}
+
+
 def build(name: str, **options: Any) -> Method:
     """Builds a method by name.
 
@@ -53,3 +57,22 @@ def build(name: str, **options: Any) -> Method:
     if missing:
         raise UserError(f"method {name!r} needs its option {missing[0]!r}; set it, as method.{missing[0]} in a config")
     return builder(**options)
+
+
+def beside(name: str, **options: Any) -> dict[str, Method]:
+    """A method by what tables call it, and beside CCM's own the appending one and the mean, with the same options.
+
+    Args:
+      name: a key of `METHODS`.
+      **options: what that builder takes.
+
+    Raises:
+      UserError: as `build`.
+    """
+    own = build(name, **options)
+    if name not in _UPDATES:
+        return {name: own}
+    shared = lambda other: {x: options[x] for x in options if x in inspect.signature(METHODS[other]).parameters}
+    return {
+        _UPDATES[other]: build(other, **shared(other)) for other in dict.fromkeys(("ccm_concat", "ccm_merge", name))
+    }

@@ -29,10 +29,11 @@ def markdown(plan: dict[str, Any]) -> str:
         lines += [_step(name, entry) for name, entry in plan["training"].items() if entry]
         lines += [""]
     if "sessions" in plan:
+        names = _systems([plan])
         lines += [
-            "| compiled, not run: conversation | raw tokens | full context | concat | merge |",
-            "|---|---|---|---|---|",
-            *map(_sessions, plan["sessions"]),
+            f"| compiled, not run: conversation | raw tokens | {' | '.join(map(_label, names))} |",
+            "|---|---|" + "---|" * len(names),
+            *(_sessions(row, names) for row in plan["sessions"]),
         ]
         lines += [""]
         steps = [line for row in plan["sessions"] for line in _serving(row)]
@@ -48,12 +49,23 @@ def _step(name: str, entry: dict[str, Any]) -> str:
     return f"| {name.replace('_', ' ')} | {entry['rows']} x {entry['accumulation']} | {size} | {fits} | {time} |"
 
 
-def _sessions(row: dict[str, Any]) -> str:
+def _systems(plans: Sequence[dict[str, Any]]) -> list[str]:
+    """What sessions are kept as in any of the plans, full context first."""
+    named = (name for plan in plans for row in plan.get("sessions", ()) for name in row["systems"])
+    return list(dict.fromkeys(["full", *named]))
+
+
+def _label(system: str) -> str:
+    return "full context" if system == "full" else system
+
+
+def _sessions(row: dict[str, Any], names: Sequence[str]) -> str:
     setting, full = row["setting"], row["systems"]["full"]["sessions"]
-    cells = [f"{full:,}"]
-    for name in ("concat", "merge"):
-        most = row["systems"][name]["sessions"]
-        cells.append(f"{most:,} ({most / full:.1f} x)" if full else f"{most:,}")
+    cells = []
+    for name in names:
+        most = row["systems"][name]["sessions"] if name in row["systems"] else None
+        share = f" ({most / full:.1f} x)" if most is not None and full and name != "full" else ""
+        cells.append("-" if most is None else f"{most:,}{share}")
     talk = f"{setting['chunks']:,} chunks of {setting['chunk_tokens']}"
     return f"| {talk} | {setting['raw']} | {' | '.join(cells)} |"
 
@@ -73,9 +85,11 @@ def _serving(row: dict[str, Any]) -> list[str]:
 
 def overview(plans: Sequence[dict[str, Any]]) -> str:
     """One table of many plans, those of a model and a topology together; nothing in it was run."""
+    names = _systems(plans)
     lines = [
-        "| compiled, not run | training step, HBM a chip | roofline | conversation | full context | concat | merge |",
-        "|---|---|---|---|---|---|---|",
+        "| compiled, not run | training step, HBM a chip | roofline | conversation | "
+        f"{' | '.join(map(_label, names))} |",
+        "|---|---|---|---|" + "---|" * len(names),
     ]
     together: dict[str, list[dict[str, Any]]] = {}
     for plan in plans:
@@ -83,10 +97,10 @@ def overview(plans: Sequence[dict[str, Any]]) -> str:
     for name, group in together.items():
         trained = [(plan, entry) for plan in group for entry in list(plan.get("training", {}).values())[-1:]]
         steps = [_trained(*pair) for pair in sorted(trained, key=lambda pair: pair[1]["tokens"])]
-        talks = [_talk(row) for plan in group for row in plan.get("sessions", ())]
+        talks = [_talk(row, names) for plan in group for row in plan.get("sessions", ())]
         for number in range(max(len(steps), len(talks))):
             step = steps[number] if number < len(steps) else ["", ""]
-            talk = talks[number] if number < len(talks) else [""] * 4
+            talk = talks[number] if number < len(talks) else [""] * (1 + len(names))
             lines.append(f"| {' | '.join([name if not number else '', *step, *talk])} |")
     return "\n".join(lines) + "\n"
 
@@ -99,8 +113,8 @@ def _trained(plan: dict[str, Any], step: dict[str, Any]) -> list[str]:
     return [size, f"{step['seconds']['roofline']:.1f} s"] if step["fits"] else [f"{size}, too much", ""]
 
 
-def _talk(row: dict[str, Any]) -> list[str]:
-    talk, raw, *counts = _sessions(row).strip("| ").split(" | ")
+def _talk(row: dict[str, Any], names: Sequence[str]) -> list[str]:
+    talk, raw, *counts = _sessions(row, names).strip("| ").split(" | ")
     return [f"{talk}, {raw} raw", *counts]
 
 
@@ -151,11 +165,13 @@ def plot(plan: dict[str, Any], path: Path) -> None:
     left.tick_params(axis="x", labelsize=7)
     left.legend(fontsize=8)
     rows = plan.get("sessions", [])
-    for offset, system in enumerate(("full", "concat", "merge")):
+    names = _systems([plan])
+    width = 0.8 / len(names)
+    for offset, system in enumerate(names):
         right.bar(
-            [number + 0.27 * (offset - 1) for number in range(len(rows))],
+            [number + width * (offset - (len(names) - 1) / 2) for number in range(len(rows))],
             [row["systems"][system]["sessions"] for row in rows],
-            width=0.25,
+            width=0.95 * width,
             label=system,
         )
     label = lambda s: f"{s['chunks']} x {s['chunk_tokens']}\n{s['raw']} raw"

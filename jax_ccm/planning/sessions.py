@@ -1,4 +1,4 @@
-"""How many live sessions fit: full context, concat and merge side by side, everything counted."""
+"""How many live sessions fit: full context and compressed memories side by side, everything counted."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jax_ccm import methods, sharding
 from jax_ccm.config import Config
+from jax_ccm.evals import rivals
+from jax_ccm.experiment import build_method
 from jax_ccm.nn import ModelConfig
 from jax_ccm.planning import costs, programs
 from jax_ccm.planning.chips import Chip
@@ -36,22 +37,24 @@ class Setting:
 
 
 def systems(config: Config) -> dict[str, Method]:
-    """Full context, and both ways to compress with the compression tokens that the config's method has."""
-    given = config.method.options()
-    options = {name: given[name] for name in ("comp_tokens", "independent", "sink") if name in given}
-    return {
-        "full": methods.build("full"),
-        "concat": methods.build("ccm_concat", **options),
-        "merge": methods.build("ccm_merge", **options),
-    }
+    """Full context, and the config's method; beside CCM's own both ways to write, with the same options.
+
+    Raises:
+      UserError: for a method that has no sessions between turns to count.
+    """
+    rivals.require_turns(build_method(config))
+    return {"full": methods.build("full")} | methods.beside(config.method.name, **config.method.options())
 
 
 def places(method: Method, setting: Setting) -> tuple[int, int]:
     """Memory slots and places for raw text of a session."""
-    slots = method.memory_slots(setting.chunks)
-    if method.closes:
-        return slots, setting.raw
-    return slots, setting.raw + setting.chunks * setting.chunk_tokens
+    rival = rivals.Rival(method.name, method, "")
+    slots, raw = rival.room(setting.chunks, setting.chunk_tokens)
+    if method.chunk:
+        # The open chunk is the raw text in flight.
+        return slots, raw
+    text = rivals.kept_text(method, setting.chunks, setting.chunk_tokens)
+    return method.memory_slots(setting.chunks, setting.chunk_tokens), text + setting.raw
 
 
 def serving_mesh(shape: ModelConfig, devices: Sequence[Any]) -> jax.sharding.Mesh:
@@ -71,7 +74,8 @@ def most_sessions(
 ) -> dict[str, Any]:
     """The largest number of sessions for which every step fits, and what the steps need then.
 
-    The steps are closing a chunk in all sessions at once (not with full context) and reading a token in all of them.
+    The steps are closing a chunk in all sessions at once (where that changes them, not with full context) and reading a
+    token in all of them.
     """
     slots, raw = places(method, setting)
     step = sharding.row_shares(mesh)
@@ -93,7 +97,7 @@ def most_sessions(
 
     # Compilers keep about 2 % of a chip's memory for themselves.
     limit = int(0.98 * chip.usable_bytes)
-    kinds = (programs.compress_step, programs.decode_step) if method.closes else (programs.decode_step,)
+    kinds = (programs.compress_step, programs.decode_step) if rivals.closes_turns(method) else (programs.decode_step,)
     most, steps, refused = guess, {}, []
     for number, kind in enumerate(kinds):
         if not most:
@@ -115,12 +119,11 @@ def most_sessions(
         cost = costs.serving_cost(shape, most, tokens, slots + raw, cache, weights, logits=decodes)
         return found.to_json() | {"flops": cost.flops, "seconds": cost.times(chip, mesh.size, found)}
 
-    itemsize = jnp.dtype(config.model.dtype).itemsize
     return {
         "sessions": most,
         "slots": slots + raw + int(method.sink),
-        "cache_bytes_per_session": (slots + raw + int(method.sink)) * shape.kv_bytes_per_slot(itemsize)
-        + method.mixed_slots * shape.kv_bytes_per_slot(4),
+        # Of all devices, everything that a session holds.
+        "cache_bytes_per_session": one.nbytes // step,
         "first_that_does_not_fit": min(refused),
         "steps": {name: entry(name, found) for name, found in steps.items()},
     }

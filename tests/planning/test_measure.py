@@ -7,10 +7,13 @@ import pytest
 
 from jax_ccm.config import from_mapping
 from jax_ccm.errors import UserError
+from jax_ccm.evals import rivals
 from jax_ccm.experiment import build_method, scratch_model
 from jax_ccm.nn import abstract_transformer
 from jax_ccm.planning import chips, costs, measure, programs, sessions
+from jax_ccm.types import Kind
 from jax_ccm.weights.hf import base_parameters
+from tests.evals.test_rivals import GIVEN, REFUSED
 
 
 def needing(size: int, fixed: int, each: float, limit: int, cliff: int = 10**9) -> measure.Need:
@@ -97,6 +100,25 @@ def test_sessions_of_each_system():
     setting = sessions.Setting(16, 50, 32)
     found = {name: sum(sessions.places(m, setting)) for name, m in sessions.systems(config).items()}
     assert found == {"full": 832, "concat": 160, "merge": 40}
+
+
+@pytest.mark.parametrize(("name", "options"), GIVEN, ids=str)
+def test_sessions_are_counted_for_the_method_of_the_config(name, options):
+    """With every option, or it is refused; bytes of a session are those of the cache that it has."""
+    config = from_mapping({"model": {"scratch": {"vocab_size": 50}}, "method": {"name": name} | options})
+    if name in REFUSED and not options.get("online"):
+        with pytest.raises(UserError, match=REFUSED[name]):
+            sessions.systems(config)
+        return
+    method = build_method(config)
+    assert method in sessions.systems(config).values() and "full" in sessions.systems(config)
+    slots, raw = sessions.places(method, sessions.Setting(16, 12, 8))
+    shape = scratch_model(config.model.scratch, 0)
+    mesh = programs.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    cache = programs.abstract_cache(config, shape, method, mesh, 3, slots, raw)
+    live = rivals.slots_after(method, 16, 12).kind
+    assert (live == Kind.MEMORY).sum() <= slots and (live != Kind.MEMORY).sum() <= raw + method.sink
+    assert cache.nbytes == programs.device_bytes(cache) > 3 * slots * shape.kv_bytes_per_slot(4)
 
 
 def test_abstract_programs_take_no_memory():
