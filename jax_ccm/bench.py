@@ -19,20 +19,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm import cli, processes, sharding, steps, training
-from jax_ccm.config import Config, save_config, to_mapping
+from jax_ccm.benchmarks import rivals
+from jax_ccm.benchmarks import turns as measured
+from jax_ccm.benchmarks.rivals import Rival
+from jax_ccm.config import cli
+from jax_ccm.config.loading import Experiment, load_experiment
+from jax_ccm.config.schema import Config, save_config, to_mapping
+from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import UserError
-from jax_ccm.evals import efficiency, rivals
-from jax_ccm.evals.rivals import Rival
-from jax_ccm.experiment import Experiment, load_experiment
-from jax_ccm.generate import pays_apart
-from jax_ccm.layout import batch, measure
+from jax_ccm.memory import steps
+from jax_ccm.memory.generation import pays_apart
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
-from jax_ccm.parsing import parse_json
-from jax_ccm.paths import Folder
-from jax_ccm.sessions import Example, Segment
-from jax_ccm.types import Batch, Chunk, Kind, MemoryCache, Method
+from jax_ccm.records.parsing import parse_json
+from jax_ccm.records.paths import Folder
+from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.rows import batch, measure
+from jax_ccm.rules.types import Batch, Chunk, Kind, MemoryCache, Method
+from jax_ccm.training.step import init_state, make_optimizer, make_schedule, make_step, split
 
 COMMAND = "jax_ccm.bench"
 
@@ -70,7 +74,7 @@ class Options:
     """How often everything is measured; single steps, which are short, three times as often."""
     train_rounds: int = 3
     """How often a training step is measured; 0 for no training."""
-    clock: efficiency.Clock = "wall"
+    clock: measured.Clock = "wall"
     """What a second is: of the clock on the wall, or of processor time ("cpu"), which does not count waiting for a
     machine that others use too. On one core (taskset -c 0, XLA_FLAGS=--xla_cpu_multi_thread_eigen=false) of an idle
     machine they are the same."""
@@ -100,7 +104,7 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
     Raises:
       UserError: for sizes that cannot be, or a working directory or reference that cannot be used.
     """
-    from jax_ccm.evals import speed
+    from jax_ccm.benchmarks import report
 
     start = time.perf_counter()
     reference = _check(options)
@@ -120,7 +124,7 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
         results["reference"] = reference
     results["seconds"] = round(time.perf_counter() - start, 1)
     _write(config, options.workdir, results)
-    speed.print_tables(results)
+    report.print_tables(results)
     print(f"results in {options.workdir / 'bench.json'}, picture in plot.png; {results['seconds']:.0f} s")
     return results
 
@@ -145,7 +149,7 @@ def _measure(experiment: Experiment, ways: list[Rival], options: Options, comman
         "cache is put into the state after so many turns and one turn is run; no 1,000 turns were talked through",
         "rivals": {rival.name: rival.note for rival in ways},
         "mesh": dict(experiment.mesh.shape),
-        "weights_bytes": efficiency.weights_bytes(experiment.model),
+        "weights_bytes": measured.weights_bytes(experiment.model),
         "kv_bytes_per_slot": experiment.model_config.kv_bytes_per_slot(jnp.dtype(config.model.dtype).itemsize),
     }
     apart = functools.cache(experiment.model.apart)
@@ -202,9 +206,9 @@ def _turns(
     turns: int,
 ) -> dict[str, Any]:
     """A turn after so many, for each rival."""
-    found: dict[str, dict[str, list[efficiency.Sample]]] = {rival.name: {} for rival in ways}
+    found: dict[str, dict[str, list[measured.Sample]]] = {rival.name: {} for rival in ways}
     conversations = [
-        efficiency.Conversation(experiment.model, apart, rival, turns=turns, prompt=options.prompt, reply=options.reply)
+        measured.Conversation(experiment.model, apart, rival, turns=turns, prompt=options.prompt, reply=options.reply)
         for rival in ways
     ]
     for _ in range(options.rounds):
@@ -214,7 +218,7 @@ def _turns(
     row: dict[str, Any] = {"turns": turns, "tokens": turns * (options.prompt + options.reply), "systems": {}}
     for conversation in conversations:
         name = conversation.rival.name
-        parts = {part: efficiency.summary(samples, options.clock) for part, samples in found[name].items()}
+        parts = {part: measured.summary(samples, options.clock) for part, samples in found[name].items()}
         whole = parts["first token"]["seconds"] + options.reply * parts["token"]["seconds"] + parts["close"]["seconds"]
         row["systems"][name] = parts | {
             "turn": whole, "state_bytes": conversation.bytes, "live_slots": conversation.slots,
@@ -233,8 +237,8 @@ def _steps(
     """The machine's rates, and single steps of the config's method measured against them."""
     model, shape, devices = experiment.model, experiment.model_config, experiment.mesh.size
     dtype = jnp.dtype(experiment.config.model.dtype)
-    product, product_flops = efficiency.matrix_product(dtype)
-    read, read_bytes = efficiency.reading()
+    product, product_flops = measured.matrix_product(dtype)
+    read, read_bytes = measured.reading()
     # With the capacity of the config, if its memory grows.
     own = rivals.of(ways, experiment.method)
     method = own.method
@@ -248,7 +252,7 @@ def _steps(
     full = dataclasses.replace(build("full"), gate=())
     forward = jax.jit(lambda model, made: model.logits(steps.parallel_forward(model, made, method=full)[:, -1]))
     calls["prefill"] = lambda: forward(model, text)
-    work["prefill"] = efficiency.forward_flops(shape, count, count * (count + 1) // 2, 1)
+    work["prefill"] = measured.forward_flops(shape, count, count * (count + 1) // 2, 1)
 
     # As many turns as fill the memory; without one, as many as are read at once.
     written, recent = method.memory_slots(1, chunk), rivals.kept_text(method, 99, chunk) // chunk if own.memory else 0
@@ -271,18 +275,18 @@ def _steps(
 
     if method.remembers:
         piece = Chunk(np.ones((1, chunk), np.int32), np.ones((1, chunk), bool))
-        compress = efficiency.read_and_close
+        compress = measured.read_and_close
         kept("compress_step", lambda cache: compress(model, cache, piece, method=method))
-        seen = efficiency.seen_pairs(method, **state, text=chunk, kind=Kind.TEXT, closing=True)
-        work["compress_step"] = efficiency.forward_flops(shape, chunk + len(method.closes), seen, 1)
+        seen = measured.seen_pairs(method, **state, text=chunk, kind=Kind.TEXT, closing=True)
+        work["compress_step"] = measured.forward_flops(shape, chunk + len(method.closes), seen, 1)
         tokens["compress_step"] = chunk
 
     first = jnp.ones((1,), jnp.int32)
     decoder = apart() if pays_apart(model, cache) else model
-    answer = lambda cache: efficiency.answer(decoder, cache, first, length=options.reply, method=method)[0]
+    answer = lambda cache: measured.answer(decoder, cache, first, length=options.reply, method=method)[0]
     kept("decode", answer)
-    seen = efficiency.seen_pairs(method, **state, text=options.reply, kind=Kind.QUERY, closing=False)
-    work["decode"] = efficiency.forward_flops(shape, options.reply, seen, options.reply)
+    seen = measured.seen_pairs(method, **state, text=options.reply, kind=Kind.QUERY, closing=False)
+    work["decode"] = measured.forward_flops(shape, options.reply, seen, options.reply)
     tokens["decode"] = options.reply
 
     seconds = {}
@@ -290,17 +294,17 @@ def _steps(
         start = time.perf_counter()
         jax.block_until_ready(call())
         seconds[name] = round(time.perf_counter() - start, 2)
-    samples = efficiency.interleaved(calls, 3 * options.rounds)
-    found = {name: efficiency.summary(those, options.clock) for name, those in samples.items()}
+    samples = measured.interleaved(calls, 3 * options.rounds)
+    found = {name: measured.summary(those, options.clock) for name, those in samples.items()}
     beside = dict.fromkeys(tokens, found["matrix product"])
     if options.train_rounds:
         start = time.perf_counter()
         step, sizes, work["train"] = _training(experiment, options.chunk)
         step()
         seconds["train"] = round(time.perf_counter() - start, 2)
-        samples = efficiency.interleaved({"matrix product": product, "train": step}, options.train_rounds)
-        found["train"] = efficiency.summary(samples["train"], options.clock)
-        beside["train"] = efficiency.summary(samples["matrix product"], options.clock)
+        samples = measured.interleaved({"matrix product": product, "train": step}, options.train_rounds)
+        found["train"] = measured.summary(samples["train"], options.clock)
+        beside["train"] = measured.summary(samples["matrix product"], options.clock)
         tokens["train"] = sizes["tokens"]
     machine = {
         "flops_per_second": devices * product_flops / found["matrix product"]["seconds"],
@@ -329,7 +333,7 @@ def _read_bytes(experiment: Experiment) -> int:
     shape = experiment.model_config
     head = shape.vocab_size * shape.hidden_size
     itemsize = jnp.dtype(experiment.config.model.dtype).itemsize
-    return (efficiency.linear_parameters(shape) + head) * itemsize
+    return (measured.linear_parameters(shape) + head) * itemsize
 
 
 def _example(vocab: int, lengths: list[int]) -> Example:
@@ -348,11 +352,11 @@ def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], d
     row = _example(shape.vocab_size, [turn] * (chunks + 1))
     sizes = measure(method, row)
     made = batch(method, [row] * config.data.batch_size, sizes, shape.vocab_size)
-    graphdef, params, frozen = training.split(experiment.model, config.train.trainable)
-    optimizer = training.make_optimizer(config.optimizer, training.make_schedule(config.optimizer, 100))
-    init = lambda params: training.init_state(params, optimizer)
+    graphdef, params, frozen = split(experiment.model, config.train.trainable)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 100))
+    init = lambda params: init_state(params, optimizer)
     places = sharding.parameter_shardings(experiment.mesh, jax.eval_shape(init, params), shape)
-    step = training.make_step(config, graphdef, method, optimizer, (places, sharding.replicated(experiment.mesh)))
+    step = make_step(config, graphdef, method, optimizer, (places, sharding.replicated(experiment.mesh)))
     batches: Batch = sharding.place(experiment.mesh, jax.tree.map(lambda x: np.asarray(x)[None], made), leading=1)
     # A copy: the step is given its state for good, and the model's arrays are still needed.
     state = [jax.tree.map(jnp.copy, jax.jit(init, out_shardings=places)(params))]
@@ -366,8 +370,8 @@ def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], d
 
     tokens = config.data.batch_size * sizes.tokens
     pairs = config.data.batch_size * _pairs(method, made)
-    forward = efficiency.forward_flops(shape, tokens, 0, config.data.batch_size * sizes.scored)
-    attention = efficiency.forward_flops(shape, 0, pairs, 0)
+    forward = measured.forward_flops(shape, tokens, 0, config.data.batch_size * sizes.scored)
+    attention = measured.forward_flops(shape, 0, pairs, 0)
     # Backward through a frozen base: one product for each one forward, two in attention; another where it is trained.
     backward = forward * (2 if config.train.trainable == "all" else 1) + 2 * attention
     counts = {"rows": config.data.batch_size, "tokens": tokens, "scored": config.data.batch_size * sizes.scored}
@@ -376,7 +380,7 @@ def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], d
 
 def _pairs(method: Method, made: Batch) -> int:
     """Pairs of query and key that one row's attention needs."""
-    from jax_ccm.layout import visible
+    from jax_ccm.rules.rows import visible
 
     first = lambda slots: slots.map(lambda x: np.asarray(x)[:1])
     own = visible(method.rule, first(made.slots), first(made.slots)).sum()
@@ -390,19 +394,19 @@ def _sessions(experiment: Experiment, ways: list[Rival], options: Options) -> di
     budget = int(options.memory_gib * 2**30)
     turn = options.prompt + options.reply
     sizes = dict(turns=options.turns[-1], turn=turn, prompt=options.prompt, mesh=experiment.mesh)
-    found = {rival.name: efficiency.most_sessions(experiment.model, rival, budget, **sizes) for rival in ways}
+    found = {rival.name: measured.most_sessions(experiment.model, rival, budget, **sizes) for rival in ways}
     return {"budget_bytes": budget, "turns": options.turns[-1], "systems": found}
 
 
 def _write(config: Config, workdir: Path, results: dict[str, Any]) -> None:
-    from jax_ccm.evals import speed
+    from jax_ccm.benchmarks import report
 
     save_config(config, workdir / "config.yaml")
     write = lambda name, text: (workdir / name).write_text(text, encoding="utf-8")
     write("bench.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    for name in speed.TABLES:
-        write(f"{name}.md", speed.markdown(results, name))
-    speed.plot(results, workdir / "plot.png")
+    for name in report.TABLES:
+        write(f"{name}.md", report.markdown(results, name))
+    report.plot(results, workdir / "plot.png")
     last = results["turns"][-1]
     summary = {
         "status": "finished", "command": results["command"], "turns": last["turns"],

@@ -13,16 +13,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_ccm import cli, layout, memory, paths, processes, sharding, steps
-from jax_ccm.closing import Closing, policy, prefill
+from jax_ccm.config import cli
+from jax_ccm.config.loading import Experiment, load_experiment
 from jax_ccm.data.formats import turns_a_chunk
 from jax_ccm.data.pieces import Pieces, sentence_ends
+from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import UserError
-from jax_ccm.experiment import Experiment, load_experiment
-from jax_ccm.generate import Sampling, for_decoding, generate
-from jax_ccm.parsing import require_text
-from jax_ccm.paths import Folder
-from jax_ccm.types import Kind, MemoryCache
+from jax_ccm.memory import steps
+from jax_ccm.memory.cache import check, init_cache, raw_capacity
+from jax_ccm.memory.closing import Closing, policy, prefill
+from jax_ccm.memory.generation import Sampling, for_decoding, generate
+from jax_ccm.records import paths
+from jax_ccm.records.parsing import require_text
+from jax_ccm.records.paths import Folder
+from jax_ccm.rules import rows
+from jax_ccm.rules.types import Kind, MemoryCache
 
 # Chunks are padded to whole multiples, so that turns of any length share few compilations.
 MULTIPLE = 32
@@ -138,7 +143,7 @@ class Conversation:
     def empty(self) -> MemoryCache:
         """A cache of the sizes that the config gives."""
         config = self.experiment.config.cache
-        return memory.init_cache(
+        return init_cache(
             self.experiment.model,
             self.experiment.method,
             1,
@@ -172,7 +177,7 @@ class Conversation:
             after = before
             for chunk in chunks:
                 after = self._close(self._read(after, chunk))
-        memory.check(after)
+        check(after)
         reply = self._text(tokens)
         self.state = State(after, state.turns + 1, state.tokens + sum(map(len, chunks)), said)
         return reply
@@ -264,7 +269,7 @@ class Conversation:
 
     def _read(self, cache: MemoryCache, tokens: np.ndarray, *, query: bool = False) -> MemoryCache:
         size = -(-len(tokens) // MULTIPLE) * MULTIPLE
-        room = memory.raw_capacity(cache)
+        room = raw_capacity(cache)
         if self.experiment.method.chunk or self.closing:
             room = size  # it is closed as it is read
         elif len(tokens) + self.max_tokens * query > room:
@@ -273,7 +278,7 @@ class Conversation:
                 f"a turn of {len(tokens)} tokens and an answer of up to {self.max_tokens} do not fit "
                 f"cache.raw_capacity={most}; say it in several turns, or raise cache.raw_capacity"
             )
-        chunk = layout.chunk([tokens], min(size, room), self.experiment.model_config.vocab_size)
+        chunk = rows.chunk([tokens], min(size, room), self.experiment.model_config.vocab_size)
         return _read(
             self.experiment.model, cache, chunk, method=self.experiment.method, query=query, closing=self.closing
         )

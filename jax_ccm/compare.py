@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from jax_ccm import cli, paths
+from jax_ccm.config import cli
 from jax_ccm.errors import UserError
+from jax_ccm.records import paths
 
 COMMAND = "jax_ccm.compare"
 HELP = """Puts evaluations of the same questions side by side: a table and a plot of quality against bytes.

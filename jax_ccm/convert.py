@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jax_ccm import cli
+from jax_ccm.config import cli
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
-from jax_ccm.paths import Folder
+from jax_ccm.records.paths import Folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, prog="python -m jax_ccm.convert", use_underscores=True)
-    from jax_ccm.describe import describe_method, label
+    from jax_ccm.rules.describe import describe_method, label
     from jax_ccm.weights.adapters import read_adapter, write_adapter
     from jax_ccm.weights.peft import is_conditional
 

@@ -17,14 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm import cli, paths, processes, sharding
-from jax_ccm.config import Config, save_config, to_mapping
-from jax_ccm.describe import describe_method, label
+from jax_ccm.config import cli
+from jax_ccm.config.loading import Experiment, base_source, load_experiment
+from jax_ccm.config.schema import Config, save_config, to_mapping
+from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import UserError, unknown
-from jax_ccm.experiment import Experiment, base_source, load_experiment
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer, abstract_transformer
-from jax_ccm.paths import Folder
+from jax_ccm.records import paths
+from jax_ccm.records.paths import Folder
+from jax_ccm.rules.describe import describe_method, label
 
 COMMAND = "jax_ccm.evaluate"
 SYSTEMS = {"step": ("none", "full", "uncompressed", "memory"), "text": ("full", "uncompressed", "memory")}
@@ -84,7 +86,7 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
 
 
 def _evaluate(experiment: Experiment, options: Options, command: str, start: float) -> dict[str, Any]:
-    from jax_ccm.data.evaluation import Evaluation
+    from jax_ccm.data.questions import Evaluation
     from jax_ccm.evals import perplexity, texts
     from jax_ccm.evals.scoring import Store
 

@@ -18,14 +18,16 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from jax_ccm import cli, layout, sharding
-from jax_ccm.config import Config, save_config, to_mapping
+from jax_ccm.config import cli
+from jax_ccm.config.loading import base_source, build_method, scratch_model
+from jax_ccm.config.schema import Config, save_config, to_mapping
+from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
-from jax_ccm.experiment import base_source, build_method, scratch_model
 from jax_ccm.nn import ModelConfig
-from jax_ccm.paths import Folder
 from jax_ccm.planning import ahead, chips, costs, measure, programs, report, sessions
-from jax_ccm.training import check_spread
+from jax_ccm.records.paths import Folder
+from jax_ccm.rules.rows import require_parallel
+from jax_ccm.training.step import check_spread
 
 COMMAND = "jax_ccm.plan"
 SHAPES = Path(__file__).parent / "planning" / "shapes"
@@ -194,7 +196,7 @@ def training(
       UserError: for what `jax_ccm.train` refuses on such a mesh, too.
     """
     method = build_method(config)
-    layout.require_parallel(method)
+    require_parallel(method)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
     sharding.check(mesh, shape)
     check_spread(config, mesh)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from jax_ccm import cli
+from jax_ccm.config import cli
 from jax_ccm.errors import UserError
-from jax_ccm.paths import Folder
+from jax_ccm.records.paths import Folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ def main() -> None:
             f"--workdir {workdir} holds the results of another command, whose files would be overwritten; give "
             f"another, such as {workdir / 'training'}"
         )
-    from jax_ccm import processes
-    from jax_ccm.run import Run
+    from jax_ccm.distributed import processes
+    from jax_ccm.training.run import Run
 
     processes.initialize(config.train.heartbeat)
     Run(config, workdir, accept_changes=options.accept_changes).train()

@@ -14,13 +14,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_ccm import cli, processes, sharding
-from jax_ccm.config import Config, save_config
+from jax_ccm.config import cli
+from jax_ccm.config.loading import Experiment, load_experiment
+from jax_ccm.config.schema import Config, save_config
+from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import UserError
-from jax_ccm.experiment import Experiment, load_experiment
 from jax_ccm.nn import Transformer
-from jax_ccm.paths import Folder
-from jax_ccm.sessions import Example, Segment
+from jax_ccm.records.paths import Folder
+from jax_ccm.rules.examples import Example, Segment
 
 COMMAND = "jax_ccm.verify"
 LOGIT_TOLERANCE = 1e-5
@@ -185,7 +186,7 @@ def sessions(experiment: Experiment, options: Options) -> tuple[list[Example], s
 
 
 def _from_data(experiment: Experiment, counts: Sequence[int]) -> tuple[list[Example], str]:
-    from jax_ccm.data.evaluation import Evaluation
+    from jax_ccm.data.questions import Evaluation
 
     data = experiment.config.data
     split = next((name for name in ("validation", "test") if getattr(data, name)), None)

@@ -11,8 +11,8 @@ from flax import nnx
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer
 from jax_ccm.nn.config import PROJECTIONS
-from jax_ccm.sessions import Example, Segment
-from jax_ccm.types import Method
+from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.types import Method
 
 VOCAB = 97
 CONFIG = ModelConfig(

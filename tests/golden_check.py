@@ -20,15 +20,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_ccm import layout, losses, memory, steps
-from jax_ccm.describe import describe_method
-from jax_ccm.evals.streaming import stream
-from jax_ccm.generate import generate
-from jax_ccm.layout import Sizes
+from jax_ccm.evals.recurrent import stream_losses
+from jax_ccm.memory import losses, steps
+from jax_ccm.memory.cache import init_cache
+from jax_ccm.memory.generation import generate
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
-from jax_ccm.sessions import Example, Segment
-from jax_ccm.types import Batch, Chunk, Kind, Method
+from jax_ccm.rules import rows
+from jax_ccm.rules.describe import describe_method
+from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.rows import Sizes
+from jax_ccm.rules.types import Batch, Chunk, Kind, Method
 from jax_ccm.weights import load_model
 from jax_ccm.weights.adapters import load_adapter, merge_adapter
 from jax_ccm.weights.lora import extract
@@ -157,7 +159,7 @@ def forward(model: Transformer, batch: Batch, method: Method):
         hidden = steps.parallel_forward(nnx.merge(graphdef, adapter, base), batch, method=method)
         return losses.mean_loss(model, hidden, batch, method)[0]
 
-    gate = layout.gate(method, batch.slots)
+    gate = rows.gate(method, batch.slots)
     hidden, _, states = model(batch.tokens, batch.slots, gate, rule=method.rule, memory=batch.memory, collect=True)
     value, gradients = jax.value_and_grad(loss)(adapter)
     return states, model.logits(hidden), value, gradients
@@ -171,18 +173,18 @@ def check_parallel(model: Transformer, method: Method, data: dict) -> dict[str, 
     """
     vocab = model.config.vocab_size
     examples, is_sum = examples_of(method, data, vocab)
-    needs = [layout.measure(dataclasses.replace(method, context="chunks"), example) for example in examples]
+    needs = [rows.measure(dataclasses.replace(method, context="chunks"), example) for example in examples]
     sizes = Sizes(*(max(getattr(need, f.name) for need in needs) for f in dataclasses.fields(Sizes)))
     # The reference's rows are arranged already.
-    batch = layout.batch(dataclasses.replace(method, context="chunks"), examples, sizes, vocab, pad="left")
+    batch = rows.batch(dataclasses.replace(method, context="chunks"), examples, sizes, vocab, pad="left")
     states, logits, loss, gradients = jax.device_get(forward(model, batch, method))
     graphdef, _, base = nnx.split(model, nnx.LoRAParam, ...)
     described = dict(method=describe_method(method))
     as_adapter = dataclasses.replace(extract(nnx.merge(graphdef, gradients, base)), **described)
 
     valid = data["attention_mask"] > 0
-    own = layout.visible(method.rule, batch.slots, batch.slots)
-    past = layout.visible(method.rule, batch.slots, batch.memory.slots) if batch.memory else None
+    own = rows.visible(method.rule, batch.slots, batch.slots)
+    past = rows.visible(method.rule, batch.slots, batch.memory.slots) if batch.memory else None
     live = batch.slots.live
     # Our arrays on the reference's places.
     spread = lambda ours, fill, where: _spread(ours, fill, where, live)
@@ -212,7 +214,7 @@ def check_parallel(model: Transformer, method: Method, data: dict) -> dict[str, 
     theirs = data["allowed"][:, 0] * ~is_sum[:, :, None] * valid[:, :, None]
     causal = np.tril(np.ones(seen.shape[1:], bool)) & valid[:, None, :]
     before = (data["attention_mask_comp"][:, 0] > 0) & causal & ~is_sum[:, :, None] & valid[:, :, None]
-    gate = np.asarray(layout.gate(method, batch.slots))
+    gate = np.asarray(rows.gate(method, batch.slots))
     found = {
         "input_ids": difference(spread(batch.tokens, 0, text) * text, data["input_ids"] * text),
         "labels": difference(_labels(batch, text, live, data["labels"].shape), np.where(text, data["labels"], -100)),
@@ -263,7 +265,7 @@ def check_recurrent(model: Transformer, method: Method, data: dict) -> dict[str,
         return {}
     count = [sum(name.startswith(f"{row}/ctx") and name.endswith("_ids") for name in data) for row in rows]
     width = max(len(x) for name, x in data.items() if name.startswith("rec") and name.endswith("_ids"))
-    cache = memory.init_cache(
+    cache = init_cache(
         model, method, len(rows), memory_capacity=method.memory_slots(max(count)), raw_capacity=width + 64
     )
     read = jax.jit(steps.read, static_argnames=("method", "query"))
@@ -325,11 +327,11 @@ def check_stream(model: Transformer, method: Method, data: dict) -> dict[str, fl
         n = events[0, 2] - (events[0, 1] - CLOSES)
         grown = np.minimum(n * np.arange(1, len(events) + 1), CAPACITY)
         closes = CLOSES - np.diff(grown, prepend=0)
-    cache = memory.init_cache(model, method, 1, memory_capacity=CAPACITY, raw_capacity=WINDOW + 1, overflow="evict")
+    cache = init_cache(model, method, 1, memory_capacity=CAPACITY, raw_capacity=WINDOW + 1, overflow="evict")
     snapshots = {f"cache_after_comp{i}": i for i in range(len(events)) if f"cache_after_comp{i}_k" in data}
     snapshots["last_cache"] = len(events) - 1
     found, nll, ours_events, done = {"ids": 0.0}, [], [], 0
-    step = jax.jit(functools.partial(stream, method=method, window=WINDOW))
+    step = jax.jit(functools.partial(stream_losses, method=method, window=WINDOW))
     # Between events the stream runs in one scan; the boundaries are the recorded ones and are checked below.
     position = 0
     while position < len(ids):

@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 
-from jax_ccm import processes
-from jax_ccm.config import Config, from_mapping, to_mapping
+from jax_ccm.config.schema import Config, from_mapping, to_mapping
+from jax_ccm.distributed import processes
 from jax_ccm.errors import RunError, UserError
-from jax_ccm.run import Run
+from jax_ccm.training.run import Run
 
 
 def use_programs(folder: str) -> None:

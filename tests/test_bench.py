@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import yaml
 
-from jax_ccm import bench, cli
+from jax_ccm import bench
 from jax_ccm.bench import Options
-from jax_ccm.config import load_config
-from jax_ccm.evals import efficiency, rivals, speed
+from jax_ccm.benchmarks import report, rivals, turns
+from jax_ccm.config import cli
+from jax_ccm.config.schema import load_config
 from jax_ccm.methods import build
-from jax_ccm.types import Kind
+from jax_ccm.rules.types import Kind
 from tests import cases
 
 TURN = 6
@@ -30,7 +31,7 @@ def test_a_turn_that_is_run_leaves_the_state_of_one_turn_more(name, options):
     """Also where a turn is read once more to be closed, and where the method cuts text itself."""
     rival = rivals.of(rivals.rivals(name, options, capacity=6, window=9), build(name, **options))
     model = cases.model(tokens=rival.method.rows, num_layers=1)
-    session = efficiency.Conversation(model, lambda: model, rival, turns=3, prompt=4, reply=TURN - 4)
+    session = turns.Conversation(model, lambda: model, rival, turns=3, prompt=4, reply=TURN - 4)
     left, expected = session.cache, rivals.fill(session.cache, rival.method, turns=4, turn=TURN)
     for field in ("kind", "segment", "index", "position"):
         ours, real = (np.asarray(getattr(x.slots, field)) for x in (left, expected))
@@ -47,13 +48,13 @@ def test_needed_flops_are_those_of_the_program():
     run = jax.jit(lambda model, x: model.logits(model(x, slots, None, rule=RIVALS[0].method.rule)[0]))
     counted = run.lower(model, jnp.ones((1, length), jnp.int32)).compile().cost_analysis()["flops"]
     # The program also computes the pairs that nobody sees, and what is not a matrix product.
-    needed = efficiency.forward_flops(config, length, length * length, length)
+    needed = turns.forward_flops(config, length, length * length, length)
     assert needed < counted < 1.2 * needed
 
 
 def test_sessions_that_fit():
     model, merge = cases.model(tokens=2), RIVALS[-1]
-    most = lambda budget: efficiency.most_sessions(model, merge, budget, turns=3, turn=TURN, prompt=4)
+    most = lambda budget: turns.most_sessions(model, merge, budget, turns=3, turn=TURN, prompt=4)
     found = most(2**21)
     assert 5 < found["sessions"] and 0.95 * 2**21 < found["bytes"] <= 2**21
     assert most(2**10)["sessions"] == 0
@@ -108,9 +109,9 @@ def test_everything_is_written(written):
 
 def test_tables(written):
     results = json.loads((written / "bench.json").read_text())
-    for name in speed.TABLES:
+    for name in report.TABLES:
         text = (written / f"{name}.md").read_text()
-        assert text == speed.markdown(results, name)
+        assert text == report.markdown(results, name)
         assert "`the command`" in text and "another machine" in text
     assert sum(line.startswith("|") for line in (written / "turns.md").read_text().splitlines()) == 2 + 2 * 5
     assert "| 0.5 to 1 |" in (written / "steps.md").read_text()

@@ -16,15 +16,18 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jax_ccm import chat, layout, methods, sharding, steps
+from jax_ccm import chat, methods
 from jax_ccm.chat import Conversation
-from jax_ccm.closing import Closing
-from jax_ccm.config import from_mapping
+from jax_ccm.config.loading import Experiment
+from jax_ccm.config.schema import from_mapping
 from jax_ccm.data import formats
+from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
-from jax_ccm.experiment import Experiment
-from jax_ccm.types import Kind
+from jax_ccm.memory import steps
+from jax_ccm.memory.closing import Closing
+from jax_ccm.rules import rows
+from jax_ccm.rules.types import Kind
 from tests import cases
 
 
@@ -86,7 +89,7 @@ def test_questions_with_an_opening_of_their_own():
         assert [text.replace("Ġ", " ").replace("Ċ", "\n") for text in texts] == laid
         context = [pieces.first(["hi"])[0], answer]
         example = formats.session(pieces, [*context, answer, answer], every=False, unit=1 + (unit == "exchange"))
-        for chunk, segment in zip(chunks, layout.arrange(session.experiment.method, example)[:-1], strict=True):
+        for chunk, segment in zip(chunks, rows.arrange(session.experiment.method, example)[:-1], strict=True):
             np.testing.assert_array_equal(chunk, segment.tokens)
 
 
@@ -146,7 +149,7 @@ def test_gist_compresses_everything_anew():
     for _ in range(2):
         session.say("hello")
     assert session.cache.tokens.tolist() == [len(session.state.said)] and session.cache.chunks.tolist() == [1]
-    chunk = layout.chunk([session.state.said], len(session.state.said), made.model_config.vocab_size)
+    chunk = rows.chunk([session.state.said], len(session.state.said), made.model_config.vocab_size)
     whole = steps.compress_step(made.model, session.empty(), chunk, method=made.method)
     np.testing.assert_allclose(session.cache.k, whole.k, atol=1e-5)
     assert session.memory_bytes()[0] == 2
@@ -222,7 +225,7 @@ TALK = """
 import os, signal, sys
 from pathlib import Path
 import tests.conftest  # quick to compile
-from jax_ccm import chat, cli
+from jax_ccm import chat; from jax_ccm.config import cli
 from tests.test_chat import experiment
 sys.stdout.reconfigure(encoding="ascii")
 generate, calls = chat.generate, []

@@ -8,13 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from jax_ccm import cli, compare, evaluate, memory, steps
-from jax_ccm.config import load_config
-from jax_ccm.data.evaluation import Evaluation
+from jax_ccm import compare, evaluate
+from jax_ccm.config import cli
+from jax_ccm.config.loading import load_experiment
+from jax_ccm.config.schema import load_config
+from jax_ccm.data.questions import Evaluation
 from jax_ccm.evals.parity import held_slots
-from jax_ccm.experiment import load_experiment
-from jax_ccm.layout import arrange, chunk, closed
+from jax_ccm.memory import steps
+from jax_ccm.memory.cache import init_cache
 from jax_ccm.methods import build
+from jax_ccm.rules.rows import arrange, chunk, closed
 from jax_ccm.weights.adapters import save_adapter
 from tests.data import support as data
 from tests.test_evaluate import SCRATCH, run, with_random_b, write
@@ -89,7 +92,7 @@ def test_what_is_repeated(tmp_path, monkeypatch, capsys):
     repeat = jax.jit(steps.repeat, static_argnames=("method", "length", "back"))
     right, exact, tokens, chunks = 0, 0, 0, 0
     for example in Evaluation.open(load_config(config).data, experiment.tokenizer).texts():
-        cache = memory.init_cache(model, experiment.method, 1, memory_capacity=64, raw_capacity=4)
+        cache = init_cache(model, experiment.method, 1, memory_capacity=64, raw_capacity=4)
         for segment in closed(experiment.method, arrange(experiment.method, example)):
             cache = read(model, cache, chunk([segment.tokens], 4, model.config.vocab_size), method=experiment.method)
             hits = np.asarray(repeat(model, cache, length=4, method=experiment.method))[0].argmax(-1) == segment.tokens

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_ccm.draw import draw
-from jax_ccm.evals import comparison, parity, report, speed
+from jax_ccm.benchmarks import report as speed
+from jax_ccm.evals import comparison, parity, report
 from jax_ccm.methods import METHODS, build
 from jax_ccm.planning import ahead
 from jax_ccm.planning import report as plan_report
-from jax_ccm.sessions import Example, Segment
+from jax_ccm.rules.draw import draw
+from jax_ccm.rules.examples import Example, Segment
 from tests import cases
 
 ROOT = Path(__file__).parents[1]

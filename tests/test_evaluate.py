@@ -10,11 +10,12 @@ import pytest
 import yaml
 from flax import nnx
 
-from jax_ccm import cli, evaluate
-from jax_ccm.config import load_config
+from jax_ccm import evaluate
+from jax_ccm.config import cli
+from jax_ccm.config.loading import load_experiment
+from jax_ccm.config.schema import load_config
 from jax_ccm.evals import report
 from jax_ccm.evaluate import Options
-from jax_ccm.experiment import load_experiment
 from jax_ccm.methods import build
 from jax_ccm.weights.adapters import save_adapter
 from tests.data import support as data

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_ccm import memory, memory_files
-from jax_ccm.config import load_config
-from jax_ccm.experiment import load_experiment
+from jax_ccm.config.loading import load_experiment
+from jax_ccm.config.schema import load_config
+from jax_ccm.memory import files
+from jax_ccm.memory.cache import check
 from tests.golden.formats import record
 
 FOLDER = Path(__file__).parent / "golden" / "formats"
@@ -33,8 +34,8 @@ def test_adapter_and_memory(folder):
     path = folder / "memory.safetensors"
     older = "earlier version, which rounded mixed memory to float32" if experiment.method.mix else None
     with pytest.warns(UserWarning, match=older) if older else contextlib.nullcontext():
-        cache = memory_files.load(path, experiment.model, fingerprint=record.FINGERPRINT, method=experiment.method)
-    memory.check(cache)
+        cache = files.load(path, experiment.model, fingerprint=record.FINGERPRINT, method=experiment.method)
+    check(cache)
     assert cache.chunks.tolist() == [3, 3] and cache.tokens.tolist() == [16, 16]
     np.testing.assert_allclose(record.answer(experiment, cache), expected["logits"], atol=1e-5)
 

@@ -1,8 +1,9 @@
-"""Imports go one way, and importing the library is cheap."""
+"""Each file stands in one room, rooms stand on floors, imports go down; and importing the library is cheap."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -12,81 +13,91 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "jax_ccm"
 
-# What each part may import of the library; parts are the first name below jax_ccm.
-CORE = {"errors", "parsing", "types", "updates"}
-ALLOWED = {
-    "errors": set(),
-    "updates": set(),
-    "parsing": {"errors"},
-    "types": {"updates"},
-    "paths": {"errors"},
-    "processes": CORE,
-    "preemption": set(),
-    "sessions": set(),
-    "layout": CORE | {"sessions"},
-    "describe": CORE,
-    "methods": CORE,
-    "sharding": CORE,
-    "draw": CORE | {"layout", "sessions"},
-    "kernels": CORE | {"layout"},
-    "attention": CORE | {"layout", "kernels", "sharding"},
-    "nn": CORE | {"layout", "attention", "sharding"},
-    # memory needs only the sizes and the type of the model.
-    "memory": CORE | {"layout", "nn", "sharding"},
-    "memory_files": CORE | {"describe", "memory", "nn", "sharding"},
-    "steps": CORE | {"layout", "memory", "nn"},
-    "losses": CORE | {"nn", "sharding"},
-    "closing": CORE | {"memory", "nn", "steps"},
-    "generate": CORE | {"closing", "memory", "nn", "steps"},
-    "weights": CORE | {"paths", "processes", "describe", "nn", "methods", "sharding"},
-    "data": CORE | {"layout", "paths", "sessions"},
-    "evals": CORE
-    | {
-        "sessions",
-        "layout",
-        "memory",
-        "nn",
-        "steps",
-        "losses",
-        "closing",
-        "sharding",
-        "generate",
-        "data",
-        "methods",
-        "paths",
-    },
-}
-EXTERNAL = {"methods": {"jax", "flax"}, "data": {"jax", "flax"}}
+# Each line stands above all that it imports: a file imports from its own room and from lower floors. Rooms are folders
+# (a name with a slash) or single files of the root. What each is: docs/house.md.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("rules/", "distributed/", "records/"),
+    ("methods/", "attention/", "data/"),
+    ("nn/",),
+    ("memory/", "weights/"),
+    ("evals/", "benchmarks/", "config/"),
+    ("evaluate", "verify", "compare", "convert", "training/"),
+    ("bench", "chat", "train", "planning/"),
+    ("plan",),
+    ("__init__",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, 1) for room in rooms}
+COMMANDS = {room for room in FLOOR if not room.endswith("/")} - {"errors", "__init__"}
+EXTERNAL = {"methods/": {"jax", "flax"}, "data/": {"jax", "flax"}}
 
 
-def modules():
+def modules() -> list[Path]:
     return sorted(ROOT.rglob("*.py"))
 
 
-def imported(path: Path):
+def room_of(path: Path) -> str:
+    """The room of a file of the library."""
+    first, *inside = path.relative_to(ROOT).with_suffix("").parts
+    return f"{first}/" if inside else first
+
+
+def imports(path: Path):
+    """``(module, name)`` of all that a file imports, wherever in it; the name is empty for a whole module."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, and what may be one."""
+    return {name for module, inside in imports(path) for name in (module, f"{module}.{inside}".rstrip("."))}
+
+
+def files_of(path: Path) -> set[Path]:
+    """Files of the library that a file imports."""
+    found = set()
+    for module, name in imports(path):
+        first, *inside = module.split(".")
+        if first != ROOT.name or not (inside or name):
+            continue  # the package alone gives its version: it is loaded before any of its modules
+        folder = ROOT.joinpath(*inside)
+        # The module of that name, else the one that the name is taken from.
+        places = [folder / name, folder] if name else [folder]
+        files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
+        found.add(next(file for file in files if file.exists()))
+    return found
+
+
+def test_each_room_is_there():
+    rooms = [room for rooms in FLOORS for room in rooms]
+    assert len(rooms) == len(set(rooms))
+    assert {room_of(path) for path in modules()} == set(rooms), "a room without a floor, or a floor without its room"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_direction(path):
-    part = path.relative_to(ROOT).with_suffix("").parts[0]
-    names = set(imported(path))
-    assert not any(name.split(".")[0] == "configs" for name in names)
-    for banned in EXTERNAL.get(part, ()):
-        assert not any(name.split(".")[0] == banned for name in names), f"{path} imports {banned}"
-    if part not in ALLOWED:
-        return  # commands and what they share may import everything
-    for name in names:
-        if not name.startswith("jax_ccm.") or name.startswith(f"jax_ccm.{part}"):
-            continue
-        inside = name.removeprefix("jax_ccm.")
-        assert any(inside == a or inside.startswith(f"{a}.") for a in ALLOWED[part]), f"{path.name} imports {name}"
+    room = room_of(path)
+    assert room in FLOOR, f"{path.relative_to(ROOT)} stands in no room that has a floor: give {room} one in FLOORS"
+    packages = {name.split(".")[0] for name in imported(path)}
+    assert not packages & ({"configs", "tests"} | EXTERNAL.get(room, set())), f"{path} imports {packages}"
+    for other in files_of(path):
+        there = room_of(other)
+        assert there == room or FLOOR[there] < FLOOR[room], (
+            f"{path.relative_to(ROOT)} (floor {FLOOR[room]}) imports {other.relative_to(ROOT)} (floor {FLOOR[there]})"
+        )
+
+
+def test_no_circles():
+    """No file imports itself through others."""
+    graph = {path: files_of(path) for path in modules()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as e:
+        pytest.fail(" -> ".join(str(path.relative_to(ROOT)) for path in e.args[1]))
 
 
 def test_import_is_cheap():
@@ -115,5 +126,6 @@ print(json.dumps({"seconds": seconds, "heavy": [name for name in heavy if name i
 
 def test_size_of_files():
     """A file is one thing, of up to 450 lines; longer ones are split by noun."""
-    long = {str(p.relative_to(ROOT)): n for p in modules() if (n := len(p.read_text().splitlines())) > 450}
-    assert not long
+    most = lambda path: 450
+    lines = {path: len(path.read_text().splitlines()) for path in modules()}
+    assert not {str(path.relative_to(ROOT)): count for path, count in lines.items() if count > most(path)}

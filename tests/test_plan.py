@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jax_ccm import cli, plan
-from jax_ccm.config import from_mapping
+from jax_ccm import plan
+from jax_ccm.config import cli
+from jax_ccm.config.schema import from_mapping
 from jax_ccm.errors import UserError
 from jax_ccm.planning import chips, gpus, measure, programs, report, sessions
 from jax_ccm.weights import read_config

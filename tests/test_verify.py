@@ -7,11 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from jax_ccm import cli, verify
-from jax_ccm.config import load_config
+from jax_ccm import verify
+from jax_ccm.config import cli
+from jax_ccm.config.loading import load_experiment
+from jax_ccm.config.schema import load_config
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
-from jax_ccm.experiment import load_experiment
 from jax_ccm.verify import Options
 from tests.test_compare import text_config
 from tests.test_evaluate import write

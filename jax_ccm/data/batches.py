@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm import layout, sessions
 from jax_ccm.data import documents, sources
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.formats import Format, Report, Unit
 from jax_ccm.errors import UserError
-from jax_ccm.sessions import Example
-from jax_ccm.types import Batch, Method
+from jax_ccm.rules import examples
+from jax_ccm.rules import rows as layout
+from jax_ccm.rules.examples import Example
+from jax_ccm.rules.types import Batch, Method
 
 
 def caps(config: DataConfig, method: Method) -> layout.Sizes:
@@ -41,9 +42,9 @@ def joined(example: Example, join: float, uncompressed: float, rng: np.random.Ge
     if count == 1 or (cuts.all() and not whole):
         return example
     if whole:
-        return sessions.join(example, [count])
+        return examples.join(example, [count])
     bounds = np.flatnonzero(np.concatenate([[True], cuts, [True]]))
-    return sessions.join(example, [*(int(size) for size in np.diff(bounds)), 1])
+    return examples.join(example, [*(int(size) for size in np.diff(bounds)), 1])
 
 
 def buckets(config: DataConfig, method: Method) -> list[layout.Sizes]:

@@ -13,9 +13,9 @@ from jax_ccm.data.config import DataConfig
 from jax_ccm.data.formats import Dialogue, FewShot, Format, Online, Report, Unit, filled, used
 from jax_ccm.data.pieces import Pieces
 from jax_ccm.data.sources import Source
-from jax_ccm.layout import Sizes, measure
-from jax_ccm.sessions import Example, glued
-from jax_ccm.types import Method
+from jax_ccm.rules.examples import Example, glued
+from jax_ccm.rules.rows import Sizes, measure
+from jax_ccm.rules.types import Method
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ from jax_ccm.data.config import DataConfig
 from jax_ccm.data.pieces import Pieces
 from jax_ccm.data.sources import Record, Source, blank
 from jax_ccm.errors import UserError
-from jax_ccm.layout import Sizes, bound, measure
-from jax_ccm.sessions import Example, Segment, glued, opened
-from jax_ccm.types import Method
+from jax_ccm.rules.examples import Example, Segment, glued, opened
+from jax_ccm.rules.rows import Sizes, bound, measure
+from jax_ccm.rules.types import Method
 
 
 @dataclasses.dataclass

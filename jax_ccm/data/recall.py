@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.errors import UserError
-from jax_ccm.sessions import Example, Segment
+from jax_ccm.rules.examples import Example, Segment
 
 START = 0
 

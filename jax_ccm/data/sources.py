@@ -15,9 +15,9 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from jax_ccm import paths
 from jax_ccm.errors import UserError, unknown
-from jax_ccm.parsing import Repeated, parse_json, require_text
+from jax_ccm.records import paths
+from jax_ccm.records.parsing import Repeated, parse_json, require_text
 
 Record = dict[str, Any]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_ccm.errors import UserError
-from jax_ccm.sessions import Segment
+from jax_ccm.rules.examples import Segment
 
 SHORTEST = 2
 RELEASED_SHORTEST_TEXT = 30

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_ccm import paths
 from jax_ccm.errors import UserError
 from jax_ccm.evals.report import SHARES, STYLE, cell_share, plot_tradeoff
-from jax_ccm.parsing import parse_json
+from jax_ccm.records import paths
+from jax_ccm.records.parsing import parse_json
 
 # What all share, taken from the first evaluation; and their names.
 SHARED = {"none": "no context", "full": "full context", "full_lora": "full context, LoRA"}

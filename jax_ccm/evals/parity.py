@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_ccm import memory
 from jax_ccm.errors import UserError
-from jax_ccm.layout import Sizes, arrange, batch, measure, reachable
-from jax_ccm.losses import mean_loss, scored_logits
+from jax_ccm.memory.cache import check, init_cache
+from jax_ccm.memory.losses import mean_loss, scored_logits
+from jax_ccm.memory.steps import compress, parallel_forward, read
 from jax_ccm.nn.config import ModelConfig
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.sessions import Example
-from jax_ccm.steps import compress, parallel_forward, read
-from jax_ccm.types import RAW, Batch, Chunk, Kind, MemoryCache, Method, Slots
+from jax_ccm.rules.examples import Example
+from jax_ccm.rules.rows import Sizes, arrange, batch, measure, reachable
+from jax_ccm.rules.types import RAW, Batch, Chunk, Kind, MemoryCache, Method, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def cache_for(model: Transformer, method: Method, examples: Sequence[Example]) -
     keeps = any(set(clause.key) & set(RAW) and clause.farthest > 0 for clause in method.rule.sees)
     lengths = [[len(segment.tokens) for segment in row] for row in rows]
     raw, unit = max(sum(row) if keeps else max(row) for row in lengths), method.chunk or 1
-    return memory.init_cache(
+    return init_cache(
         model,
         method,
         len(rows),
@@ -194,7 +194,7 @@ def recurrent_logits(
         cache = _compress(model, cache, chunk.valid.any(axis=1), **static)
     cache, logits = _read(model, cache, sessions.tail, query=True, **static)
     collect(logits, sessions.weights[1])
-    memory.check(cache)
+    check(cache)
     return [np.concatenate(row) for row in found]
 
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm.data.evaluation import Choice, Evaluation, wrong_memory_choices
+from jax_ccm.data.questions import Choice, Evaluation, wrong_memory_choices
 from jax_ccm.errors import UserError
 from jax_ccm.evals import tasks
 from jax_ccm.evals.parity import context_slots
 from jax_ccm.evals.scoring import Scores, Store, score
 from jax_ccm.evals.statistics import Estimate, Resamples, estimate, share, tree_to_json
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.sessions import Example
-from jax_ccm.types import Method
+from jax_ccm.rules.examples import Example
+from jax_ccm.rules.types import Method
 
 # Which system is whose ceiling: the suffix of the shares, and the system with full context.
 CEILINGS = {"": "full", "_to_full_lora": "full_lora"}

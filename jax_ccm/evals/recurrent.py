@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm import memory
 from jax_ccm.evals.parity import Stream, cache_for, stream
-from jax_ccm.layout import arrange
+from jax_ccm.memory.cache import check, init_cache
+from jax_ccm.memory.steps import compress, read, stream_step
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.sessions import Example
-from jax_ccm.steps import compress, read
-from jax_ccm.types import Chunk, Method
+from jax_ccm.rules.examples import Example
+from jax_ccm.rules.rows import arrange
+from jax_ccm.rules.types import Array, Chunk, MemoryCache, Method
 
 # Chunks and tails are padded to multiples of this, so that a few shapes serve all lengths.
 MULTIPLE = 32
@@ -51,7 +51,7 @@ def score_recurrently(
     for first in range(0, len(order), rows):
         those = order[first : first + rows]
         fill = those + those[:1] * (rows - len(those))
-        cache = memory.init_cache(
+        cache = init_cache(
             model,
             method,
             rows,
@@ -77,7 +77,7 @@ def _score(model, method: Method, cache, sessions: Stream) -> list[tuple[np.ndar
     tail = _fit(sessions.tail, sessions.targets[1])
     cache, *found = _step(model, cache, *tail, method=method, close=False, asked=True)
     parts.append((sessions.weights[1], *found))
-    memory.check(cache)
+    check(cache)
     rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in sessions.tail.tokens]
     for weights, losses, hits in parts:
         losses, hits = np.asarray(losses, np.float64), np.asarray(hits)
@@ -110,3 +110,35 @@ def _step(model, cache, chunk, targets, *, method, close, asked):
         return (cache,)
     target = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
     return cache, jax.nn.logsumexp(logits, axis=-1) - target, jnp.argmax(logits, axis=-1) == targets
+
+
+def stream_losses(
+    model: Transformer, cache: MemoryCache, tokens, targets, valid, *, method: Method, window: int, closes: Array
+):
+    """Feeds text token by token, compressing whenever the window is full (CCM, section 4.3).
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions; see `steps.stream_step`.
+      tokens: ``int32 [B, T]``.
+      targets: ``int32 [B, T]``, the token after each.
+      valid: ``bool [B, T]``.
+      method: static.
+      window: live slots at which a row compresses; static.
+      closes: how many of the oldest raw tokens are then compressed.
+
+    Returns:
+      The cache, and the negative log-likelihood of the targets, ``float32 [B, T]``, 0 where not valid.
+    """
+
+    def body(cache, scanned):
+        token, target, use = scanned
+        cache, logits = stream_step(
+            model, cache, Chunk(token[:, None], use[:, None]), method=method, window=window, closes=closes
+        )
+        logits = logits[:, 0]
+        score = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+        return cache, (jax.nn.logsumexp(logits, axis=-1) - score) * use
+
+    cache, losses = jax.lax.scan(body, cache, (jnp.swapaxes(tokens, 0, 1), jnp.swapaxes(targets, 0, 1), valid.T))
+    return cache, losses.T

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_ccm import paths
+from jax_ccm.records import paths
 
 DASHES = (0, (4, 2))
 # Colours and short names of the systems, in the order in which they are shown.

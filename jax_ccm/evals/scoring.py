@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm import paths
 from jax_ccm.errors import UserError
 from jax_ccm.evals.recurrent import score_recurrently
-from jax_ccm.layout import Sizes, batch, measure
-from jax_ccm.losses import scored_logits
+from jax_ccm.memory.losses import scored_logits
+from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.nn.positions import warn_beyond
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.sessions import Example, Segment
-from jax_ccm.steps import parallel_forward
-from jax_ccm.types import Batch, Method
+from jax_ccm.records import paths
+from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.rows import Sizes, batch, measure
+from jax_ccm.rules.types import Batch, Method
 
 # What compiling one more shape costs, in tokens of forward pass: a second or two of a CPU, more of anything faster.
 SHAPE_COST = {"cpu": 1024}
@@ -47,9 +47,9 @@ class Scores:
 
 # What scores are computed by: parts of the library, and packages.
 PARTS = (
-    "attention.py", "closing.py", "describe.py", "errors.py", "evals/parity.py", "evals/recurrent.py",
-    "evals/scoring.py", "kernels", "layout.py", "losses.py", "memory.py", "methods", "nn", "parsing.py", "paths.py",
-    "processes.py", "sessions.py", "sharding.py", "steps.py", "types.py", "updates.py", "weights",
+    "attention", "distributed", "errors.py", "evals/parity.py", "evals/recurrent.py", "evals/scoring.py",
+    "memory", "methods", "nn",
+    "rules", "weights",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "gguf")
 

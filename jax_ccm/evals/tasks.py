@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm.data.evaluation import Choice
+from jax_ccm.data.questions import Choice
 from jax_ccm.evals.scoring import Scores
 from jax_ccm.evals.statistics import Resamples, estimate
-from jax_ccm.sessions import Example, Segment
+from jax_ccm.rules.examples import Example, Segment
 
 CALIBRATED_TASK = "poem_sentiment"
 EXCLUDED_TASK = "glue-mrpc"

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.methods import baselines, ccm, compressive, eviction, loma, sentinel
-from jax_ccm.types import Method
+from jax_ccm.rules.types import Method
 
 METHODS: dict[str, Callable[..., Method]] = {
     "full": baselines.full,

@@ -19,8 +19,8 @@ from __future__ import annotations
 from typing import Literal
 
 from jax_ccm.errors import UserError
-from jax_ccm.types import INF, Clause, Kind, Method, Rule, Token, see
-from jax_ccm.updates import Ema, Mean
+from jax_ccm.rules.mixtures import Ema, Mean
+from jax_ccm.rules.types import INF, Clause, Kind, Method, Rule, Token, see
 
 TEXT, QUERY, COMP, REPEAT, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.REPEAT, Kind.SINK, Kind.MEMORY
 EVERY = (TEXT, QUERY, COMP, REPEAT, SINK)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_ccm.nn.config import AdapterConfig
-from jax_ccm.types import Array
+from jax_ccm.rules.types import Array
 
 
 class Gate(NamedTuple):

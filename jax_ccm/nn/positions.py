@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from jax_ccm.nn.config import ModelConfig
-from jax_ccm.types import Method
+from jax_ccm.rules.types import Method
 
 _told: set[int] = set()
 

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_ccm.attention import memory_attention
-from jax_ccm.layout import with_window
+from jax_ccm.attention.dispatch import memory_attention
+from jax_ccm.distributed.sharding import constrain, in_order
 from jax_ccm.nn import rope
 from jax_ccm.nn.config import AdapterConfig, ModelConfig
 from jax_ccm.nn.linear import Joined, Linear, turned
-from jax_ccm.sharding import constrain, in_order
-from jax_ccm.types import MemoryCache, Packed, Rule, Slots
+from jax_ccm.rules.rows import with_window
+from jax_ccm.rules.types import MemoryCache, Packed, Rule, Slots
 
 Remat = Literal["none", "dots", "all"]
 

@@ -22,16 +22,16 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_ccm.attention import memory_attention
-from jax_ccm.config import Config, from_mapping
+from jax_ccm.attention.dispatch import memory_attention
+from jax_ccm.config.loading import build_method
+from jax_ccm.config.schema import Config, from_mapping
+from jax_ccm.distributed.sharding import AXES, make_mesh
 from jax_ccm.errors import UserError, unknown
-from jax_ccm.experiment import build_method
 from jax_ccm.methods import build
 from jax_ccm.nn import ModelConfig, rope
 from jax_ccm.nn.transformer import Attention, pack
 from jax_ccm.planning import gpus, programs
-from jax_ccm.sharding import AXES, make_mesh
-from jax_ccm.types import Packed, Rule, Slots
+from jax_ccm.rules.types import Packed, Rule, Slots
 
 # The smallest topology of each generation.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}

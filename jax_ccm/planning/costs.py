@@ -6,11 +6,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jax_ccm.config import Config
+from jax_ccm.config.schema import Config
 from jax_ccm.nn import ModelConfig
 from jax_ccm.planning.chips import Chip
 from jax_ccm.planning.measure import Need
-from jax_ccm.types import Batch
+from jax_ccm.rules.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm import layout, memory, sharding, training
-from jax_ccm.config import Config
+from jax_ccm.config.schema import Config
 from jax_ccm.data.batches import caps
+from jax_ccm.distributed import sharding
+from jax_ccm.memory.cache import init_cache
+from jax_ccm.memory.steps import compress, read
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
-from jax_ccm.sessions import Example, Segment
-from jax_ccm.steps import compress, read
-from jax_ccm.types import Batch, Chunk, MemoryCache, Method
+from jax_ccm.rules import rows as layout
+from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.types import Batch, Chunk, MemoryCache, Method
+from jax_ccm.training.step import init_state, make_optimizer, make_schedule, make_step, split
 
 Tree = Any
 
@@ -73,11 +76,11 @@ def abstract_batch(config: Config, shape: ModelConfig, method: Method, rows: int
 def training_step(
     config: Config, shape: ModelConfig, method: Method, mesh: jax.sharding.Mesh, rows: int, accumulation: int
 ) -> Program:
-    """The training step of `jax_ccm.run`, for so many rows of a micro-batch over all devices."""
+    """The training step of `jax_ccm.training.run`, for so many rows of a micro-batch over all devices."""
     model = abstract_model(config, shape, method, mesh)
-    graphdef, params, frozen = training.split(model, config.train.trainable)
-    optimizer = training.make_optimizer(config.optimizer, training.make_schedule(config.optimizer, config.train.steps))
-    state = jax.eval_shape(lambda params: training.init_state(params, optimizer), params)
+    graphdef, params, frozen = split(model, config.train.trainable)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.steps))
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
     places = sharding.parameter_shardings(mesh, state, shape)
     state = on(places, state)
     batch = abstract_batch(config, shape, method, rows)
@@ -85,7 +88,7 @@ def training_step(
     batch = on(sharding.batch_shardings(mesh, batch, leading=1), batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
-    step = training.make_step(config, graphdef, method, optimizer, (places, sharding.replicated(mesh)))
+    step = make_step(config, graphdef, method, optimizer, (places, sharding.replicated(mesh)))
     kinds = {"weights": frozen, "adapter": state["params"], "optimizer": state["optimizer"], "batch": batch}
     return Program(step, (state, frozen, batch, key), kinds, mesh)
 
@@ -94,7 +97,7 @@ def abstract_cache(
     config: Config, shape: ModelConfig, method: Method, mesh: jax.sharding.Mesh, sessions: int, slots: int, raw: int
 ) -> MemoryCache:
     """The cache of so many sessions, ``slots`` for memory and ``raw`` for text."""
-    make = lambda: memory.init_cache(
+    make = lambda: init_cache(
         shape, method, sessions, memory_capacity=slots, raw_capacity=raw, dtype=jnp.dtype(config.model.dtype)
     )
     cache = jax.eval_shape(make)
@@ -129,5 +132,5 @@ def _serving(config, shape, method, mesh, cache: MemoryCache, step: Callable) ->
     model = abstract_model(config, shape, method, mesh)
     places = jax.tree.map(lambda x: x.sharding, cache)
     function = jax.jit(step, donate_argnums=1, out_shardings=(places, None))
-    _, adapter, base = training.split(model, "adapter")
+    _, adapter, base = split(model, "adapter")
     return Program(function, (model, cache), {"weights": base, "adapter": adapter, "cache": cache}, mesh)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_ccm import paths
 from jax_ccm.errors import UserError
-from jax_ccm.parsing import parse_json
+from jax_ccm.records import paths
+from jax_ccm.records.parsing import parse_json
 
 GIB = 2**30
 KINDS = ("weights", "adapter", "optimizer", "cache", "batch", "temporaries", "other")

@@ -10,15 +10,16 @@ from typing import Any
 
 import jax
 
-from jax_ccm import methods, sharding
-from jax_ccm.config import Config
-from jax_ccm.evals import rivals
-from jax_ccm.experiment import build_method
+from jax_ccm import methods
+from jax_ccm.benchmarks import rivals
+from jax_ccm.config.loading import build_method
+from jax_ccm.config.schema import Config
+from jax_ccm.distributed import sharding
 from jax_ccm.nn import ModelConfig
 from jax_ccm.planning import costs, programs
 from jax_ccm.planning.chips import Chip
 from jax_ccm.planning.measure import Need, largest, need
-from jax_ccm.types import Method
+from jax_ccm.rules.types import Method
 
 
 @dataclasses.dataclass(frozen=True)

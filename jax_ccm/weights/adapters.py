@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax_ccm
-from jax_ccm import paths, processes
-from jax_ccm.describe import describe_method, label
+from jax_ccm.distributed import processes
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.nn import AdapterConfig, Transformer
-from jax_ccm.parsing import read_json
-from jax_ccm.types import Method
+from jax_ccm.records import paths
+from jax_ccm.records.parsing import read_json
+from jax_ccm.rules.describe import describe_method, label
+from jax_ccm.rules.types import Method
 from jax_ccm.weights import lora, peft, reference
 from jax_ccm.weights.folders import read_tensors, safetensors_bytes, write_folder
 from jax_ccm.weights.identity import check_base, check_method, describe_base

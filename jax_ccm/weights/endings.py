@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
-from jax_ccm.parsing import read_json
+from jax_ccm.records.parsing import read_json
 from jax_ccm.weights.gguf import GgufFile
 from jax_ccm.weights.sources import locate
 

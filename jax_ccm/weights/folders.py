@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_ccm import paths
 from jax_ccm.errors import UserError
+from jax_ccm.records import paths
 from jax_ccm.weights.pickles import read_torch
 
 

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jax_ccm.distributed.sharding import path_of
 from jax_ccm.errors import UserError
 from jax_ccm.nn import ModelConfig, Transformer
-from jax_ccm.parsing import parse_json, read_json
-from jax_ccm.sharding import path_of
+from jax_ccm.records.parsing import parse_json, read_json
 from jax_ccm.weights import hf_config
 
 Index = tuple[slice, ...]

@@ -13,7 +13,7 @@ from typing import Any
 
 from jax_ccm.errors import UserError
 from jax_ccm.nn import ModelConfig, rope
-from jax_ccm.parsing import read_json
+from jax_ccm.records.parsing import read_json
 from jax_ccm.weights import hf_rope
 from jax_ccm.weights.hf_fields import Fields, names
 

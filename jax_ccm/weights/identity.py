@@ -12,11 +12,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jax_ccm import processes
-from jax_ccm.describe import describe_method, label
+from jax_ccm.distributed import processes
 from jax_ccm.errors import UserError
 from jax_ccm.nn import ModelConfig, RopeScaling, Transformer
-from jax_ccm.types import Method, Rule
+from jax_ccm.rules.describe import describe_method, label
+from jax_ccm.rules.types import Method, Rule
 from jax_ccm.weights.hf import base_parameters
 
 # How a method is called, and where its keys are rotated, is not what the adapter has learned: streaming with an adapter

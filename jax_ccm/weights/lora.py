@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_ccm import processes
+from jax_ccm.distributed import processes
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, Transformer, abstract_transformer
 from jax_ccm.nn.config import PROJECTIONS

@@ -21,7 +21,7 @@ import numpy as np
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig
 from jax_ccm.nn.config import PROJECTIONS
-from jax_ccm.parsing import parse_json, read_json
+from jax_ccm.records.parsing import parse_json, read_json
 from jax_ccm.weights.folders import read_tensors, safetensors_bytes
 from jax_ccm.weights.lora import COMP, Adapter, depth, stem
 from jax_ccm.weights.peft_modules import NOTE, Modules, read_modules

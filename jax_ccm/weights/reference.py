@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm.describe import describe_method, label
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
-from jax_ccm.parsing import read_json
-from jax_ccm.types import Method
+from jax_ccm.records.parsing import read_json
+from jax_ccm.rules.describe import describe_method, label
+from jax_ccm.rules.types import Method
 from jax_ccm.weights.folders import read_tensors
 from jax_ccm.weights.lora import COMP, Adapter
 from jax_ccm.weights.peft import COMP_KEY, CONFIG_FILE, config_bytes, known, pack, tensor_bytes, unpack

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_ccm import paths
 from jax_ccm.errors import UserError
+from jax_ccm.records import paths
 
 FORMS = (
     "a local folder in Hugging Face layout, a .gguf file, a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct' (with "

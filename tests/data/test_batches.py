@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from jax_ccm import layout
 from jax_ccm.data.batches import joined, prepare, train_iterator
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.sources import Records
 from jax_ccm.errors import UserError
 from jax_ccm.methods import baselines, ccm
-from jax_ccm.sessions import Example, Segment
-from jax_ccm.types import Kind
+from jax_ccm.rules import rows as layout
+from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.types import Kind
 from tests.data.support import VOCAB, dialogues, text_of, tokenizer, write
 
 METHOD = ccm.concat(comp_tokens=2, sink=True)

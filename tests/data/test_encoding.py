@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from jax_ccm.data import documents
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.encoding import Encoder, control_tokens
-from jax_ccm.data.evaluation import Evaluation
 from jax_ccm.data.pieces import Pieces
+from jax_ccm.data.questions import Evaluation
 from jax_ccm.data.sources import Records
 from jax_ccm.weights.tokenizers import load_tokenizer
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from tokenizers import normalizers
 
-from jax_ccm import layout
 from jax_ccm.data import documents
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.formats import despace
 from jax_ccm.data.sources import Records, open_sources
 from jax_ccm.errors import UserError
 from jax_ccm.methods import baselines, ccm
+from jax_ccm.rules import rows as layout
 from tests.data.support import VOCAB, dialogues, text_of, tokenizer, write
 
 HELLO = {"turns": ["the one", "he is", "in the", "on"]}

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from jax_ccm import layout
 from jax_ccm.data.recall import START, Recall, example
 from jax_ccm.errors import UserError
 from jax_ccm.methods import ccm
+from jax_ccm.rules import rows
 
 
 def test_a_session():
@@ -22,7 +22,7 @@ def test_a_session():
         assert sorted(map(tuple, tail.tokens.reshape(-1, 2))) == sorted(facts)
         assert tail.scored.tolist() == [False, True] * 8
         assert session.start.tolist() == [START]
-    batch = layout.batch(ccm.concat(1), [session], layout.Sizes(41, 8, 8), task.vocab_size)
+    batch = rows.batch(ccm.concat(1), [session], rows.Sizes(41, 8, 8), task.vocab_size)
     assert set(batch.steps[0]) == {8} and (batch.targets > 20).all()
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jax_ccm import layout
 from jax_ccm.data import spans
 from jax_ccm.errors import UserError
 from jax_ccm.methods import baselines, sentinel
+from jax_ccm.rules import rows
 from tests.data.test_formats import laid_out, load
 
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
@@ -154,7 +154,7 @@ def test_windows_of_other_samplers(sampler, unit):
             example = format.draw(one, rng(seed))
             made = laid_out(example, sentinel.sentinel())
             assert np.array_equal(made.targets[0][made.weights[0] > 0], expected.targets[0][expected.weights[0] > 0])
-            need = layout.measure(sentinel.sentinel(), example)
+            need = rows.measure(sentinel.sentinel(), example)
             assert need.tokens <= needs.tokens and need.memory <= needs.memory and need.scored == needs.scored
             counts.add(len(example.segments))
         assert max(counts) > 3
@@ -181,7 +181,7 @@ def test_windows_with_spans(hide):
             example = format.draw(unit, rng(seed))
             made = laid_out(example, method)
             assert np.array_equal(made.targets[0][made.weights[0] > 0], expected.targets[0][expected.weights[0] > 0])
-            assert layout.measure(method, example) == format.needs(unit, method)
+            assert rows.measure(method, example) == format.needs(unit, method)
             shapes.add(tuple(len(segment.tokens) for segment in example.segments) + tuple(example.segments[0].kept))
             if hide == "spans":
                 kept = sum(int(s.kept.sum()) for s in example.segments[:-1]) + len(example.segments[-1].tokens)

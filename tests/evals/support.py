@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer
-from jax_ccm.sessions import Example, Segment
+from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.weights.hf import parameters
 from tests import cases
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jax_ccm import memory
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
+from jax_ccm.memory.cache import init_cache
 from jax_ccm.methods import build
 from tests import cases
 from tests.evals.support import SMALL, session
@@ -46,7 +46,7 @@ def test_scored_places_only():
 def test_a_small_cache_is_refused():
     method = build("ccm_concat", comp_tokens=1)
     model = cases.model(tokens=1, config=SMALL)
-    cache = memory.init_cache(model, method, 1, memory_capacity=1, raw_capacity=8)
+    cache = init_cache(model, method, 1, memory_capacity=1, raw_capacity=8)
     with pytest.raises(UserError, match="needed"):
         parity.recurrent_logits(model, method, [session([10], [11], [12, 13], target=1)], cache=cache)
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from jax_ccm.data.config import DataConfig
-from jax_ccm.data.evaluation import Choice, Evaluation, wrong_memory_choices
+from jax_ccm.data.questions import Choice, Evaluation, wrong_memory_choices
 from jax_ccm.data.sources import Records
 from jax_ccm.errors import UserError
 from jax_ccm.evals import perplexity
 from jax_ccm.evals.perplexity import Measured, Stage, System
 from jax_ccm.evals.scoring import Scores
 from jax_ccm.methods import build
-from jax_ccm.types import Kind
+from jax_ccm.rules.types import Kind
 from tests import cases
 from tests.data import support as data
 from tests.evals.support import SMALL, bigram, random_sessions, session

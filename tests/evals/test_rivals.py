@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from jax_ccm import steps
-from jax_ccm.closing import prefill
+from jax_ccm.benchmarks import rivals
 from jax_ccm.errors import UserError
-from jax_ccm.evals import rivals
+from jax_ccm.memory import steps
+from jax_ccm.memory.closing import prefill
 from jax_ccm.methods import METHODS, beside, build
-from jax_ccm.types import Chunk, Kind
+from jax_ccm.rules.types import Chunk, Kind
 from tests import cases
 
 TURN = 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jax_ccm.data.evaluation import Choice, wrong_memory_choices
+from jax_ccm.data.questions import Choice, wrong_memory_choices
 from jax_ccm.evals import perplexity, tasks
 from jax_ccm.evals.perplexity import Stage, System
 from jax_ccm.evals.scoring import Scores

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from jax_ccm import layout
 from jax_ccm.data.batches import prepare
 from jax_ccm.data.config import DataConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
-from jax_ccm.types import Kind
+from jax_ccm.rules import rows
+from jax_ccm.rules.types import Kind
 from jax_ccm.weights.adapters import load_adapter, save_adapter
 from tests import cases
 from tests.data.support import VOCAB, dialogues, tokenizer, write
@@ -72,5 +72,5 @@ def test_fewest_out_of_range(fewest):
 def test_sizes_follow():
     (session,) = cases.sessions(((3, 3, 1),))
     method = build("ccm_concat", comp_tokens=4, fewest=1)
-    sizes = [layout.measure(method, dataclasses.replace(session, closing=count)) for count in (1, 4, None)]
+    sizes = [rows.measure(method, dataclasses.replace(session, closing=count)) for count in (1, 4, None)]
     assert [s.memory for s in sizes] == [2, 8, 8] and sizes[0].tokens + 6 == sizes[1].tokens == sizes[2].tokens

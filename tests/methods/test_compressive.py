@@ -7,14 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jax_ccm import layout, memory
 from jax_ccm.data.batches import prepare
 from jax_ccm.data.config import DataConfig
-from jax_ccm.draw import draw
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
+from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.methods import build
-from jax_ccm.types import Kind, Method, Rule
+from jax_ccm.rules import rows
+from jax_ccm.rules.draw import draw
+from jax_ccm.rules.types import Kind, Method, Rule
 from tests import cases
 from tests.data.support import VOCAB, dialogues, tokenizer, write
 
@@ -23,10 +24,10 @@ MODEL = cases.model()
 
 def closed(method, lengths, **options):
     """The state after chunks of these lengths, and the keys and values of each chunk's text before it was closed."""
-    cache = memory.init_cache(MODEL, method, 1, **dict(memory_capacity=16, raw_capacity=16) | options)
+    cache = init_cache(MODEL, method, 1, **dict(memory_capacity=16, raw_capacity=16) | options)
     rng, raw = np.random.default_rng(0), []
     for number, length in enumerate(lengths):
-        chunk = layout.chunk([rng.integers(10, 90, length)], 8, cases.VOCAB)
+        chunk = rows.chunk([rng.integers(10, 90, length)], 8, cases.VOCAB)
         cache, _ = parity._read(MODEL, cache, chunk, method=method, query=False, implementation=None)
         own = (np.asarray(cache.slots.segment[0]) == number) & np.isin(cache.slots.kind[0], [Kind.TEXT])
         raw.append([np.asarray(x)[:, 0, own] for x in (cache.k, cache.v)])
@@ -69,9 +70,9 @@ def test_first_in_first_out():
     of = lambda cache: np.asarray(cache.slots.position[0])[np.asarray(cache.slots.kind[0]) == Kind.MEMORY].tolist()
     assert of(whole) == [2, 4, 6, 8, 10, 12, 14, 15] and of(cache) == [12, 14, 15]
     assert cache.slots.kind[0, 0] == Kind.SINK
-    memory.check(cache)
+    check(cache)
     with pytest.raises(UserError, match="larger memory_capacity"):
-        memory.check(closed(method, (5, 4, 4, 3), memory_capacity=3)[0])
+        check(closed(method, (5, 4, 4, 3), memory_capacity=3)[0])
 
 
 def test_sizes_hold_every_row():
@@ -79,10 +80,10 @@ def test_sizes_hold_every_row():
     for ratio, recent, sink in ((1, 0, False), (3, 1, True), (4, 0, True), (7, 2, False)):
         method = build("compressive", ratio=ratio, recent=recent, sink=sink)
         for session in cases.sessions(((5, 1, 7, 2), (1, 1, 1, 1, 1), (9, 3))):
-            needs = layout.measure(method, session)
-            text = sum(len(segment.tokens) for segment in layout.arrange(method, session))
-            assert needs.memory <= layout.bound(method, text, len(session.segments) - 1, text).memory
-            made = layout.batch(method, [session], needs, cases.VOCAB)
+            needs = rows.measure(method, session)
+            text = sum(len(segment.tokens) for segment in rows.arrange(method, session))
+            assert needs.memory <= rows.bound(method, text, len(session.segments) - 1, text).memory
+            made = rows.batch(method, [session], needs, cases.VOCAB)
             assert made.memory.slots.live.sum() == needs.memory
             np.testing.assert_allclose(made.memory.share.reshape(needs.memory, ratio).sum(1), 1, atol=1e-6)
             if recent == 0:

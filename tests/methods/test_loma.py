@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_ccm import layout, losses, memory, steps
-from jax_ccm.closing import prefill
 from jax_ccm.data.batches import prepare
 from jax_ccm.data.config import DataConfig
-from jax_ccm.draw import draw
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
-from jax_ccm.generate import generate
+from jax_ccm.memory import losses, steps
+from jax_ccm.memory.cache import init_cache
+from jax_ccm.memory.closing import prefill
+from jax_ccm.memory.generation import generate
 from jax_ccm.methods import build
-from jax_ccm.sessions import Example, Segment
-from jax_ccm.types import Chunk, Kind
+from jax_ccm.rules.draw import draw
+from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.rows import Sizes, arrange, batch, bound, chunk, measure, visible
+from jax_ccm.rules.types import Chunk, Kind
 from tests import cases
 from tests.data.support import ids, tokenizer, write
 from tests.data.test_formats import load
@@ -39,8 +41,8 @@ def text(count: int, seed: int = 0, scored: bool = True) -> Example:
 
 def laid_out(examples, method=METHOD, extra: int = 0):
     sizes = parity.caps_for(method, examples)
-    sizes = layout.Sizes(sizes.tokens + extra, sizes.memory + 2 * extra, sizes.scored + extra)
-    return layout.batch(method, examples, sizes, cases.VOCAB)
+    sizes = Sizes(sizes.tokens + extra, sizes.memory + 2 * extra, sizes.scored + extra)
+    return batch(method, examples, sizes, cases.VOCAB)
 
 
 def hidden_of(made, method=METHOD, model=MODEL):
@@ -105,9 +107,7 @@ def test_chunk_boundaries():
     """A recurrence that compresses every t c tokens equals the row, at and around the boundary (L9, L10)."""
     for count in (4, 5, 7, 8, 9, 13):
         example = text(count)
-        assert [len(s.tokens) for s in layout.arrange(METHOD, example)] == [4] * ((count - 1) // 4) + [
-            (count - 1) % 4 + 1
-        ]
+        assert [len(s.tokens) for s in arrange(METHOD, example)] == [4] * ((count - 1) // 4) + [(count - 1) % 4 + 1]
         ours = parity.parallel_logits(MODEL, METHOD, [example])[0]
         np.testing.assert_allclose(ours, parity.recurrent_logits(MODEL, METHOD, [example])[0], atol=1e-5)
 
@@ -121,12 +121,12 @@ def test_repeating_from_the_cache(repeats_see):
     again = np.asarray(losses.repeated(made))[0]
     expected = np.asarray(losses.scored_logits(MODEL, hidden_of(made, method), made))[0][again].reshape(3, 4, -1)
     cache = parity.cache_for(MODEL, method, [example])
-    segments = layout.arrange(method, example)
+    segments = arrange(method, example)
     for segment in segments[:-1]:
-        cache = steps.compress_step(MODEL, cache, layout.chunk([segment.tokens], 4, cases.VOCAB), method=method)
+        cache = steps.compress_step(MODEL, cache, chunk([segment.tokens], 4, cases.VOCAB), method=method)
     for open_text in (False, True):
         if open_text:
-            tail = layout.chunk([segments[-1].tokens[:3]], 3, cases.VOCAB)
+            tail = chunk([segments[-1].tokens[:3]], 3, cases.VOCAB)
             cache, _ = steps.read(MODEL, cache, tail, method=method)
         # What was evicted is not merely masked: nothing of it is left to read.
         free = (cache.slots.kind == Kind.PAD)[None, :, :, None, None]
@@ -142,12 +142,12 @@ def test_repetition_on_top_of_ccm(name):
     method, model = cases.METHODS[f"{name}_n2_repeat"], cases.model(tokens=3)
     (session,) = cases.sessions(((5, 3, 4, 1),))
     made = laid_out([session], method)
-    segments = layout.arrange(method, session)
+    segments = arrange(method, session)
     cache = parity.cache_for(model, method, [session])
     begin = 0
     for number, segment in enumerate(segments[:-1]):
         count = len(segment.tokens)
-        cache = steps.compress_step(model, cache, layout.chunk([segment.tokens], 7, cases.VOCAB), method=method)
+        cache = steps.compress_step(model, cache, chunk([segment.tokens], 7, cases.VOCAB), method=method)
         mine = np.asarray(losses.repeated(made))[0] & (made.steps[0] == number)
         assert made.targets[0][mine].tolist() == segment.tokens.tolist()
         expected = losses.scored_logits(model, hidden_of(made, method, model), made)[0][mine]
@@ -163,7 +163,7 @@ def test_a_last_full_chunk_is_repeated():
     again = np.asarray(losses.repeated(made))[0]
     assert made.targets[0][again].tolist() == example.segments[0].tokens.tolist()
     assert made.memory.slots.live.sum() == 4 and (made.slots.kind[0] == Kind.COMP).sum() == 4
-    assert layout.measure(METHOD, example) == layout.bound(METHOD, 8, 9, 7)
+    assert measure(METHOD, example) == bound(METHOD, 8, 9, 7)
     without = laid_out([example], READING)
     assert without.memory.slots.live.sum() == 2
     ours = losses.scored_logits(MODEL, hidden_of(made), made)[0, :7]
@@ -176,12 +176,12 @@ def test_first_token_may_be_pinned():
     for sink in (True, False):
         method = build("loma", ratio=2, memory_tokens=2, sink=sink)
         cache = parity.cache_for(MODEL, method, [text(9)])
-        for segment in layout.arrange(method, text(9))[:-1]:
-            cache = step(MODEL, cache, layout.chunk([segment.tokens], 4, cases.VOCAB), method=method)
+        for segment in arrange(method, text(9))[:-1]:
+            cache = step(MODEL, cache, chunk([segment.tokens], 4, cases.VOCAB), method=method)
         kinds = np.asarray(cache.slots.kind[0])
         assert (kinds == Kind.SINK).sum() == sink and (kinds != Kind.PAD).sum() == 4 + sink
         made = laid_out([text(9)], method)
-        tail = layout.visible(method.rule, made.slots, made.slots)[0][made.slots.segment[0] == 2]
+        tail = visible(method.rule, made.slots, made.slots)[0][made.slots.segment[0] == 2]
         assert tail[0, 0] == sink
 
 
@@ -219,7 +219,7 @@ def test_windows_that_t_c_does_not_divide(tmp_path):
         prepare(data, build("loma", ratio=4, memory_tokens=2), tokenizer(), 300)
     made = prepare(data, METHOD, tokenizer(), 300)
     sizes = made.format.needs(made.units[0], METHOD)
-    assert sizes == layout.Sizes(20 + 20 + 5 * 2, 5 * 2, 19 + 20)
+    assert sizes == Sizes(20 + 20 + 5 * 2, 5 * 2, 19 + 20)
 
 
 def test_methods_without_repetition_say_so():
@@ -256,9 +256,7 @@ def test_memory_is_bidirectional():
 def test_memory_positions_differ():
     """Memory tokens share one embedding: only positions tell them apart, and "sequential" is another choice (L5)."""
     cache = parity.cache_for(MODEL, METHOD, [text(9)])
-    cache = steps.compress_step(
-        MODEL, cache, layout.chunk([text(9).segments[0].tokens[:4]], 4, cases.VOCAB), method=METHOD
-    )
+    cache = steps.compress_step(MODEL, cache, chunk([text(9).segments[0].tokens[:4]], 4, cases.VOCAB), method=METHOD)
     assert np.abs(cache.v[1:, 0, 0] - cache.v[1:, 0, 1]).max() > 1e-3
     assert cache.slots.position[0, :2].tolist() == [1, 3]
     sequential = build("loma", ratio=2, memory_tokens=2, positions="sequential")
@@ -272,11 +270,11 @@ def test_generation_compresses_as_it_goes():
         text(6, seed=2).segments[0].tokens,
         text(4, seed=3).segments[0].tokens,
     ]
-    cache = memory.init_cache(MODEL, METHOD, 3, memory_capacity=20, raw_capacity=4)
+    cache = init_cache(MODEL, METHOD, 3, memory_capacity=20, raw_capacity=4)
     fill = jax.jit(prefill, static_argnames="method")
     for first in (0, 3):
         rows = [prompt[:3] if first == 0 else prompt[3:] for prompt in prompts]
-        cache = fill(MODEL, cache, layout.chunk(rows, 8, cases.VOCAB), method=METHOD)
+        cache = fill(MODEL, cache, chunk(rows, 8, cases.VOCAB), method=METHOD)
     assert cache.chunks.tolist() == [2, 1, 1] and cache.slots.live.sum(axis=1).tolist() == [7, 4, 2]
     cache, tokens, lengths = generate(MODEL, cache, method=METHOD, max_tokens=9)
     assert cache.chunks.tolist() == [5, 3, 3] and lengths.tolist() == [9, 9, 9]

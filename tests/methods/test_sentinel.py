@@ -11,13 +11,15 @@ import optax
 import pytest
 from flax import nnx
 
-from jax_ccm import layout, losses, steps, training
-from jax_ccm.config import OptimizerConfig
+from jax_ccm.config.schema import OptimizerConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
+from jax_ccm.memory import losses, steps
 from jax_ccm.methods import build
-from jax_ccm.sessions import Example, Segment
-from jax_ccm.types import Kind, Slots
+from jax_ccm.rules import rows
+from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.types import Kind, Slots
+from jax_ccm.training.step import make_optimizer, split
 from tests import cases
 
 METHOD = build("sentinel")
@@ -52,14 +54,14 @@ def example(seed: int = 0, lengths=LENGTHS, kept=KEPT) -> Example:
 
 
 def laid_out(made: Example, method=METHOD):
-    return layout.batch(method, [made], layout.measure(method, made), cases.VOCAB)
+    return rows.batch(method, [made], rows.measure(method, made), cases.VOCAB)
 
 
 def test_mask_and_positions_of_the_specification():
     """Entry by entry: <CL> sees itself, <CR> its span and no history, later text <CR> and what is kept (S1 and S4)."""
     made = laid_out(example())
-    own = layout.visible(METHOD.rule, made.slots, made.slots)[0]
-    past = layout.visible(METHOD.rule, made.slots, made.memory.slots)[0]
+    own = rows.visible(METHOD.rule, made.slots, made.slots)[0]
+    past = rows.visible(METHOD.rule, made.slots, made.memory.slots)[0]
     for slot, source in enumerate(made.memory.source[0]):
         own[:, source] |= past[:, slot]
     seen = own[np.ix_(PLACES, PLACES)]
@@ -101,7 +103,7 @@ def states(seed_before: int):
     made = dataclasses.replace(example(), segments=(before, *example().segments[1:]))
     cache = parity.cache_for(MODEL, METHOD, [made])
     for segment in made.segments[:-1]:
-        chunk = layout.chunk([segment.tokens], 3, cases.VOCAB)
+        chunk = rows.chunk([segment.tokens], 3, cases.VOCAB)
         cache = steps.compress_step(MODEL, cache, dataclasses.replace(chunk, kept=segment.kept[None]), method=METHOD)
     kinds = np.asarray(cache.slots.kind[0])
     return np.asarray(cache.v)[:, 0, np.flatnonzero(kinds == Kind.MEMORY)[1]], kinds
@@ -122,7 +124,7 @@ def test_live_slots():
     cache = parity.cache_for(MODEL, METHOD, [made])
     trace = []
     for segment in made.segments[:-1]:
-        chunk = layout.chunk([segment.tokens], 3, cases.VOCAB)
+        chunk = rows.chunk([segment.tokens], 3, cases.VOCAB)
         cache, _ = steps.read(MODEL, cache, dataclasses.replace(chunk, kept=segment.kept[None]), method=METHOD)
         trace.append(int(cache.slots.live.sum()))
         cache = steps.compress(MODEL, cache, method=METHOD)
@@ -149,9 +151,9 @@ def test_only_attention_is_adapted():
 
 def test_weight_decay_leaves_the_vocabulary_alone():
     """Decay and Adam's state touch the two new rows, which are a table of their own, and no old one (S11)."""
-    graphdef, params, frozen = training.split(MODEL, "adapter")
+    graphdef, params, frozen = split(MODEL, "adapter")
     assert set(params["embed_tokens"]) == {"comp"} and set(frozen["embed_tokens"]) == {"embedding"}
-    optimizer = training.make_optimizer(OptimizerConfig(weight_decay=0.1), optax.constant_schedule(1e-2))
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), optax.constant_schedule(1e-2))
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     new = nnx.merge(graphdef, optax.apply_updates(params, updates), frozen).embed_tokens
     old = MODEL.embed_tokens
@@ -166,7 +168,7 @@ def test_opener_is_a_constant():
     """
     made = [laid_out(example(seed)) for seed in (0, 7)]
     states = [
-        MODEL(m.tokens, m.slots, layout.gate(METHOD, m.slots), rule=METHOD.rule, memory=m.memory)[1][1][:, 0]
+        MODEL(m.tokens, m.slots, rows.gate(METHOD, m.slots), rule=METHOD.rule, memory=m.memory)[1][1][:, 0]
         for m in made
     ]
     opener = np.flatnonzero(made[0].slots.kind[0] == Kind.OPEN)
@@ -203,7 +205,7 @@ def slots_of(kind, positions) -> Slots:
 def test_local_window_is_an_exact_fraction(ratio):
     """Token j sees k from floor(j r) on, exactly; float64 is one too small at three places for 0.7 (S13)."""
     slots = slots_of(Kind.TEXT, range(256))
-    seen = layout.visible(build("local", hidden=ratio).rule, slots, slots)[0]
+    seen = rows.visible(build("local", hidden=ratio).rule, slots, slots)[0]
     queries = np.arange(256)
     first = queries * round(ratio * 10) // 10
     keys = np.arange(256)
@@ -215,14 +217,14 @@ def test_local_window_is_an_exact_fraction(ratio):
 def test_local_window_far_out():
     """No overflow of int32 in long texts."""
     far = np.int32(2_000_000_000)
-    assert layout.first_seen(far, (300, 1000)) == 600_000_000
+    assert rows.first_seen(far, (300, 1000)) == 600_000_000
 
 
 def test_scattered_columns_are_constant():
     """One keep vector for all queries, and each token sees itself (S14)."""
     keep = np.random.default_rng(0).random(40) < 0.4
     slots = slots_of(np.where(keep, Kind.QUERY, Kind.TEXT), range(40))
-    seen = layout.visible(build("scattered").rule, slots, slots)[0]
+    seen = rows.visible(build("scattered").rule, slots, slots)[0]
     lower = np.tril(np.ones((40, 40), bool), -1)
     np.testing.assert_array_equal(seen & lower, lower & keep)
     assert seen.diagonal().all() and not np.triu(seen, 1).any()

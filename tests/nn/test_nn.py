@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_ccm import layout, steps
 from jax_ccm.evals import parity
+from jax_ccm.memory import steps
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, ModelConfig, RopeScaling, Transformer, abstract_transformer, rope
 from jax_ccm.nn.linear import Linear
 from jax_ccm.nn.transformer import initial_comp_embeddings
+from jax_ccm.rules import rows
 from tests import cases
 
 
@@ -64,7 +65,7 @@ def test_layers_apart(options):
     model = jax.tree.unflatten(tree, noisy)
     method = build("ccm_concat", comp_tokens=2)
     examples = cases.sessions()
-    made = layout.batch(method, examples, parity.caps_for(method, examples), cases.VOCAB)
+    made = rows.batch(method, examples, parity.caps_for(method, examples), cases.VOCAB)
     run = jax.jit(lambda model: model.logits(steps.parallel_forward(model, made, method=method)))
     np.testing.assert_allclose(run(model.apart()), run(model), atol=1e-5)
 
@@ -118,7 +119,7 @@ def test_remat_and_tied_heads():
     model = cases.model(tokens=2, tie_embeddings=True)
     assert not hasattr(model, "lm_head")
     method, sessions = build("ccm_concat", comp_tokens=2), cases.sessions(((3, 2),))
-    made = layout.batch(method, sessions, parity.caps_for(method, sessions), cases.VOCAB)
+    made = rows.batch(method, sessions, parity.caps_for(method, sessions), cases.VOCAB)
     graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
 
     def total(adapter, remat):
@@ -152,7 +153,7 @@ def test_bfloat16_is_finite_with_padding():
     model = Transformer(jax.random.key(0), cases.CONFIG, AdapterConfig(rank=4, tokens=2), jnp.bfloat16)
     method, sessions = build("ccm_merge", comp_tokens=2), cases.sessions(((2, 2),))
     sizes = parity.caps_for(method, sessions)
-    made = layout.batch(method, sessions, layout.Sizes(sizes.tokens + 5, sizes.memory + 2, sizes.scored), cases.VOCAB)
+    made = rows.batch(method, sessions, rows.Sizes(sizes.tokens + 5, sizes.memory + 2, sizes.scored), cases.VOCAB)
     graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
 
     def total(adapter):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 import pytest
 
-from jax_ccm.config import from_mapping
+from jax_ccm.benchmarks import rivals
+from jax_ccm.config.loading import build_method, scratch_model
+from jax_ccm.config.schema import from_mapping
 from jax_ccm.errors import UserError
-from jax_ccm.evals import rivals
-from jax_ccm.experiment import build_method, scratch_model
 from jax_ccm.nn import abstract_transformer
 from jax_ccm.planning import chips, costs, measure, programs, sessions
-from jax_ccm.types import Kind
+from jax_ccm.rules.types import Kind
 from jax_ccm.weights.hf import base_parameters
 from tests.evals.test_rivals import GIVEN, REFUSED
 

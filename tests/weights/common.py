@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm.types import INF, Kind, Rule, Slots, see
+from jax_ccm.rules.types import INF, Kind, Rule, Slots, see
 
 PLAIN = Rule((see(Kind.TEXT, Kind.TEXT, 0, INF),))
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_ccm import config as configs
+from jax_ccm.config import schema as configs
+from jax_ccm.config.loading import load_experiment
 from jax_ccm.errors import UserError
-from jax_ccm.experiment import load_experiment
-from jax_ccm.inputs import of_files
 from jax_ccm.methods import build
+from jax_ccm.training.inputs import of_files
 from jax_ccm.weights import load_model, read_config
 from jax_ccm.weights.adapters import load_adapter, read_adapter
 from jax_ccm.weights.sources import locate, locate_adapter

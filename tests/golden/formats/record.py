@@ -17,11 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_ccm import memory, memory_files, steps
-from jax_ccm.config import Config, from_mapping, load_config
-from jax_ccm.experiment import Experiment, load_experiment
-from jax_ccm.run import Run
-from jax_ccm.types import Chunk
+from jax_ccm.config.loading import Experiment, load_experiment
+from jax_ccm.config.schema import Config, from_mapping, load_config
+from jax_ccm.memory import files, steps
+from jax_ccm.memory.cache import init_cache
+from jax_ccm.rules.types import Chunk
+from jax_ccm.training.run import Run
 
 METHODS = ("ccm_concat", "ccm_merge")
 # Steps of the recorded run, and of the one that goes on from it.
@@ -52,7 +53,7 @@ def chunk(seed: int) -> Chunk:
 def sessions(experiment: Experiment):
     """A cache with two sessions of three closed chunks and an open one."""
     model, method = experiment.model, experiment.method
-    cache = memory.init_cache(experiment.model, method, 2, memory_capacity=6, raw_capacity=8)
+    cache = init_cache(experiment.model, method, 2, memory_capacity=6, raw_capacity=8)
     for number in range(3):
         cache = steps.compress_step(model, cache, chunk(number), method=method)
     return steps.read(model, cache, chunk(3), method=method)[0]
@@ -86,7 +87,7 @@ def main(root: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         experiment = load_experiment(config, adapter=folder / "adapter")
         cache = sessions(experiment)
-        memory_files.save(cache, folder / "memory.safetensors", fingerprint=FINGERPRINT, method=experiment.method)
+        files.save(cache, folder / "memory.safetensors", fingerprint=FINGERPRINT, method=experiment.method)
         further = root / ".further"
         expected = {"loss": go_on(folder, further), "logits": answer(experiment, cache).tolist()}
         (folder / "expected.json").write_text(json.dumps(expected) + "\n")

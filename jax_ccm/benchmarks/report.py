@@ -1,0 +1,167 @@
+"""Speed and memory for people: tables and a plot, from the numbers that ``bench.json`` holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_ccm.records import paths
+
+COLOURS = {
+    "full": "#2f6db3",
+    "window": "#8c8c8c",
+    "concat": "#e08e45",
+    "concat, evicting": "#d1495b",
+    "merge": "#2a9d6f",
+}
+# Of methods that have no colour of their own, in order.
+OTHERS = ("#d1495b", "#7b5ea7", "#5a9bd4")
+STEPS = {
+    "prefill": "read {tokens} tokens",
+    "compress_step": "compress_step: {tokens} tokens onto {memory_slots} slots",
+    "decode": "{tokens} tokens one by one on {memory_slots} slots",
+    "train": "training step: {rows} rows, {tokens} tokens, {scored} scored",
+}
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def turns_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a row for each rival after each number of turns."""
+    header = ["turns before", "kept as", "first token, ms", "each further, ms", "x reading", "close, ms", "turn, ms"]
+    header += ["to full", "MiB"]
+    rows, decode, rate = [], results["steps"]["decode"], results["machine"]["read_bytes_per_second"]
+    weights = decode["seconds"] / decode["tokens"] / decode["times_reading_weights"]
+    for row in results["turns"]:
+        for name, cell in row["systems"].items():
+            seconds = [*(cell[part]["seconds"] for part in ("first token", "token", "close")), cell["turn"]]
+            times = [_number(1e3 * x) for x in seconds]
+            times.insert(2, f"{seconds[1] / (weights + cell['state_bytes'] / rate):.1f}")
+            sizes = [f"{cell['to_full']:.2f}", _number(cell["state_bytes"] / 2**20)]
+            rows.append([f"{row['turns']:,}", name, *times, *sizes])
+    return header, rows
+
+
+def steps_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a row for each single step."""
+    reference = results.get("reference", {}).get("seconds", {})
+    header = ["step", "seconds", "tokens/s", "of the matrix rate"] + ["reference, s"] * bool(reference)
+    rows = []
+    for name, cell in results["steps"].items():
+        values = [_number(cell["seconds"]), _number(cell["tokens_per_second"]), f"{cell['of_matrix_rate']:.0%}"]
+        if "times_reading_weights" in cell:
+            values[2] = f"{cell['times_reading_weights']:.2f} x reading the weights"
+        if reference:
+            values.append(" to ".join(f"{x:g}" for x in reference[name]) if name in reference else "-")
+        rows.append([STEPS[name].format(**cell), *values])
+    return header, rows
+
+
+def sessions_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: how many sessions fit, for each rival."""
+    found = results["sessions"]
+    rows = [
+        [name, f"{cell['sessions']:,}", _number(cell["bytes_per_session"] / 2**20)]
+        for name, cell in found["systems"].items()
+    ]
+    return ["kept as", f"sessions in {found['budget_bytes'] / 2**30:g} GiB", "MiB for one more"], rows
+
+
+TABLES = {"turns": turns_table, "steps": steps_table, "sessions": sessions_table}
+CLOCKS = {"wall": "", "cpu": "; seconds are processor time of all threads, since the machine was busy with other work"}
+TITLES = {
+    "turns": "One turn of a conversation, by the turns before it",
+    "steps": "Single steps",
+    "sessions": "Sessions that fit, as compiled",
+}
+
+
+def legend(results: Mapping[str, Any]) -> list[str]:
+    """What was run and what the columns mean, a line each."""
+    machine, options = results["machine"], results["options"]
+    lines = [f"{name}: {note}" for name, note in results["rivals"].items()]
+    lines += [
+        f"a turn: a question of {options['prompt']} tokens, an answer of {options['reply']}, and closing it; MiB: the "
+        "whole state of a session; x reading: a further token, in times of reading the weights and that state once",
+        f"machine: {results['title']}; a matrix product reaches {machine['flops_per_second'] / 1e9:,.0f} GFLOP/s, "
+        f"reading {machine['read_bytes_per_second'] / 1e9:,.1f} GB/s; load average {results['load_average']} at the "
+        "beginning",
+        results["how"] + CLOCKS[options["clock"]],
+    ]
+    if "reference" in results:
+        lines.append(f"reference: {results['reference']['source']}")
+    return lines
+
+
+def _shown(results: Mapping[str, Any]) -> list[str]:
+    return [name for name in TABLES if name != "sessions" or name in results]
+
+
+def markdown(results: Mapping[str, Any], name: str) -> str:
+    """A table in Markdown; nothing but the legend where its numbers were not asked for."""
+    lines = []
+    if name in _shown(results):
+        header, rows = TABLES[name](results)
+        line = lambda cells: "| " + " | ".join(cells) + " |"
+        marks = [":---" if cell in ("kept as", "step") else "---:" for cell in header]
+        lines = [line(header), line(marks), *map(line, rows), ""]
+    return "\n".join([*lines, *(f"- {text}" for text in legend(results)), "", f"`{results['command']}`", ""])
+
+
+def print_tables(results: Mapping[str, Any]) -> None:
+    """Prints all tables, and what their columns mean."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for name in _shown(results):
+        header, rows = TABLES[name](results)
+        table = Table(title=TITLES[name], title_justify="left")
+        for column in header:
+            table.add_column(column, justify="left" if column in ("kept as", "step") else "right")
+        for row, after in zip(rows, [*rows[1:], None], strict=True):
+            table.add_row(*row, end_section=name == "turns" and after is not None and after[0] != row[0])
+        console.print(table)
+    for text in legend(results):
+        print(text)
+
+
+def plot(results: Mapping[str, Any], path: str | Path) -> None:
+    """Draws time and memory of a turn as the conversation grows.
+
+    Args:
+      results: the content of ``bench.json``.
+      path: the PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    times = [row["turns"] for row in results["turns"]]
+    others = [name for name in results["rivals"] if name not in COLOURS]
+    colours = COLOURS | dict(zip(others, OTHERS, strict=False))
+    for axes, title, value in (
+        (left, "Seconds for a turn", lambda cell: cell["turn"]),
+        (right, "State of a session, MiB", lambda cell: cell["state_bytes"] / 2**20),
+    ):
+        for name in results["rivals"]:
+            heights = [value(row["systems"][name]) for row in results["turns"]]
+            axes.plot(times, heights, color=colours[name], marker="o", markersize=4, linewidth=1.8, label=name)
+            axes.annotate(f"{heights[-1]:,.3g}", (times[-1], heights[-1]), xytext=(5, 3), textcoords="offset points",
+                          color=colours[name], fontsize=8)  # fmt: skip
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("turns before")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.margins(x=0.1)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    handles, labels = left.get_legend_handles_labels()
+    labels = [f"{name} ({results['rivals'][name]})" for name in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
+    paths.save_figure(figure, path, dpi=150)

@@ -1,0 +1,265 @@
+"""From a config to the objects that every command works with: model, method, tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_ccm import methods
+from jax_ccm.config.schema import Config, ScratchConfig
+from jax_ccm.distributed import sharding
+from jax_ccm.errors import UserError
+from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
+from jax_ccm.records import paths
+from jax_ccm.rules.types import Method
+
+# Where an adapter that was trained together with its base says where that base is, relative to its own folder.
+TRAINED_BASE = "trained_base"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """What a config describes.
+
+    Attributes:
+      config: the config.
+      model: base and adapter.
+      method: the compression method.
+      tokenizer: a fast tokenizer of transformers, or None for generated data that has token ids already.
+      mesh: the devices that the model is spread over; use the model within `sharding.use(mesh)`.
+      source: what the base was loaded from; empty if it was made from scratch.
+    """
+
+    config: Config
+    model: Transformer
+    method: Method
+    tokenizer: Any
+    mesh: jax.sharding.Mesh
+    source: str = ""
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The shape of the base."""
+        return self.model.config
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """The shape of the adapter."""
+        assert self.model.adapter is not None
+        return self.model.adapter
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Ids of the tokens that end a reply: the tokenizer's end of sequence, and all that the model's files name.
+
+        Raises:
+          UserError: if those files are damaged.
+        """
+        from jax_ccm.weights.endings import end_tokens
+
+        source = self.config.model.source or self.config.model.tokenizer
+        found = set(end_tokens(source, self.model_config.vocab_size)) if source else set()
+        own = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        return tuple(sorted(found | ({own} if own is not None else set())))
+
+    @property
+    def base_name(self) -> str:
+        """What to call the base model in files and messages."""
+        name = base_source(self.config) or "from scratch"
+        return f"{name} + {self.config.adapter.merge}" if self.config.adapter.merge else name
+
+
+def base_source(config: Config) -> str:
+    """Where the config's base comes from, with its revision; empty for one from scratch."""
+    model = config.model
+    return f"{model.source}@{model.revision}" if model.revision else model.source
+
+
+def build_method(config: Config) -> Method:
+    """The config's method.
+
+    Raises:
+      UserError: for an unknown name, or an option that it does not take or a value that it cannot have, or data that
+        leave the method nothing to see.
+    """
+    try:
+        method = methods.build(config.method.name, **config.method.options())
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f"method: {e}") from e
+    if method.heeds_marks and not method.remembers and config.data.ratio is None:
+        raise UserError(
+            f"method {method.name!r} sees only text that the data keep, and these keep none; set data.ratio, and "
+            "data.hide: tokens (data.format: text)"
+        )
+    return method
+
+
+def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Experiment:
+    """Loads everything that a config names.
+
+    The base comes from ``model.source``, or is made from ``model.scratch`` and the seed; a stage-1 LoRA named by
+    ``adapter.merge`` is folded into it. Beside it stands the adapter at ``adapter``, else the one that the config names
+    (``adapter.load``), else a fresh one.
+
+    Args:
+      config: the config.
+      adapter: folder of a trained adapter. Its own rank, alpha and targets hold, and if it was trained together with
+        its base (``train.trainable: all``), that base is loaded.
+
+    Raises:
+      UserError: for anything that is missing, damaged or does not fit.
+    """
+    from jax_ccm.weights.adapters import load_adapter, merge_adapter, read_adapter
+
+    method = build_method(config)
+    shape = _adapter_config(config, method)
+    stored = None
+    if adapter or config.adapter.load:
+        stored = read_adapter(adapter or config.adapter.load, method=method)
+        if not adapter:
+            _require_shape(stored.config, shape, config.adapter.load)
+        shape = dataclasses.replace(stored.config, dropout=config.adapter.dropout)
+    tokenizer = _tokenizer(config)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    source = base_source(config)
+    if stored is not None and TRAINED_BASE in stored.extra:
+        source = str(paths.of(f"{stored.source}/{stored.extra[TRAINED_BASE]}"))
+    model = _base(config, source, shape, tokenizer, mesh)
+    on = {"base": base_source(config), "accept_quantised_base": config.adapter.accept_quantised_base}
+    if config.adapter.merge:
+        model = merge_adapter(config.adapter.merge, model, **on)
+    if config.model.source and config.data.tokens > model.config.positions:
+        warnings.warn(
+            f"rows of data.tokens={config.data.tokens} reach beyond the {model.config.positions} positions that "
+            f"{config.model.source} was trained for{_longer(model.config)}",
+            stacklevel=2,
+        )
+    if stored is not None:
+        model = load_adapter(stored, model, method=method, **on)
+    return Experiment(config, model, method, tokenizer, mesh, source)
+
+
+def _longer(shape: ModelConfig) -> str:
+    """What to do about rows that are too long, if there is something."""
+    scaling = shape.rope_scaling
+    return "; set model.rope_length to the length" if scaling is not None and scaling.by_length else ""
+
+
+def _adapter_config(config: Config, method: Method) -> AdapterConfig:
+    given = config.adapter
+    return AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=method.rows)
+
+
+def _require_shape(stored: AdapterConfig, wanted: AdapterConfig, path: str) -> None:
+    """An adapter to continue from must be the one that the config describes."""
+    for name in ("rank", "alpha", "targets"):
+        have, want = getattr(stored, name), getattr(wanted, name)
+        if name == "targets":
+            have, want = sorted(have), sorted(want)
+        if have != want:
+            raise UserError(
+                f"adapter.{name} is {want!r}, but the adapter to start from, {path}, has {have!r}; set the key to that"
+            )
+
+
+def _tokenizer(config: Config) -> Any:
+    if config.data.format == "recall":
+        return None  # made of token ids
+    source = config.model.tokenizer or base_source(config)
+    if source:
+        from jax_ccm.weights import load_tokenizer
+
+        return load_tokenizer(source)
+    raise UserError(
+        f"data.format {config.data.format!r} needs a tokenizer, and a model from scratch brings none; set "
+        "model.tokenizer"
+    )
+
+
+def _base(config: Config, source: str, adapter: AdapterConfig, tokenizer: Any, mesh: jax.sharding.Mesh) -> Transformer:
+    """The base with a fresh adapter, each array born where it belongs."""
+    dtype = jnp.dtype(config.model.dtype)
+    key = jax.random.key(config.train.seed)
+    if source:
+        from jax_ccm.weights import load_model, read_config
+
+        length = config.model.rope_length
+        places = _places(mesh, read_config(source, length), adapter)
+        return load_model(source, adapter=adapter, dtype=dtype, key=key, shardings=places, rope_length=length)
+    try:
+        shape = scratch_model(config.model.scratch, 0 if tokenizer is None else len(tokenizer))
+    except ValueError as e:
+        raise UserError(f"model.scratch: {e}") from e
+    places = _places(mesh, shape, adapter)
+    return jax.jit(lambda key: _scratch(key, shape, adapter, dtype), out_shardings=places)(key)
+
+
+def _places(mesh: jax.sharding.Mesh, shape: ModelConfig, adapter: AdapterConfig) -> Any:
+    """Where each array of the model goes.
+
+    Raises:
+      UserError: for a mesh that does not fit the model.
+    """
+    sharding.check(mesh, shape)
+    return sharding.parameter_shardings(mesh, abstract_transformer(shape, adapter), shape)
+
+
+def _scratch(key, shape: ModelConfig, adapter: AdapterConfig, dtype) -> Transformer:
+    """A fresh model whose embeddings have standard deviation 0.3.
+
+    The table of a `Transformer` is as small as a pretrained one's (0.02); the first layers' outputs would drown it. On
+    the recall task 0.3 learned faster than 0.02 and than 1.
+    """
+    model = Transformer(key, shape, adapter, dtype)
+    graphdef, state = nnx.split(model)
+    arrays = nnx.to_pure_dict(state)
+    table = arrays["embed_tokens"]
+    for name, number in (("embedding", 0), ("comp", 1)):
+        if name in table:
+            x = table[name]
+            table[name] = 0.3 * jax.random.normal(jax.random.fold_in(key, number), x.shape, x.dtype)
+    return nnx.merge(graphdef, arrays)
+
+
+def scratch_model(scratch: ScratchConfig, tokens: int) -> ModelConfig:
+    """The shape of a model from scratch.
+
+    Args:
+      scratch: its sizes.
+      tokens: of the tokenizer; 0 without one.
+
+    Raises:
+      ValueError: for sizes that do not go together.
+    """
+    vocab = scratch.vocab_size or tokens
+    if not vocab:
+        raise UserError(
+            "model.scratch.vocab_size is 0 and there is no tokenizer to take it from; for generated recall data give "
+            "1 + names + things"
+        )
+    if min(scratch.layers, scratch.hidden, scratch.intermediate, scratch.heads, scratch.kv_heads) < 1:
+        raise ValueError("layers, hidden, intermediate, heads and kv_heads must be at least 1")
+    if scratch.hidden % scratch.heads or scratch.hidden // scratch.heads % 2:
+        raise ValueError(
+            f"hidden={scratch.hidden} does not split into heads={scratch.heads} of an even size (RoPE turns pairs)"
+        )
+    return ModelConfig(
+        family="llama",
+        vocab_size=vocab,
+        hidden_size=scratch.hidden,
+        intermediate_size=scratch.intermediate,
+        num_layers=scratch.layers,
+        num_heads=scratch.heads,
+        num_kv_heads=scratch.kv_heads,
+        head_dim=scratch.hidden // scratch.heads,
+        rope_theta=scratch.rope_theta,
+    )

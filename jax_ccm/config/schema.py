@@ -1,0 +1,346 @@
+"""Experiments as frozen dataclasses, read from YAML and overridden on the command line.
+
+A config names everything that a run depends on. Unknown keys, wrong types and repeated keys are errors that give the
+path of the key; nothing is coerced except whole numbers where a float is meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jax_ccm.config.yaml import convert, read_yaml
+from jax_ccm.data.config import DataConfig
+from jax_ccm.errors import UserError
+from jax_ccm.methods import METHODS
+from jax_ccm.records import paths
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScratchConfig:
+    """Sizes of a tiny Llama-like decoder that is trained from scratch (used where `model.source` is empty)."""
+
+    layers: int = 2
+    """Number of layers."""
+    hidden: int = 64
+    """Model dimension."""
+    intermediate: int = 128
+    """Inner dimension of the MLP."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 2
+    """Key/value heads."""
+    vocab_size: int = 0
+    """Vocabulary; 0 takes that of the tokenizer or of the generated data."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """The base model."""
+
+    source: str = ""
+    """Local folder, hub id "org/name", a .gguf file, or "package:NAME/FILE.gguf" inside an installed Python package;
+    empty for a decoder from scratch."""
+    revision: str = ""
+    """Branch, tag or commit of a source on the hub; empty for its main branch. The same as "org/name@revision"."""
+    tokenizer: str = ""
+    """Where the tokenizer comes from ("org/name@revision" pins it, too); empty for the same place as the model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the base weights and of the computation; adapters are always float32."""
+    rope_length: int | None = None
+    """Positions that sessions will reach, for a model whose rotary frequencies depend on it (dynamic NTK, longrope):
+    they are chosen once, since keys in a cache cannot follow. Left out: frequencies of the length before scaling. An
+    adapter belongs to the frequencies that it was trained with."""
+    scratch: ScratchConfig = ScratchConfig()
+    """Sizes of the decoder from scratch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedMethod:
+    """The compression method. Only what is given is passed on, so a method's own defaults hold for the rest."""
+
+    name: str = "ccm_concat"
+    """A key of `jax_ccm.methods.METHODS`."""
+
+    def options(self) -> dict[str, Any]:
+        """What was given besides the name, for `jax_ccm.methods.build`."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name"}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def _with_options() -> type:
+    """`NamedMethod` with a field for every option of every method, so that a new method needs no line here."""
+    found: dict[str, Any] = {}
+    for method, builder in METHODS.items():
+        hints = typing.get_type_hints(builder)
+        for name in inspect.signature(builder).parameters:
+            if found.setdefault(name, hints[name]) != hints[name]:
+                raise TypeError(f"option {name!r} of method {method!r} is {hints[name]}, but {found[name]} in another")
+    # "  name: what it means, in one or more lines" of the builders' docstrings.
+    text = "\n".join(inspect.getdoc(builder) or "" for builder in METHODS.values())
+    helps: dict[str, str] = {}
+    for entry in re.finditer(r"^  (\w+): (.*(?:\n    .*)*)", text, re.MULTILINE):
+        helps.setdefault(entry[1], " ".join(entry[2].split()))
+    lines = ["name: a key of `jax_ccm.methods.METHODS`."]
+    for name in found:
+        of = ", ".join(key for key, builder in METHODS.items() if name in inspect.signature(builder).parameters)
+        lines.append(f"{name}: {helps.get(name, '').rstrip('.')} (for {of}).")
+    fields = [(name, kind | None, dataclasses.field(default=None)) for name, kind in found.items()]
+    made = dataclasses.make_dataclass("MethodConfig", fields, bases=(NamedMethod,), frozen=True)
+    made.__doc__ = "\n".join([NamedMethod.__doc__ or "", "", "Attributes:", *(f"  {line}" for line in lines)])
+    made.__module__ = __name__
+    return made
+
+
+if typing.TYPE_CHECKING:
+    MethodConfig = NamedMethod
+else:
+    MethodConfig = _with_options()
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSource:
+    """The adapter: its sizes, and what it starts from."""
+
+    rank: int = 8
+    """LoRA rank; 0 trains the compression embeddings alone."""
+    alpha: float = 16.0
+    """The LoRA branch is scaled by alpha / rank."""
+    dropout: float = 0.05
+    """On the input of the LoRA branch, in training only."""
+    targets: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Projections with a LoRA: of attention, and of the MLP (gate_proj, up_proj, down_proj)."""
+    load: str = ""
+    """An adapter of the same sizes to start from, a folder or "org/name@revision" on the hub; empty for a fresh one."""
+    merge: str = ""
+    """A plain LoRA of an earlier stage that is merged into the base weights first (the paper's two stages)."""
+    accept_quantised_base: bool = False
+    """Take an adapter that was trained on another quantisation of the same base, such as a GGUF file of it; how far the
+    weights are apart is said. A base that was merely trained further is not told from that."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float = 3e-4
+    """At its highest."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: down to zero along a half cosine, or constant."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """Decoupled; not applied to norm scales and biases."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 for no clipping."""
+    accumulation: int = 1
+    """Micro-batches of `data.batch_size` rows for one step; their mean losses are averaged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The run."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 42
+    """Of fresh weights, data order and dropout."""
+    trainable: Literal["adapter", "all"] = "adapter"
+    """Train the adapter on a frozen base, or everything (a model from scratch)."""
+    remat: Literal["none", "dots", "all"] = "none"
+    """What the backward pass recomputes of each layer instead of keeping it: nothing; all but the products with weights
+    (less memory, hardly slower); or everything (least memory, about a third slower)."""
+    attention: Literal["auto", "xla", "pallas"] = "auto"
+    """In steps and validation: plain matrix products ("xla"), the kernel ("pallas"; on a CPU only interpreted, which is
+    slow), or what suits the device: the kernel on a TPU, products elsewhere."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    eval_every: int = 100
+    """Steps between evaluations on validation data; 0 for none. The last step is evaluated, too."""
+    eval_examples: int = 64
+    """Validation examples; the same ones every time."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last step and an interrupt are saved, too."""
+    keep: int = 2
+    """Newest checkpoints that are kept. The best adapter is kept beside them."""
+    grace: float = 30.0
+    """Seconds from SIGTERM to the kill that follows it, in which the step in hand is finished and saved; 0 for no
+    limit. A step that takes longer is given up: the checkpoint before stays."""
+    heartbeat: int = 60
+    """With several processes: seconds of silence after which one counts as dead, and the others stop."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well; empty for none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Quality by time step, or of whole texts."""
+
+    by: Literal["step", "text"] = "step"
+    """Score a target behind so many chunks of context ("step"), or every token of a plain "text"."""
+    steps: tuple[int, ...] = (1, 2, 4, 8, 12)
+    """By step: time steps (closed chunks before the target) to report."""
+    batch_size: int = 4
+    """Rows of a batch."""
+    max_examples: int = 0
+    """Examples for each time step, or windows of text; 0 for all."""
+    methods: tuple[str, ...] = ()
+    """What stands side by side: "none" and "full" context, "memory" (the config's method), and "uncompressed" (full
+    context, the adapter on all text). Empty: by step none, full, memory; by text full, uncompressed, memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """The recurrent cache."""
+
+    memory_capacity: int = 64
+    """Most memory slots of a session."""
+    raw_capacity: int = 512
+    """Most raw text tokens of a session."""
+    overflow: Literal["error", "evict"] = "error"
+    """When memory is full: refuse, or drop the oldest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of all processes share the work; the product of the sizes is their number, and -1 is the rest."""
+
+    data: int = -1
+    """Copies of the model; rows of a batch and sessions are spread over them."""
+    fsdp: int = 1
+    """Pieces of the weights, gathered layer by layer; rows are spread over these, too."""
+    tensor: int = 1
+    """Devices that share each layer: heads, MLP units and vocabulary."""
+    context: int = 1
+    """Devices that share the tokens of a row in training, for rows that do not fit one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    model: ModelSource = ModelSource()
+    method: MethodConfig = MethodConfig()
+    adapter: AdapterSource = AdapterSource()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    cache: CacheConfig = CacheConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config.
+
+    Args:
+      path: a YAML file.
+      overrides: command-line arguments such as ``["--optimizer.learning_rate", "3e-4"]``.
+
+    Raises:
+      UserError: for a file that cannot be read, bad YAML, an unknown key or a wrong type.
+    """
+    config = from_mapping(read_yaml(path))
+    if overrides:
+        import tyro
+
+        config = tyro.cli(Config, args=list(overrides), default=config, prog=str(path))
+    check(config)
+    return config
+
+
+def from_mapping(tree: Mapping[str, Any]) -> Config:
+    """Builds a config from nested dicts, strictly.
+
+    Raises:
+      UserError: naming the path of the offending key.
+    """
+    return convert(Config, tree)
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of plain values (tuples become lists): what `from_mapping` reads."""
+    plain = lambda x: (
+        {name: plain(value) for name, value in x.items()} if isinstance(x, dict)
+        else [plain(value) for value in x] if isinstance(x, (list, tuple)) else x
+    )  # fmt: skip
+    return plain(dataclasses.asdict(config))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes the whole config, defaults included, as YAML that `load_config` reads back to an equal one."""
+    import yaml
+
+    text = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    paths.of(path).write_text(text, encoding="utf-8")
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Paths of the keys in which two nested dicts differ, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found[f"{prefix}{name}"] = (a, b)
+    return found
+
+
+def check(config: Config) -> None:
+    """Refuses values that no run could use.
+
+    Raises:
+      UserError: naming the key, its value and what is allowed.
+    """
+    at_least = {
+        "adapter.rank": 0, "optimizer.accumulation": 1, "optimizer.clip_norm": 0, "optimizer.weight_decay": 0,
+        "train.steps": 1, "train.log_every": 1, "train.eval_every": 0, "train.eval_examples": 1,
+        "train.checkpoint_every": 1, "train.keep": 1, "train.grace": 0, "train.heartbeat": 1, "train.seed": 0,
+        "eval.batch_size": 1, "eval.max_examples": 0, "cache.memory_capacity": 1, "cache.raw_capacity": 1,
+    }  # fmt: skip
+    for path, least in at_least.items():
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        if not value >= least:
+            raise UserError(f"{path} is {value}; it must be at least {least}")
+    if not config.optimizer.learning_rate > 0:
+        raise UserError(f"optimizer.learning_rate is {config.optimizer.learning_rate}; it must be above 0")
+    if not 0 <= config.optimizer.warmup_ratio < 1:
+        raise UserError(f"optimizer.warmup_ratio is {config.optimizer.warmup_ratio}; it must lie in [0, 1)")
+    if not 0 <= config.adapter.dropout < 1:
+        raise UserError(f"adapter.dropout is {config.adapter.dropout}; it must lie in [0, 1)")
+    if config.train.trainable == "all" and config.model.dtype != "float32":
+        raise UserError(
+            f"train.trainable is 'all' with model.dtype {config.model.dtype!r}: small updates would be lost in "
+            "rounding. Use model.dtype: float32, or train the adapter (always float32) on a bfloat16 base"
+        )
+    if config.data.buckets and config.optimizer.accumulation > 1:
+        raise UserError(
+            f"optimizer.accumulation={config.optimizer.accumulation} needs micro-batches of one shape, and "
+            "data.buckets gives several; use a larger data.batch_size, or leave data.buckets empty"
+        )
+    if config.model.rope_length is not None and not config.model.source:
+        raise UserError("model.rope_length is given, but a model from scratch has no scaled rope; leave it out")
+    if config.model.revision and (not config.model.source or "@" in config.model.source):
+        raise UserError(
+            f"model.revision is {config.model.revision!r}, and model.source {config.model.source!r}; a revision is "
+            "that of a source on the hub, and is given once"
+        )
+    if config.adapter.merge and not config.model.source:
+        raise UserError("adapter.merge needs a pretrained base (model.source); a model from scratch has no first stage")

@@ -1,0 +1,287 @@
+"""Evaluation sessions at a time step, and the same with the memory of another session.
+
+Time step t means t context chunks: for a dialogue its first t turns, then turn t + 1 as query and turn t + 2 as target
+(with ``data.unit_of_memory: exchange`` two turns a chunk; the first may be one turn, where no more is left).
+(The reference implementation's last bucket, t = 12, really holds 13: it truncates to 15 turns. Here it is 12.) Only the
+target is scored, without the end-of-sequence token that follows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_ccm.data import documents, recall
+from jax_ccm.data.config import DataConfig
+from jax_ccm.data.documents import RecallUnit, Text
+from jax_ccm.data.formats import Dialogue, FewShot, Online, Report, Shot, Unit, session, turns_a_chunk
+from jax_ccm.data.sources import Record, Records, Source, open_sources
+from jax_ccm.errors import UserError
+from jax_ccm.rules.examples import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A question with several possible answers, to be decided by their likelihood.
+
+    Attributes:
+      examples: the same session with each of the answers as target.
+      answer: which of them is right.
+      task: the few-shot task, or "" for others; accuracies are averaged over tasks.
+    """
+
+    examples: tuple[Example, ...]
+    answer: int
+    task: str = ""
+
+
+class Evaluation:
+    """Tokenised evaluation data.
+
+    Attributes:
+      report: how many records are used, how many were dropped and why.
+    """
+
+    def __init__(
+        self, config: DataConfig, tokenizer: Any, sources: Sequence[Source], demonstrations: Sequence[Source] = ()
+    ):
+        """Tokenises the records.
+
+        Args:
+          config: the data config.
+          tokenizer: a fast tokenizer of transformers; None for the recall task.
+          sources: the data; for few-shot tasks each source is a task.
+          demonstrations: the few-shot demonstrations of each source: the first k are used, always the same.
+
+        Raises:
+          UserError: if all records are dropped, or a few-shot task has no demonstrations.
+        """
+        self.config = config
+        self.format = documents.build(config, tokenizer)
+        self._choices: dict[str, Record] = {}
+        self._shots: dict[str, list[Shot]] = {}
+        self._labels: dict[str, dict[str, np.ndarray]] = {}
+        self.units: list[Unit] = []
+        if isinstance(self.format, FewShot):
+            self.report = Report("examples")
+            self._load_tasks(self.format, sources, demonstrations)
+        else:
+            self.units, self.report = self.format.load(sources, evaluation=True)
+        if config.format == "online":
+            for source in sources:
+                self._choices |= {source.where(index): source[index] for index in range(len(source))}
+        if not self.units:
+            raise UserError(f"no evaluation data is left: {self.report}. Raise the limits that are named")
+
+    @classmethod
+    def open(cls, config: DataConfig, tokenizer: Any, split: str = "test") -> Evaluation:
+        """The evaluation of a config's ``"validation"`` or ``"test"`` sources."""
+        sources = open_sources(getattr(config, split), config.format)
+        shown = config.option("demonstrations")
+        return cls(config, tokenizer, sources, open_sources(shown, config.format) if shown else ())
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether its questions have several answers: few-shot tasks, and online records with ``choices``."""
+        return self.config.format == "fewshot" or any("choices" in record for record in self._choices.values())
+
+    @property
+    def answer(self) -> np.ndarray:
+        """int32 tokens between query and target, for formats with choices."""
+        assert isinstance(self.format, Online | FewShot)
+        return self.format.pieces.answer
+
+    def _load_tasks(self, format: FewShot, sources: Sequence[Source], demonstrations: Sequence[Source]) -> None:
+        if len(demonstrations) != len(sources):
+            raise UserError(
+                f"few-shot evaluation has {len(sources)} tasks but {len(demonstrations)} sources of demonstrations; "
+                "give data.demonstrations one source for each task, in the same order"
+            )
+        for source, shown in zip(sources, demonstrations, strict=True):
+            task, self._shots[source.name] = (
+                format.read(source, self.report),
+                format.read(shown, Report("demonstrations")),
+            )
+            known = {shot.label: shot.pieces[1] for shot in (*self._shots[source.name], *task)}
+            self._labels[source.name] = dict(sorted(known.items()))
+            self.units += task
+
+    def examples(self, step: int) -> list[Example]:
+        """The sessions at a time step: every record that is long enough, cut to ``step`` chunks.
+
+        With ``truncate: false`` in the config: records of exactly that length. For plain text the tail is the same at
+        all steps, and the ``step`` chunks before it are its context.
+
+        Args:
+          step: t, at least 1.
+
+        Returns:
+          Examples with ``step`` context chunks, the target scored; possibly none.
+        """
+        self._check(step)
+        return [self._example(unit, step) for unit in self._long_enough(step)]
+
+    def texts(self, *, marked: bool = True) -> list[Example]:
+        """Every window of plain text, all of its tokens scored but the first.
+
+        Args:
+          marked: with ``data.ratio``, draw spans, from the window's place; False for chunks as without it.
+
+        Raises:
+          UserError: for another format.
+        """
+        if not isinstance(self.format, Text):
+            raise UserError(f"whole texts are scored with data.format 'text', not {self.config.format!r}")
+        draws = lambda number: np.random.default_rng(number) if marked else None
+        return [self.format.build(unit, "all", draws(number)) for number, unit in enumerate(self.units)]
+
+    def choices(self, step: int) -> list[Choice]:
+        """The questions at a time step, for formats that have choices: online (with ``choices``) and fewshot.
+
+        Raises:
+          UserError: for another format, or an online record without choices.
+        """
+        self._check(step)
+        if self.config.format not in ("online", "fewshot"):
+            raise UserError(
+                f"format {self.config.format!r} has no choices to be accurate about; use 'online' or 'fewshot'"
+            )
+        return [self._choice(unit, step) for unit in self._long_enough(step)]
+
+    def _check(self, step: int) -> None:
+        if step < 1:
+            raise UserError(f"time step {step}: evaluation starts at 1, the first chunk")
+        if self.config.ratio is not None:
+            raise UserError(
+                "data.ratio draws spans, which leaves no time steps to evaluate at; score whole texts (eval.by: text), "
+                "or evaluate without data.ratio"
+            )
+
+    def _long_enough(self, step: int) -> list[Unit]:
+        exact = self.config.option("truncate") is False
+        kept = []
+        for unit in self.units:
+            if isinstance(unit, Shot):
+                length = len(self._shots[unit.task])
+            elif isinstance(unit, RecallUnit):
+                length = len(unit.record["facts"])
+            else:
+                length = len(unit.pieces) - 1
+                if self.config.format != "text":
+                    length = -(-(length - 1) // turns_a_chunk(self.config))
+            if length == step or (length > step and not exact):
+                kept.append(unit)
+        return kept
+
+    def _example(self, unit: Unit, step: int, target: np.ndarray | None = None) -> Example:
+        format = self.format
+        if isinstance(format, FewShot):
+            assert isinstance(unit, Shot)
+            target = unit.pieces[1] if target is None else target
+            shown = self._shots[unit.task][:step]
+            return format.build(
+                unit, shown, target, self.config.option("max_tokens_evaluation"), every=False, score_end=False
+            )
+        if isinstance(format, Dialogue):
+            size = turns_a_chunk(self.config)
+            turns = unit.pieces[: step * size + 2]
+            return session(format.pieces, turns, every=False, score_end=False, unit=size, id=unit.id)
+        if isinstance(format, Online):
+            *contexts, query, own = unit.pieces
+            size = turns_a_chunk(self.config)
+            turns = (*contexts[: step * size], query, own if target is None else target)
+            return session(format.pieces, turns, every=False, score_end=False, unit=size, id=unit.id)
+        if isinstance(format, Text):
+            return format.build(Unit(unit.id, unit.pieces[-step - 1 :]), "last")
+        assert isinstance(unit, RecallUnit)
+        return recall.example(unit.record, unit.id, step)
+
+    def _choice(self, unit: Unit, step: int) -> Choice:
+        format = self.format
+        assert isinstance(format, Online | FewShot)
+        if isinstance(unit, Shot):
+            labels = self._labels[unit.task]
+            examples = tuple(self._example(unit, step, target) for target in labels.values())
+            return Choice(examples, list(labels).index(unit.label), unit.task)
+        record = self._choices[unit.id]
+        if "choices" not in record:
+            raise UserError(f"{unit.id}: the record has no choices; accuracy by likelihood needs them in every record")
+        targets = format.pieces.target(record["choices"])
+        return Choice(
+            tuple(self._example(unit, step, target) for target in targets), record["choices"].index(record["target"])
+        )
+
+
+def evaluation_examples(
+    records: Sequence[Record], config: DataConfig, tokenizer: Any, step: int, demonstrations: Sequence[Record] = ()
+) -> list[Example]:
+    """`Evaluation.examples` of records in memory."""
+    shown = [Records("demonstrations", demonstrations)] if demonstrations else []
+    return Evaluation(config, tokenizer, [Records("records", records)], shown).examples(step)
+
+
+def wrong_memory(examples: Sequence[Example]) -> list[Example]:
+    """Each session's tail after the context of another session: the control for what memory really remembers.
+
+    A deterministic permutation without fixed points, which never pairs sessions with equal contexts (few-shot examples
+    of one task share theirs). Examples of one time step give wrong contexts of that time step.
+
+    Args:
+      examples: the sessions.
+
+    Returns:
+      As many examples, in order, with the same tails and ids.
+
+    Raises:
+      UserError: if there are fewer than two, or more than half share one context.
+    """
+    partner = _partners([_context_key(example) for example in examples])
+    return [_swap(example, examples[other]) for example, other in zip(examples, partner, strict=True)]
+
+
+def wrong_memory_choices(choices: Sequence[Choice]) -> list[Choice]:
+    """`wrong_memory` for questions: all answers of a question get the same wrong context."""
+    partner = _partners([_context_key(choice.examples[0]) for choice in choices])
+    return [
+        dataclasses.replace(
+            choice, examples=tuple(_swap(example, choices[other].examples[0]) for example in choice.examples)
+        )
+        for choice, other in zip(choices, partner, strict=True)
+    ]
+
+
+def _swap(example: Example, other: Example) -> Example:
+    return dataclasses.replace(example, segments=(*other.segments[:-1], example.segments[-1]))
+
+
+def _context_key(example: Example) -> str:
+    """A digest of the context: equal for equal contexts, in no order that means anything."""
+    digest = hashlib.sha256()
+    for segment in example.segments[:-1]:
+        digest.update(len(segment.tokens).to_bytes(4, "big") + segment.tokens.astype(">i4").tobytes())
+    return digest.hexdigest()
+
+
+def _partners(keys: Sequence[str]) -> np.ndarray:
+    """For each key the index of one that differs, as a permutation.
+
+    Sorted by key, equal ones stand together; moving on by half of the list leaves every group no larger than that.
+    """
+    count = len(keys)
+    if count < 2:
+        raise UserError(f"the wrong-memory control needs at least 2 sessions of a time step, there are {count}")
+    most = max(Counter(keys).values())
+    if most > count // 2:
+        raise UserError(
+            f"the wrong-memory control cannot pair {count} sessions of which {most} share one context; evaluate more "
+            "records (or more few-shot tasks) together"
+        )
+    order = np.array(sorted(range(count), key=lambda index: (keys[index], index)))
+    partner = np.empty(count, int)
+    partner[order] = np.roll(order, -(count // 2))
+    return partner

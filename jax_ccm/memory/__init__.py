@@ -1,0 +1,1 @@
+"""The heart: parallel forward, recurrence, cache, and what is built on them."""

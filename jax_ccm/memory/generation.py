@@ -1,0 +1,184 @@
+"""Generation from sessions, as one compiled loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_ccm.errors import UserError
+from jax_ccm.memory.cache import check
+from jax_ccm.memory.closing import Closing, close_due, policy
+from jax_ccm.memory.steps import read
+from jax_ccm.nn.positions import warn_beyond
+from jax_ccm.nn.transformer import Transformer
+from jax_ccm.rules.types import Chunk, MemoryCache, Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: 0 takes the most likely token.
+      top_k: only the k most likely tokens; 0 for all.
+      top_p: only the most likely tokens whose probabilities add up to this (nucleus; Holtzman et al. 2020).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"temperature {self.temperature} and top_k {self.top_k} must be >= 0, and top_p {self.top_p} in (0, 1]"
+            )
+
+
+def sample(key, logits, temperature, top_k, top_p):
+    """Draws a token from each row of logits.
+
+    Args:
+      key: PRNG key.
+      logits: ``float32 [B, V]``.
+      temperature, top_k, top_p: scalars as in `Sampling`; arrays, so that changing them compiles nothing.
+
+    Returns:
+      ``int32 [B]``.
+    """
+
+    def draw(logits):
+        logits = logits / temperature
+        ranked = -jnp.sort(-logits, axis=-1)
+        mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+        # A token stays if the mass of the more likely ones has not reached top_p; the first always stays.
+        before = jnp.concatenate([jnp.zeros_like(mass[:, :1]), mass[:, :-1]], axis=-1)
+        inside = (before < top_p) & ((top_k == 0) | (jnp.arange(logits.shape[-1]) < top_k))
+        smallest = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
+        return jax.random.categorical(key, jnp.where(logits >= smallest, logits, -jnp.inf), axis=-1)
+
+    greedy = lambda logits: jnp.argmax(logits, axis=-1)
+    return jax.lax.cond(temperature > 0, draw, greedy, logits).astype(jnp.int32)
+
+
+# Layers that may be copied for the sake of speed, bytes.
+APART_BYTES = 2**31
+
+
+def for_decoding(model: Transformer, cache: MemoryCache) -> Transformer:
+    """The form of a decoder that makes tokens fastest here: `Transformer.apart`, if that pays, or as it is."""
+    return model.apart() if pays_apart(model, cache) else model
+
+
+def pays_apart(model: Transformer, cache: MemoryCache) -> bool:
+    """Whether tokens are made faster by `Transformer.apart`.
+
+    So it is on a CPU, for layers of up to 2 GiB (it takes as much memory again, and longer to compile) and a cache of
+    up to half of that: attention over a larger one takes so long that nothing is gained.
+    """
+    layers = jax.tree.leaves(model.layers)
+    on_cpu = all([device.platform for device in x.devices()] == ["cpu"] for x in layers)
+    size = sum(x.nbytes for x in layers)
+    return on_cpu and size <= APART_BYTES and cache.nbytes <= size / 2
+
+
+def generate(
+    model: Transformer,
+    cache: MemoryCache,
+    key=None,
+    *,
+    method: Method,
+    max_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] = (),
+    rows=None,
+    closing: Closing | None = None,
+    vocabulary: int | None = None,
+):
+    """Continues sessions from their pending logits until each has met a stop token or its limit.
+
+    The tokens, without the stop token, are read into the sessions as they come; compress afterwards to close the turn,
+    or give ``closing`` to have the answer compressed while it is made (methods with `Method.chunk` do so in any case).
+
+    Args:
+      model: the decoder with its adapter; see `for_decoding`.
+      cache: sessions that have read something.
+      key: PRNG key; may be left out where the temperature is 0.
+      method: the compression method.
+      max_tokens: most tokens for a row.
+      sampling: how tokens are drawn.
+      stop_tokens: ids that end a row.
+      rows: ``bool [B]``, the rows to continue; None for all.
+      closing: where the answer is closed while it is made; None leaves it open.
+      vocabulary: ids from this on are never drawn: rows of the head that the tokenizer does not know. None for V.
+
+    Returns:
+      The cache; tokens ``int32 [B, max_tokens]``, 0 behind the end; lengths ``int32 [B]``.
+
+    Raises:
+      UserError: if a session has read nothing yet or is invalid (`cache.check`), there is no room for the tokens,
+        what comes out is not finite, or the method cannot close. Sessions that are not continued may be invalid.
+    """
+    closing, query = policy(method, closing, query=True)
+    if key is None:
+        if sampling.temperature > 0:
+            raise UserError(f"temperature {sampling.temperature} needs a PRNG key: pass key=jax.random.key(seed)")
+        key = jax.random.key(0)
+    rows = np.ones(cache.tokens.shape[0], bool) if rows is None else np.asarray(rows)
+    check(cache, rows)
+    empty = np.flatnonzero(rows & (np.asarray(cache.tokens) == 0))
+    if len(empty):
+        raise UserError(f"sessions {empty.tolist()} have read nothing; read a prompt (or a start token) first")
+    stops = jnp.asarray(list(stop_tokens) or [-1], jnp.int32)
+    cache, tokens, lengths = _loop(
+        model,
+        cache,
+        key,
+        jnp.float32(sampling.temperature),
+        jnp.int32(sampling.top_k),
+        jnp.float32(sampling.top_p),
+        stops,
+        jnp.asarray(rows),
+        method=method,
+        max_tokens=max_tokens,
+        closing=closing,
+        query=query,
+        vocabulary=vocabulary,
+    )
+    check(cache, rows)
+    read_so_far = int(np.max(np.asarray(cache.tokens)[rows], initial=0))
+    warn_beyond(model.config, method, tokens=read_so_far, places=cache.slots.kind.shape[1])
+    return cache, tokens, lengths
+
+
+@functools.partial(jax.jit, static_argnames=("method", "max_tokens", "closing", "query", "vocabulary"))
+def _loop(model, cache, key, temperature, top_k, top_p, stops, rows, *, method, max_tokens, closing, query, vocabulary):
+    def running(state):
+        step, _, _, _, done = state
+        return (step < max_tokens) & ~jnp.all(done)
+
+    def step(state):
+        i, cache, tokens, lengths, done = state
+        logits = cache.logits
+        if vocabulary is not None:
+            logits = jnp.where(jnp.arange(logits.shape[1]) < vocabulary, logits, -jnp.inf)
+        # The largest logit is NaN if any is. A spoiled row stops: there is nothing to draw from.
+        cache = dataclasses.replace(cache, spoiled=cache.spoiled | ~done & ~jnp.isfinite(jnp.max(logits, axis=1)))
+        done = done | cache.spoiled
+        token = sample(jax.random.fold_in(key, i), logits, temperature, top_k, top_p)
+        done = done | jnp.any(token[:, None] == stops, axis=1)
+        tokens = tokens.at[:, i].set(jnp.where(done, 0, token))
+        chunk = Chunk(jnp.where(done, 0, token)[:, None], ~done[:, None])
+        cache, _ = read(model, cache, chunk, method=method, query=query)
+        cache = close_due(model, cache, chunk.tokens[:, 0], ~done, method=method, closing=closing)
+        return i + 1, cache, tokens, lengths + ~done, done
+
+    tokens = jnp.zeros((cache.tokens.shape[0], max_tokens), jnp.int32)
+    state = (jnp.int32(0), cache, tokens, jnp.zeros(cache.tokens.shape, jnp.int32), ~rows)
+    _, cache, tokens, lengths, _ = jax.lax.while_loop(running, step, state)
+    return cache, tokens, lengths

@@ -1,0 +1,328 @@
+"""The heart: one parallel forward for training, and the same computation as a recurrence for inference.
+
+In the notation of CCM (Kim et al., ICLR 2024, section 3), for time step t::
+
+    h(t)   = g_comp(Mem(t-1), c(t))        compress: run the compression tokens on the memory and the chunk
+    Mem(t) = g_update(Mem(t-1), h(t))      cache.closed: append, or (1 - a_t) Mem(t-1) + a_t h(t)
+    O(t)   = f(I(t) | Mem(t))              read: run the input on the memory
+
+All functions are pure; model, cache and batch are pytrees, `method` is static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jax_ccm.errors import UserError
+from jax_ccm.memory.cache import append, best, closed, open_raw, pooled, raw_capacity, write
+from jax_ccm.nn.linear import Gate
+from jax_ccm.nn.transformer import Remat, Transformer
+from jax_ccm.rules.rows import gate, is_in
+from jax_ccm.rules.types import RAW, Array, Batch, Chunk, Kind, MemoryCache, Method, Slots
+
+
+def parallel_forward(
+    model: Transformer,
+    batch: Batch,
+    *,
+    method: Method,
+    dropout_key=None,
+    remat: Remat = "none",
+    implementation: str | None = None,
+):
+    """All chunks of a session at once: what the recurrence computes, in one causal pass.
+
+    Args:
+      model: the decoder with its adapter.
+      batch: laid out by `rows.batch` for the same method.
+      method: static.
+      dropout_key: PRNG key for the dropout on the LoRA's input; None in evaluation.
+      remat: what the backward pass recomputes, as for `Transformer`.
+      implementation: of the attention.
+
+    Returns:
+      Hidden states after the final norm, ``[B, T, D]``.
+    """
+    gated = gate(method, batch.slots)
+    if gated is not None and batch.memory is not None and set(method.gate) <= set(method.writes):
+        # Only tokens that write memory need the LoRA: it is run on them alone. Unused entries of the source point to
+        # the first place of the row, which no such token can have.
+        gated = Gate(jnp.take_along_axis(gated, batch.memory.source, axis=1), batch.memory.source)
+    hidden, _, _ = model(
+        batch.tokens,
+        batch.slots,
+        gated,
+        rule=method.rule,
+        memory=batch.memory,
+        dropout_key=dropout_key,
+        remat=remat,
+        implementation=implementation,
+    )
+    return hidden
+
+
+def read(
+    model: Transformer,
+    cache: MemoryCache,
+    chunk: Chunk,
+    *,
+    method: Method,
+    query: bool = False,
+    implementation: str | None = None,
+):
+    """Appends raw text to each session; it attends to the memory and to the raw text before it.
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions.
+      chunk: the text; rows without a valid token are left as they are.
+      method: static.
+      query: the text is the input to answer, or the answer, not context (they differ in methods whose chunks do not
+        see memory).
+      implementation: of the attention.
+
+    Returns:
+      The cache, with the pending logits of each row's last token; and logits ``float32 [B, C, V]`` after each token
+      (not computed under jit if unused). A row with a hidden state that is not finite keeps nothing of the text and
+      is spoiled (`MemoryCache.spoiled`).
+
+    Raises:
+      UserError: for a chunk longer than the region of raw text.
+    """
+    length = chunk.tokens.shape[1]
+    if length > raw_capacity(cache):
+        raise UserError(
+            f"a chunk of {length} tokens does not fit the region of {raw_capacity(cache)} raw tokens; split it, "
+            "or make the cache with a larger raw_capacity"
+        )
+    rank = jnp.cumsum(chunk.valid, axis=1) - 1
+    position = cache.tokens[:, None] + rank
+    text = Kind.QUERY if query else Kind.TEXT
+    if chunk.kept is not None:
+        text = jnp.where(chunk.kept, Kind.QUERY, text)
+    kind = jnp.where(chunk.valid, text, Kind.PAD)
+    if method.sink:
+        kind = jnp.where(chunk.valid & (position < method.sink), Kind.SINK, kind)
+    segment = jnp.broadcast_to(cache.chunks[:, None], position.shape)
+    slots = Slots(kind, segment, position, position)
+    places = None
+    if method.rope == "cache":
+        places = jnp.sum(cache.slots.live, axis=1, keepdims=True) + rank
+    count = jnp.sum(chunk.valid, axis=1)
+    decay = None if method.keep is None else method.keep.decay
+    observe = None if decay is None else chunk.valid * decay ** (count[:, None] - 1 - rank).astype(jnp.float32)
+    hidden, (k, v), received = model(
+        chunk.tokens,
+        slots,
+        gate(method, slots, (Kind.TEXT, Kind.QUERY, Kind.SINK)),
+        rule=method.rule,
+        memory=cache,
+        places=places,
+        observe=observe,
+        implementation=implementation,
+    )
+    finite = jnp.all(jnp.isfinite(hidden), axis=2) | ~chunk.valid
+    kept = jnp.all(finite, axis=1, keepdims=True)
+    own = None
+    if decay is not None and received is not None and cache.received is not None:
+        own, past = received
+        before = decay ** count.astype(jnp.float32)
+        total = cache.received * before[None, :, None, None] + past
+        cache = dataclasses.replace(cache, received=jnp.where(kept[None, :, :, None], total, cache.received))
+    last = jnp.argmax(jnp.where(chunk.valid, rank, -1), axis=1)
+    final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    # This also orders the write behind every layer's read of the cache: where nothing does, XLA copies the whole cache
+    # on a CPU, twice for every token.
+    slots = dataclasses.replace(slots, kind=jnp.where(kept, slots.kind, Kind.PAD))
+    cache = append(cache, k, v, slots, own)
+    some = jnp.any(chunk.valid, axis=1)
+    cache = dataclasses.replace(
+        cache,
+        tokens=cache.tokens + count,
+        logits=jnp.where(some[:, None], model.logits(final), cache.logits),
+        spoiled=cache.spoiled | ~kept[:, 0],
+    )
+    return cache, model.logits(hidden)
+
+
+def compress(
+    model: Transformer,
+    cache: MemoryCache,
+    which=None,
+    *,
+    method: Method,
+    implementation: str | None = None,
+) -> MemoryCache:
+    """Closes a chunk: one pass of the method's tokens over raw text, write, drop it, compact.
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions.
+      which: ``bool [B]``, the rows to compress, or ``bool [B, S]``, the slots of raw text that make the chunk (the
+        oldest of each row; the rest stays raw, in the next segment); None for all. Rows with no such text pass through.
+      method: static.
+      implementation: of the attention.
+
+    Returns:
+      The cache. Rows for which numbers come out that are not finite are spoiled (`MemoryCache.spoiled`).
+    """
+    raw = open_raw(cache, method)
+    if which is None:
+        selected = raw
+    else:
+        selected = raw & (which if which.ndim == 2 else which[:, None])
+    closing, whole = jnp.any(selected, axis=1), which is None or which.ndim == 1
+    rest = raw & ~selected & closing[:, None] & (cache.slots.kind != Kind.SINK)
+    slots = dataclasses.replace(cache.slots, segment=cache.slots.segment + rest)
+    cache = dataclasses.replace(cache, slots=slots)
+    # Positions and order of what is written follow the chunk's last token.
+    last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
+    begin = jnp.min(jnp.where(selected, slots.index, last), axis=1, keepdims=True)
+    if method.keep is not None:
+        k, v, received, slots, lost = best(cache, method, selected, closing)
+        lost = lost if cache.overflow == "error" else 0
+        cache = dataclasses.replace(cache, lost=cache.lost + lost)
+        return write(cache, method, k, v, slots, closing, received, whole=whole)
+    count = len(method.closes)
+    if not count:
+        return write(cache, method, *pooled(cache, method, closing), closing, whole=whole)
+    row = lambda values: jnp.asarray(values, jnp.int32)[None]
+    kind = jnp.where(closing[:, None], row([token.kind for token in method.closes]), Kind.PAD)
+    segment = jnp.broadcast_to(cache.chunks[:, None], kind.shape)
+    offsets = row([token.offset for token in method.closes])
+    position = jnp.where(row([token.from_begin for token in method.closes]) > 0, begin, last + 1) + offsets
+    # The tokens themselves come after everything raw; the segment hides what is not selected.
+    comp = Slots(kind, segment, cache.tokens[:, None] + row(range(count)), jnp.maximum(position, 0))
+    places = None
+    if method.rope == "cache":
+        places = jnp.sum(slots.live & ~rest, axis=1, keepdims=True) + offsets
+    tokens = jnp.broadcast_to(model.config.vocab_size + row([token.row for token in method.closes]), kind.shape)
+    written = jnp.asarray([i for i, token in enumerate(method.closes) if token.kind in method.writes], jnp.int32)
+    pick = lambda x: jnp.take(x, written, axis=1)
+    entry = Slots(
+        jnp.where(closing[:, None], jnp.full((1, len(written)), Kind.MEMORY), Kind.PAD),
+        pick(comp.segment),
+        jnp.broadcast_to(last, (kind.shape[0], len(written))),
+        pick(comp.position),
+    )
+    after, store = closed(cache, method, entry, closing, whole=whole)
+    hidden, stored, _ = model(
+        tokens,
+        comp,
+        gate(method, comp),
+        rule=method.rule,
+        memory=cache,
+        places=places,
+        store=lambda own, new: store(own, tuple(map(pick, new))),
+        implementation=implementation,
+    )
+    # Closing tokens see themselves: keys and values that are not finite show in what follows from them.
+    finite = jnp.all(jnp.isfinite(hidden), axis=(1, 2)) | ~closing
+    return dataclasses.replace(after.storing(stored), spoiled=after.spoiled | ~finite)
+
+
+def repeat(
+    model: Transformer,
+    cache: MemoryCache,
+    length: int,
+    back: int = 1,
+    *,
+    method: Method,
+    begin=None,
+    implementation: str | None = None,
+):
+    """What a session can still say of a closed chunk, word for word: one pass of repetition tokens over the memory.
+
+    The raw text is gone from the cache, so nothing but memory can answer (LoMA, repetition zone).
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions; not changed.
+      length: tokens of the chunk, the same in each row.
+      back: how many chunks ago it was closed, from 1. A mixture of chunks still has only the last one apart.
+      method: static; one with a `Method.repeat`.
+      begin: ``int32 [B]``, position of the chunk's first token; None if it and all chunks since had the same length.
+      implementation: of the attention.
+
+    Returns:
+      Logits ``float32 [B, length, V]``, for each place of the chunk the token that stood there.
+    """
+    if method.repeat is None:
+        raise UserError(f"method {method.name!r} has no repetition token; only methods trained with one can repeat")
+    if begin is None:
+        raw = open_raw(cache, method) & (cache.slots.kind != Kind.SINK)
+        begin = cache.tokens - jnp.sum(raw, axis=1) - length * back
+    place = jnp.arange(length)[None]
+    position = begin[:, None] + place
+    whole = lambda value: jnp.broadcast_to(jnp.asarray(value, jnp.int32), position.shape)
+    slots = Slots(whole(Kind.REPEAT), whole((cache.chunks - back)[:, None]), cache.tokens[:, None] + place, position)
+    tokens = whole(model.config.vocab_size + method.repeat.row)
+    hidden, _, _ = model(
+        tokens, slots, gate(method, slots), rule=method.rule, memory=cache, implementation=implementation
+    )
+    return model.logits(hidden)
+
+
+def compress_step(
+    model: Transformer, cache: MemoryCache, chunk: Chunk, *, method: Method, implementation: str | None = None
+) -> MemoryCache:
+    """Reads a chunk and closes it: ``Mem(t-1), c(t) -> Mem(t)``. Rows without a valid token pass through."""
+    cache, _ = read(model, cache, chunk, method=method, implementation=implementation)
+    some = jnp.any(chunk.valid, axis=1)
+    return compress(model, cache, some, method=method, implementation=implementation)
+
+
+def compress_scan(
+    model: Transformer, cache: MemoryCache, chunks: Chunk, *, method: Method, implementation: str | None = None
+) -> MemoryCache:
+    """`compress_step` over chunks stacked in front, ``[time, B, C]``, as one `jax.lax.scan`."""
+    step = lambda cache, chunk: (
+        compress_step(model, cache, chunk, method=method, implementation=implementation),
+        None,
+    )
+    return jax.lax.scan(step, cache, chunks)[0]
+
+
+def stream_step(
+    model: Transformer,
+    cache: MemoryCache,
+    chunk: Chunk,
+    *,
+    method: Method,
+    window: int,
+    closes: Array,
+    implementation: str | None = None,
+):
+    """Reads text into endless sessions; where the cache was full before, its oldest raw text is then compressed.
+
+    CCM's streaming (section 4.3): keep a window of live slots (sink, memory and raw text together); once it is full,
+    the oldest raw tokens become memory, and memory beyond the capacity (``overflow="evict"``) loses its oldest.
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions.
+      chunk: the text, usually one token a row.
+      method: static.
+      window: live slots at which a row compresses.
+      closes: how many of the oldest raw tokens are then compressed, an integer or ``int32 [B]``.
+      implementation: of the attention.
+
+    Returns:
+      The cache, and the logits as `read` returns them.
+
+    Raises:
+      UserError: for a window no larger than the sink.
+    """
+    if window <= method.sink:
+        raise UserError(
+            f"a window of {window} live slots has no room for text beside the sink's {method.sink}; raise the window"
+        )
+    full = jnp.sum(cache.slots.live, axis=1) >= window
+    cache, logits = read(model, cache, chunk, method=method, implementation=implementation)
+    raw = is_in(cache.slots.kind, RAW)
+    oldest = raw & (jnp.cumsum(raw, axis=1) <= jnp.reshape(jnp.asarray(closes), (-1, 1))) & full[:, None]
+    shrink = lambda cache: compress(model, cache, oldest, method=method, implementation=implementation)
+    return jax.lax.cond(jnp.any(oldest), shrink, lambda cache: cache, cache), logits

@@ -1,0 +1,1 @@
+"""Slots and rules: who sees whom, and how text is laid out."""

@@ -1,0 +1,72 @@
+"""Methods as JSON values, for the files that name the method they belong to, and in a few words for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+from typing import Any
+
+from jax_ccm.rules.types import INF, Method
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    """A method as JSON values, independent of how its rule happens to be written.
+
+    The rule becomes ``"sees"``: for each "KIND sees KIND" the distances in segments, as merged ``[nearest, farthest]``
+    intervals (None for no limit).
+    """
+    found: dict[str, list[list[int]]] = {}
+    for clause in method.rule.sees:
+        limit = f" within {clause.window}" * (clause.window is not None)
+        if clause.hidden is not None:
+            limit += f" but the oldest {clause.hidden[0]}/{clause.hidden[1]}"
+        for query in clause.query:
+            for key in clause.key:
+                found.setdefault(f"{query.name} sees {key.name}{limit}", []).append([clause.nearest, clause.farthest])
+    sees = {name: _merged(spans) for name, spans in sorted(found.items())}
+    out: dict[str, Any] = {"name": method.name, "sees": sees}
+    out |= {"both_ways": sorted(k.name for k in method.rule.both_ways)}
+    for field in dataclasses.fields(method):
+        if field.name not in ("name", "rule"):
+            out[field.name] = _plain(getattr(method, field.name))
+    return out | {"writes": sorted(out["writes"]), "gate": sorted(out["gate"])}
+
+
+def _merged(spans: list[list[int]]) -> list[list[int | None]]:
+    merged: list[list[int]] = []
+    for nearest, farthest in sorted(spans):
+        if merged and nearest <= merged[-1][1] + 1:
+            merged[-1][1] = max(merged[-1][1], farthest)
+        else:
+            merged.append([nearest, farthest])
+    return [[nearest, farthest if farthest < INF else None] for nearest, farthest in merged]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, tuple):
+        return [_plain(x) for x in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__} | fields
+    return value
+
+
+def label(method: dict[str, Any]) -> str:
+    """A described method in a few words, such as "ccm_merge (2 tokens, sink)"."""
+    closes, words = len(method.get("closes", ())), []
+    if closes:
+        words.append(f"{closes} token{'s' * (closes != 1)}")
+    if keep := method.get("keep"):
+        # ByAttention -> by attention
+        words.append(re.sub("(?<=.)([A-Z])", r" \1", keep["kind"]).lower())
+        words.append(f"{keep['slots']} slot{'s' * (keep['slots'] != 1)} {'in all' if keep['constant'] else 'a chunk'}")
+    if method.get("sink"):
+        words.append("sink")
+    if closes and "TEXT sees MEMORY" not in method.get("sees", {}) and method.get("context") == "chunks":
+        words.append("independent")
+    if closes and "TEXT" in method.get("gate", ()):
+        words.append("LoRA on all tokens")
+    return f"{method.get('name', '?')}" + f" ({', '.join(words)})" * bool(words)

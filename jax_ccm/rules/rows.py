@@ -1,0 +1,397 @@
+"""Who sees whom, and the flat ragged layout of a parallel forward.
+
+The layout of CCM-concat with n = 2 for chunks ``a b``, ``c`` and the tail ``d e``::
+
+    place     0  1  2  3  4  5  6  7  8          memory    0  1  2  3
+    token     a  b  C0 C1 c  C0 C1 d  e          written   C0 C1 C0 C1
+    segment   0  0  0  0  1  1  1  2  2          by chunk  0  0  1  1
+    position  0  1  2  3  2  3  4  3  4
+
+Text sees its own segment in place and older segments only through the memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_ccm.errors import UserError
+from jax_ccm.rules.examples import Example, Segment, cut, glued, join, opened
+from jax_ccm.rules.mixtures import Mix
+from jax_ccm.rules.types import INF, RAW, TEXT, Array, Batch, Chunk, Kind, Method, Packed, Rule, Slots
+
+
+def is_in(kind: Array, kinds: tuple[Kind, ...]) -> Array:
+    """``bool``, shape of ``kind``: whether it is one of ``kinds``."""
+    found = kind == int(kinds[0])
+    for other in kinds[1:]:
+        found = found | (kind == int(other))
+    return found
+
+
+def visible(rule: Rule, q: Slots, k: Slots) -> Array:
+    """Which keys each query sees: ``bool [..., T, S]`` for slots ``[..., T]`` and ``[..., S]``.
+
+    Compare-and-or only, so that the same function serves numpy on the host, `jax.numpy`, and blocks inside a kernel.
+    For CCM-concat with n = 1, chunks ``a``, ``b`` and tail ``c``, own places left, memory right::
+
+              a C b C c | M M
+        a     x . . . . | . .
+        C     x x . . . | . .
+        b     . . x . . | x .
+        C     . . x x . | x .
+        c     . . . . x | x x
+    """
+    return sees(rule, q.map(lambda x: x[..., :, None]), k.map(lambda x: x[..., None, :]))
+
+
+def sees(rule: Rule, q: Slots, k: Slots) -> Array:
+    """Whether each query sees its key: ``bool``, for slots of any shapes that broadcast to each other."""
+    back = q.segment - k.segment
+    causal = q.index >= k.index
+    seen = None
+    for clause in rule.sees:
+        hit = is_in(q.kind, clause.query) & is_in(k.kind, clause.key)
+        hit = hit & (back >= clause.nearest)
+        if clause.farthest < INF:
+            hit = hit & (back <= clause.farthest)
+        if not set(clause.query + clause.key) <= set(rule.both_ways):
+            hit = hit & causal
+        if clause.window is not None:
+            hit = hit & (q.position - k.position < clause.window)
+        if clause.hidden is not None:
+            hit = hit & (k.position >= first_seen(q.position, clause.hidden))
+        seen = hit if seen is None else seen | hit
+    return seen
+
+
+def first_seen(position: Array, hidden: tuple[int, int]) -> Array:
+    """``floor(position * a / b)``, in steps that do not overflow int32 for b up to 1,000 or so."""
+    a, b = hidden
+    return position // b * a + position % b * a // b
+
+
+def reachable(rule: Rule, k: Slots, segment: Array, position: Array) -> Array:
+    """``bool [B, S]``: keys that something in segment ``[B]`` at or after ``position [B]``, or later, can still see.
+
+    What is not reachable may be removed from a cache without changing any result.
+    """
+    back = segment[:, None] - k.segment
+    found = None
+    for clause in rule.sees:
+        hit = is_in(k.kind, clause.key) & (back <= clause.farthest)
+        if clause.window is not None:
+            hit = hit & (position[:, None] - k.position < clause.window)
+        if clause.hidden is not None:
+            hit = hit & (k.position >= first_seen(position, clause.hidden)[:, None])
+        found = hit if found is None else found | hit
+    return found
+
+
+def with_window(rule: Rule, window: int | None) -> Rule:
+    """The rule with a base model's sliding window over raw text added; memory and sinks are exempt."""
+    if window is None:
+        return rule
+    clauses = []
+    for clause in rule.sees:
+        raw = tuple(kind for kind in clause.key if kind in RAW)
+        exempt = tuple(kind for kind in clause.key if kind not in RAW)
+        if raw:
+            near = window if clause.window is None else min(window, clause.window)
+            clauses.append(dataclasses.replace(clause, key=raw, window=near))
+        if exempt:
+            clauses.append(dataclasses.replace(clause, key=exempt))
+    return dataclasses.replace(rule, sees=tuple(clauses))
+
+
+def gate(method: Method, slots: Slots, kinds: tuple[Kind, ...] = tuple(Kind)) -> Array | None:
+    """``float32 [..., S]``: 1 on the kinds where the method's LoRA acts; None if it acts on none of ``kinds``.
+
+    Args:
+      method: the compression method.
+      slots: of any shape.
+      kinds: which kinds the slots can be of.
+    """
+    acts = tuple(kind for kind in method.gate if kind in kinds)
+    return is_in(slots.kind, acts).astype("float32") if acts else None
+
+
+def arrange(method: Method, example: Example) -> tuple[Segment, ...]:
+    """The segments as the method is fed them, openings included; the last is the tail."""
+    count = len(example.segments)
+    if method.context == "dropped":
+        return (opened(example.start, example.segments[-1]),)
+    if method.context == "joined" and count > 2:
+        example = join(example, [count - 1, 1])
+    first, *rest = example.segments
+    segments = (opened(example.start, first), *(opened(example.separator, segment) for segment in rest))
+    return segments if method.chunk is None else cut(glued(*segments), method.chunk)
+
+
+def chunk(rows: Sequence[Sequence[int]], size: int, vocab_size: int) -> Chunk:
+    """A `Chunk` of ragged rows of token ids, padded on the right; an empty row takes no part.
+
+    Args:
+      rows: token ids for each session.
+      size: C, places of a row.
+      vocab_size: V.
+
+    Raises:
+      UserError: for a row longer than ``size`` or a token outside the vocabulary.
+    """
+    tokens, valid = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), bool)
+    for i, row in enumerate(rows):
+        if len(row) > size:
+            raise UserError(f"row {i} has {len(row)} tokens, the chunk {size} places; raise size or split the row")
+        ids = np.asarray(row, np.int64)
+        wrong = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(wrong):
+            raise UserError(f"row {i}: token id {wrong[0]} is outside the vocabulary (0..{vocab_size - 1})")
+        tokens[i, : len(row)], valid[i, : len(row)] = ids, True
+    return Chunk(tokens, valid)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Static sizes of a batch: ``tokens`` T, ``memory`` M (slots), ``scored`` Q."""
+
+    tokens: int
+    memory: int
+    scored: int
+
+
+def measure(method: Method, example: Example) -> Sizes:
+    """The sizes that one example needs."""
+    method = method.closed_by(example.closing)
+    segments = arrange(method, example)
+    chunks = len(closed(method, segments))
+    text = sum(len(segment.tokens) for segment in segments)
+    scored = sum(int(segment.scored.sum()) for segment in segments) - int(segments[0].scored[:1].sum())
+    repeated = sum(len(segment.tokens) for segment in segments[:chunks]) if method.repeat else 0
+    slots = chunks * method.slots_per_chunk
+    if method.pool:
+        ends = np.cumsum([0] + [len(segment.tokens) for segment in segments[:-1]])
+        slots = int(np.sum(-(-np.diff(np.maximum(ends - method.sink, 0)) // method.pool)))
+    return Sizes(text + repeated + chunks * len(method.closes), slots, scored + repeated)
+
+
+def bound(method: Method, text: int, chunks: int, scored: int) -> Sizes:
+    """Sizes enough for any example of at most so many text tokens, context chunks and scored tokens."""
+    if method.chunk is not None:
+        chunks = (text if method.repeat else max(text - 1, 0)) // method.chunk
+    repeated = text if method.repeat else 0
+    return Sizes(text + repeated + chunks * len(method.closes), most_slots(method, text, chunks), scored + repeated)
+
+
+def closed(method: Method, segments: Sequence[Segment]) -> Sequence[Segment]:
+    """The segments that a row of the parallel forward closes: all but the tail.
+
+    In training with repetition (`Method.repeat`) also a tail that is a full chunk: it can be repeated, though no text
+    follows that could see its memory.
+    """
+    full = method.repeat is not None and len(segments[-1].tokens) == method.chunk
+    return segments if full else segments[:-1]
+
+
+def most_slots(method: Method, text: int, chunks: int) -> int:
+    """Memory slots enough for any row of at most so many text tokens and context chunks."""
+    # Each chunk may have a rest.
+    pooled = min(text, text // method.pool + chunks) if method.pool else 0
+    return chunks * method.slots_per_chunk + pooled
+
+
+def require_parallel(method: Method) -> None:
+    """Raises `UserError` for a method that runs only as a recurrence, saying why and what serves it."""
+    if method.rope == "cache":
+        raise UserError(
+            f"method {method.name!r} rotates keys by their place in the cache and so has no parallel form; what is "
+            "trained without (method.streaming: false, where a method has it) serves it"
+        )
+    if method.keep is not None:
+        raise UserError(
+            f"method {method.name!r} selects what it keeps from what was read before and so has no parallel form; "
+            "there is nothing to train, use it in evaluate, chat and generate"
+        )
+
+
+def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size: int, pad: str = "right") -> Batch:
+    """Lays examples out for a parallel forward.
+
+    A token is predicted from the text token before it, whatever compression tokens stand between. The first token
+    of a session has no such token and is not scored.
+
+    Args:
+      method: the compression method.
+      examples: the rows.
+      sizes: static caps; every mixture of lengths within them gives arrays of the same shape.
+      vocab_size: V.
+      pad: side of the padding, "right" or "left".
+
+    Returns:
+      A `Batch` of numpy arrays.
+
+    Raises:
+      UserError: if an example exceeds a cap, has an empty segment or a token outside the vocabulary, or the method has
+        no parallel form.
+    """
+    require_parallel(method)
+    rows = [
+        _row(method.closed_by(example.closing), arrange(method, example), sizes, vocab_size, example.id)
+        for example in examples
+    ]
+    if pad == "left":
+        rows = [_shift(row, sizes.tokens) for row in rows]
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    memory = None
+    if method.remembers and sizes.memory:
+        slots = Slots(*(stacked[f"memory_{name}"] for name in ("kind", "segment", "index", "position")))
+        memory = Packed(stacked["source"], slots, stacked.get("mix"), stacked.get("share"))
+    slots = Slots(*(stacked[name] for name in ("kind", "segment", "index", "position")))
+    return Batch(
+        stacked["tokens"], slots, memory, *(stacked[name] for name in ("places", "targets", "weights", "steps"))
+    )
+
+
+def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, name: str) -> dict[str, np.ndarray]:
+    """The arrays of one row, padded on the right."""
+    where = f"example {name!r}" if name else "an example"
+    tokens, kind, segment, position, scored, answers = [], [], [], [], [], []
+    text = 0
+    for number, piece in enumerate(segments):
+        tail = number >= len(closed(method, segments))
+        count = len(piece.tokens)
+        if not count:
+            raise UserError(f"{where}: segment {number} is empty; drop it, or join it to its neighbour")
+        if piece.tokens.min() < 0 or piece.tokens.max() >= vocab:
+            bad = piece.tokens[(piece.tokens < 0) | (piece.tokens >= vocab)][0]
+            raise UserError(
+                f"{where}: token id {bad} in segment {number} is outside the vocabulary (0..{vocab - 1}). Compression "
+                "tokens are placed by the method; they may stand neither in text nor in labels"
+            )
+        if method.chunk and not tail and count != method.chunk:
+            raise UserError(
+                f"{where}: segment {number} has {count} tokens; method {method.name!r} takes {method.chunk}"
+            )
+        kept = np.full(count, tail) if piece.kept is None else piece.kept | tail
+        if kept.any() and not tail and not method.keeps_text:
+            raise UserError(f"{where}: segment {number} has text to keep, but method {method.name!r} keeps none")
+        closing = () if tail else method.closes
+        if closing and (kept[1:] > kept[:-1]).any():
+            raise UserError(f"{where}: segment {number} keeps text behind its span; end the segment with the span")
+        if closing and kept.all():
+            raise UserError(f"{where}: segment {number} keeps all of its text; join it to the next, which has a span")
+        # What a closing compresses begins behind the text that is kept.
+        begin = text + (int(np.argmin(kept)) if not kept.all() else count)
+        place = [(begin if token.from_begin else text + count) + token.offset for token in closing]
+        repeats = np.arange(count if method.repeat and not tail else 0)
+        row = method.repeat.row if method.repeat else 0
+        tokens += [piece.tokens, [vocab + token.row for token in closing], vocab + row + 0 * repeats]
+        kind += [
+            np.where(kept, Kind.QUERY, Kind.TEXT),
+            [token.kind for token in closing],
+            np.full(len(repeats), Kind.REPEAT),
+        ]
+        segment += [np.full(count + len(closing) + len(repeats), number)]
+        position += [text + np.arange(count), np.maximum(place, 0), text + repeats]
+        scored += [piece.scored, np.zeros(len(closing) + len(repeats), bool)]
+        answers += [np.full(count + len(closing), -1), piece.tokens[repeats]]
+        text += count
+    row = {
+        "tokens": np.concatenate(tokens).astype(np.int64),
+        "kind": np.concatenate(kind).astype(np.int64),
+        "segment": np.concatenate(segment),
+        "position": np.concatenate(position).astype(np.int64),
+    }
+    length = len(row["tokens"])
+    row["index"] = np.arange(length)
+    row["kind"][np.flatnonzero(np.isin(row["kind"], TEXT))[: method.sink]] = Kind.SINK
+    closes = row["tokens"] >= vocab
+    scored = np.flatnonzero(np.concatenate(scored))
+    scored = scored[scored > 0]
+    before = np.maximum.accumulate(np.where(closes, -1, np.arange(length)))
+    answers = np.concatenate(answers)
+    again = np.flatnonzero(answers >= 0)
+    row["places"] = np.concatenate([before[scored - 1], again])
+    row["targets"] = np.concatenate([row["tokens"][scored], answers[again]])
+    row["steps"] = row["segment"][np.concatenate([scored, again])]
+    row["weights"] = np.ones(len(row["places"]))
+    if method.pool is not None:
+        context = np.isin(row["kind"], TEXT) & (row["segment"] < len(segments) - 1)
+        row["source"], row["share"], last = _pools(np.flatnonzero(context), row["segment"], method.pool)
+    else:
+        row["source"] = last = np.flatnonzero(np.isin(row["kind"], method.writes))
+    needs = Sizes(length, len(last), len(row["places"]))
+    for field in dataclasses.fields(Sizes):
+        need, cap = getattr(needs, field.name), getattr(sizes, field.name)
+        if need > cap:
+            raise UserError(
+                f"{where} needs {field.name}={need} places, the batch has {cap}; raise the cap or filter the data"
+            )
+    memory = {f: row[f][last] for f in ("segment", "index", "position")}
+    memory["kind"] = np.full(len(last), Kind.MEMORY)
+    if method.mix is not None:
+        row["mix"] = _mix_matrix(method.mix, len(last), method.slots_per_chunk, sizes.memory)
+        # State t of the mixture exists once the last of its chunk's tokens has been run.
+        memory["index"] = (
+            memory["index"].reshape(-1, method.slots_per_chunk).max(1, initial=0).repeat(method.slots_per_chunk)
+        )
+    row |= {f"memory_{f}": x for f, x in memory.items()}
+    caps: dict[str, int] = dict.fromkeys(("tokens", "kind", "segment", "position", "index"), sizes.tokens)
+    caps |= dict.fromkeys(("places", "targets", "steps", "weights"), sizes.scored)
+    caps |= dict.fromkeys(("source", "share"), sizes.memory * (method.pool or 1))
+    pad = lambda x, size: np.concatenate([x, np.zeros(size - len(x), x.dtype)])  # np.pad is ten times slower
+    return {
+        name: x
+        if name == "mix"
+        else pad(x, caps.get(name, sizes.memory)).astype(np.float32 if name in ("weights", "share") else np.int32)
+        for name, x in row.items()
+    }
+
+
+def _pools(places: np.ndarray, segment: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which text each pooled slot is the mean of: ``size`` neighbours of one segment, or the fewer that remain.
+
+    Args:
+      places: of the text, in order.
+      segment: of each place of the row.
+      size: tokens for a slot.
+
+    Returns:
+      Sources and their shares, both ``[slots * size]`` and 0 where a slot has fewer; the last place of each slot.
+    """
+    own = segment[places]
+    rank = np.arange(len(places)) - np.searchsorted(own, own)
+    slot = np.cumsum(rank % size == 0) - 1
+    count = np.bincount(slot, minlength=1 if len(slot) else 0)
+    source, share = np.zeros((len(count), size), np.int64), np.zeros((len(count), size))
+    source[slot, rank % size], share[slot, rank % size] = places, 1 / count[slot]
+    return source.reshape(-1), share.reshape(-1), places[np.cumsum(count) - 1]
+
+
+def _mix_matrix(mix: Mix, sources: int, per_chunk: int, size: int) -> np.ndarray:
+    """``float32 [M, P]``: row ``t * n + k`` holds the weights of slot k of all chunks in the memory after chunk t."""
+    chunks = sources // per_chunk
+    weights = np.zeros((chunks, chunks))
+    for t in range(chunks):
+        rate = float(mix.rate(t + 1))
+        if t:
+            weights[t] = (1 - rate) * weights[t - 1]
+        weights[t, t] = rate
+    matrix = np.zeros((size, size), np.float32)
+    matrix[:sources, :sources] = np.kron(weights, np.eye(per_chunk))
+    return matrix
+
+
+def _shift(row: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """The row with its padding on the left."""
+    empty = size - int((row["kind"] != Kind.PAD).sum())
+    row = dict(row)
+    for name in ("tokens", "kind", "segment", "index", "position"):
+        row[name] = np.roll(row[name], empty)
+    slots = row["memory_kind"] == Kind.MEMORY
+    slots = np.repeat(slots, len(row["source"]) // max(len(slots), 1))
+    for name, used in (("places", row["weights"] > 0), ("source", slots)):
+        row[name] = np.where(used, row[name] + empty, 0).astype(np.int32)
+    return row

@@ -1,0 +1,400 @@
+"""The vocabulary of the library: slots, rules, methods, and the pytrees that pass between them.
+
+Axis letters, used in every docstring and einsum of the package:
+
+    B  batch rows (sessions)          L  layers
+    T  query tokens                   N  query heads
+    S  key slots of a cache           K  key/value heads
+    P  tokens that write memory       G  query heads per key/value head (N = K G)
+    M  memory slots                   H  head dimension
+    C  tokens of a chunk              D  model dimension
+    Q  scored tokens                  V  vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jax_ccm.rules.mixtures import Keep, Mix
+
+Array = Any  # a numpy array on the host, a jax array under jit
+INF = int(np.iinfo(np.int32).max)
+
+
+class Kind(enum.IntEnum):
+    """What the token or cache entry in a slot is."""
+
+    PAD = 0  # nothing: seen by nobody, a free place in a cache
+    TEXT = 1  # raw text of a context chunk
+    QUERY = 2  # raw text of the tail: the input that is answered, and the answer
+    COMP = 3  # a compression token while its group is being run
+    OPEN = 4  # a token that marks where a span begins
+    REPEAT = 5  # text that is reconstructed from memory
+    SINK = 6  # the first token of a session, kept for good
+    MEMORY = 7  # a key/value pair that a method wrote
+
+
+TEXT = (Kind.TEXT, Kind.QUERY)
+RAW = (*TEXT, Kind.REPEAT)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Four integers for each place of a sequence or of a cache, ``int32 [..., S]`` each.
+
+    Attributes:
+      kind: a `Kind`.
+      segment: which chunk of the session the place belongs to, from 0. For `Kind.MEMORY`
+        the last chunk that went into it.
+      index: order in the session; a key may be seen only from places with an equal or larger
+        one (but see `Rule.both_ways`).
+      position: position for RoPE. Data, never derived from a length.
+    """
+
+    kind: Array
+    segment: Array
+    index: Array
+    position: Array
+
+    @property
+    def live(self) -> Array:
+        """``bool [..., S]``: True where the place holds something."""
+        return self.kind != Kind.PAD
+
+    def map(self, fn) -> Slots:
+        """Applies ``fn`` to each of the four arrays."""
+        return Slots(fn(self.kind), fn(self.segment), fn(self.index), fn(self.position))
+
+
+@dataclasses.dataclass(frozen=True)
+class Clause:
+    """One line of a rule: these kinds see those kinds, this far back.
+
+    Attributes:
+      query: kinds that look.
+      key: kinds that are seen.
+      nearest: smallest distance in segments, ``query.segment - key.segment``.
+      farthest: largest distance in segments; `INF` for no limit.
+      window: if set, only keys fewer than this many positions back, ``query.position - key.position < window``. A
+        window of 1 over kinds whose positions differ is "itself".
+      hidden: if set, a fraction ``(a, b)`` of what stands before the query, oldest first, that is not seen:
+        ``key.position >= floor(query.position * a / b)``.
+    """
+
+    query: tuple[Kind, ...]
+    key: tuple[Kind, ...]
+    nearest: int
+    farthest: int
+    window: int | None = None
+    hidden: tuple[int, int] | None = None
+
+
+def see(
+    query: Kind | tuple[Kind, ...],
+    key: Kind | tuple[Kind, ...],
+    nearest: int,
+    farthest: int,
+    *,
+    window: int | None = None,
+    hidden: tuple[int, int] | None = None,
+) -> Clause:
+    """Builds a `Clause`; single kinds need no tuple."""
+    as_tuple = lambda kinds: (kinds,) if isinstance(kinds, Kind) else tuple(kinds)
+    return Clause(as_tuple(query), as_tuple(key), nearest, farthest, window, hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Who sees whom: the union of clauses, each causal by `Slots.index`.
+
+    Attributes:
+      sees: the clauses.
+      both_ways: kinds that see each other regardless of order.
+    """
+
+    sees: tuple[Clause, ...]
+    both_ways: tuple[Kind, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token that a method runs besides the text. Its id is ``V + row``, beyond the vocabulary.
+
+    Attributes:
+      kind: a `Kind`.
+      row: its embedding, in the adapter's own table. It has no row in the head.
+      offset: its position, relative to that of the text token that will follow the chunk.
+      from_begin: the offset counts from the chunk's first text token instead. No position is below 0.
+    """
+
+    kind: Kind
+    row: int = 0
+    offset: int = 0
+    from_begin: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A compression method, as data. The Transformer, the attention and the trainer read it.
+
+    Attributes:
+      name: what configs and files call it.
+      rule: who sees whom.
+      closes: the tokens that are run to close a chunk, in order; empty if the method compresses nothing.
+      writes: kinds, of those in `closes`, whose keys and values become memory.
+      pool: if set, text that no later segment sees becomes memory itself, without any token being run: the mean key
+        and value of every so many tokens of a segment, in order, appended; a rest of fewer makes a slot, too.
+      mix: how written keys and values enter the memory: `None` appends them as new slots, a `Mix`
+        blends them slot by slot into a memory of constant size.
+      gate: kinds on which the adapter's LoRA acts.
+      sink: how many of a session's first tokens are of kind `Kind.SINK`, which the rule lets everybody see.
+      context: what training and evaluation feed before the tail: its "chunks", each closed by itself;
+        all of them "joined" into one chunk; or nothing ("dropped").
+      rope: keys in the cache are rotated once by their "running" position, or stored unrotated and
+        rotated at each use by their place in the "cache" (streaming; recurrent only).
+      chunk: if set, text is cut into chunks of just this many tokens, whatever its own boundaries, and a tail.
+      repeat: in training, the token that stands for each text token of a closed chunk once more, behind it and at the
+        same position, and is to be answered with that text token; None for none. Only training lays these out.
+      repeat_weight: weight of their mean loss beside that of the text.
+      fewest: if set, each training example closes its chunks with a random number of the tokens in `closes`, the first
+        ones, from this many to all; the adapter then serves any such number.
+      keep: if set, closing a chunk runs no token and writes the entries that it selects; excludes `closes` and `mix`.
+    """
+
+    name: str
+    rule: Rule
+    closes: tuple[Token, ...] = ()
+    writes: tuple[Kind, ...] = (Kind.COMP,)
+    pool: int | None = None
+    mix: Mix | None = None
+    gate: tuple[Kind, ...] = ()
+    sink: int = 0
+    context: Literal["chunks", "joined", "dropped"] = "chunks"
+    rope: Literal["running", "cache"] = "running"
+    chunk: int | None = None
+    repeat: Token | None = None
+    repeat_weight: float = 1.0
+    fewest: int | None = None
+    keep: Keep | None = None
+
+    def __post_init__(self):
+        if self.keep is not None and (self.closes or self.mix is not None):
+            raise ValueError(f"method {self.name!r}: a selection (keep) has neither closing tokens nor a mix")
+        if self.rope == "cache" and any(token.from_begin for token in self.closes):
+            raise ValueError(
+                f"method {self.name!r}: places in the cache (rope='cache') have no chunk's begin to count from"
+            )
+
+        if self.pool is not None and (self.pool < 1 or self.closes or self.mix is not None or self.keep is not None):
+            raise ValueError(
+                f"method {self.name!r}: pool={self.pool} must be at least 1, and goes with none of closes, mix and keep"
+            )
+
+    def closed_by(self, count: int | None) -> Method:
+        """The method with only the first ``count`` of its closing tokens; None for all."""
+        return self if count is None else dataclasses.replace(self, closes=self.closes[:count])
+
+    def mixing(self, mix: Mix | None) -> Method:
+        """The method with a mixture for its memory, of whose states text sees the latest; itself without one."""
+        if mix is None:
+            return self
+        latest = lambda c: dataclasses.replace(c, farthest=min(c.farthest, 1)) if Kind.MEMORY in c.key else c
+        rule = dataclasses.replace(self.rule, sees=tuple(map(latest, self.rule.sees)))
+        return dataclasses.replace(self, rule=rule, mix=mix)
+
+    @property
+    def recurrent_only(self) -> bool:
+        """Whether there is no parallel form: places in the cache and selections follow from what was read before."""
+        return self.rope == "cache" or self.keep is not None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether anything becomes memory."""
+        return bool(self.slots_per_chunk or self.pool or self.keep)
+
+    @property
+    def slots_per_chunk(self) -> int:
+        """Memory slots that the closing tokens of a chunk write."""
+        return sum(token.kind in self.writes for token in self.closes)
+
+    @property
+    def mixed_slots(self) -> int:
+        """Memory slots that are also kept in float32, since each chunk is blended into them."""
+        return self.slots_per_chunk if self.mix is not None else 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the adapter's table of embeddings."""
+        return max((token.row + 1 for token in (*self.closes, *([self.repeat] if self.repeat else []))), default=0)
+
+    @property
+    def compresses(self) -> tuple[Kind, ...]:
+        """Kinds of raw text that a chunk's closing puts into memory, those that its closing tokens see beside them.
+
+        All of them where nothing is run to close a chunk.
+        """
+        if not self.closes:
+            return RAW
+        own = {token.kind for token in self.closes}
+        seen = {key for c in self.rule.sees if own & set(c.query) and c.nearest <= 0 for key in c.key}
+        return tuple(kind for kind in RAW if kind in seen)
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether later segments go on seeing raw text that was marked as kept."""
+        return any(Kind.QUERY in clause.key and clause.farthest > 0 for clause in self.rule.sees)
+
+    @property
+    def heeds_marks(self) -> bool:
+        """Whether it matters which raw text was marked as kept: later segments see that, and no other raw text."""
+        return self.keeps_text and not any(Kind.TEXT in c.key and c.farthest > 0 for c in self.rule.sees)
+
+    @property
+    def forgets_text(self) -> bool:
+        """Whether no closed text is seen again, and older memory as a whole or not at all.
+
+        What a chunk's closing removes from a cache then stands last, and nothing has to move.
+        """
+        text = any(set(RAW) & set(clause.key) and clause.farthest > 0 for clause in self.rule.sees)
+        memory = all(clause.farthest in (0, INF) for clause in self.rule.sees if Kind.MEMORY in clause.key)
+        return not text and (memory or ((self.mix or self.keep) is not None and self.sink <= 1))
+
+    @property
+    def sees_memory_in_context(self) -> bool:
+        """Whether context chunks see earlier memory; if not, only the tail does (independent chunks)."""
+        return any(Kind.TEXT in c.query and Kind.MEMORY in c.key for c in self.rule.sees)
+
+    def memory_slots(self, chunks: int, tokens: int = 0) -> int:
+        """Most memory slots after ``chunks`` closed chunks of up to ``tokens`` text tokens each, the sink not counted.
+
+        The tokens matter only where text is pooled.
+        """
+        if self.keep is not None:
+            return self.keep.slots * (1 if self.keep.constant else chunks)
+        farthest = max((c.farthest for c in self.rule.sees if Kind.MEMORY in c.key), default=0)
+        pooled = -(-tokens // self.pool) if self.pool else 0
+        return (self.slots_per_chunk + pooled) * min(chunks, farthest)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The memory of a parallel forward: which tokens write it, how, and its slots.
+
+    Attributes:
+      source: ``int32 [B, P]``, places in the row of the tokens that write memory; unused entries are 0
+        and reach only slots of kind PAD, or have no share.
+      slots: `Slots` of ``[B, M]``, kind MEMORY or PAD.
+      mix: ``float32 [B, M, P]``, weights of the sources in each memory slot, or None where memory slot
+        j is source j (M = P). Rows of dead slots are zero.
+      share: ``float32 [B, P]`` or None. If given, memory slot j is the sum of the c = P / M sources from ``j c`` on,
+        each times its share (pooling).
+    """
+
+    source: Array
+    slots: Slots
+    mix: Array | None
+    share: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Fixed-shape arrays of a parallel forward with loss. Made on the host by `rows.batch`.
+
+    Attributes:
+      tokens: ``int32 [B, T]``; ids of compression tokens are V, V + 1, ...; 0 on padding.
+      slots: `Slots` of ``[B, T]``.
+      memory: `Packed`, or None for a method that writes no memory.
+      places: ``int32 [B, Q]``, place of the token whose hidden state predicts each scored token.
+      targets: ``int32 [B, Q]``, the scored tokens.
+      weights: ``float32 [B, Q]``, 1 where scored, 0 on padding.
+      steps: ``int32 [B, Q]``, number of chunks that were closed before each scored token.
+    """
+
+    tokens: Array
+    slots: Slots
+    memory: Packed | None
+    places: Array
+    targets: Array
+    weights: Array
+    steps: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of text for each session.
+
+    Attributes:
+      tokens: ``int32 [B, C]``.
+      valid: ``bool [B, C]``; False on padding, which may stand on either side. A row with no valid
+        token takes no part: its session is left as it is.
+      kept: ``bool [B, C]``, text that is never compressed; None for none. Only methods that keep text know it.
+    """
+
+    tokens: Array
+    valid: Array
+    kept: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MemoryCache:
+    """The state of B sessions, of fixed shape: the carry of the recurrence.
+
+    Live slots (kind other than PAD) stand in front, ordered by `Slots.index`.
+
+    Attributes:
+      k: ``[L, B, S, K, H]`` keys; rotated, unless the method's `rope` is "cache".
+      v: ``[L, B, S, K, H]`` values.
+      slots: `Slots` of ``[B, S]``.
+      tokens: ``int32 [B]``, text tokens read so far: the next one's position and index.
+      chunks: ``int32 [B]``, chunks closed so far: the segment of text that is read next.
+      logits: ``float32 [B, V]``, pending: they predict the token after the last text token.
+      received: ``float32 [L, B, S, K]``, attention that each entry has received (`Keep.decay`), summed over the query
+        heads of a group; None for methods that do not ask for it.
+      mixed_k, mixed_v: ``float32 [L, B, M, K, H]``, the memory of a method that mixes, of which `k` and `v` hold the
+        rounded values: each chunk is blended into these. None for other methods.
+      lost: ``int32 [B]``, slots for which there was no room. Not zero means that the session is
+        invalid; `cache.check` raises.
+      spoiled: ``bool [B]``, whether reading or closing gave numbers that are not finite. The session is invalid for
+        good; `cache.check` raises.
+      memory_capacity: static, most memory slots of a session (sinks included).
+      overflow: static, what happens when a session's memory is full: "error", or "evict" the oldest.
+    """
+
+    k: Array
+    v: Array
+    slots: Slots
+    tokens: Array
+    chunks: Array
+    logits: Array
+    received: Array | None
+    mixed_k: Array | None
+    mixed_v: Array | None
+    lost: Array
+    spoiled: Array
+    memory_capacity: int = dataclasses.field(metadata=dict(static=True))
+    overflow: Literal["error", "evict"] = dataclasses.field(default="error", metadata=dict(static=True))
+
+    @property
+    def stored(self) -> tuple[Array, ...]:
+        """What closing a chunk rewrites in each layer: keys, values and, for methods that mix, the mixtures of both."""
+        return (self.k, self.v) if self.mixed_k is None else (self.k, self.v, self.mixed_k, self.mixed_v)
+
+    def storing(self, arrays: tuple[Array, ...]) -> MemoryCache:
+        """The state with other `stored` arrays."""
+        return dataclasses.replace(self, **dict(zip(("k", "v", "mixed_k", "mixed_v"), arrays, strict=False)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays of the state."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))

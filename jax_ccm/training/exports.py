@@ -1,0 +1,63 @@
+"""What a run has learned, as files that other commands load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jax_ccm.config.loading import TRAINED_BASE, Experiment
+from jax_ccm.distributed import processes
+from jax_ccm.nn.transformer import Transformer
+from jax_ccm.records import paths
+
+
+def export(workdir: Path, model: Transformer, experiment: Experiment, *, step: int, suffix: str = "") -> Path | None:
+    """Writes the adapter in our own format, and the base as well if it was trained.
+
+    In a run of several processes all call it, and the first writes.
+
+    Args:
+      workdir: gets ``adapter`` and ``model``.
+      model: what was trained.
+      experiment: what it was trained for.
+      step: optimizer steps done, kept with the adapter.
+      suffix: for the names of the folders.
+
+    Returns:
+      The folder of the adapter; None if the model has none.
+    """
+    from jax_ccm.weights import save_hf
+    from jax_ccm.weights.adapters import save_adapter
+
+    extra: dict[str, Any] = {"step": step}
+    if experiment.config.train.trainable == "all":
+        folder = workdir / f"model{suffix}"
+        if processes.is_first():
+            _replace_folder(folder, lambda new: save_hf(model, new))
+        extra[TRAINED_BASE] = f"../{folder.name}"
+    shape = experiment.adapter_config
+    if not (shape.rank or shape.tokens):
+        return None
+    path = workdir / f"adapter{suffix}"
+    return save_adapter(path, model, method=experiment.method, base=experiment.base_name, extra=extra)
+
+
+def _replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a folder beside ``folder`` and puts it in its place; in a bucket, file by file."""
+    if paths.is_remote(folder):
+        with tempfile.TemporaryDirectory() as made:
+            write(Path(made))
+            paths.upload(Path(made), folder, remove=True)
+        return
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    write(new)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)

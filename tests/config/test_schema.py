@@ -1,0 +1,200 @@
+"""Configs: strict reading, overrides, and that nothing in them is idle."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jax_ccm.config import cli, schema
+from jax_ccm.config.schema import Config, differences, load_config, save_config, to_mapping
+from jax_ccm.distributed import sharding
+from jax_ccm.errors import RunError, UserError
+from jax_ccm.train import Options
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_values_and_defaults(tmp_path):
+    path = write(tmp_path, "optimizer: {learning_rate: 3e-4, clip_norm: 1}\nadapter: {targets: [q_proj, v_proj]}\n")
+    loaded = load_config(path)
+    assert loaded.optimizer.learning_rate == 3e-4
+    assert isinstance(loaded.optimizer.clip_norm, float)
+    assert loaded.adapter.targets == ("q_proj", "v_proj")
+    assert loaded.train == Config().train
+
+
+def test_overrides(tmp_path):
+    path = write(tmp_path, "optimizer: {learning_rate: 3e-4}\n")
+    loaded = load_config(path, ["--optimizer.learning_rate", "1e-3", "--data.train", "a.jsonl", "b.jsonl"])
+    assert loaded.optimizer.learning_rate == 1e-3
+    assert loaded.data.train == ("a.jsonl", "b.jsonl")
+
+
+def test_saved_config_reads_back_equal(tmp_path):
+    given = load_config(write(tmp_path, "method: {name: ccm_ema, decay: 0.25, sink: false}\neval: {steps: [1, 2]}\n"))
+    save_config(given, tmp_path / "copy.yaml")
+    assert load_config(tmp_path / "copy.yaml") == given
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {lerning_rate: 1}", r"unknown config key 'optimizer.lerning_rate'; did you mean 'optimizer.learn"),
+        ("optimiser: {}", "unknown config key 'optimiser'; did you mean 'optimizer'"),
+        ("train: {steps: 1.5}", "train.steps is 1.5 .*whole number"),
+        ("train: {steps: true}", "train.steps is True .*whole number"),
+        ("train: {steps: null}", "train.steps is None .*whole number"),
+        ("train: {steps: 0}", "train.steps is 0; it must be at least 1"),
+        ("train: {remat: true}", "train.remat is True .*none, dots, all"),
+        ("train: {wandb: 1}", "train.wandb is 1 .*text"),
+        ("train: 3", "train is 3 .*mapping"),
+        ("model: {dtype: float16}", "model.dtype is 'float16' .*float32, bfloat16"),
+        ("adapter: {targets: q_proj}", "adapter.targets is 'q_proj' .*list"),
+        ("adapter: {targets: [q_proj, lm_head]}", r"adapter.targets\[1\] is 'lm_head' .*q_proj, k_proj"),
+        ("optimizer: {learning_rate: fast}", "optimizer.learning_rate is 'fast' .*a number"),
+        ("optimizer: {learning_rate: .nan}", "optimizer.learning_rate is nan"),
+        ("data: {train: x.jsonl}", "data.train is 'x.jsonl' .*list"),
+        ("data: {jion: 0.1}", "unknown config key 'data.jion'; did you mean 'data.join'"),
+        ("train: {seed: 1}\ntrain: {seed: 2}", "line 2: the key 'train' stands twice"),
+        ("train: {seed: [}", "not valid YAML"),
+        ("- a\n- b", "holds a list"),
+        ("train: {trainable: all}\nmodel: {dtype: bfloat16}", "train.trainable is 'all' with model.dtype 'bfloat16'"),
+        ("adapter: {merge: some/folder}", "adapter.merge needs a pretrained base"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match="there is no config file nowhere.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_differences():
+    a, b = to_mapping(Config()), to_mapping(Config(train=schema.TrainConfig(steps=5)))
+    assert differences(a, b) == {"train.steps": (1000, 5)}
+
+
+def test_command_line(tmp_path):
+    path = write(tmp_path, "train: {steps: 7}\n")
+    argv = ["--train.seed", "3", str(path), "--workdir", "out", "--method.sink", "True"]
+    options, loaded, file = cli.parse(Options, argv, command="jax_ccm.train")
+    assert (options.workdir, file) == (Path("out"), path)
+    assert (loaded.train.steps, loaded.train.seed, loaded.method.sink) == (7, 3, True)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["--workdir", "out"], ["{path}"], ["{path}", "--workdir", "out", "--train.step", "3"],
+     ["{path}", "--workdir", "out", "--train.steps", "many"]],
+)  # fmt: skip
+def test_bad_arguments_exit_with_2(tmp_path, capsys, argv):
+    path = write(tmp_path, "train: {steps: 7}\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Options, [arg.format(path=path) for arg in argv], command="jax_ccm.train")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("bad key"), 2), (RunError("no luck"), 1), (None, 0)])
+def test_exit_codes(capsys, error, code):
+    def main():
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == code
+    assert error is None or str(error) in capsys.readouterr().err
+
+
+def test_help_touches_no_device():
+    program = (
+        "import sys, jax\n"
+        "jax.devices = jax.local_devices = lambda *a: (_ for _ in ()).throw(AssertionError('device'))\n"
+        "from jax_ccm.config import cli; from jax_ccm import train\n"
+        "sys.argv = ['train', '--help']\n"
+        "try: train.main()\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'orbax', 'grain', 'transformers', 'tensorboardX', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--optimizer.learning_rate" in done.stdout
+
+
+def test_a_mistake_in_a_command_shows_no_traceback(tmp_path):
+    path = write(tmp_path, "optimizer: {lerning_rate: 1}\n")
+    command = [sys.executable, "-m", "jax_ccm.train", str(path), "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "did you mean 'optimizer.learning_rate'" in done.stderr and "Traceback" not in done.stderr
+
+
+def fields(kind, path=()):
+    for field in dataclasses.fields(kind):
+        here = (*path, field.name)
+        default = field.default
+        yield here, default
+        if dataclasses.is_dataclass(default):
+            yield from fields(type(default), here)
+
+
+def test_every_field_is_read_somewhere():
+    """A field that nobody reads is a promise that nobody keeps: each stands in the package as an attribute."""
+    read, text = set(), {"data": ""}
+    for path in sorted((ROOT / "jax_ccm").rglob("*.py")):
+        source = path.read_text()
+        if path.name in ("config.py", "schema.py"):
+            continue
+        if "data" in path.parts:
+            text["data"] += source
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+    # Options of a method are passed on by name; formats are asked for theirs with option("name").
+    method = {f.name for f in dataclasses.fields(schema.MethodConfig)}
+    # The mesh is made of all its axes, by name.
+    read.update(sharding.AXES)
+    idle = [
+        ".".join(path)
+        for path, _ in fields(Config)
+        if path[-1] not in read and path[-1] not in method and f'"{path[-1]}"' not in text["data"]
+    ]
+    assert not idle
+
+
+def test_configs_exist():
+    names = {path.stem for path in CONFIGS}
+    assert "recall_tiny" in names
+    for data in ("dialog", "icl", "unified"):
+        assert {f"stage1_{data}_llama2_7b", f"ccm_concat_{data}_llama2_7b", f"ccm_merge_{data}_llama2_7b"} <= names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config(path):
+    """Each loads, builds its method, and says in its header what it is."""
+    from jax_ccm.config.loading import build_method
+    from jax_ccm.nn import AdapterConfig
+
+    loaded = load_config(path)
+    method = build_method(loaded)
+    AdapterConfig(loaded.adapter.rank, loaded.adapter.alpha, targets=loaded.adapter.targets, tokens=method.rows)
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("Paper:", "Command:", "Expected:", "Hardware:"):
+        assert word in header, f"{path.name} says nothing of {word}"
