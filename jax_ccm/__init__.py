@@ -25,7 +25,6 @@ from jax_ccm.rules.examples import Segment as Segment
 from jax_ccm.rules.rows import Sizes as Sizes
 from jax_ccm.rules.rows import batch as batch
 from jax_ccm.rules.rows import chunk as chunk
-from jax_ccm.rules.rows import visible as visible
 from jax_ccm.rules.types import Batch as Batch
 from jax_ccm.rules.types import Chunk as Chunk
 from jax_ccm.rules.types import Kind as Kind
@@ -34,5 +33,6 @@ from jax_ccm.rules.types import Method as Method
 from jax_ccm.rules.types import Rule as Rule
 from jax_ccm.rules.types import Slots as Slots
 from jax_ccm.rules.types import Token as Token
+from jax_ccm.rules.visibility import visible as visible
 
 __version__ = "0.1.0"

@@ -26,7 +26,7 @@ from jax_ccm.memory.cache import init_cache
 from jax_ccm.memory.generation import generate
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
-from jax_ccm.rules import rows
+from jax_ccm.rules import rows, visibility
 from jax_ccm.rules.describe import describe_method
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import Sizes
@@ -159,7 +159,7 @@ def forward(model: Transformer, batch: Batch, method: Method):
         hidden = steps.parallel_forward(nnx.merge(graphdef, adapter, base), batch, method=method)
         return losses.mean_loss(model, hidden, batch, method)[0]
 
-    gate = rows.gate(method, batch.slots)
+    gate = visibility.gate(method, batch.slots)
     hidden, _, states = model(batch.tokens, batch.slots, gate, rule=method.rule, memory=batch.memory, collect=True)
     value, gradients = jax.value_and_grad(loss)(adapter)
     return states, model.logits(hidden), value, gradients
@@ -183,8 +183,8 @@ def check_parallel(model: Transformer, method: Method, data: dict) -> dict[str, 
     as_adapter = dataclasses.replace(extract(nnx.merge(graphdef, gradients, base)), **described)
 
     valid = data["attention_mask"] > 0
-    own = rows.visible(method.rule, batch.slots, batch.slots)
-    past = rows.visible(method.rule, batch.slots, batch.memory.slots) if batch.memory else None
+    own = visibility.visible(method.rule, batch.slots, batch.slots)
+    past = visibility.visible(method.rule, batch.slots, batch.memory.slots) if batch.memory else None
     live = batch.slots.live
     # Our arrays on the reference's places.
     spread = lambda ours, fill, where: _spread(ours, fill, where, live)
@@ -214,7 +214,7 @@ def check_parallel(model: Transformer, method: Method, data: dict) -> dict[str, 
     theirs = data["allowed"][:, 0] * ~is_sum[:, :, None] * valid[:, :, None]
     causal = np.tril(np.ones(seen.shape[1:], bool)) & valid[:, None, :]
     before = (data["attention_mask_comp"][:, 0] > 0) & causal & ~is_sum[:, :, None] & valid[:, :, None]
-    gate = np.asarray(rows.gate(method, batch.slots))
+    gate = np.asarray(visibility.gate(method, batch.slots))
     found = {
         "input_ids": difference(spread(batch.tokens, 0, text) * text, data["input_ids"] * text),
         "labels": difference(_labels(batch, text, live, data["labels"].shape), np.where(text, data["labels"], -100)),

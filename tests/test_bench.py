@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from jax_ccm import bench
-from jax_ccm.bench import Options
 from jax_ccm.benchmarks import report, rivals, turns
+from jax_ccm.benchmarks.settings import Options
 from jax_ccm.config import cli
 from jax_ccm.config.schema import load_config
 from jax_ccm.methods import build

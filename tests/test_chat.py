@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jax_ccm import chat, methods
-from jax_ccm.chat import Conversation
 from jax_ccm.config.loading import Experiment
 from jax_ccm.config.schema import from_mapping
 from jax_ccm.data import formats
@@ -28,6 +27,8 @@ from jax_ccm.memory import steps
 from jax_ccm.memory.closing import Closing
 from jax_ccm.rules import rows
 from jax_ccm.rules.types import Kind
+from jax_ccm.sessions import conversations, transcript
+from jax_ccm.sessions.conversations import Conversation
 from tests import cases
 
 
@@ -183,7 +184,7 @@ def test_a_refused_turn_changes_nothing(name):
         with pytest.raises(UserError, match=message):
             session.say(text)
         assert unchanged(session, before)
-    generate = chat.generate
+    generate = conversations.generate
     calls = []
 
     def interrupted(*args, **options):
@@ -193,8 +194,8 @@ def test_a_refused_turn_changes_nothing(name):
         return generate(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat, "generate", interrupted)
-        patch.setattr(chat, "AT_A_TIME", 3)
+        patch.setattr(conversations, "generate", interrupted)
+        patch.setattr(conversations, "AT_A_TIME", 3)
         with pytest.raises(KeyboardInterrupt):
             session.say("again")
     assert unchanged(session, before)
@@ -225,16 +226,18 @@ TALK = """
 import os, signal, sys
 from pathlib import Path
 import tests.conftest  # quick to compile
-from jax_ccm import chat; from jax_ccm.config import cli
+from jax_ccm import chat
+from jax_ccm.config import cli
+from jax_ccm.sessions import conversations
 from tests.test_chat import experiment
 sys.stdout.reconfigure(encoding="ascii")
-generate, calls = chat.generate, []
+generate, calls = conversations.generate, []
 def interrupted(*args, **options):
     calls.append(options)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGINT)
     return generate(*args, **options)
-chat.generate = interrupted
+conversations.generate = interrupted
 options = chat.Options(adapter=Path("none"), max_tokens=6, workdir=Path(sys.argv[1]))
 cli.run(lambda: chat._talk(experiment("ccm_concat", comp_tokens=2), options))
 """
@@ -259,10 +262,10 @@ def test_one_bad_turn_does_not_end_a_conversation(tmp_path):
 
 def test_the_record_grows_and_the_exit_code_tells(tmp_path, monkeypatch):
     made, seen = experiment(comp_tokens=2), []
-    add = chat.Record.add
+    add = transcript.Record.add
     file = tmp_path / "new" / "chat.json"
     monkeypatch.setattr(
-        chat.Record, "add", lambda *given: add(*given) or seen.append(len(json.loads(file.read_text())))
+        transcript.Record, "add", lambda *given: add(*given) or seen.append(len(json.loads(file.read_text())))
     )
     talk = lambda *say: chat._talk(made, chat.Options(Path("none"), say=say, max_tokens=6, workdir=file.parent))
     assert talk("a", " ", "b") == 2 and seen == [1, 2, 3]
@@ -277,7 +280,7 @@ def test_the_record_grows_and_the_exit_code_tells(tmp_path, monkeypatch):
     assert [entry["you"] for entry in json.loads(file.read_text())] == ["a"]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workdir .*file: .*; give a folder"):
-        chat.Record(tmp_path / "file")
+        transcript.Record(tmp_path / "file")
 
 
 def test_mistakes():

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from jax_ccm import compare, evaluate
+from jax_ccm import compare
 from jax_ccm.config import cli
 from jax_ccm.config.loading import load_experiment
 from jax_ccm.config.schema import load_config
 from jax_ccm.data.questions import Evaluation
-from jax_ccm.evals.parity import held_slots
+from jax_ccm.evals.slots import held_slots
+from jax_ccm.evals.systems import DEFAULT
 from jax_ccm.memory import steps
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.methods import build
@@ -154,4 +155,4 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     ]:
         code, _, err = run(monkeypatch, capsys, *argv, *out)
         assert code == 2 and text in err and "Traceback" not in err, err
-    assert evaluate.DEFAULT["text"] and build("sentinel").keeps_text
+    assert DEFAULT["text"] and build("sentinel").keeps_text

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jax_ccm.benchmarks import report as speed
-from jax_ccm.evals import comparison, parity, report
+from jax_ccm.evals import comparison, parity, report, slots
 from jax_ccm.methods import METHODS, build
 from jax_ccm.planning import ahead
 from jax_ccm.planning import report as plan_report
@@ -70,7 +70,7 @@ def test_slots_by_formula():
             tail = Segment(np.full(1, 7, np.int32), np.ones(1, bool))
             session = Example(np.zeros(0, np.int32), np.zeros(0, np.int32), (chunk,) * t + (tail,))
             values = dict(t=t, n=n, c=c, r=r, k=k, u=u, h=h, w=w, ceil=math.ceil, min=min)
-            assert parity.context_slots(method, session) == eval(formula, values), (name, t)
+            assert slots.context_slots(method, session) == eval(formula, values), (name, t)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,7 +13,7 @@ from jax_ccm import plan
 from jax_ccm.config import cli
 from jax_ccm.config.schema import from_mapping
 from jax_ccm.errors import UserError
-from jax_ccm.planning import chips, gpus, measure, programs, report, sessions
+from jax_ccm.planning import chips, gpus, measure, models, programs, report, sessions, settings, training
 from jax_ccm.weights import read_config
 
 TINY = {
@@ -33,8 +33,8 @@ def test_shipped_shapes(name, billions):
     from jax_ccm.nn import abstract_transformer
     from jax_ccm.weights.hf import base_parameters
 
-    found, shape = plan.model_shape(from_mapping({"model": {"source": f"some-org/{name}"}}))
-    assert found == f"some-org/{name}" and shape == read_config(plan.SHAPES / name)
+    found, shape = models.model_shape(from_mapping({"model": {"source": f"some-org/{name}"}}))
+    assert found == f"some-org/{name}" and shape == read_config(models.SHAPES / name)
     count = sum(x.size for x in base_parameters(abstract_transformer(shape)).values())
     assert count / 1e9 == pytest.approx(billions, abs=5e-4)
 
@@ -51,7 +51,7 @@ def test_shipped_shapes(name, billions):
 )
 def test_refusals(options, message):
     with pytest.raises(UserError, match=message):
-        plan.plan(from_mapping(TINY), plan.Options(**options))
+        plan.plan(from_mapping(TINY), settings.Options(**options))
 
 
 def test_links_between_hosts():
@@ -100,8 +100,8 @@ def test_tables():
 def test_rows_that_training_refuses_are_not_planned(monkeypatch):
     """A micro-batch of two rows over four devices, however many are accumulated; and what has no parallel form."""
     monkeypatch.setattr(measure, "need", lambda *_: pytest.fail("something was compiled"))
-    _, shape = plan.model_shape(from_mapping(TINY))
-    run = lambda **changes: plan.training(
+    _, shape = models.model_shape(from_mapping(TINY))
+    run = lambda **changes: training.micro_batches(
         from_mapping(TINY | changes), shape, jax.devices()[:1] * 4, chips.CHIPS["v5e"], find_largest=False
     )
     monkeypatch.setattr(
@@ -118,7 +118,7 @@ def test_rows_that_training_refuses_are_not_planned(monkeypatch):
 @pytest.mark.skipif(gpus.missing() is None, reason="the compiler for GPUs is installed")
 def test_no_compiler_for_gpus():
     with pytest.raises(UserError, match=r"planning for h100:8: .* was not found; .*pip install"):
-        plan.plan(from_mapping(TINY), plan.Options(topology="h100:8"))
+        plan.plan(from_mapping(TINY), settings.Options(topology="h100:8"))
 
 
 LACKS = {
@@ -139,7 +139,7 @@ def test_no_second_cache(topology, heads, kind):
         pytest.skip(f"{LACKS[topology]} is not installed")
     config = from_mapping(TINY)
     scratch = {"layers": 32, "heads": heads, "kv_heads": 8, "hidden": 128 * heads, "vocab_size": 256}
-    _, shape = plan.model_shape(from_mapping(TINY | {"model": {"scratch": scratch, "dtype": "bfloat16"}}))
+    _, shape = models.model_shape(from_mapping(TINY | {"model": {"scratch": scratch, "dtype": "bfloat16"}}))
     mesh = sessions.serving_mesh(shape, chips.devices(topology))
     method = sessions.systems(config)["concat"]
     cache = programs.abstract_cache(config, shape, method, mesh, 1024 * mesh.size, 128, 32)
@@ -154,7 +154,7 @@ def test_no_second_cache(topology, heads, kind):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("topology", "chips"), [("v5e:2x2", 4), ("v5e:1x1", 1)])
 def test_plan_of_a_tiny_model(tmp_path, capsys, topology, chips):
-    options = plan.Options(topology=topology, workdir=tmp_path, parts=("training",))
+    options = settings.Options(topology=topology, workdir=tmp_path, parts=("training",))
     made = plan.plan(from_mapping(TINY | {"mesh": {"fsdp": chips}}), options, command="python -m jax_ccm.plan")
     step = made["training"]["step"]
     assert step["fits"] and step["rows"] * step["accumulation"] == 8 and step["mesh"]["fsdp"] == chips

@@ -13,6 +13,7 @@ from jax_ccm.config.loading import load_experiment
 from jax_ccm.config.schema import load_config
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
+from jax_ccm.evals.parity import compare, print_table, sessions
 from jax_ccm.verify import Options
 from tests.test_compare import text_config
 from tests.test_evaluate import write
@@ -38,8 +39,9 @@ def test_passes_without_an_adapter_and_without_data(tmp_path, capsys):
 def test_spans_of_the_data_are_used(tmp_path, capsys):
     """Where the data draw spans, these are what is run, with the text outside of them."""
     config = load_config(text_config(tmp_path, ratio=0.5, span=3))
-    options = Options(examples=2, steps=3, gradients=False)
-    examples, source = verify.sessions(load_experiment(config), options)
+    options, experiment = Options(examples=2, steps=3, gradients=False), load_experiment(config)
+    given = (config.data, experiment.tokenizer, experiment.method, experiment.model_config.vocab_size)
+    examples, source = sessions(*given, examples=2, steps=3)
     assert source == "windows of data.test" and [len(example.segments) for example in examples] == [4, 2]
     assert any(segment.kept.any() for example in examples for segment in example.segments[:-1])
     assert verify.verify(config, options)["passed"]
@@ -71,13 +73,13 @@ def test_nothing_to_see_is_said(tmp_path, capsys, monkeypatch):
     logits = [np.ones((3, 4), np.float32)]
     broken = [np.full((3, 4), np.nan, np.float32)]
     steps = [np.array([0, 1, 1])]
-    assert [row["passed"] for row in verify.compare(logits, broken, logits, steps)] == [False, False]
-    fine = verify.compare(logits, logits, logits, steps)
+    assert [row["passed"] for row in compare(logits, broken, logits, steps)] == [False, False]
+    fine = compare(logits, logits, logits, steps)
     assert [(row["step"], row["tokens"], row["memory"], row["passed"]) for row in fine] == [
         (0, 1, 0, True),
         (1, 2, 0, True),
     ]
-    verify._print({"steps": fine, "passed": True}, sees_memory=True)
+    print_table({"steps": fine, "passed": True}, sees_memory=True)
     assert "says little" in capsys.readouterr().out
 
 

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_ccm.rules.rows import first_seen
 from jax_ccm.rules.types import INF, Array, Clause, Kind, Rule, Slots
+from jax_ccm.rules.visibility import first_seen
 
 # What the list says of a pair besides its two blocks.
 FIRST = 1  # of its row

@@ -9,11 +9,10 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from jax_ccm.attention.shared import Score
-from jax_ccm.attention.tpu_sizes import Refused
+from jax_ccm.attention.shared import Refused, Score
 from jax_ccm.distributed.sharding import activation_spec, constrain, context_shards
-from jax_ccm.rules.rows import visible
 from jax_ccm.rules.types import Rule, Slots
+from jax_ccm.rules.visibility import visible
 
 IMPLEMENTATIONS = ("xla", "pallas")
 # Platforms with a kernel; a GPU that is not here calls itself by its vendor's name.

@@ -17,10 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jax_ccm.attention import blocks
-from jax_ccm.attention.shared import HIDDEN, UNSEEN, Score, differentiable, heads_as_rows, rows_as_heads
-from jax_ccm.attention.tpu_sizes import Refused
-from jax_ccm.rules.rows import sees
+from jax_ccm.attention.shared import HIDDEN, UNSEEN, Refused, Score, differentiable, heads_as_rows, rows_as_heads
 from jax_ccm.rules.types import Rule, Slots
+from jax_ccm.rules.visibility import sees
 
 # Triton's matrix products take 16 rows or more, in powers of two; blocks of 64 fit chunks of some 50 tokens.
 LEAST, MOST = 16, 64

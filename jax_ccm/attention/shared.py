@@ -77,3 +77,7 @@ def rows_as_heads(out, length: int):
     batch, rows, kv_heads, size = out.shape
     out = out.reshape(batch, length, rows // length, kv_heads, size)
     return jnp.moveaxis(out, 2, 3).reshape(batch, length, -1, size)
+
+
+class Refused(ValueError):
+    """The kernel does not take this call; the message says why."""

@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_ccm.attention import blocks
 from jax_ccm.attention.blocks import Pairs
-from jax_ccm.attention.shared import Score, differentiable, heads_as_rows, rows_as_heads
-from jax_ccm.attention.tpu_sizes import HEAD_SIZES, ROWS, Refused, Sizes, choose
+from jax_ccm.attention.shared import Refused, Score, differentiable, heads_as_rows, rows_as_heads
+from jax_ccm.attention.tpu_sizes import HEAD_SIZES, ROWS, Sizes, choose
 from jax_ccm.attention.tpu_steps import Call, forward_kernel, keys_kernel, queries_kernel
 from jax_ccm.rules.types import Rule, Slots
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from jax_ccm.attention.shared import Refused
+
 LANES = 128
 # The smallest block of rows: one tile of bfloat16.
 ROWS = 16
@@ -16,10 +18,6 @@ HEAD_SIZES = (64, 96, 128, 256)
 # Sizes of blocks of queries and keys, best first by `cost.analytic` on long rows; shorter rows take smaller ones.
 LONG, SHORT = (256, 512), (128, 128)
 LONG_ROW = 2048
-
-
-class Refused(ValueError):
-    """The kernel does not take this call; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)

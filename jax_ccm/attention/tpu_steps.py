@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax_ccm.attention.blocks import FIRST, LAST, SOURCE, block_of
 from jax_ccm.attention.shared import HIDDEN, UNSEEN, Score
 from jax_ccm.attention.tpu_sizes import Sizes
-from jax_ccm.rules.rows import sees
 from jax_ccm.rules.types import Rule, Slots
+from jax_ccm.rules.visibility import sees
 
 
 @dataclasses.dataclass(frozen=True)

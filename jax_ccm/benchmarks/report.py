@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import os
+import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from jax_ccm.distributed import sharding
 from jax_ccm.records import paths
 
 COLOURS = {
@@ -165,3 +172,46 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
     paths.save_figure(figure, path, dpi=150)
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, and what else runs on the machine."""
+    device = jax.devices()[0]
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
+        },
+        "device": f"{device.platform} ({device.device_kind})",
+        "cores": core_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def machine(mesh: jax.sharding.Mesh) -> str:
+    cores = f", {core_count()} CPU cores" if jax.default_backend() == "cpu" else ""
+    one = jax.default_backend() == "cpu" and mesh.size == 1
+    return cores.removeprefix(", ") if one else sharding.describe(mesh) + cores
+
+
+def write(workdir: Path, results: dict[str, Any]) -> None:
+
+    put = lambda name, text: (workdir / name).write_text(text, encoding="utf-8")
+    put("bench.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    for name in TABLES:
+        put(f"{name}.md", markdown(results, name))
+    plot(results, workdir / "plot.png")
+    last = results["turns"][-1]
+    summary = {
+        "status": "finished", "command": results["command"], "turns": last["turns"],
+        "seconds_of_a_turn": {name: cell["turn"] for name, cell in last["systems"].items()},
+        "tokens_per_second": {name: cell["tokens_per_second"] for name, cell in results["steps"].items()},
+        "seconds": results["seconds"],
+    }  # fmt: skip
+    put("summary.json", json.dumps(summary, indent=2) + "\n")

@@ -13,8 +13,8 @@ from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.methods import beside, build
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.rules.rows import reachable
 from jax_ccm.rules.types import INF, RAW, TEXT, Kind, MemoryCache, Method, Slots
+from jax_ccm.rules.visibility import reachable
 
 # More turns than any memory of constant size takes to fill.
 MANY = 1 << 20

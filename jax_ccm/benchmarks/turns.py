@@ -11,24 +11,22 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_ccm.benchmarks.rivals import Rival, closes_turns, fill, slots_after
+from jax_ccm.benchmarks.settings import Clock, Options
 from jax_ccm.distributed import sharding
 from jax_ccm.memory import steps
 from jax_ccm.memory.closing import close_due, policy, prefill
 from jax_ccm.memory.generation import pays_apart
 from jax_ccm.nn.config import ModelConfig
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.rules.rows import visible
 from jax_ccm.rules.types import Chunk, Kind, MemoryCache, Method, Slots
-
-Clock = Literal["wall", "cpu"]
-
+from jax_ccm.rules.visibility import visible
 
 # What a turn consists of. The cache is donated, as in a server that owns it.
 
@@ -295,3 +293,46 @@ def most_sessions(
         sizes[guess] = needed(guess)
     best = max((count for count, size in sizes.items() if size <= budget), default=0)
     return {"sessions": best * step, "bytes": sizes.get(best, sizes[1]), "bytes_per_session": round(slope)}
+
+
+def after_turns(
+    model: Transformer,
+    apart: Callable[[], Transformer],
+    ways: list[Rival],
+    options: Options,
+    turns: int,
+) -> dict[str, Any]:
+    """A turn after so many, for each rival."""
+    found: dict[str, dict[str, list[Sample]]] = {rival.name: {} for rival in ways}
+    conversations = [
+        Conversation(model, apart, rival, turns=turns, prompt=options.prompt, reply=options.reply) for rival in ways
+    ]
+    for _ in range(options.rounds):
+        for conversation in conversations:
+            for part, sample in conversation.run().items():
+                found[conversation.rival.name].setdefault(part, []).append(sample)
+    row: dict[str, Any] = {"turns": turns, "tokens": turns * (options.prompt + options.reply), "systems": {}}
+    for conversation in conversations:
+        name = conversation.rival.name
+        parts = {part: summary(samples, options.clock) for part, samples in found[name].items()}
+        whole = parts["first token"]["seconds"] + options.reply * parts["token"]["seconds"] + parts["close"]["seconds"]
+        row["systems"][name] = parts | {
+            "turn": whole, "state_bytes": conversation.bytes, "live_slots": conversation.slots,
+            "compile_seconds": round(conversation.compile_seconds, 2),
+        }  # fmt: skip
+    for cell in row["systems"].values():
+        cell["to_full"] = cell["turn"] / row["systems"]["full"]["turn"]
+    told = ", ".join(f"{name} {cell['turn']:.2f} s" for name, cell in row["systems"].items())
+    print(f"a turn after {turns:,}: {told}", flush=True)
+    return row
+
+
+def sessions_that_fit(
+    model: Transformer, mesh: jax.sharding.Mesh, ways: list[Rival], options: Options
+) -> dict[str, Any]:
+    """How many sessions fit, for each rival."""
+    budget = int(options.memory_gib * 2**30)
+    turn = options.prompt + options.reply
+    sizes = dict(turns=options.turns[-1], turn=turn, prompt=options.prompt, mesh=mesh)
+    found = {rival.name: most_sessions(model, rival, budget, **sizes) for rival in ways}
+    return {"budget_bytes": budget, "turns": options.turns[-1], "systems": found}

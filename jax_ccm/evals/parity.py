@@ -1,4 +1,4 @@
-"""Parallel against recurrent: the same logits, losses and gradients by both roads, and what a memory weighs."""
+"""Parallel against recurrent: the same logits, losses and gradients by both roads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,74 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_ccm.data.config import DataConfig
 from jax_ccm.errors import UserError
-from jax_ccm.memory.cache import check, init_cache
+from jax_ccm.evals.recurrent import cache_for, caps_for, stream
+from jax_ccm.memory.cache import check
 from jax_ccm.memory.losses import mean_loss, scored_logits
 from jax_ccm.memory.steps import compress, parallel_forward, read
-from jax_ccm.nn.config import ModelConfig
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.rules.examples import Example
-from jax_ccm.rules.rows import Sizes, arrange, batch, measure, reachable
-from jax_ccm.rules.types import RAW, Batch, Chunk, Kind, MemoryCache, Method, Slots
+from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.rows import arrange, batch
+from jax_ccm.rules.types import Batch, MemoryCache, Method
 
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """Sessions as a recurrence is fed them; rows of fewer chunks, or shorter ones, are padded with invalid tokens.
-
-    Attributes:
-      context: `Chunk` of ``[time, B, C]``.
-      tail: `Chunk` of ``[B, C']``.
-      targets: ``int32``, the text token behind each token of the context ``[time, B, C]`` and of the tail ``[B, C']``.
-      weights: ``float32``, of the same shapes, 1 where that token is scored.
-    """
-
-    context: Chunk
-    tail: Chunk
-    targets: tuple[np.ndarray, np.ndarray]
-    weights: tuple[np.ndarray, np.ndarray]
+LOGIT_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+# Large enough that a wrong gate shows, small enough that the model stays itself.
+RANDOM_B = 0.05
 
 
 def everything_scored(example: Example) -> Example:
     """The example with every text token of every segment as a target."""
     segments = tuple(dataclasses.replace(s, scored=np.ones(len(s.tokens), bool)) for s in example.segments)
     return dataclasses.replace(example, segments=segments)
-
-
-def stream(method: Method, examples: Sequence[Example]) -> Stream:
-    """Lays examples out for the recurrence."""
-    rows = [arrange(method, example) for example in examples]
-    if any(s.kept is not None and s.kept.any() for row in rows for s in row) and not method.keeps_text:
-        raise UserError(f"method {method.name!r} keeps no text, but a segment has text to keep")
-    time = max(len(row) for row in rows) - 1
-    length = max((len(s.tokens) for row in rows for s in row[:-1]), default=1)
-    tail = max(len(row[-1].tokens) for row in rows)
-    # tokens, valid, targets, weights, kept
-    dtypes = (np.int32, bool, np.int32, np.float32, bool)
-    context_arrays = [np.zeros((time, len(rows), length), dtype) for dtype in dtypes]
-    tail_arrays = [np.zeros((len(rows), tail), dtype) for dtype in dtypes]
-    for i, row in enumerate(rows):
-        text = np.concatenate([segment.tokens for segment in row])
-        scored = np.concatenate([segment.scored for segment in row])
-        behind = np.append(text[1:], 0), np.append(scored[1:], False)
-        first = 0
-        for number, segment in enumerate(row):
-            count = len(segment.tokens)
-            place = slice(first, first + count)
-            kept = np.zeros(count, bool) if segment.kept is None else segment.kept
-            values = (segment.tokens, np.ones(count, bool), behind[0][place], behind[1][place], kept)
-            last = number == len(row) - 1
-            for array, value in zip(tail_arrays if last else context_arrays, values, strict=True):
-                array[(i, slice(count)) if last else (number, i, slice(count))] = value
-            first += count
-    # The tail is of kind QUERY as a whole; what is kept in it makes no difference.
-    kept = context_arrays[4] if method.keeps_text else None
-    return Stream(
-        Chunk(*context_arrays[:2], kept),
-        Chunk(*tail_arrays[:2]),
-        (context_arrays[2], tail_arrays[2]),
-        (context_arrays[3], tail_arrays[3]),
-    )
 
 
 def target_steps(method: Method, examples: Sequence[Example]) -> list[np.ndarray]:
@@ -93,29 +47,6 @@ def target_steps(method: Method, examples: Sequence[Example]) -> list[np.ndarray
         scored[0] = False  # the first token of a session is not predicted
         found.append(number[scored].astype(np.int32))
     return found
-
-
-def cache_for(model: Transformer, method: Method, examples: Sequence[Example]) -> MemoryCache:
-    """A cache with just the room that the examples need."""
-    rows = [arrange(method, example) for example in examples]
-    chunks = max(max(len(row) for row in rows) - 1, 1)
-    # Text that some later segment can see stays in the cache.
-    keeps = any(set(clause.key) & set(RAW) and clause.farthest > 0 for clause in method.rule.sees)
-    lengths = [[len(segment.tokens) for segment in row] for row in rows]
-    raw, unit = max(sum(row) if keeps else max(row) for row in lengths), method.chunk or 1
-    return init_cache(
-        model,
-        method,
-        len(rows),
-        memory_capacity=max(method.memory_slots(chunks, max(map(max, lengths))), 1),
-        raw_capacity=-(-raw // unit) * unit,
-    )
-
-
-def caps_for(method: Method, examples: Sequence[Example]) -> Sizes:
-    """The smallest sizes of a batch that holds all examples."""
-    needs = [measure(method, example) for example in examples]
-    return Sizes(*(max(getattr(need, f.name) for need in needs) for f in dataclasses.fields(Sizes)))
 
 
 def parallel_logits(
@@ -228,62 +159,6 @@ def gradient_gap(ours: Any, theirs: Any) -> float:
     return difference / max(norm([a for a, _ in pairs]), np.finfo(np.float32).tiny)
 
 
-def context_slots(method: Method, example: Example) -> int:
-    """Key/value slots that a session holds once its context is closed and before its tail is read."""
-    *context, _ = arrange(method, example)
-    if not context:
-        return 0
-    if method.keep is not None:
-        held = -method.sink
-        for number, segment in enumerate(context, 1):
-            # A chunk may have fewer tokens than slots.
-            held = min(method.memory_slots(number), held + len(segment.tokens))
-        return held + method.sink
-    if method.closes:
-        kept = sum(int(segment.kept.sum()) for segment in context if segment.kept is not None)
-        return method.memory_slots(len(context)) + kept + int(method.sink)
-    text = sum(len(segment.tokens) for segment in context)
-    own = np.concatenate([np.full(len(segment.tokens), number) for number, segment in enumerate(context)])
-    place = np.arange(text)[None]
-    kept = np.concatenate([np.zeros(len(s.tokens), bool) if s.kept is None else s.kept for s in context])
-    kind = np.where(place < method.sink, Kind.SINK, np.where(kept, Kind.QUERY, Kind.TEXT))
-    slots = Slots(kind, own[None], place, place)
-    seen = reachable(method.rule, slots, np.array([len(context)]), np.array([text]))[0]
-    pooled = sum(-(-int(count) // method.pool) for count in np.bincount(own[~seen])) if method.pool else 0
-    return int(seen.sum()) + pooled
-
-
-def held_slots(method: Method, example: Example) -> int:
-    """Key/value slots that a session holds when all of its text is read, the tail raw."""
-    *context, tail = arrange(method, example)
-    if method.remembers:
-        return context_slots(method, example) + len(tail.tokens)
-    segments = [*context, tail]
-    counts = [len(segment.tokens) for segment in segments]
-    kept = np.concatenate(
-        [np.zeros(len(s.tokens), bool) if s.kept is None else s.kept for s in context] + [np.ones(counts[-1], bool)]
-    )
-    place = np.arange(sum(counts))[None]
-    kind = np.where(kept, Kind.QUERY, Kind.TEXT)[None]
-    kind = np.where(place < method.sink, Kind.SINK, kind)
-    slots = Slots(kind, np.repeat(np.arange(len(counts)), counts)[None], place, place)
-    return int(reachable(method.rule, slots, np.array([len(counts)]), np.array([sum(counts)])).sum())
-
-
-def memory_bytes(method: Method, config: ModelConfig, example: Example, itemsize: int) -> int:
-    """Bytes of keys and values that a session carries from its context to its tail.
-
-    Args:
-      method: full context carries every token, compressed memory its slots (the sink included; a mixture also its
-        float32 form, `Method.mixed_slots`), no context nothing.
-      config: the base model.
-      example: the session.
-      itemsize: bytes of a number, 4 for float32 and 2 for bfloat16.
-    """
-    slots = context_slots(method, example)
-    return slots * config.kv_bytes_per_slot(itemsize) + bool(slots) * method.mixed_slots * config.kv_bytes_per_slot(4)
-
-
 @functools.partial(jax.jit, static_argnames=("method", "implementation"))
 def _parallel(model, made, *, method, implementation):
     hidden = parallel_forward(model, made, method=method, implementation=implementation)
@@ -329,3 +204,139 @@ def _total_loss(logits, targets, weights):
     """Sum of weighted losses for logits ``[B, C, V]``, targets and weights ``[B, C]``."""
     chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
     return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * weights)
+
+
+def compare(
+    parallel: Sequence[np.ndarray],
+    recurrent: Sequence[np.ndarray],
+    bare: Sequence[np.ndarray],
+    steps: Sequence[np.ndarray],
+) -> list[dict[str, Any]]:
+    """Differences by time step.
+
+    Args:
+      parallel, recurrent: logits ``[q, V]`` of each session by both roads.
+      bare: the same with the memory hidden.
+      steps: ``int32 [q]``, chunks closed before each token.
+
+    Returns:
+      For each time step "step", "tokens", "gap" (largest difference), "largest" (logit), "allowed", "memory" (largest
+      move when the memory is hidden) and "passed".
+    """
+    rows = []
+    for step in range(max(int(row.max(initial=0)) for row in steps) + 1):
+        # A session of few tokens may have none at a step.
+        pick = lambda rows, step=step: [x[s == step] for x, s in zip(rows, steps, strict=True) if (s == step).any()]
+        ours, theirs, without = pick(parallel), pick(recurrent), pick(bare)
+        if not ours:
+            continue
+        difference = lambda a, b: max(float(np.max(np.abs(x - y))) for x, y in zip(a, b, strict=True))
+        largest = max(float(np.max(np.abs(x))) for x in ours)
+        gap, allowed = difference(ours, theirs), LOGIT_TOLERANCE * max(1.0, largest)
+        row = {"step": step, "tokens": sum(len(x) for x in ours), "gap": gap, "largest": largest, "allowed": allowed}
+        # Comparing this way round, a NaN does not pass.
+        rows.append(row | {"memory": difference(ours, without), "passed": bool(gap <= allowed)})
+    return rows
+
+
+def sessions(
+    data: DataConfig,
+    tokenizer: Any,
+    method: Method,
+    vocab: int,
+    *,
+    examples: int,
+    steps: int,
+    random_tokens: bool = False,
+    seed: int = 0,
+) -> tuple[list[Example], str]:
+    """Sessions to run: of the config's data if it can be read, else of random tokens.
+
+    Returns:
+      Examples with different numbers of chunks, and what they are.
+    """
+    counts = np.linspace(steps, 1, examples).round().astype(int)
+    reason = "random tokens are asked for"
+    if not random_tokens:
+        try:
+            return from_data(data, tokenizer, method, [int(count) for count in counts])
+        except UserError as error:
+            reason = f"the config's data cannot be used: {error}"
+    print(f"random tokens ({reason})")
+    rng = np.random.default_rng(seed)
+    text = lambda low, high: rng.integers(0, vocab, int(rng.integers(low, high))).astype(np.int32)
+    unscored = lambda tokens: Segment(tokens, np.zeros(len(tokens), bool))
+    start, separator = text(1, 2), text(2, 3)
+    made = [
+        Example(start, separator, tuple(unscored(text(3, 12)) for _ in range(count + 1)), f"random session {number}")
+        for number, count in enumerate(counts)
+    ]
+    return made, "random tokens"
+
+
+def from_data(data: DataConfig, tokenizer: Any, method: Method, counts: Sequence[int]) -> tuple[list[Example], str]:
+    from jax_ccm.data.questions import Evaluation
+
+    split = next((name for name in ("validation", "test") if getattr(data, name)), None)
+    if split is None:
+        raise UserError("data.validation and data.test are empty")
+    evaluation = Evaluation.open(data, tokenizer, split)
+    if data.ratio is not None:
+        # Windows with their spans, up to as many of them as are wanted.
+        texts = evaluation.texts(marked=method.heeds_marks)
+        windows = [texts[number % len(texts)] for number in range(len(counts))]
+        shorter = lambda example, count: dataclasses.replace(example, segments=example.segments[: count + 1])
+        return list(map(shorter, windows, counts)), f"windows of data.{split}"
+    found = []
+    for number, count in enumerate(counts):
+        # The longest context that there is, up to the one wanted.
+        for step in range(count, 0, -1):
+            examples = evaluation.examples(step)
+            if examples:
+                found.append(examples[number % len(examples)])
+                break
+    if not found:
+        raise UserError(f"data.{split} has no record with a chunk of context")
+    return found, f"data.{split}"
+
+
+def with_adapter(model: Transformer, path: str | Path | None, *, random_b: bool, seed: int) -> tuple[Transformer, str]:
+    """The model to check, and what its adapter is called."""
+    if path:
+        return model, f"the adapter of {path}"
+    if not random_b or model.adapter is None or not model.adapter.rank:
+        return model, "an untrained adapter (its LoRA does nothing)"
+    graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(adapter)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [
+        RANDOM_B * jax.random.normal(key, leaf.shape, leaf.dtype) if "lora_b" in jax.tree_util.keystr(path) else leaf
+        for key, (path, leaf) in zip(keys, leaves, strict=True)
+    ]
+    adapter = jax.tree.unflatten(tree, drawn)
+    described = f"a random adapter: no trained one was given, and its B is drawn with deviation {RANDOM_B}"
+    return nnx.merge(graphdef, adapter, base), f"{described} (seed {seed})"
+
+
+def print_table(result: dict[str, Any], sees_memory: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("time step", "tokens", "largest logit", "parallel - recurrent", "allowed", "without memory", ""):
+        table.add_column(column, justify="right")
+    verdict = lambda passed: "ok" if passed else "FAILED"
+    for row in result["steps"]:
+        table.add_row(str(row["step"]), str(row["tokens"]), f"{row['largest']:.2f}", f"{row['gap']:.2e}",
+                      f"{row['allowed']:.2e}", f"{row['memory']:.2e}", verdict(row["passed"]))  # fmt: skip
+    Console(width=100).print(table)
+    if "gradient" in result:
+        gradient = result["gradient"]
+        print(
+            f"adapter gradient: |parallel - recurrent| / |parallel| = {gradient['relative_gap']:.2e} "
+            f"(allowed {GRADIENT_TOLERANCE:.0e}, norm {gradient['norm']:.3g}) {verdict(gradient['passed'])}"
+        )
+    moved = max(row["memory"] for row in result["steps"])
+    if sees_memory and moved < 1e-3:
+        print(f"note: hiding the memory moves logits by {moved:.1e} at most; with this adapter the check says little")
+    print("passed: parallel and recurrent agree" if result["passed"] else "FAILED: parallel and recurrent differ")

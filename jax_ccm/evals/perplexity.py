@@ -19,8 +19,8 @@ import numpy as np
 from jax_ccm.data.questions import Choice, Evaluation, wrong_memory_choices
 from jax_ccm.errors import UserError
 from jax_ccm.evals import tasks
-from jax_ccm.evals.parity import context_slots
 from jax_ccm.evals.scoring import Scores, Store, score
+from jax_ccm.evals.slots import context_slots
 from jax_ccm.evals.statistics import Estimate, Resamples, estimate, share, tree_to_json
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.examples import Example

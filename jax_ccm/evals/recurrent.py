@@ -1,7 +1,8 @@
-"""Likelihoods of scored tokens by the recurrence, for methods that have no parallel form."""
+"""Sessions as a recurrence is fed them, and the likelihoods of their scored tokens."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm.evals.parity import Stream, cache_for, stream
+from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.memory.steps import compress, read, stream_step
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.examples import Example
-from jax_ccm.rules.rows import arrange
-from jax_ccm.rules.types import Array, Chunk, MemoryCache, Method
+from jax_ccm.rules.rows import Sizes, arrange, measure
+from jax_ccm.rules.types import RAW, Array, Chunk, MemoryCache, Method
 
 # Chunks and tails are padded to multiples of this, so that a few shapes serve all lengths.
 MULTIPLE = 32
@@ -110,6 +111,82 @@ def _step(model, cache, chunk, targets, *, method, close, asked):
         return (cache,)
     target = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
     return cache, jax.nn.logsumexp(logits, axis=-1) - target, jnp.argmax(logits, axis=-1) == targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Sessions as a recurrence is fed them; rows of fewer chunks, or shorter ones, are padded with invalid tokens.
+
+    Attributes:
+      context: `Chunk` of ``[time, B, C]``.
+      tail: `Chunk` of ``[B, C']``.
+      targets: ``int32``, the text token behind each token of the context ``[time, B, C]`` and of the tail ``[B, C']``.
+      weights: ``float32``, of the same shapes, 1 where that token is scored.
+    """
+
+    context: Chunk
+    tail: Chunk
+    targets: tuple[np.ndarray, np.ndarray]
+    weights: tuple[np.ndarray, np.ndarray]
+
+
+def stream(method: Method, examples: Sequence[Example]) -> Stream:
+    """Lays examples out for the recurrence."""
+    rows = [arrange(method, example) for example in examples]
+    if any(s.kept is not None and s.kept.any() for row in rows for s in row) and not method.keeps_text:
+        raise UserError(f"method {method.name!r} keeps no text, but a segment has text to keep")
+    time = max(len(row) for row in rows) - 1
+    length = max((len(s.tokens) for row in rows for s in row[:-1]), default=1)
+    tail = max(len(row[-1].tokens) for row in rows)
+    # tokens, valid, targets, weights, kept
+    dtypes = (np.int32, bool, np.int32, np.float32, bool)
+    context_arrays = [np.zeros((time, len(rows), length), dtype) for dtype in dtypes]
+    tail_arrays = [np.zeros((len(rows), tail), dtype) for dtype in dtypes]
+    for i, row in enumerate(rows):
+        text = np.concatenate([segment.tokens for segment in row])
+        scored = np.concatenate([segment.scored for segment in row])
+        behind = np.append(text[1:], 0), np.append(scored[1:], False)
+        first = 0
+        for number, segment in enumerate(row):
+            count = len(segment.tokens)
+            place = slice(first, first + count)
+            kept = np.zeros(count, bool) if segment.kept is None else segment.kept
+            values = (segment.tokens, np.ones(count, bool), behind[0][place], behind[1][place], kept)
+            last = number == len(row) - 1
+            for array, value in zip(tail_arrays if last else context_arrays, values, strict=True):
+                array[(i, slice(count)) if last else (number, i, slice(count))] = value
+            first += count
+    # The tail is of kind QUERY as a whole; what is kept in it makes no difference.
+    kept = context_arrays[4] if method.keeps_text else None
+    return Stream(
+        Chunk(*context_arrays[:2], kept),
+        Chunk(*tail_arrays[:2]),
+        (context_arrays[2], tail_arrays[2]),
+        (context_arrays[3], tail_arrays[3]),
+    )
+
+
+def cache_for(model: Transformer, method: Method, examples: Sequence[Example]) -> MemoryCache:
+    """A cache with just the room that the examples need."""
+    rows = [arrange(method, example) for example in examples]
+    chunks = max(max(len(row) for row in rows) - 1, 1)
+    # Text that some later segment can see stays in the cache.
+    keeps = any(set(clause.key) & set(RAW) and clause.farthest > 0 for clause in method.rule.sees)
+    lengths = [[len(segment.tokens) for segment in row] for row in rows]
+    raw, unit = max(sum(row) if keeps else max(row) for row in lengths), method.chunk or 1
+    return init_cache(
+        model,
+        method,
+        len(rows),
+        memory_capacity=max(method.memory_slots(chunks, max(map(max, lengths))), 1),
+        raw_capacity=-(-raw // unit) * unit,
+    )
+
+
+def caps_for(method: Method, examples: Sequence[Example]) -> Sizes:
+    """The smallest sizes of a batch that holds all examples."""
+    needs = [measure(method, example) for example in examples]
+    return Sizes(*(max(getattr(need, f.name) for need in needs) for f in dataclasses.fields(Sizes)))
 
 
 def stream_losses(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jax_ccm.records import paths
 
+PACKAGES = ("jax_ccm", "jax", "jaxlib", "flax", "numpy", "transformers")
 DASHES = (0, (4, 2))
 # Colours and short names of the systems, in the order in which they are shown.
 STYLE = {
@@ -272,3 +278,72 @@ def cell_share(value: Mapping[str, Any] | None) -> str:
         return "no gap"
     error = "" if value["error"] is None else f" ± {value['error'] * 100:.0f}"
     return f"{value['value'] * 100:.0f}{error} %"
+
+
+def about(
+    config: Mapping[str, Any],
+    command: str,
+    *,
+    base: Mapping[str, Any],
+    memory: str,
+    split: str,
+    adapter: Mapping[str, Any] | None,
+    full_adapter: str | Path | None,
+    systems: Mapping[str, str],
+) -> dict[str, Any]:
+    """What is known besides the numbers."""
+    device = jax.devices()[0]
+    return {
+        "command": command,
+        "title": f"{base['name'].rsplit('/', 1)[-1]}: {memory}",
+        "config": config,
+        "versions": _versions(),
+        "device": f"{device.platform} ({device.device_kind})",
+        "base": {"name": base["name"], "fingerprint": base["fingerprint"], "dtype": config["model"]["dtype"]},
+        "adapter": adapter,
+        "full_adapter": str(full_adapter) if full_adapter else None,
+        "data": {"split": split, "sources": list(config["data"][split])},
+        "systems": dict(systems),
+        "memory": memory,
+        "units": {
+            "nll": "nats a token",
+            "kv_bytes": "bytes of a session between context and tail, mean",
+            "ci95": "bootstrap over dialogues",
+            "error": "bootstrap standard error",
+        },
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def write(workdir: Path, results: dict[str, Any]) -> None:
+
+    with (workdir / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for row in results["steps"]:
+            for name, cell in row["systems"].items():
+                line = {"step": row["step"], "system": name, "nll": cell["nll"]["value"], "kv_bytes": cell["kv_bytes"]}
+                line["perplexity"] = cell["perplexity"]["value"]
+                if "wrong" in cell:
+                    line["wrong_nll"] = cell["wrong"]["nll"]["value"]
+                file.write(json.dumps(line) + "\n")
+    (workdir / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (workdir / "table.md").write_text(markdown(results), encoding="utf-8")
+    plot(results, workdir / "plot.png")
+    last = results["steps"][-1]
+    summary = {
+        "status": "finished",
+        "command": results["command"],
+        "step": last["step"],
+        "perplexity": {name: cell["perplexity"]["value"] for name, cell in last["systems"].items()},
+        "shares": {name: last[name]["value"] for name in SHARES if name in last},
+        "seconds": results["seconds"],
+    }
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print_table(results)
+    print(f"results in {workdir / 'results.json'}, table in table.md, picture in plot.png; {results['seconds']:.0f} s")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)

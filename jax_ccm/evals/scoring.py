@@ -47,8 +47,7 @@ class Scores:
 
 # What scores are computed by: parts of the library, and packages.
 PARTS = (
-    "attention", "distributed", "errors.py", "evals/parity.py", "evals/recurrent.py", "evals/scoring.py",
-    "memory", "methods", "nn",
+    "attention", "distributed", "errors.py", "evals/recurrent.py", "evals/scoring.py", "memory", "methods", "nn",
     "rules", "weights",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "gguf")

@@ -10,9 +10,9 @@ import numpy as np
 
 from jax_ccm.data.questions import Choice, Evaluation
 from jax_ccm.evals import perplexity
-from jax_ccm.evals.parity import held_slots
 from jax_ccm.evals.perplexity import Measured, Stage, System
 from jax_ccm.evals.scoring import Store, score
+from jax_ccm.evals.slots import held_slots
 from jax_ccm.evals.statistics import Resamples, estimate, tree_to_json
 from jax_ccm.rules.rows import arrange, closed
 from jax_ccm.rules.types import Method

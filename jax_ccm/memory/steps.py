@@ -3,7 +3,7 @@
 In the notation of CCM (Kim et al., ICLR 2024, section 3), for time step t::
 
     h(t)   = g_comp(Mem(t-1), c(t))        compress: run the compression tokens on the memory and the chunk
-    Mem(t) = g_update(Mem(t-1), h(t))      cache.closed: append, or (1 - a_t) Mem(t-1) + a_t h(t)
+    Mem(t) = g_update(Mem(t-1), h(t))      writing.closed: append, or (1 - a_t) Mem(t-1) + a_t h(t)
     O(t)   = f(I(t) | Mem(t))              read: run the input on the memory
 
 All functions are pure; model, cache and batch are pytrees, `method` is static.
@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from jax_ccm.errors import UserError
-from jax_ccm.memory.cache import append, best, closed, open_raw, pooled, raw_capacity, write
+from jax_ccm.memory import writing
+from jax_ccm.memory.cache import append, open_raw, raw_capacity
 from jax_ccm.nn.linear import Gate
 from jax_ccm.nn.transformer import Remat, Transformer
-from jax_ccm.rules.rows import gate, is_in
 from jax_ccm.rules.types import RAW, Array, Batch, Chunk, Kind, MemoryCache, Method, Slots
+from jax_ccm.rules.visibility import gate, is_in
 
 
 def parallel_forward(
@@ -182,13 +183,13 @@ def compress(
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
     begin = jnp.min(jnp.where(selected, slots.index, last), axis=1, keepdims=True)
     if method.keep is not None:
-        k, v, received, slots, lost = best(cache, method, selected, closing)
+        k, v, received, slots, lost = writing.best(cache, method, selected, closing)
         lost = lost if cache.overflow == "error" else 0
         cache = dataclasses.replace(cache, lost=cache.lost + lost)
-        return write(cache, method, k, v, slots, closing, received, whole=whole)
+        return writing.write(cache, method, k, v, slots, closing, received, whole=whole)
     count = len(method.closes)
     if not count:
-        return write(cache, method, *pooled(cache, method, closing), closing, whole=whole)
+        return writing.write(cache, method, *writing.pooled(cache, method, closing), closing, whole=whole)
     row = lambda values: jnp.asarray(values, jnp.int32)[None]
     kind = jnp.where(closing[:, None], row([token.kind for token in method.closes]), Kind.PAD)
     segment = jnp.broadcast_to(cache.chunks[:, None], kind.shape)
@@ -208,7 +209,7 @@ def compress(
         jnp.broadcast_to(last, (kind.shape[0], len(written))),
         pick(comp.position),
     )
-    after, store = closed(cache, method, entry, closing, whole=whole)
+    after, store = writing.closed(cache, method, entry, closing, whole=whole)
     hidden, stored, _ = model(
         tokens,
         comp,

@@ -19,8 +19,8 @@ from jax_ccm.distributed.sharding import constrain, in_order
 from jax_ccm.nn import rope
 from jax_ccm.nn.config import AdapterConfig, ModelConfig
 from jax_ccm.nn.linear import Joined, Linear, turned
-from jax_ccm.rules.rows import with_window
 from jax_ccm.rules.types import MemoryCache, Packed, Rule, Slots
+from jax_ccm.rules.visibility import with_window
 
 Remat = Literal["none", "dots", "all"]
 

@@ -182,3 +182,7 @@ def plot(plan: dict[str, Any], path: Path) -> None:
         right.legend(fontsize=8)
     figure.suptitle(f"{plan['model']} on {plan['topology']}: compiled, not run")
     paths.save_figure(figure, path, dpi=120)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)

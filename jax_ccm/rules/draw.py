@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_ccm.rules import rows
+from jax_ccm.rules import rows, visibility
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.types import Kind, Method, Slots
 
@@ -49,10 +49,10 @@ def draw(method: Method, lengths: Sequence[int], kept: Sequence[int] = ()) -> st
         chr(ord("a") + token) if token < _LETTERS else _SIGNS[Kind(kind)]
         for token, kind in zip(batch.tokens[0], batch.slots.kind[0], strict=True)
     ]
-    seen = [rows.visible(method.rule, batch.slots, batch.slots)[0]]
+    seen = [visibility.visible(method.rule, batch.slots, batch.slots)[0]]
     columns = [*names]
     if memory is not None:
-        seen.append(rows.visible(method.rule, batch.slots, memory)[0])
+        seen.append(visibility.visible(method.rule, batch.slots, memory)[0])
         columns += ["|", *(f"M{1 + segment}" for segment in memory.segment[0])]
     widths = [max(1, len(name)) for name in columns]
     line = lambda cells: " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ccm.attention.shared import Score
-from jax_ccm.evals import parity
-from jax_ccm.rules import rows
+from jax_ccm.evals import recurrent
+from jax_ccm.rules import rows, visibility
 from jax_ccm.rules.types import Batch, Kind, Method, Rule, Slots
 from tests import cases
 
@@ -21,7 +21,7 @@ LENGTHS = ((9, 7, 5, 6, 12), (3, 8), (1, 17, 2, 2, 4, 3))
 def made_for(method: Method) -> Batch:
     """A ragged, padded batch."""
     sessions = cases.sessions_for(method, lengths=LENGTHS)
-    sizes = parity.caps_for(method, sessions)
+    sizes = recurrent.caps_for(method, sessions)
     return rows.batch(method, sessions, rows.Sizes(sizes.tokens + 9, sizes.memory + 5, sizes.scored), cases.VOCAB)
 
 
@@ -38,7 +38,7 @@ def exact(rule: Rule, q_slots: Slots, q, sources, d_out, score: Score | None = N
     wide = lambda x: np.asarray(x, np.float64)
     group = q.shape[2] // sources[0][0].shape[2]
     k, v = (np.concatenate([wide(s[i]) for s in sources], axis=1) for i in (0, 1))
-    mask = np.concatenate([np.asarray(rows.visible(rule, q_slots, s[2])) for s in sources], axis=-1)[:, None]
+    mask = np.concatenate([np.asarray(visibility.visible(rule, q_slots, s[2])) for s in sources], axis=-1)[:, None]
     score = score or Score(q.shape[3] ** -0.5)
     q, d_out = wide(q), wide(d_out)
     each_k, each_v = (np.repeat(x, group, axis=2) for x in (k, v))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jax_ccm.attention import blocks
 from jax_ccm.methods import build
-from jax_ccm.rules import rows as layout
+from jax_ccm.rules import rows, visibility
 from jax_ccm.rules.types import Kind, Slots
 from tests import cases
 from tests.attention.support import made_for
@@ -19,7 +19,7 @@ from tests.attention.support import made_for
 
 def exact(rule, q: Slots, k: Slots, q_size: int, k_size: int) -> np.ndarray:
     """The definition: whether any place of the one block sees any of the other."""
-    cells = np.asarray(layout.visible(rule, q, k))
+    cells = np.asarray(visibility.visible(rule, q, k))
     batch, rows, columns = cells.shape
     cells = np.pad(cells, ((0, 0), (0, -rows % q_size), (0, -columns % k_size)))
     return cells.reshape(batch, -(-rows // q_size), q_size, -1, k_size).any(axis=(2, 4))
@@ -94,7 +94,7 @@ def test_list_has_bounds():
 def test_pairs_of_the_docstring():
     method = build("ccm_concat", comp_tokens=2)
     example = cases.sessions(((6, 6, 6, 8),), start=0, separator=0)
-    made = layout.batch(method, example, layout.Sizes(32, 16, 40), cases.VOCAB)
+    made = rows.batch(method, example, rows.Sizes(32, 16, 40), cases.VOCAB)
     memory = made.memory.slots
     assert np.asarray(memory.kind != Kind.PAD).sum() == 6
     text = blocks.visible_blocks(method.rule, made.slots, made.slots, 8, 8)

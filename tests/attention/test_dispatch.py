@@ -11,10 +11,9 @@ import pytest
 
 from jax_ccm.attention import dispatch, tpu
 from jax_ccm.attention.dispatch import memory_attention
-from jax_ccm.attention.shared import Score
-from jax_ccm.attention.tpu_sizes import Refused
-from jax_ccm.evals import parity
-from jax_ccm.rules import rows
+from jax_ccm.attention.shared import Refused, Score
+from jax_ccm.evals import recurrent
+from jax_ccm.rules import rows, visibility
 from jax_ccm.rules.types import Kind, Slots
 from tests import cases
 from tests.attention import support
@@ -26,7 +25,7 @@ HEADS, KV_HEADS, SIZE = 6, 2, 8
 def arrays(method, seed: int = 0):
     """Random queries, keys and values on a real layout, padded by a few places."""
     sessions = cases.sessions(((9, 7, 5, 6), (3, 8)))
-    sizes = parity.caps_for(method, sessions)
+    sizes = recurrent.caps_for(method, sessions)
     made = rows.batch(method, sessions, rows.Sizes(sizes.tokens + 3, sizes.memory + 2, sizes.scored), cases.VOCAB)
     rng = np.random.default_rng(seed)
     draw = lambda places, heads: jnp.asarray(rng.normal(size=(2, places, heads, SIZE)), jnp.float32)
@@ -38,7 +37,7 @@ def arrays(method, seed: int = 0):
 def exact(rule, made, q, k, v, memory_k, memory_v):
     """The definition, in float64."""
     q, k, v, memory_k, memory_v = (np.asarray(x, np.float64) for x in (q, k, v, memory_k, memory_v))
-    mask = [rows.visible(rule, made.slots, made.memory.slots), rows.visible(rule, made.slots, made.slots)]
+    mask = [visibility.visible(rule, made.slots, made.memory.slots), visibility.visible(rule, made.slots, made.slots)]
     mask, keys, values = np.concatenate(mask, -1), np.concatenate([memory_k, k], 1), np.concatenate([memory_v, v], 1)
     out = np.zeros(q.shape)
     for b in range(q.shape[0]):
@@ -74,7 +73,7 @@ def test_layouts_are_in_order(name):
     """No token of a layout sees a later place of its row, but for rules that look both ways."""
     method = cases.METHODS[name]
     made = made_for(method)
-    seen = np.asarray(rows.visible(method.rule, made.slots, made.slots))
+    seen = np.asarray(visibility.visible(method.rule, made.slots, made.slots))
     assert np.triu(seen, 1).any() == bool(method.rule.both_ways)
 
 

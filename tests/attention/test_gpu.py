@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from jax_ccm.attention import gpu
-from jax_ccm.attention.shared import Score
-from jax_ccm.attention.tpu_sizes import Refused
+from jax_ccm.attention.shared import Refused, Score
 from jax_ccm.rules.types import Kind, Slots
 from tests import cases
 from tests.attention import support

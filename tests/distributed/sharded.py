@@ -22,7 +22,7 @@ from flax import nnx
 
 import tests.conftest  # noqa: F401  (quick compilation)
 from jax_ccm.distributed import sharding
-from jax_ccm.evals import parity
+from jax_ccm.evals import recurrent
 from jax_ccm.memory.cache import init_cache, raw_capacity
 from jax_ccm.memory.losses import mean_loss
 from jax_ccm.memory.steps import compress_scan, parallel_forward, read
@@ -64,14 +64,14 @@ def compute(method: Method, sizes: dict[str, int] | None):
     devices = jax.devices()[: 1 if sizes is None else 8]
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | (sizes or {}), devices)
     examples = cases.sessions_for(method, lengths=ROWS)
-    caps = parity.caps_for(method, examples)
+    caps = recurrent.caps_for(method, examples)
     caps = type(caps)(-(-caps.tokens // 8) * 8, caps.memory, caps.scored)
     model = cases.model(tokens=max(method.rows, 1), num_layers=2, targets=cases.ALL)
-    sessions = parity.stream(method, examples)
+    sessions = recurrent.stream(method, examples)
     with sharding.use(mesh):
         model = jax.device_put(model, sharding.parameter_shardings(mesh, model, model.config))
         made = sharding.place(mesh, batch(method, examples, caps, cases.VOCAB))
-        least = jax.eval_shape(lambda: parity.cache_for(model, method, examples))
+        least = jax.eval_shape(lambda: recurrent.cache_for(model, method, examples))
         slots, raw = least.memory_capacity, raw_capacity(least) + 3
         raw += -raw % (method.chunk or 1)
         cache = init_cache(model, method, len(ROWS), memory_capacity=slots, raw_capacity=raw)

@@ -26,8 +26,8 @@ from jax_ccm.config.schema import from_mapping
 from jax_ccm.distributed import sharding
 from jax_ccm.nn import AdapterConfig, abstract_transformer
 from jax_ccm.nn.config import PROJECTIONS
-from jax_ccm.plan import SHAPES
 from jax_ccm.planning import hlo, programs
+from jax_ccm.planning.models import SHAPES
 from jax_ccm.weights import read_config
 
 FOLDER = Path(__file__).parents[1] / "golden" / "shardings"

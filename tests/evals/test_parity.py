@@ -7,6 +7,7 @@ import pytest
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
+from jax_ccm.evals.slots import context_slots, memory_bytes
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.methods import build
 from tests import cases
@@ -68,10 +69,10 @@ def test_a_small_cache_is_refused():
 def test_memory_bytes(name, options, slots):
     example = session([10, 11, 12], [13, 14], [15, 16], target=1, start=(1, 7))
     method = build(name, **options)
-    assert parity.context_slots(method, example) == slots
+    assert context_slots(method, example) == slots
     mixed = slots if name == "ccm_merge" else 0  # it is kept in float32 as well
     layers, heads, size = SMALL.num_layers, SMALL.num_kv_heads, SMALL.head_dim
     assert (
-        parity.memory_bytes(method, SMALL, example, 2)
+        memory_bytes(method, SMALL, example, 2)
         == slots * 2 * layers * heads * size * 2 + mixed * 2 * layers * heads * size * 4
     )

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jax_ccm.errors import UserError
-from jax_ccm.memory import cache as memory
-from jax_ccm.memory import steps
+from jax_ccm.memory import steps, writing
+from jax_ccm.memory.cache import append, check, init_cache, reset, select
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, Transformer
 from jax_ccm.rules.types import Chunk, Kind, Slots
@@ -21,7 +21,7 @@ from tests import cases
 MODEL = cases.model(tokens=2)
 CONCAT = build("ccm_concat", comp_tokens=2, sink=True)
 STEP = jax.jit(steps.compress_step, static_argnames="method")
-APPEND = jax.jit(memory.append)
+APPEND = jax.jit(append)
 READ = jax.jit(steps.read, static_argnames=("method", "query"))
 
 
@@ -32,7 +32,7 @@ def chunk(seed: int, batch: int = 2, size: int = 4) -> Chunk:
 
 def cache(method=CONCAT, **options):
     options = {"memory_capacity": 6, "raw_capacity": 8, **options}
-    return memory.init_cache(MODEL, method, 2, **options)
+    return init_cache(MODEL, method, 2, **options)
 
 
 def test_eviction_drops_the_oldest():
@@ -42,7 +42,7 @@ def test_eviction_drops_the_oldest():
         evicting, roomy = (STEP(MODEL, c, chunk(i), method=CONCAT) for c in (evicting, roomy))
         if i < 3:
             assert (evicting.slots.kind[0] == Kind.MEMORY).sum() == 2 * (i + 1)
-    memory.check(evicting)
+    check(evicting)
     segments = np.asarray(evicting.slots.segment[0])[np.asarray(evicting.slots.live[0])]
     assert segments.tolist() == [0, 2, 2, 3, 3, 4, 4]
     assert evicting.slots.kind[0, 0] == Kind.SINK
@@ -54,12 +54,12 @@ def test_overflow_is_an_error():
     full = cache(memory_capacity=4)
     for i in range(2):
         full = STEP(MODEL, full, chunk(i), method=CONCAT)
-    memory.check(full)
+    check(full)
     full = STEP(MODEL, full, chunk(2), method=CONCAT)
     with pytest.raises(UserError, match=r"sessions \[0, 1\] needed \[2, 2\] more slots"):
-        memory.check(full)
+        check(full)
     # Who is not asked for may be invalid.
-    memory.check(full, np.zeros(2, bool))
+    check(full, np.zeros(2, bool))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_overflow_is_an_error():
 def test_what_need_not_move_stays(name):
     """Closing changes a cache in place where it can ("error"), and gives what moving every entry ("evict") gives."""
     method, rng = (cases.METHODS | cases.RECURRENT)[name], np.random.default_rng(0)
-    write = jax.jit(memory.write, static_argnums=1, static_argnames="whole")
+    write = jax.jit(writing.write, static_argnums=1, static_argnames="whole")
     caches = [cache(method, memory_capacity=18, raw_capacity=24, overflow=overflow) for overflow in ("error", "evict")]
     count = method.memory_slots(1, 4)
     for step, closing in enumerate([(True, True), (True, False), (False, True), (True, True)]):
@@ -101,12 +101,12 @@ def test_methods_that_see_old_text_move_it():
 
 def test_forked_and_reset_rows():
     state = STEP(MODEL, cache(), chunk(0), method=CONCAT)
-    forked = memory.select(state, jnp.array([1, 0, 1]))
-    row = lambda c, b: memory.select(c, jnp.array([b]))
+    forked = select(state, jnp.array([1, 0, 1]))
+    row = lambda c, b: select(c, jnp.array([b]))
     chex.assert_trees_all_equal(row(forked, 0), row(state, 1))
     chex.assert_trees_all_equal(row(forked, 1), row(state, 0))
     chex.assert_trees_all_equal(row(forked, 2), row(state, 1))
-    cleared = memory.reset(state, jnp.array([True, False]))
+    cleared = reset(state, jnp.array([True, False]))
     chex.assert_trees_all_equal(row(cleared, 0), row(cache(), 0))
     chex.assert_trees_all_equal(row(cleared, 1), row(state, 1))
     # A session that was reset goes on as a new one does.
@@ -125,9 +125,9 @@ def test_rows_that_do_not_exist():
         ([0.0], r"float64 \[1\]"),
     ):
         with pytest.raises(UserError, match=message):
-            memory.select(state, np.asarray(rows))
-    found = jax.jit(memory.select)(state, jnp.array([1, 2, -1]))
-    row = lambda c, b: memory.select(c, np.array([b]))
+            select(state, np.asarray(rows))
+    found = jax.jit(select)(state, jnp.array([1, 2, -1]))
+    row = lambda c, b: select(c, np.array([b]))
     chex.assert_trees_all_equal(row(found, 0), row(state, 1))
     for b in (1, 2):
         chex.assert_trees_all_equal(row(found, b), row(cache(), 0))
@@ -135,7 +135,7 @@ def test_rows_that_do_not_exist():
 
 @pytest.mark.parametrize("rows", [[0], [True], [[True, False]], [1, 0]], ids=str)
 def test_reset_takes_a_bool_for_each_session(rows):
-    for call in (memory.reset, jax.jit(memory.reset)):
+    for call in (reset, jax.jit(reset)):
         with pytest.raises(UserError, match="give a bool for each of the 2 sessions"):
             call(cache(), jnp.asarray(rows))
 
@@ -163,29 +163,29 @@ def test_bad_sizes():
     with pytest.raises(UserError, match="allowed: 'error'"):
         cache(overflow="drop")
     with pytest.raises(UserError, match="cannot|too small|writes"):
-        memory.init_cache(MODEL, build("ccm_merge", comp_tokens=4), 1, memory_capacity=3, raw_capacity=4)
+        init_cache(MODEL, build("ccm_merge", comp_tokens=4), 1, memory_capacity=3, raw_capacity=4)
 
 
 def test_a_cache_is_of_the_models_type():
     """Nobody has to say it; with a config alone there is none to take."""
     half = Transformer(jax.random.key(0), cases.CONFIG, AdapterConfig(tokens=2), jnp.bfloat16)
     sizes = dict(memory_capacity=6, raw_capacity=8)
-    state = memory.init_cache(half, CONCAT, 2, **sizes)
+    state = init_cache(half, CONCAT, 2, **sizes)
     assert state.k.dtype == state.v.dtype == jnp.bfloat16
     chunks = jax.tree.map(lambda x: np.stack([x, x]), chunk(0))
-    memory.check(steps.compress_scan(half, state, chunks, method=CONCAT))
-    assert memory.init_cache(half, CONCAT, 2, **sizes, dtype=jnp.float32).k.dtype == jnp.float32
-    assert memory.init_cache(half.config, CONCAT, 2, **sizes, dtype="bfloat16").k.dtype == jnp.bfloat16
+    check(steps.compress_scan(half, state, chunks, method=CONCAT))
+    assert init_cache(half, CONCAT, 2, **sizes, dtype=jnp.float32).k.dtype == jnp.float32
+    assert init_cache(half.config, CONCAT, 2, **sizes, dtype="bfloat16").k.dtype == jnp.bfloat16
     with pytest.raises(UserError, match="give the model, or a dtype"):
-        memory.init_cache(half.config, CONCAT, 2, **sizes)
+        init_cache(half.config, CONCAT, 2, **sizes)
 
 
 def test_window_keeps_the_newest():
     """A sliding window drops raw text that it hides when chunks are closed."""
     window = build("window", size=5)
-    state = memory.init_cache(MODEL, window, 2, memory_capacity=0, raw_capacity=8)
+    state = init_cache(MODEL, window, 2, memory_capacity=0, raw_capacity=8)
     for i in range(4):
         state = STEP(MODEL, state, chunk(i), method=window)
-    memory.check(state)
+    check(state)
     live = np.asarray(state.slots.live[0])
     assert np.asarray(state.slots.position[0])[live].tolist() == [12, 13, 14, 15]

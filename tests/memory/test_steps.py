@@ -15,12 +15,13 @@ from flax import nnx
 
 from jax_ccm.attention import dispatch
 from jax_ccm.errors import UserError
-from jax_ccm.evals import parity
+from jax_ccm.evals import parity, recurrent
+from jax_ccm.evals.slots import context_slots
 from jax_ccm.memory import cache as memory
 from jax_ccm.memory import steps
 from jax_ccm.methods import METHODS, build
 from jax_ccm.nn.config import PROJECTIONS
-from jax_ccm.rules import rows
+from jax_ccm.rules import rows, visibility
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.types import Chunk, Kind
 from tests import cases
@@ -92,7 +93,7 @@ def sessions_for(name):
 def test_padding_and_batch_change_nothing(name):
     """Left or right padding, more padding, and the company of other rows (traps 2 and 16: validity is explicit)."""
     method, sessions, expected = sessions_for(name)
-    sizes = parity.caps_for(method, sessions)
+    sizes = recurrent.caps_for(method, sessions)
     wide = rows.Sizes(sizes.tokens + 7, sizes.memory + 6 * method.remembers, sizes.scored + 3)
 
     def check(sessions, sizes, expected, pad="right"):
@@ -128,8 +129,8 @@ def _left(chunk: Chunk) -> Chunk:
 
 def _tail(method, sessions, arrange=lambda chunk: chunk):
     """Logits after the last token of each row, by the recurrence, and the cache."""
-    stream = parity.stream(method, sessions)
-    cache = parity.cache_for(MODEL, method, sessions)
+    stream = recurrent.stream(method, sessions)
+    cache = recurrent.cache_for(MODEL, method, sessions)
     for t in range(stream.context.tokens.shape[0]):
         chunk = arrange(jax.tree.map(operator.itemgetter(t), stream.context))
         cache, _ = parity._read(MODEL, cache, chunk, method=method, query=False, implementation=None)
@@ -145,8 +146,8 @@ def _tail(method, sessions, arrange=lambda chunk: chunk):
 def test_scan_is_loop(name):
     """`compress_scan` over chunks, and reading a chunk in pieces, give the state of the loop."""
     method, sessions, _ = sessions_for(name)
-    stream = parity.stream(method, sessions)
-    cache = parity.cache_for(MODEL, method, sessions)
+    stream = recurrent.stream(method, sessions)
+    cache = recurrent.cache_for(MODEL, method, sessions)
     scanned = jax.jit(steps.compress_scan, static_argnames="method")(MODEL, cache, stream.context, method=method)
     for t in range(stream.context.tokens.shape[0]):
         chunk = jax.tree.map(operator.itemgetter(t), stream.context)
@@ -192,11 +193,11 @@ def test_old_raw_text_is_gone(name):
     kinds = np.asarray(cache.slots.kind)
     segments = np.asarray(cache.slots.segment)
     chunks = np.asarray(cache.chunks)[:, None]
-    seen = np.asarray(rows.reachable(method.rule, cache.slots, cache.chunks, cache.tokens))
+    seen = np.asarray(visibility.reachable(method.rule, cache.slots, cache.chunks, cache.tokens))
     assert not ((kinds == Kind.TEXT) & (segments < chunks) & ~seen).any()
     assert method.pool or not ((kinds == Kind.TEXT) & (segments < chunks)).any()
     tails = [len(rows.arrange(method, s)[-1].tokens) for s in sessions]
-    slots = [parity.context_slots(method, s) + tail for s, tail in zip(sessions, tails, strict=True)]
+    slots = [context_slots(method, s) + tail for s, tail in zip(sessions, tails, strict=True)]
     assert (kinds != Kind.PAD).sum(1).tolist() == slots
     assert (kinds == Kind.MEMORY).any()
     assert ((kinds == Kind.SINK).sum(1) == method.sink).all()
@@ -205,7 +206,7 @@ def test_old_raw_text_is_gone(name):
     noise = lambda x: jnp.where(noisy[None, :, :, None, None], 1e3, x)
     cache = dataclasses.replace(cache, k=noise(cache.k), v=noise(cache.v))
     more = Chunk(np.full((len(sessions), 2), 11, np.int32), np.ones((len(sessions), 2), bool))
-    roomy = parity.cache_for(MODEL, method, sessions)
+    roomy = recurrent.cache_for(MODEL, method, sessions)
     assert roomy.k.shape == cache.k.shape
     clean = dataclasses.replace(cache, k=jnp.where(noisy[None, :, :, None, None], 0, cache.k))
     clean = dataclasses.replace(clean, v=jnp.where(noisy[None, :, :, None, None], 0, cache.v))
@@ -283,7 +284,7 @@ def test_one_program_and_slots_by_formula(name):
                 keep = None if kept is None else kept[row, :count]
                 rows[row] += (Segment(tokens[row, :count], np.zeros(count, bool), keep),)
         tail = Segment(np.array([7]), np.ones(1, bool))
-        slots = [parity.context_slots(method, Example(EMPTY, EMPTY, (*row, tail))) for row in rows]
+        slots = [context_slots(method, Example(EMPTY, EMPTY, (*row, tail))) for row in rows]
         assert cache.slots.live.sum(1).tolist() == slots
     assert len(traces) == 1
     chex.assert_trees_all_equal_shapes_and_dtypes(cache, empty)
@@ -391,7 +392,7 @@ def test_sink_survives():
         _, cache = _tail(method, sessions)
         live = np.asarray(cache.slots.live).sum(1) - [len(rows.arrange(method, s)[-1].tokens) for s in sessions]
         assert live.tolist() == [2 * 2 + int(sink)] * 2
-        made = rows.batch(method, sessions, parity.caps_for(method, sessions), cases.VOCAB)
-        column = rows.visible(method.rule, made.slots, made.slots)[0, :, 0]
+        made = rows.batch(method, sessions, recurrent.caps_for(method, sessions), cases.VOCAB)
+        column = visibility.visible(method.rule, made.slots, made.slots)[0, :, 0]
         kinds = made.slots.kind[0] > 0
         assert column[kinds].sum() == (kinds.sum() if sink else 1 + 4 + 2)

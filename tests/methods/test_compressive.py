@@ -11,6 +11,7 @@ from jax_ccm.data.batches import prepare
 from jax_ccm.data.config import DataConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
+from jax_ccm.evals.slots import context_slots
 from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.methods import build
 from jax_ccm.rules import rows
@@ -87,7 +88,7 @@ def test_sizes_hold_every_row():
             assert made.memory.slots.live.sum() == needs.memory
             np.testing.assert_allclose(made.memory.share.reshape(needs.memory, ratio).sum(1), 1, atol=1e-6)
             if recent == 0:
-                assert parity.context_slots(method, session) == needs.memory + method.sink
+                assert context_slots(method, session) == needs.memory + method.sink
 
 
 def test_training_batches_keep_their_shape(tmp_path):

@@ -11,15 +11,16 @@ import pytest
 
 from jax_ccm.attention.dispatch import memory_attention
 from jax_ccm.errors import UserError
-from jax_ccm.evals.parity import cache_for, parallel_logits, recurrent_logits
-from jax_ccm.evals.recurrent import score_recurrently
+from jax_ccm.evals.parity import parallel_logits, recurrent_logits
+from jax_ccm.evals.recurrent import cache_for, score_recurrently
 from jax_ccm.evals.scoring import base_only
 from jax_ccm.memory import files, steps
 from jax_ccm.memory.cache import check, init_cache, reset, select
 from jax_ccm.methods import build
 from jax_ccm.nn.transformer import received
-from jax_ccm.rules.rows import Sizes, arrange, batch, visible
+from jax_ccm.rules.rows import Sizes, arrange, batch
 from jax_ccm.rules.types import Chunk, Kind, Slots
+from jax_ccm.rules.visibility import visible
 from tests import cases
 
 MODEL = cases.model()

@@ -13,15 +13,16 @@ from flax import nnx
 from jax_ccm.data.batches import prepare
 from jax_ccm.data.config import DataConfig
 from jax_ccm.errors import UserError
-from jax_ccm.evals import parity
+from jax_ccm.evals import parity, recurrent
 from jax_ccm.memory import losses, steps
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.memory.closing import prefill
 from jax_ccm.memory.generation import generate
 from jax_ccm.methods import build
+from jax_ccm.rules import visibility
 from jax_ccm.rules.draw import draw
 from jax_ccm.rules.examples import Example, Segment
-from jax_ccm.rules.rows import Sizes, arrange, batch, bound, chunk, measure, visible
+from jax_ccm.rules.rows import Sizes, arrange, batch, bound, chunk, measure
 from jax_ccm.rules.types import Chunk, Kind
 from tests import cases
 from tests.data.support import ids, tokenizer, write
@@ -40,7 +41,7 @@ def text(count: int, seed: int = 0, scored: bool = True) -> Example:
 
 
 def laid_out(examples, method=METHOD, extra: int = 0):
-    sizes = parity.caps_for(method, examples)
+    sizes = recurrent.caps_for(method, examples)
     sizes = Sizes(sizes.tokens + extra, sizes.memory + 2 * extra, sizes.scored + extra)
     return batch(method, examples, sizes, cases.VOCAB)
 
@@ -120,7 +121,7 @@ def test_repeating_from_the_cache(repeats_see):
     made = laid_out([example], method)
     again = np.asarray(losses.repeated(made))[0]
     expected = np.asarray(losses.scored_logits(MODEL, hidden_of(made, method), made))[0][again].reshape(3, 4, -1)
-    cache = parity.cache_for(MODEL, method, [example])
+    cache = recurrent.cache_for(MODEL, method, [example])
     segments = arrange(method, example)
     for segment in segments[:-1]:
         cache = steps.compress_step(MODEL, cache, chunk([segment.tokens], 4, cases.VOCAB), method=method)
@@ -143,7 +144,7 @@ def test_repetition_on_top_of_ccm(name):
     (session,) = cases.sessions(((5, 3, 4, 1),))
     made = laid_out([session], method)
     segments = arrange(method, session)
-    cache = parity.cache_for(model, method, [session])
+    cache = recurrent.cache_for(model, method, [session])
     begin = 0
     for number, segment in enumerate(segments[:-1]):
         count = len(segment.tokens)
@@ -175,13 +176,13 @@ def test_first_token_may_be_pinned():
     step = jax.jit(steps.compress_step, static_argnames="method")
     for sink in (True, False):
         method = build("loma", ratio=2, memory_tokens=2, sink=sink)
-        cache = parity.cache_for(MODEL, method, [text(9)])
+        cache = recurrent.cache_for(MODEL, method, [text(9)])
         for segment in arrange(method, text(9))[:-1]:
             cache = step(MODEL, cache, chunk([segment.tokens], 4, cases.VOCAB), method=method)
         kinds = np.asarray(cache.slots.kind[0])
         assert (kinds == Kind.SINK).sum() == sink and (kinds != Kind.PAD).sum() == 4 + sink
         made = laid_out([text(9)], method)
-        tail = visible(method.rule, made.slots, made.slots)[0][made.slots.segment[0] == 2]
+        tail = visibility.visible(method.rule, made.slots, made.slots)[0][made.slots.segment[0] == 2]
         assert tail[0, 0] == sink
 
 
@@ -224,7 +225,7 @@ def test_windows_that_t_c_does_not_divide(tmp_path):
 
 def test_methods_without_repetition_say_so():
     method = build("ccm_concat")
-    cache = parity.cache_for(MODEL, method, cases.sessions())
+    cache = recurrent.cache_for(MODEL, method, cases.sessions())
     with pytest.raises(UserError, match="no repetition token"):
         steps.repeat(MODEL, cache, 4, method=method)
 
@@ -239,7 +240,7 @@ def test_memory_is_bidirectional():
 
     def one_by_one(method):
         """The cache after four tokens, its memory tokens run in two passes."""
-        cache = parity.cache_for(MODEL, method, [text(9)])
+        cache = recurrent.cache_for(MODEL, method, [text(9)])
         cache, _ = steps.read(
             MODEL, cache, Chunk(text(9).segments[0].tokens[None, :4], np.ones((1, 4), bool)), method=method
         )
@@ -255,7 +256,7 @@ def test_memory_is_bidirectional():
 
 def test_memory_positions_differ():
     """Memory tokens share one embedding: only positions tell them apart, and "sequential" is another choice (L5)."""
-    cache = parity.cache_for(MODEL, METHOD, [text(9)])
+    cache = recurrent.cache_for(MODEL, METHOD, [text(9)])
     cache = steps.compress_step(MODEL, cache, chunk([text(9).segments[0].tokens[:4]], 4, cases.VOCAB), method=METHOD)
     assert np.abs(cache.v[1:, 0, 0] - cache.v[1:, 0, 1]).max() > 1e-3
     assert cache.slots.position[0, :2].tolist() == [1, 3]

@@ -13,10 +13,11 @@ from flax import nnx
 
 from jax_ccm.config.schema import OptimizerConfig
 from jax_ccm.errors import UserError
-from jax_ccm.evals import parity
+from jax_ccm.evals import parity, recurrent
+from jax_ccm.evals.slots import context_slots
 from jax_ccm.memory import losses, steps
 from jax_ccm.methods import build
-from jax_ccm.rules import rows
+from jax_ccm.rules import rows, visibility
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.types import Kind, Slots
 from jax_ccm.training.step import make_optimizer, split
@@ -60,8 +61,8 @@ def laid_out(made: Example, method=METHOD):
 def test_mask_and_positions_of_the_specification():
     """Entry by entry: <CL> sees itself, <CR> its span and no history, later text <CR> and what is kept (S1 and S4)."""
     made = laid_out(example())
-    own = rows.visible(METHOD.rule, made.slots, made.slots)[0]
-    past = rows.visible(METHOD.rule, made.slots, made.memory.slots)[0]
+    own = visibility.visible(METHOD.rule, made.slots, made.slots)[0]
+    past = visibility.visible(METHOD.rule, made.slots, made.memory.slots)[0]
     for slot, source in enumerate(made.memory.source[0]):
         own[:, source] |= past[:, slot]
     seen = own[np.ix_(PLACES, PLACES)]
@@ -101,7 +102,7 @@ def states(seed_before: int):
     """Keys and values of both sentinels of the second span, for different text before it."""
     before = example(seed_before).segments[0]
     made = dataclasses.replace(example(), segments=(before, *example().segments[1:]))
-    cache = parity.cache_for(MODEL, METHOD, [made])
+    cache = recurrent.cache_for(MODEL, METHOD, [made])
     for segment in made.segments[:-1]:
         chunk = rows.chunk([segment.tokens], 3, cases.VOCAB)
         cache = steps.compress_step(MODEL, cache, dataclasses.replace(chunk, kept=segment.kept[None]), method=METHOD)
@@ -121,7 +122,7 @@ def test_cr_sees_no_history():
 def test_live_slots():
     """Slots after each span: 3 -> 2, then 5 -> 4, as the specification's lazy trace has it."""
     made = example()
-    cache = parity.cache_for(MODEL, METHOD, [made])
+    cache = recurrent.cache_for(MODEL, METHOD, [made])
     trace = []
     for segment in made.segments[:-1]:
         chunk = rows.chunk([segment.tokens], 3, cases.VOCAB)
@@ -130,7 +131,7 @@ def test_live_slots():
         cache = steps.compress(MODEL, cache, method=METHOD)
         trace.append(int(cache.slots.live.sum()))
     assert trace == [3, 2, 5, 4]
-    assert parity.context_slots(METHOD, made) == 4
+    assert context_slots(METHOD, made) == 4
 
 
 def test_lora_is_unconditional():
@@ -168,7 +169,7 @@ def test_opener_is_a_constant():
     """
     made = [laid_out(example(seed)) for seed in (0, 7)]
     states = [
-        MODEL(m.tokens, m.slots, rows.gate(METHOD, m.slots), rule=METHOD.rule, memory=m.memory)[1][1][:, 0]
+        MODEL(m.tokens, m.slots, visibility.gate(METHOD, m.slots), rule=METHOD.rule, memory=m.memory)[1][1][:, 0]
         for m in made
     ]
     opener = np.flatnonzero(made[0].slots.kind[0] == Kind.OPEN)
@@ -205,7 +206,7 @@ def slots_of(kind, positions) -> Slots:
 def test_local_window_is_an_exact_fraction(ratio):
     """Token j sees k from floor(j r) on, exactly; float64 is one too small at three places for 0.7 (S13)."""
     slots = slots_of(Kind.TEXT, range(256))
-    seen = rows.visible(build("local", hidden=ratio).rule, slots, slots)[0]
+    seen = visibility.visible(build("local", hidden=ratio).rule, slots, slots)[0]
     queries = np.arange(256)
     first = queries * round(ratio * 10) // 10
     keys = np.arange(256)
@@ -217,14 +218,14 @@ def test_local_window_is_an_exact_fraction(ratio):
 def test_local_window_far_out():
     """No overflow of int32 in long texts."""
     far = np.int32(2_000_000_000)
-    assert rows.first_seen(far, (300, 1000)) == 600_000_000
+    assert visibility.first_seen(far, (300, 1000)) == 600_000_000
 
 
 def test_scattered_columns_are_constant():
     """One keep vector for all queries, and each token sees itself (S14)."""
     keep = np.random.default_rng(0).random(40) < 0.4
     slots = slots_of(np.where(keep, Kind.QUERY, Kind.TEXT), range(40))
-    seen = rows.visible(build("scattered").rule, slots, slots)[0]
+    seen = visibility.visible(build("scattered").rule, slots, slots)[0]
     lower = np.tril(np.ones((40, 40), bool), -1)
     np.testing.assert_array_equal(seen & lower, lower & keep)
     assert seen.diagonal().all() and not np.triu(seen, 1).any()

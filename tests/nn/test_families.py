@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_ccm.evals import parity
+from jax_ccm.evals import parity, recurrent
 from jax_ccm.memory import losses, steps
 from jax_ccm.nn import RopeScaling
 from jax_ccm.rules import rows
@@ -71,6 +71,6 @@ def test_gradients_are_equal():
 def test_layers_apart():
     method = cases.METHODS["concat_n2_sink"]
     sessions = cases.sessions(((5, 3, 4),))
-    made = rows.batch(method, sessions, parity.caps_for(method, sessions), cases.VOCAB)
+    made = rows.batch(method, sessions, recurrent.caps_for(method, sessions), cases.VOCAB)
     run = jax.jit(lambda model: losses.scored_logits(model, steps.parallel_forward(model, made, method=method), made))
     np.testing.assert_allclose(run(MODELS["gemma"].apart()), run(MODELS["gemma"]), atol=1e-5)

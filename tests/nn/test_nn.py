@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_ccm.evals import parity
+from jax_ccm.evals import parity, recurrent
 from jax_ccm.memory import steps
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, ModelConfig, RopeScaling, Transformer, abstract_transformer, rope
@@ -65,7 +65,7 @@ def test_layers_apart(options):
     model = jax.tree.unflatten(tree, noisy)
     method = build("ccm_concat", comp_tokens=2)
     examples = cases.sessions()
-    made = rows.batch(method, examples, parity.caps_for(method, examples), cases.VOCAB)
+    made = rows.batch(method, examples, recurrent.caps_for(method, examples), cases.VOCAB)
     run = jax.jit(lambda model: model.logits(steps.parallel_forward(model, made, method=method)))
     np.testing.assert_allclose(run(model.apart()), run(model), atol=1e-5)
 
@@ -119,7 +119,7 @@ def test_remat_and_tied_heads():
     model = cases.model(tokens=2, tie_embeddings=True)
     assert not hasattr(model, "lm_head")
     method, sessions = build("ccm_concat", comp_tokens=2), cases.sessions(((3, 2),))
-    made = rows.batch(method, sessions, parity.caps_for(method, sessions), cases.VOCAB)
+    made = rows.batch(method, sessions, recurrent.caps_for(method, sessions), cases.VOCAB)
     graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
 
     def total(adapter, remat):
@@ -152,7 +152,7 @@ def test_bfloat16_is_finite_with_padding():
     """Rows of padding see nothing and give neither NaN nor a gradient (trap 23)."""
     model = Transformer(jax.random.key(0), cases.CONFIG, AdapterConfig(rank=4, tokens=2), jnp.bfloat16)
     method, sessions = build("ccm_merge", comp_tokens=2), cases.sessions(((2, 2),))
-    sizes = parity.caps_for(method, sessions)
+    sizes = recurrent.caps_for(method, sessions)
     made = rows.batch(method, sessions, rows.Sizes(sizes.tokens + 5, sizes.memory + 2, sizes.scored), cases.VOCAB)
     graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
 

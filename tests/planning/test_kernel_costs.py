@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from jax_ccm.attention import gpu, tpu, tpu_steps
-from jax_ccm.attention.tpu_sizes import SHORT, Refused, Sizes, choose
+from jax_ccm.attention.shared import Refused
+from jax_ccm.attention.tpu_sizes import SHORT, Sizes, choose
 from jax_ccm.methods import build
 from jax_ccm.planning import kernel_costs
-from jax_ccm.rules import rows as layout
+from jax_ccm.rules import rows, visibility
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.types import Kind, Slots
 from tests import cases
@@ -25,7 +26,7 @@ def chunked(chunks: int, tail: int):
     lengths = [50] * chunks + [tail]
     segments = tuple(Segment(np.full(n, 11, np.int32), np.zeros(n, bool)) for n in lengths)
     example = Example(np.zeros(0, np.int32), np.zeros(0, np.int32), segments, "row")
-    made = layout.batch(CONCAT, [example], layout.Sizes(58 * chunks + tail, 8 * chunks, 8), cases.VOCAB)
+    made = rows.batch(CONCAT, [example], rows.Sizes(58 * chunks + tail, 8 * chunks, 8), cases.VOCAB)
     return made.slots, made.memory.slots
 
 
@@ -38,7 +39,7 @@ def cells(chunks: int, tail: int) -> int:
 
 def test_formula_of_visible_cells():
     slots, memory = chunked(5, 20)
-    seen = [np.asarray(layout.visible(CONCAT.rule, slots, keys)).sum() for keys in (slots, memory)]
+    seen = [np.asarray(visibility.visible(CONCAT.rule, slots, keys)).sum() for keys in (slots, memory)]
     assert sum(seen) == cells(5, 20)
 
 
@@ -125,7 +126,7 @@ def test_bytes_on_a_gpu():
 def _by_source(made, method, sizes):
     """Visited cells of each source, by the definition."""
     for keys, size in zip((made.slots, made.memory.slots), sizes.k, strict=True):
-        seen = np.asarray(layout.visible(method.rule, made.slots, keys))
+        seen = np.asarray(visibility.visible(method.rule, made.slots, keys))
         batch, rows, columns = seen.shape
         seen = np.pad(seen, ((0, 0), (0, -rows % sizes.q), (0, -columns % size)))
         seen = seen.reshape(batch, -1, sizes.q, seen.shape[2] // size, size).any(axis=(2, 4))

@@ -7,11 +7,12 @@ import pytest
 
 from jax_ccm.errors import UserError
 from jax_ccm.methods import METHODS, build
-from jax_ccm.rules import rows
+from jax_ccm.rules import rows, visibility
 from jax_ccm.rules.examples import Example, Segment, join
 from jax_ccm.rules.mixtures import Ema
-from jax_ccm.rules.rows import Sizes, batch, measure, visible
+from jax_ccm.rules.rows import Sizes, batch, measure
 from jax_ccm.rules.types import Kind, Slots
+from jax_ccm.rules.visibility import visible
 from tests import cases
 
 V = cases.VOCAB
@@ -285,7 +286,7 @@ def test_reachable_is_what_somebody_can_see(name):
         rng.integers(1, 8, (1, 40)), rng.integers(0, 5, (1, 40)), np.arange(40)[None], rng.integers(0, 30, (1, 40))
     )
     now = np.array([4]), np.array([30])
-    kept = rows.reachable(rule, keys, *now)[0]
+    kept = visibility.reachable(rule, keys, *now)[0]
     later = [(kind, 4 + ahead, 30 + 3 * ahead) for ahead in range(4) for kind in Kind]
     queries = Slots(
         *(np.array([[x[i] for x in later]]) for i in (0, 1)),

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from jax_ccm import chat
 from jax_ccm.errors import UserError
+from jax_ccm.sessions import conversations
 from jax_ccm.weights.endings import end_tokens
 from tests.test_chat import experiment
 from tests.weights import ggufs
@@ -64,17 +64,17 @@ def test_gguf(tmp_path):
 def test_any_of_them_stops_a_reply(tmp_path):
     """The answer that a model gives is cut where a token is made one that ends it."""
     made = experiment(comp_tokens=2)
-    tokens, _ = chat.Conversation(made, max_tokens=6)._answer(*given(made))
+    tokens, _ = conversations.Conversation(made, max_tokens=6)._answer(*given(made))
     assert len(tokens) == 6
     first = tokens.tolist().index(tokens[3])
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, int(tokens[3])]}))
     config = dataclasses.replace(made.config, model=dataclasses.replace(made.config.model, tokenizer=str(tmp_path)))
     stopping = dataclasses.replace(made, config=config)
     assert stopping.ends == tuple(sorted({1, 257, int(tokens[3])}))
-    again, _ = chat.Conversation(stopping, max_tokens=6)._answer(*given(stopping))
+    again, _ = conversations.Conversation(stopping, max_tokens=6)._answer(*given(stopping))
     np.testing.assert_array_equal(again, tokens[:first])
 
 
 def given(made):
-    session = chat.Conversation(made)
+    session = conversations.Conversation(made)
     return session.cache, session.question("hello there", first=True)

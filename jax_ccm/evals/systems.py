@@ -1,0 +1,125 @@
+"""What an evaluation asks, and what it compares: the method, the model and the words that each name stands for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_ccm.data.questions import Evaluation
+from jax_ccm.evals import perplexity, texts
+from jax_ccm.evals.perplexity import Stage, System
+from jax_ccm.evals.scoring import base_only
+from jax_ccm.methods import build
+from jax_ccm.nn import Transformer, abstract_transformer
+from jax_ccm.rules.describe import describe_method, label
+from jax_ccm.rules.types import Method
+from jax_ccm.weights.adapters import load_adapter
+from jax_ccm.weights.hf import base_parameters, is_adapter, parameters
+
+SYSTEMS = {"step": ("none", "full", "uncompressed", "memory"), "text": ("full", "uncompressed", "memory")}
+DEFAULT = {"step": ("none", "full", "memory"), "text": ("full", "uncompressed", "memory")}
+
+
+def make_system(
+    name: str,
+    model: Transformer,
+    method: Method,
+    *,
+    base: Mapping[str, Any],
+    dtype: str,
+    adapter: str | Path | None,
+    full_adapter: str | Path | None,
+    source: str,
+    accept_quantised_base: bool = False,
+) -> System:
+    """One of the systems.
+
+    Args:
+      name: one of `SYSTEMS`, or "full_lora".
+      model: the base with the adapter.
+      method: the compression method.
+      base: what `weights.identity.describe_base` says of the model.
+      dtype: of the model, by name.
+      adapter: where the adapter comes from; none if it is untrained.
+      full_adapter: folder of the plain LoRA of "full_lora".
+      source: where the base comes from.
+      accept_quantised_base: it may have been trained on a base that differs by quantisation.
+    """
+
+    identity = f"{base['name']}|{base['fingerprint']}|{dtype}|{jax.default_backend()}"
+    if name == "none":
+        return System(name, model, base_only(build("none")), f"{base['name']}, no context", identity)
+    if name == "full":
+        return System(name, model, base_only(build("full")), f"{base['name']}, full context", identity)
+    if name == "uncompressed":
+        text = f"{base['name']}, full context, the adapter on all text"
+        return System(name, model, build("full"), text, f"{identity}|{fingerprint(model)}")
+    if name == "full_lora":
+        assert full_adapter is not None
+        accept = accept_quantised_base
+        model = load_adapter(
+            full_adapter,
+            bare_model(model),
+            method=build("full"),
+            base=source,
+            accept_quantised_base=accept,
+        )
+        text = f"{base['name']}, full context through the LoRA of {full_adapter}"
+        return System(name, model, build("full"), text, f"{identity}|{fingerprint(model)}")
+    if method.keep is not None:
+        text = f"{base['name']} with {label(describe_method(method))}, nothing trained"
+        return System(name, bare_model(model), method, text, identity)
+    if not adapter:
+        print("note: no --adapter and no adapter.load: the memory is that of an untrained adapter")
+    trained = f"the adapter of {adapter}" if adapter else "an untrained adapter"
+    text = f"{base['name']} with {label(describe_method(method))}, {trained}"
+    return System(name, model, method, text, f"{identity}|{fingerprint(model)}")
+
+
+def bare_model(model: Transformer) -> Transformer:
+    """The base model alone, sharing its arrays."""
+    target = abstract_transformer(model.config, None)
+    arrays = base_parameters(model)
+    return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in parameters(target)])
+
+
+def fingerprint(model: Transformer) -> str:
+    """A digest of the adapter: its scale and its numbers."""
+    digest = hashlib.sha256(repr(model.adapter and model.adapter.scale).encode())
+    for path, array in sorted(parameters(model).items()):
+        if is_adapter(path):
+            digest.update(path.encode() + np.asarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def ask(
+    evaluation: Evaluation, method: Method, by: str, steps: Sequence[int], *, most: int, choices: bool, split: str
+) -> tuple[list[Stage], list[int]]:
+    """What is asked, told line by line, and the time steps for which no record is long enough.
+
+    Args:
+      evaluation: the records.
+      method: the compression method.
+      by: "step" or "text".
+      steps: chunks of context before the question.
+      most: questions of a step, or windows; 0 for all.
+      choices: whether candidates are scored, too.
+      split: which records they are, for the lines.
+    """
+    if by == "text":
+        questions = texts.windows(evaluation, method, most)
+        print(f"{len(questions[0].right):,} windows of {split}")
+    else:
+        questions = perplexity.stages(evaluation, steps, most=most, choices=choices)
+        for stage in questions:
+            control = f"no wrong-memory control ({stage.note})" if stage.note else "with wrong-memory control"
+            print(f"t={stage.step}: {len(stage.right):,} of {split}, {control}")
+    missing = sorted(set(steps) - {stage.step for stage in questions}) if by == "step" else []
+    for step in missing:
+        print(f"no record has {step} chunks of context: time step {step} is left out")
+    return questions, missing

@@ -1,0 +1,208 @@
+"""What a cache holds after a chunk is closed: appended, blended, pooled or selected."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jax_ccm.distributed import sharding
+from jax_ccm.errors import UserError
+from jax_ccm.memory.cache import fields, raw_capacity
+from jax_ccm.rules.types import TEXT, Kind, MemoryCache, Method, Slots
+from jax_ccm.rules.visibility import is_in, reachable
+
+
+def best(cache: MemoryCache, method: Method, selected, closing):
+    """What a selection (`Method.keep`) writes: the worthiest of the memory and the raw text that is being closed.
+
+    Each head of each layer chooses for itself; the entries keep the rotation that they had. Index and position of a
+    slot are those of what the first head of the first layer keeps there.
+
+    Args:
+      cache: the state.
+      method: the compression method.
+      selected: ``bool [B, S]``, raw text that makes the chunk.
+      closing: ``bool [B]``, rows that close one.
+
+    Returns:
+      k, v ``[L, B, n, K, H]`` and received ``[L, B, n, K]`` or None, with n = `MemoryCache.memory_capacity`; `Slots` of
+      ``[B, n]``, kind MEMORY or PAD; and ``int32 [B]``, how many more would have been kept with more capacity.
+    """
+    keep = method.keep
+    assert keep is not None
+    old = cache.slots
+    candidates = (selected | (old.kind == Kind.MEMORY)) & (old.kind != Kind.SINK) & closing[:, None]
+    worth = keep.worth(cache.k, cache.received, old.index, candidates)
+    worth = jnp.where(candidates[None, :, :, None], worth.astype(jnp.float32), -jnp.inf)
+    size = min(cache.memory_capacity, old.kind.shape[1])
+    order = jnp.moveaxis(jax.lax.top_k(jnp.moveaxis(worth, 2, 3), size)[1], 3, 2)  # [L, B, n, K]
+    wanted = jnp.minimum(keep.slots * (1 if keep.constant else cache.chunks + 1), jnp.sum(candidates, axis=1))
+    live = jnp.arange(size) < wanted[:, None]
+    take = lambda x: jnp.take_along_axis(x, order[..., None], axis=2)
+    received = None if cache.received is None else jnp.take_along_axis(cache.received, order, axis=2)
+    slot = lambda x: jnp.take_along_axis(x, order[0, :, :, 0], axis=1)
+    slots = Slots(
+        jnp.where(live, Kind.MEMORY, Kind.PAD),
+        jnp.broadcast_to(cache.chunks[:, None], live.shape),
+        slot(old.index),
+        slot(old.position),
+    )
+    return take(cache.k), take(cache.v), received, slots, jnp.maximum(wanted - size, 0)
+
+
+def write(
+    cache: MemoryCache, method: Method, k, v, slots: Slots, closing, received=None, *, whole: bool
+) -> MemoryCache:
+    """Closes a chunk in some rows: enters its memory and removes what the rule hides from now on.
+
+    Args:
+      cache: the state, its raw slots labelled with the segment that they belong to after this.
+      method: the compression method.
+      k, v: ``[L, B, n, K, H]`` keys and values of the closing tokens that write memory; n may be 0.
+      slots: `Slots` of ``[B, n]`` for them, kind MEMORY.
+      closing: ``bool [B]``, rows that close a chunk; the others keep their memory.
+      received: ``float32 [L, B, n, K]`` for `MemoryCache.received`.
+      whole: as for `closed`.
+    """
+    after, store = closed(cache, method, slots, closing, whole=whole)
+    live = slots.live[None, :, :, None, None]
+    finite = [jnp.all(jnp.isfinite(x) | ~live, axis=(0, 2, 3, 4)) for x in (k, v)]
+    after = dataclasses.replace(after, spoiled=after.spoiled | ~(finite[0] & finite[1]))
+    # What is received goes with the keys; only methods without a mixture ask for it.
+    old, new = cache.stored, (k, v)
+    if cache.received is not None:
+        old, new = (*old, cache.received), (*new, received)
+
+    def layer(number, whole):
+        # In place: a copy of the whole cache would halve the sessions that fit.
+        at = lambda arrays: tuple(x[number] for x in arrays)
+        update = lambda x, layer: jax.lax.dynamic_update_index_in_dim(x, layer, number, 0)
+        return tuple(map(update, whole, store(at(whole), at(new))))
+
+    done = jax.lax.fori_loop(0, k.shape[0], layer, old)
+    return (
+        after.storing(done)
+        if cache.received is None
+        else dataclasses.replace(after.storing(done[:2]), received=done[2])
+    )
+
+
+def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: bool):
+    """The slots and counters of a cache whose chunk is closed, and what happens to the entries of each layer.
+
+    Appending methods add the entries as slots; mixtures blend them into the memory slot by slot,
+    ``memory = (1 - a) memory + a new`` with ``a = mix.rate(number of this chunk)`` (CCM, equation 3), in float32: in
+    bfloat16 a mean of a few hundred chunks would round the next one away. Live entries then stand in front, in order
+    of index.
+
+    Args:
+      cache: the state, its raw slots labelled with the segment that they belong to after this.
+      method: the compression method.
+      slots: `Slots` of ``[B, n]`` for what is written, kind MEMORY.
+      closing: ``bool [B]``, rows that close a chunk; the others keep their memory.
+      whole: static, whether rows that close a chunk close all of their open text; what stays open has to move.
+
+    Returns:
+      The cache with what it stored before, and ``store(own, new) -> own`` that makes the new arrays of a layer: ``own``
+      are arrays ``[B, S, ...]`` to which arrays ``new`` of ``[B, n, ...]`` are written, and, where the method mixes,
+      their mixtures ``float32 [B, n, ...]``.
+
+    Raises:
+      UserError: for a cache that was made for another method.
+    """
+    old, size, count = cache.slots, cache.k.shape[2], slots.kind.shape[1]
+    blend = _blending(cache, method, count, closing)
+    join = lambda a, b: jnp.concatenate([a, b], axis=1)
+    both = Slots(*(join(a, b) for a, b in zip(fields(old), fields(slots), strict=True)))
+    kept = reachable(method.rule, both, cache.chunks + 1, cache.tokens) & both.live
+    is_new = jnp.arange(both.kind.shape[1]) >= size
+    kept = jnp.where(closing[:, None], kept, both.live & ~is_new)
+    memory = kept & (both.kind == Kind.MEMORY)
+    # Memory stands in order of age: the oldest are those of the lowest rank.
+    rank = jnp.cumsum(memory, axis=1)
+    excess = jnp.maximum(rank[:, -1] - cache.memory_capacity, 0)
+    refused = rank > cache.memory_capacity if cache.overflow == "error" else rank <= excess[:, None]
+    kept = kept & ~(memory & refused)
+    order = jnp.argsort(jnp.where(kept, both.index, jnp.iinfo(jnp.int32).max), axis=1, stable=True)[:, :size]
+    take = lambda x: jnp.take_along_axis(x, order, axis=1)
+    live = take(kept)
+    placed = Slots(
+        jnp.where(live, take(both.kind), Kind.PAD),
+        *(jnp.where(live, take(x), 0) for x in (both.segment, both.index, both.position)),
+    )
+
+    # Whole on the devices that share a row: otherwise they exchange masks of the shape of a layer.
+    order, live, enters = (sharding.constrain(x, "rows") for x in (order, live, order >= size))
+    stays = whole and method.forgets_text and cache.overflow == "error"
+
+    def place(own, new):
+        inner = lambda a: a.reshape(*a.shape, *(1,) * (own.ndim - 2))
+        each = lambda x, place: jnp.take_along_axis(x, inner(jnp.clip(place, 0, x.shape[1] - 1)), axis=1)
+        entered = each(new.astype(own.dtype), order - size) if count else jnp.zeros_like(own)
+        # What stays is not even read from elsewhere, so that a layer can change in place.
+        entries = jnp.where(inner(enters), entered, own if stays else each(own, order))
+        return jnp.where(inner(live), entries, 0)
+
+    def store(own, new):
+        own, mixed = own[: len(new)], own[len(new) :]
+        if mixed:
+            new = mixed = tuple(map(blend, mixed, new))
+        return (*map(place, own, new), *mixed)
+
+    lost = cache.lost + (excess if cache.overflow == "error" else jnp.zeros_like(excess))
+    return dataclasses.replace(cache, slots=placed, chunks=cache.chunks + closing, lost=lost), store
+
+
+def _blending(cache: MemoryCache, method: Method, count: int, closing):
+    """``(mixed, new) -> mixed`` for a layer's mixture ``float32 [B, n, K, H]`` and what a chunk writes."""
+    held = 0 if cache.mixed_k is None else cache.mixed_k.shape[2]
+    if held != (count if method.mix is not None else 0):
+        raise UserError(
+            f"method {method.name!r} mixes {count if method.mix is not None else 0} slots, this cache has {held} that "
+            "are mixed: it was made for another method. Make one with `init_cache` for this method"
+        )
+    if method.mix is None:
+        return lambda mixed, new: new  # there is no mixture
+    column = lambda x: x[:, None, None, None]
+    rate = column(method.mix.rate(cache.chunks + 1).astype(jnp.float32))
+    return lambda mixed, new: jnp.where(column(closing), (1 - rate) * mixed + rate * new, mixed)
+
+
+def pooled(cache: MemoryCache, method: Method, closing):
+    """What pooling writes when a chunk is closed: means over the text that no later segment sees (`Method.pool`).
+
+    Keys are averaged as they stand in the cache, rotated by the positions of their tokens: the score of a slot is then
+    the mean of the scores of its tokens. (The Compressive Transformer pools before it adds relative positions.)
+
+    Args:
+      cache: the state, its raw slots labelled with the segment that they belong to.
+      method: the compression method; without `Method.pool` nothing is written.
+      closing: ``bool [B]``, rows that close a chunk.
+
+    Returns:
+      Keys and values ``[L, B, W, K, H]`` and `Slots` of ``[B, W]`` for `write`; W slots are enough for all raw text.
+    """
+    size = method.pool or 1
+    width = -(-raw_capacity(cache) // size) if method.pool else 0
+    slots = cache.slots
+    hidden = is_in(slots.kind, TEXT) & ~reachable(method.rule, slots, cache.chunks + 1, cache.tokens)
+    hidden = hidden & closing[:, None]
+    order = jnp.argsort(~hidden, axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, max(width * size - order.shape[1], 0))))[:, : width * size]
+    used = (jnp.arange(width * size) < jnp.sum(hidden, axis=1, keepdims=True)).reshape(order.shape[0], width, size)
+    count = jnp.sum(used, axis=2)
+    share = used / jnp.maximum(count, 1)[:, :, None]
+
+    def mean(x):
+        parts = jnp.take_along_axis(x, order[None, :, :, None, None], axis=2).astype(jnp.float32)
+        parts = parts.reshape(*x.shape[:2], width, size, *x.shape[3:])
+        return jnp.einsum("bwc,lbwckh->lbwkh", share, parts)
+
+    pick = lambda x: jnp.max(
+        jnp.where(used, jnp.take_along_axis(x, order, axis=1).reshape(used.shape), 0), axis=2, initial=0
+    )
+    kind = jnp.where(count > 0, Kind.MEMORY, Kind.PAD)
+    entries = Slots(kind, pick(slots.segment), pick(slots.index), pick(slots.position))
+    return mean(cache.k), mean(cache.v), entries
