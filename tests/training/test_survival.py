@@ -197,7 +197,7 @@ def test_full_disk_while_something_else_is_written(short, tmp_path, monkeypatch,
 
     with monkeypatch.context() as patch:
         if what == "metrics.jsonl":
-            patch.setattr("jax_ccm.training.metrics.Metrics.write", lambda self, *_: full(self._path))
+            patch.setattr("jax_ccm.training.metrics.Metrics.write", lambda *_: full(what))
         for write in ("write_text", "write_bytes"):
             real = getattr(Path, write)
             fails = lambda self, *a, real=real, **k: (full if self.name == what else real)(self, *a, **k)
