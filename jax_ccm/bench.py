@@ -57,6 +57,7 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
         config.method.name, config.method.options(), capacity=config.cache.memory_capacity, window=options.window
     )
     experiment = load_experiment(config)
+    config = experiment.config
     if experiment.method.recurrent_only and options.train_rounds:
         print(f"note: training is left out; method {experiment.method.name!r} runs only as a recurrence")
         options = dataclasses.replace(options, train_rounds=0)
@@ -79,7 +80,8 @@ def _measure(experiment: Experiment, ways: list[Rival], options: Options, comman
     config = experiment.config
     results: dict[str, Any] = {
         "command": command,
-        "title": f"{experiment.base_name.rsplit('/', 1)[-1]}, {config.model.dtype}, {report.machine(experiment.mesh)}",
+        "title": f"{experiment.base_name.rsplit('/', 1)[-1]}, {config.model.precision}, "
+        f"{report.machine(experiment.mesh)}",
         "config": to_mapping(config),
         "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
         "how": "each number is the median of repeated runs after warm-up; rivals take turns within a round. Turns: the "
@@ -87,7 +89,7 @@ def _measure(experiment: Experiment, ways: list[Rival], options: Options, comman
         "rivals": {rival.name: rival.note for rival in ways},
         "mesh": dict(experiment.mesh.shape),
         "weights_bytes": weights_bytes(experiment.model),
-        "kv_bytes_per_slot": experiment.model_config.kv_bytes_per_slot(jnp.dtype(config.model.dtype).itemsize),
+        "kv_bytes_per_slot": experiment.model_config.kv_bytes_per_slot(experiment.model.dtype.itemsize),
     } | report.environment()
     apart = functools.cache(experiment.model.apart)
     results["turns"] = [after_turns(experiment.model, apart, ways, options, turns) for turns in options.turns]

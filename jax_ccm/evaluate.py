@@ -8,8 +8,6 @@ import sys
 import time
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
 from jax_ccm.config import cli
 from jax_ccm.config.loading import Experiment, base_source, load_experiment
 from jax_ccm.config.schema import Config, save_config, to_mapping
@@ -88,7 +86,7 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     questions, missing = ask(evaluation, experiment.method, config.eval.by, config.eval.steps, **rest)
     store = Store(options.store) if options.store else None
     base, adapter = describe_base(experiment.model, experiment.base_name), options.adapter or config.adapter.load
-    about = dict(base=base, dtype=config.model.dtype, adapter=adapter, full_adapter=options.full_adapter)
+    about = dict(base=base, adapter=adapter, full_adapter=options.full_adapter)
     about |= dict(accept_quantised_base=config.adapter.accept_quantised_base, source=base_source(config))
     measured, systems, again = {}, {}, None
     work = dict(rows=config.eval.batch_size, store=store, log=report.say)
@@ -103,7 +101,7 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
         else:
             answer = evaluation.answer if choices else None
             measured[name] = perplexity.measure(system, questions, answer=answer, **work)
-    itemsize = jnp.dtype(config.model.dtype).itemsize
+    itemsize = experiment.model.dtype.itemsize
     slot_bytes = experiment.model_config.kv_bytes_per_slot(itemsize)
     results = report.about(
         to_mapping(config), command, base=base, memory=label(describe_method(experiment.method)), split=options.split,

@@ -18,6 +18,7 @@ import jax
 import tyro
 
 from jax_ccm.config import cli
+from jax_ccm.config.loading import with_precision
 from jax_ccm.config.schema import Config, save_config, to_mapping
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
@@ -70,6 +71,7 @@ def plan(config: Config, options: Options, *, command: str = "") -> dict[str, An
         except OSError as e:
             raise UserError(f"--workdir {options.workdir} cannot be used: {e}") from e
     chip = chips.find(options.topology)
+    config = with_precision(config, "tpu" if chip.accelerator else "gpu")
     devices = chips.devices(options.topology)
     name, shape = model_shape(config, options.shape)
     packages = ("jax_ccm", "jax", "jaxlib", chip.compiler)

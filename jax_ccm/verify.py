@@ -63,7 +63,7 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
     """Runs the check, prints and optionally writes what it found.
 
     Args:
-      config: the config; computed in float32 whatever ``model.dtype`` says.
+      config: the config; computed in float32 whatever ``model.precision`` says.
       options: of the command.
       command: the command line, for the record.
 
@@ -74,9 +74,9 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
       UserError: for a missing model or adapter, or a method that has no parallel form.
     """
     _check(config, options)
-    if config.model.dtype != "float32":
-        print(f"model.dtype is {config.model.dtype}; the check runs in float32, where rounding hides nothing")
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
+    if config.model.precision != "float32":
+        print(f"model.precision is {config.model.precision}; the check runs in float32, where rounding hides nothing")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="float32"))
     processes.refuse_several(devices=True)
     experiment = load_experiment(config, adapter=options.adapter)
     method = experiment.method

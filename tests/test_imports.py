@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / "jax_ccm"
 # (a name with a slash) or single files of the root. What each is: docs/house.md.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("rules/", "distributed/", "records/"),
+    ("rules/", "distributed/", "records/", "numerics/"),
     ("methods/", "attention/", "data/"),
     ("nn/",),
     ("memory/", "weights/"),

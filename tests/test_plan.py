@@ -19,7 +19,7 @@ from jax_ccm.weights import read_config
 TINY = {
     "model": {
         "scratch": {"layers": 2, "heads": 4, "kv_heads": 4, "hidden": 512, "vocab_size": 256},
-        "dtype": "bfloat16",
+        "precision": "bfloat16",
     },
     "method": {"name": "ccm_merge", "comp_tokens": 4},
     "data": {"batch_size": 8, "tokens": 64, "max_chunks": 4, "scored": 16},
@@ -139,7 +139,7 @@ def test_no_second_cache(topology, heads, kind):
         pytest.skip(f"{LACKS[topology]} is not installed")
     config = from_mapping(TINY)
     scratch = {"layers": 32, "heads": heads, "kv_heads": 8, "hidden": 128 * heads, "vocab_size": 256}
-    _, shape = models.model_shape(from_mapping(TINY | {"model": {"scratch": scratch, "dtype": "bfloat16"}}))
+    _, shape = models.model_shape(from_mapping(TINY | {"model": {"scratch": scratch, "precision": "bfloat16"}}))
     mesh = sessions.serving_mesh(shape, chips.devices(topology))
     method = sessions.systems(config)["concat"]
     cache = programs.abstract_cache(config, shape, method, mesh, 1024 * mesh.size, 128, 32)

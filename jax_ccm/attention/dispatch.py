@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jax_ccm.attention.shared import Refused, Score
 from jax_ccm.distributed.sharding import activation_spec, constrain, context_shards
+from jax_ccm.numerics import einsum
 from jax_ccm.rules.types import Rule, Slots
 from jax_ccm.rules.visibility import visible
 
@@ -191,12 +192,12 @@ def _attend(q, slots: Slots, k, v, seen: Slots, *, rule: Rule, score: Score):
     # The query heads of a group share their keys as rows of one matrix; tokens in front, as devices may share them.
     rows = (batch, kv_heads, length * heads // kv_heads)
     q = jnp.moveaxis(q.reshape(batch, length, kv_heads, -1, size), 1, 2).reshape(*rows, size)
-    scores = score.of(jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32))
+    scores = score.of(einsum("bkqh,bksh->bkqs", q, k, output="float32"))
     scores = scores.reshape(batch, kv_heads, length, -1, k.shape[2])
     weights, share = _weights(scores, visible(rule, slots, seen)[:, None, :, None])
     # Divided after the product: T x H numbers instead of T x S.
     weights = weights.astype(v.dtype).reshape(*rows, -1)
-    out = jnp.einsum("bkqs,bksh->bkqh", weights, v, preferred_element_type=jnp.float32)
+    out = einsum("bkqs,bksh->bkqh", weights, v, output="float32")
     out = out.reshape(batch, kv_heads, length, -1, size) * share
     out = jnp.moveaxis(out.astype(v.dtype), 1, 2)
     return constrain(out.reshape(batch, length, heads, size), "rows", "tokens", "heads")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jax_ccm import methods
@@ -17,6 +16,7 @@ from jax_ccm.config.schema import Config, ScratchConfig
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
+from jax_ccm.numerics import NAMED, automatic
 from jax_ccm.records import paths
 from jax_ccm.rules.types import Method
 
@@ -103,6 +103,23 @@ def build_method(config: Config) -> Method:
     return method
 
 
+def with_precision(config: Config, platform: str | None = None) -> Config:
+    """The config with ``model.precision: auto`` resolved, said in one line.
+
+    Args:
+      config: the config.
+      platform: that the model is for; None for that of the devices here.
+    """
+    if config.model.precision != "auto":
+        return config
+    choice = automatic(platform or jax.default_backend())
+    found = NAMED[choice.name]
+    if config.train.trainable == "all":
+        found = dataclasses.replace(found, params="float32")  # small updates would be lost in rounding
+    print(f"model.precision: {found} (auto on {choice.platform}: {choice.reason})")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=str(found)))
+
+
 def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Experiment:
     """Loads everything that a config names.
 
@@ -120,6 +137,7 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
     """
     from jax_ccm.weights.adapters import load_adapter, merge_adapter, read_adapter
 
+    config = with_precision(config)
     method = build_method(config)
     shape = _adapter_config(config, method)
     stored = None
@@ -187,39 +205,39 @@ def _tokenizer(config: Config) -> Any:
 
 def _base(config: Config, source: str, adapter: AdapterConfig, tokenizer: Any, mesh: jax.sharding.Mesh) -> Transformer:
     """The base with a fresh adapter, each array born where it belongs."""
-    dtype = jnp.dtype(config.model.dtype)
+    precision = config.model.precision
     key = jax.random.key(config.train.seed)
     if source:
         from jax_ccm.weights import load_model, read_config
 
         length = config.model.rope_length
-        places = _places(mesh, read_config(source, length), adapter)
-        return load_model(source, adapter=adapter, dtype=dtype, key=key, shardings=places, rope_length=length)
+        places = _places(mesh, read_config(source, length), adapter, precision)
+        return load_model(source, adapter=adapter, precision=precision, key=key, shardings=places, rope_length=length)
     try:
         shape = scratch_model(config.model.scratch, 0 if tokenizer is None else len(tokenizer))
     except ValueError as e:
         raise UserError(f"model.scratch: {e}") from e
-    places = _places(mesh, shape, adapter)
-    return jax.jit(lambda key: _scratch(key, shape, adapter, dtype), out_shardings=places)(key)
+    places = _places(mesh, shape, adapter, precision)
+    return jax.jit(lambda key: _scratch(key, shape, adapter, precision), out_shardings=places)(key)
 
 
-def _places(mesh: jax.sharding.Mesh, shape: ModelConfig, adapter: AdapterConfig) -> Any:
+def _places(mesh: jax.sharding.Mesh, shape: ModelConfig, adapter: AdapterConfig, precision: str) -> Any:
     """Where each array of the model goes.
 
     Raises:
       UserError: for a mesh that does not fit the model.
     """
     sharding.check(mesh, shape)
-    return sharding.parameter_shardings(mesh, abstract_transformer(shape, adapter), shape)
+    return sharding.parameter_shardings(mesh, abstract_transformer(shape, adapter, precision), shape)
 
 
-def _scratch(key, shape: ModelConfig, adapter: AdapterConfig, dtype) -> Transformer:
+def _scratch(key, shape: ModelConfig, adapter: AdapterConfig, precision: str) -> Transformer:
     """A fresh model whose embeddings have standard deviation 0.3.
 
     The table of a `Transformer` is as small as a pretrained one's (0.02); the first layers' outputs would drown it. On
     the recall task 0.3 learned faster than 0.02 and than 1.
     """
-    model = Transformer(key, shape, adapter, dtype)
+    model = Transformer(key, shape, adapter, precision)
     graphdef, state = nnx.split(model)
     arrays = nnx.to_pure_dict(state)
     table = arrays["embed_tokens"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from jax_ccm.config.yaml import convert, read_yaml
 from jax_ccm.data.config import DataConfig
 from jax_ccm.errors import UserError
 from jax_ccm.methods import METHODS
+from jax_ccm.numerics import Precision
 from jax_ccm.records import paths
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -54,8 +56,10 @@ class ModelSource:
     """Branch, tag or commit of a source on the hub; empty for its main branch. The same as "org/name@revision"."""
     tokenizer: str = ""
     """Where the tokenizer comes from ("org/name@revision" pins it, too); empty for the same place as the model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the base weights and of the computation; adapters are always float32."""
+    precision: str = "float32"
+    """Types of the base's weights, of the operands of products and of activations: "float32"; "bfloat16"; "mixed"
+    (weights and products bfloat16, activations float32); "params=T,compute=T,output=T"; or "auto", what is fastest on
+    the platform and processor. Adapters and sums are always float32."""
     rope_length: int | None = None
     """Positions that sessions will reach, for a model whose rotary frequencies depend on it (dynamic NTK, longrope):
     they are chosen once, since keys in a cache cannot follow. Left out: frequencies of the length before scaling. An
@@ -270,7 +274,19 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
     Raises:
       UserError: naming the path of the offending key.
     """
-    return convert(Config, tree)
+    return convert(Config, _with_new_names(tree))
+
+
+def _with_new_names(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tree of an earlier version under the names of this one, said in a line for each."""
+    model = tree.get("model") if isinstance(tree, Mapping) else None
+    if not isinstance(model, Mapping) or "dtype" not in model:
+        return tree
+    if "precision" in model:
+        raise UserError("model.dtype is the old name of model.precision, and both are given; leave model.dtype out")
+    print(f"note: model.dtype: {model['dtype']} of an earlier version is read as model.precision", file=sys.stderr)
+    renamed = {"precision" if name == "dtype" else name: value for name, value in model.items()}
+    return {**tree, "model": renamed}
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
@@ -325,10 +341,11 @@ def check(config: Config) -> None:
         raise UserError(f"optimizer.warmup_ratio is {config.optimizer.warmup_ratio}; it must lie in [0, 1)")
     if not 0 <= config.adapter.dropout < 1:
         raise UserError(f"adapter.dropout is {config.adapter.dropout}; it must lie in [0, 1)")
-    if config.train.trainable == "all" and config.model.dtype != "float32":
+    precision = config.model.precision
+    if precision != "auto" and Precision.of(precision).params != "float32" and config.train.trainable == "all":
         raise UserError(
-            f"train.trainable is 'all' with model.dtype {config.model.dtype!r}: small updates would be lost in "
-            "rounding. Use model.dtype: float32, or train the adapter (always float32) on a bfloat16 base"
+            f"train.trainable is 'all' with model.precision {precision!r}: small updates would be lost in rounding. "
+            "Use float32, auto or params=float32,compute=bfloat16,output=float32, or train the adapter (always float32)"
         )
     if config.data.buckets and config.optimizer.accumulation > 1:
         raise UserError(

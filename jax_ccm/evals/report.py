@@ -299,7 +299,7 @@ def about(
         "config": config,
         "versions": _versions(),
         "device": f"{device.platform} ({device.device_kind})",
-        "base": {"name": base["name"], "fingerprint": base["fingerprint"], "dtype": config["model"]["dtype"]},
+        "base": {"name": base["name"], "fingerprint": base["fingerprint"], "precision": config["model"]["precision"]},
         "adapter": adapter,
         "full_adapter": str(full_adapter) if full_adapter else None,
         "data": {"split": split, "sources": list(config["data"][split])},

@@ -48,7 +48,7 @@ class Scores:
 # What scores are computed by: parts of the library, and packages.
 PARTS = (
     "attention", "distributed", "errors.py", "evals/recurrent.py", "evals/scoring.py", "memory", "methods", "nn",
-    "records", "rules", "weights",
+    "numerics", "records", "rules", "weights",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "gguf")
 

@@ -31,7 +31,6 @@ def make_system(
     method: Method,
     *,
     base: Mapping[str, Any],
-    dtype: str,
     adapter: str | Path | None,
     full_adapter: str | Path | None,
     source: str,
@@ -44,14 +43,13 @@ def make_system(
       model: the base with the adapter.
       method: the compression method.
       base: what `weights.identity.describe_base` says of the model.
-      dtype: of the model, by name.
       adapter: where the adapter comes from; none if it is untrained.
       full_adapter: folder of the plain LoRA of "full_lora".
       source: where the base comes from.
       accept_quantised_base: it may have been trained on a base that differs by quantisation.
     """
 
-    identity = f"{base['name']}|{base['fingerprint']}|{dtype}|{jax.default_backend()}"
+    identity = f"{base['name']}|{base['fingerprint']}|{model.precision}|{jax.default_backend()}"
     if name == "none":
         return System(name, model, base_only(build("none")), f"{base['name']}, no context", identity)
     if name == "full":
@@ -83,7 +81,7 @@ def make_system(
 
 def bare_model(model: Transformer) -> Transformer:
     """The base model alone, sharing its arrays."""
-    target = abstract_transformer(model.config, None)
+    target = abstract_transformer(model.config, None, model.precision)
     arrays = base_parameters(model)
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in parameters(target)])
 

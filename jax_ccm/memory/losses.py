@@ -27,7 +27,10 @@ def scored_losses(model: Transformer, hidden, batch: Batch):
     """Negative log-likelihood in nats of each scored token, ``float32 [B, Q]``, 0 on padding."""
     hidden = constrain(jnp.take_along_axis(hidden, batch.places[:, :, None], axis=1), "rows")
     head, axes = model.head
-    return token_losses(axes, hidden, head, batch.targets, model.config.logit_cap) * batch.weights
+    return (
+        token_losses(axes, hidden, head.astype(model.precision.compute), batch.targets, model.config.logit_cap)
+        * batch.weights
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
@@ -95,7 +98,7 @@ token_losses.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _logits(axes: str, hidden, head, cap: float | None):
-    logits = jnp.einsum(f"bqd,{axes}->bqv", hidden, head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(f"bqd,{axes}->bqv", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
     return constrain(capped(logits, cap), "rows", None, "vocab")
 
 

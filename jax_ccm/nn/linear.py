@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_ccm.nn.config import AdapterConfig
+from jax_ccm.numerics import Precision, einsum
 from jax_ccm.rules.types import Array
 
 
@@ -50,13 +51,13 @@ class Linear(nnx.Module):
         *,
         bias=False,
         adapter: AdapterConfig | None = None,
-        dtype=jnp.float32,
+        precision: Precision = Precision(),
     ):
         key, key_a = jax.random.split(key)
         init = jax.random.normal(key, (in_features, out_features), jnp.float32) * in_features**-0.5
-        self.kernel = nnx.Param(init.astype(dtype))
-        self.turned = False
-        self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
+        self.kernel = nnx.Param(init.astype(precision.params))
+        self.precision, self.turned = precision, False
+        self.bias = nnx.Param(jnp.zeros((out_features,), precision.params)) if bias else None
         if adapter is not None and adapter.rank:
             # Kaiming-uniform with a = sqrt(5), as in the LoRA and CCM code: U(-1/sqrt(in), 1/sqrt(in)).
             bound = in_features**-0.5
@@ -79,14 +80,14 @@ class Linear(nnx.Module):
           dropout_key: PRNG key of the dropout on the LoRA's input, or None for no dropout.
 
         Returns:
-          ``[B, T, out]`` in the dtype of ``x``.
+          ``[B, T, out]`` of the type `Precision.output`.
         """
         return self.complete(self.product(x), x, gate, dropout_key)
 
     def product(self, x):
         """``x W``."""
         assert self.kernel is not None
-        return jnp.einsum(f"...i,{'oi' if self.turned else 'io'}->...o", x, self.kernel[...])
+        return _product(self.precision, x, self.kernel[...], "oi" if self.turned else "io")
 
     def complete(self, y, x, gate=None, dropout_key=None):
         """The layer's output for ``y = x W``: with bias and branch."""
@@ -110,6 +111,12 @@ class Linear(nnx.Module):
             h = jnp.where(keep, h / (1.0 - self.dropout), 0.0)
         delta = (h @ self.lora_a[...]) @ self.lora_b[...]
         return gate[..., None] * self.scale * delta
+
+
+def _product(precision: Precision, x, kernel, axes: str):
+    """``x W`` for ``[B, T, in]``, or as many axes in front as there are, and a kernel of axes "io" or "oi"."""
+    front = "abcdefgh"[: x.ndim - 1]
+    return einsum(f"{front}i,{axes}->{front}o", x, kernel, compute=precision.compute, output=precision.output)
 
 
 def turned(layer: Linear) -> Linear:
@@ -139,6 +146,6 @@ class Joined(nnx.Module):
 
     def __call__(self, x, gate=None, dropout_keys=None) -> list[Array]:
         """The output of each layer; arguments as for `Linear`, a key for each."""
-        products = jnp.split(x @ self.kernel[...], self.ends[:-1], axis=-1)
+        products = jnp.split(_product(self.parts[0].precision, x, self.kernel[...], "io"), self.ends[:-1], axis=-1)
         keys = dropout_keys or [None] * len(self.parts)
         return [part.complete(y, x, gate, key) for part, y, key in zip(self.parts, products, keys, strict=True)]

@@ -19,6 +19,7 @@ from jax_ccm.distributed.sharding import constrain, in_order
 from jax_ccm.nn import rope
 from jax_ccm.nn.config import AdapterConfig, ModelConfig
 from jax_ccm.nn.linear import Joined, Linear, turned
+from jax_ccm.numerics import Precision
 from jax_ccm.rules.types import MemoryCache, Packed, Rule, Slots
 from jax_ccm.rules.visibility import with_window
 
@@ -42,24 +43,24 @@ class RMSNorm(nnx.Module):
         return self.scale[...] * h.astype(x.dtype)
 
 
-def _projection(name: str, key, inputs: int, outputs: int, bias: bool, *, adapter: AdapterConfig | None, dtype):
+def _projection(name: str, key, inputs: int, outputs: int, bias: bool, *, adapter: AdapterConfig | None, precision):
     lora = adapter if adapter is not None and name in adapter.targets else None
-    return Linear(key, inputs, outputs, bias=bias, adapter=lora, dtype=dtype)
+    return Linear(key, inputs, outputs, bias=bias, adapter=lora, precision=precision)
 
 
 class Attention(nnx.Module):
     """Projections, rotation and output of one attention layer."""
 
-    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, dtype):
+    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, precision: Precision):
         keys = jax.random.split(key, 4)
         heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
-        make = functools.partial(_projection, adapter=adapter, dtype=dtype)
+        make = functools.partial(_projection, adapter=adapter, precision=precision)
         self.q_proj = make("q_proj", keys[0], config.hidden_size, heads * size, config.qkv_bias)
         self.k_proj = make("k_proj", keys[1], config.hidden_size, kv_heads * size, config.qkv_bias)
         self.v_proj = make("v_proj", keys[2], config.hidden_size, kv_heads * size, config.qkv_bias)
         self.o_proj = make("o_proj", keys[3], heads * size, config.hidden_size, config.o_bias)
-        self.q_norm = RMSNorm(size, config, dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(size, config, dtype) if config.qk_norm else None
+        self.q_norm = RMSNorm(size, config, precision.params) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, config, precision.params) if config.qk_norm else None
         self.head_dim = size
         self.joined: Joined | None = None
 
@@ -82,10 +83,10 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 class MLP(nnx.Module):
     """A gated MLP: SwiGLU or GeGLU."""
 
-    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, dtype):
+    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, precision: Precision):
         keys = jax.random.split(key, 3)
         d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        make = functools.partial(_projection, adapter=adapter, dtype=dtype)
+        make = functools.partial(_projection, adapter=adapter, precision=precision)
         self.gate_proj = make("gate_proj", keys[0], d, f, bias)
         self.up_proj = make("up_proj", keys[1], d, f, bias)
         self.down_proj = make("down_proj", keys[2], f, d, bias)
@@ -110,16 +111,16 @@ class Block(nnx.Module):
     there.
     """
 
-    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, dtype):
+    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, precision: Precision):
         key_attn, key_mlp = jax.random.split(key)
-        self.input_layernorm = RMSNorm(config.hidden_size, config, dtype)
-        self.self_attn = Attention(key_attn, config, adapter, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, dtype)
-        self.mlp = MLP(key_mlp, config, adapter, dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, config, precision.params)
+        self.self_attn = Attention(key_attn, config, adapter, precision)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, precision.params)
+        self.mlp = MLP(key_mlp, config, adapter, precision)
         self.post_norms = config.post_norms
         if config.post_norms:
-            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, dtype)
-            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, dtype)
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, precision.params)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, precision.params)
 
     def after_attention(self, y):
         """What is added for the output ``y`` of attention."""
@@ -140,9 +141,10 @@ class Embedding(nnx.Module):
       comp: float32 ``[n, D]`` for ids V .. V + n - 1, or None.
     """
 
-    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, dtype):
+    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, precision: Precision):
         table = jax.random.normal(key, (config.vocab_size, config.hidden_size), jnp.float32) * 0.02
-        self.embedding = nnx.Param(table.astype(dtype))
+        self.embedding = nnx.Param(table.astype(precision.params))
+        self.output = precision.output
         rows = adapter.tokens if adapter is not None else 0
         self.comp = nnx.LoRAParam(initial_comp_embeddings(table, rows)) if rows else None
 
@@ -150,7 +152,7 @@ class Embedding(nnx.Module):
         """``[B, T, D]`` for ids ``int32 [B, T]``."""
         table = self.embedding[...]
         vocab = table.shape[0]
-        x = table[jnp.minimum(tokens, vocab - 1)]
+        x = table[jnp.minimum(tokens, vocab - 1)].astype(self.output)
         if self.comp is None:
             return x
         comp = self.comp[...]
@@ -171,17 +173,20 @@ def initial_comp_embeddings(table, rows: int):
 class Transformer(nnx.Module):
     """The decoder. Layers are stacked along a leading axis and run by one `jax.lax.scan`, or `apart`."""
 
-    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None = None, dtype=jnp.float32):
+    def __init__(
+        self, key, config: ModelConfig, adapter: AdapterConfig | None = None, precision: str | Precision = "float32"
+    ):
         key_embed, key_layers, key_head = jax.random.split(key, 3)
         self.config = config
         self.adapter = adapter
-        self.embed_tokens = Embedding(key_embed, config, adapter, dtype)
-        make = lambda key: Block(key, config, adapter, dtype)
+        self.precision = precision = Precision.of(precision)
+        self.embed_tokens = Embedding(key_embed, config, adapter, precision)
+        make = lambda key: Block(key, config, adapter, precision)
         self.layers = jax.vmap(make)(jax.random.split(key_layers, config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config, dtype)
+        self.norm = RMSNorm(config.hidden_size, config, precision.params)
         self.turned_embedding: nnx.Param | None = None
         if not config.tie_embeddings:
-            self.lm_head = Linear(key_head, config.hidden_size, config.vocab_size, dtype=dtype)
+            self.lm_head = Linear(key_head, config.hidden_size, config.vocab_size, precision=precision)
 
     def __call__(
         self,
@@ -269,10 +274,14 @@ class Transformer(nnx.Module):
             else:
                 mk = mv = None
             q, more = rope.rotate(q, cos, sin), None
+            # A single query waits for its keys to be read, not for arithmetic: they stay as they are.
+            compute = self.precision.compute if tokens.shape[1] > 1 else self.precision.output
+            operand = lambda each: None if each is None else each.astype(compute)
+            attended = functools.partial(attend, operand(q), operand(rotated))
             if observe is None:
-                y = attend(q, rotated, v, mk, mv)
+                y = attended(operand(v), operand(mk), operand(mv))
             else:
-                y, more = received(lambda v, mv: attend(q, rotated, v, mk, mv), v, mv, observe)
+                y, more = received(lambda v, mv: attended(v, operand(mk), mv), operand(v), operand(mv), observe)
             x = x + block.after_attention(block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), gate, keys[3]))
             out = constrain(x + block.feed_forward(x, gate, keys[4:]), "rows", "tokens")
             new = (k if by_place else rotated, v)
@@ -323,13 +332,14 @@ class Transformer(nnx.Module):
         """``float32 [..., V]`` for hidden states ``[..., D]``. Compression tokens have no column."""
         # Accumulated and kept in float32: rounding logits to bfloat16 would cost more than it saves.
         head, axes = self.head
+        hidden, head = (x.astype(self.precision.compute) for x in (hidden, head))
         logits = jnp.einsum(f"...d,{axes}->...v", hidden, head, preferred_element_type=jnp.float32)
         return capped(logits, self.config.logit_cap)
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of weights and activations: that of the embeddings."""
-        return self.embed_tokens.embedding.dtype
+        """Of activations, and so of the keys and values of a cache."""
+        return jnp.dtype(self.precision.output)
 
     @property
     def head(self) -> tuple[jax.Array, Literal["vd", "dv"]]:
@@ -394,6 +404,8 @@ def pack(memory: Packed, x):
     return mixed.astype(x.dtype)
 
 
-def abstract_transformer(config: ModelConfig, adapter: AdapterConfig | None = None, dtype=jnp.float32) -> Transformer:
+def abstract_transformer(
+    config: ModelConfig, adapter: AdapterConfig | None = None, precision: str | Precision = "float32"
+) -> Transformer:
     """A `Transformer` whose arrays are `jax.ShapeDtypeStruct`: shapes without memory."""
-    return jax.eval_shape(lambda key: Transformer(key, config, adapter, dtype), jax.random.key(0))
+    return jax.eval_shape(lambda key: Transformer(key, config, adapter, precision), jax.random.key(0))

@@ -42,7 +42,7 @@ LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128, rope_theta=
 SMOLLM2_135M = ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, tie_embeddings=True)
 TRAINING = from_mapping(
     {
-        "model": {"dtype": "bfloat16"},
+        "model": {"precision": "bfloat16"},
         "method": {"name": "ccm_concat", "comp_tokens": 8},
         "data": {"batch_size": 8, "tokens": 1024, "max_chunks": 16, "scored": 128},
         "train": {"attention": "pallas"},

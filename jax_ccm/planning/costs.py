@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jax_ccm.config.schema import Config
 from jax_ccm.nn import ModelConfig
+from jax_ccm.numerics import Precision
 from jax_ccm.planning.chips import Chip
 from jax_ccm.planning.measure import Need
 from jax_ccm.rules.types import Batch
@@ -63,7 +64,7 @@ def training_cost(config: Config, shape: ModelConfig, batch: Batch, accumulation
     layers = 2.0 * passes * weights * rows * length
     attention = (4 + again) * rows * attention_flops(shape, length, length + memory)
     head = 2.0 * (4 if trained else 2) * shape.hidden_size * shape.vocab_size * rows * batch.places.shape[1]
-    itemsize = jnp.dtype(config.model.dtype).itemsize
+    itemsize = jnp.dtype(Precision.of(config.model.precision).params).itemsize
     read = accumulation * passes * (weights + shape.hidden_size * shape.vocab_size) * itemsize / tensor
     return Cost(accumulation * (layers + attention + head), read)
 

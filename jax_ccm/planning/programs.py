@@ -16,6 +16,7 @@ from jax_ccm.distributed import sharding
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.memory.steps import compress, read
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
+from jax_ccm.numerics import Precision
 from jax_ccm.rules import rows as layout
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.types import Batch, Chunk, MemoryCache, Method
@@ -61,7 +62,7 @@ def abstract_model(config: Config, shape: ModelConfig, method: Method, mesh: jax
     """The model of a config, base and adapter, with the shardings that it is born with."""
     given = config.adapter
     adapter = AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=method.rows)
-    model = abstract_transformer(shape, adapter, jnp.dtype(config.model.dtype))
+    model = abstract_transformer(shape, adapter, config.model.precision)
     return on(sharding.parameter_shardings(mesh, model, shape), model)
 
 
@@ -98,7 +99,12 @@ def abstract_cache(
 ) -> MemoryCache:
     """The cache of so many sessions, ``slots`` for memory and ``raw`` for text."""
     make = lambda: init_cache(
-        shape, method, sessions, memory_capacity=slots, raw_capacity=raw, dtype=jnp.dtype(config.model.dtype)
+        shape,
+        method,
+        sessions,
+        memory_capacity=slots,
+        raw_capacity=raw,
+        dtype=Precision.of(config.model.precision).output,
     )
     cache = jax.eval_shape(make)
     return on(sharding.cache_shardings(mesh, cache), cache)

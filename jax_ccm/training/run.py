@@ -56,7 +56,7 @@ class Run:
           RunError: if there are checkpoints, and none of them can be read.
         """
         require_parallel(build_method(config))
-        self.config, self.workdir = config, paths.of(workdir)
+        self.workdir = paths.of(workdir)
         self.progress = Progress()
         self._accepted: list[dict[str, Any]] = []
         self._stop = StopRequest(config.train.grace, self._last_good)
@@ -73,8 +73,12 @@ class Run:
             if stored is not None:
                 # Read through the dataclasses: keys that an older version did not have yet get their defaults.
                 before = to_mapping(from_mapping(stored["config"]))
+                if config.model.precision == "auto":  # what it became holds for the whole run
+                    model = dataclasses.replace(config.model, precision=before["model"]["precision"])
+                    config = dataclasses.replace(config, model=model)
                 self._announce_changes(require_same(before, to_mapping(config), self.workdir))
             self.experiment = load_experiment(config)
+            self.config = self.experiment.config
             with sharding.use(self.experiment.mesh):
                 self._prepare(stored, accept_changes)
             stack.pop_all()
@@ -353,7 +357,7 @@ class Run:
         print(
             f"training {config.method.name} on {experiment.base_name} for {config.train.steps} steps of "
             f"{config.optimizer.accumulation} x {config.data.batch_size} rows; {sharding.describe(experiment.mesh)}, "
-            f"{config.model.dtype}; output in {self.workdir}"
+            f"{config.model.precision}; output in {self.workdir}"
         )
 
     def _count(self, params: Any) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
 from jax_ccm.nn.transformer import initial_comp_embeddings
+from jax_ccm.numerics import Precision
 from jax_ccm.weights import hf_config
 from jax_ccm.weights.gguf import GgufFile
 from jax_ccm.weights.hf import Index, Safetensors, Tensors, base_parameters, hf_name, parameters, split
@@ -47,7 +47,7 @@ def load_model(
     source: str | Path,
     *,
     adapter: AdapterConfig | None = None,
-    dtype=jnp.float32,
+    precision: str | Precision = "float32",
     key=None,
     shardings=None,
     rope_length: int | None = None,
@@ -61,7 +61,7 @@ def load_model(
       source: a local folder, a hub id, a ``.gguf`` file, or ``package:NAME/FILE.gguf``.
       adapter: the adapter to initialise, or None. LoRA starts as the identity; embeddings of compression tokens
         start as `initial_comp_embeddings` of the loaded table. Always float32.
-      dtype: of the base model's arrays.
+      precision: types of the base's weights, of products and of activations (`jax_ccm.numerics.Precision`).
       key: PRNG key of the adapter's initialisation; required with an adapter.
       shardings: where the arrays go: None for the default device, one `jax.sharding.Sharding` for all of them, or a
         tree of the structure of `abstract_transformer` (or its state) with a sharding for each.
@@ -83,7 +83,7 @@ def load_model(
         tensors = Safetensors(path)
     config = _for_length(config, rope_length, path)
     tensors = split(tensors, config)
-    target = abstract_transformer(config, adapter, dtype)
+    target = abstract_transformer(config, adapter, precision)
     places = _shardings(target, shardings)
     _check(target, config, tensors)
     arrays = {

@@ -129,7 +129,7 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
     adapter = _for_depth(adapter, model.config.num_layers)
     graphdef, old, base = nnx.split(model, nnx.LoRAParam, ...)
     if here is None:
-        graphdef, old, _ = nnx.split(abstract_transformer(model.config, there), nnx.LoRAParam, ...)
+        graphdef, old, _ = nnx.split(abstract_transformer(model.config, there, model.precision), nnx.LoRAParam, ...)
     slots = parameters(old)
     for path, slot in slots.items():
         if slot.shape != adapter.arrays[path].shape:

@@ -60,7 +60,8 @@ def test_saved_config_reads_back_equal(tmp_path):
         ("train: {remat: true}", "train.remat is True .*none, dots, all"),
         ("train: {wandb: 1}", "train.wandb is 1 .*text"),
         ("train: 3", "train is 3 .*mapping"),
-        ("model: {dtype: float16}", "model.dtype is 'float16' .*float32, bfloat16"),
+        ("model: {precision: float16}", "model.precision is 'float16'; allowed: auto, float32, bfloat16, mixed"),
+        ("model: {precision: mixed, dtype: float32}", "both are given"),
         ("adapter: {targets: q_proj}", "adapter.targets is 'q_proj' .*list"),
         ("adapter: {targets: [q_proj, lm_head]}", r"adapter.targets\[1\] is 'lm_head' .*q_proj, k_proj"),
         ("optimizer: {learning_rate: fast}", "optimizer.learning_rate is 'fast' .*a number"),
@@ -70,7 +71,7 @@ def test_saved_config_reads_back_equal(tmp_path):
         ("train: {seed: 1}\ntrain: {seed: 2}", "line 2: the key 'train' stands twice"),
         ("train: {seed: [}", "not valid YAML"),
         ("- a\n- b", "holds a list"),
-        ("train: {trainable: all}\nmodel: {dtype: bfloat16}", "train.trainable is 'all' with model.dtype 'bfloat16'"),
+        ("train: {trainable: all}\nmodel: {precision: mixed}", "train.trainable is 'all' with model.precision 'mixed'"),
         ("adapter: {merge: some/folder}", "adapter.merge needs a pretrained base"),
     ],
 )
@@ -198,3 +199,9 @@ def test_shipped_config(path):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in ("Paper:", "Command:", "Expected:", "Hardware:"):
         assert word in header, f"{path.name} says nothing of {word}"
+
+
+def test_the_old_name_of_the_precision_is_read_and_said(tmp_path, capsys):
+    config = load_config(write(tmp_path, "model: {dtype: bfloat16}"))
+    assert config.model.precision == "bfloat16"
+    assert "model.dtype: bfloat16 of an earlier version is read as model.precision" in capsys.readouterr().err

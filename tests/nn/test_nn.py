@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jax_ccm.evals import parity, recurrent
-from jax_ccm.memory import steps
+from jax_ccm.memory import losses, steps
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, ModelConfig, RopeScaling, Transformer, abstract_transformer, rope
 from jax_ccm.nn.linear import Linear
@@ -192,3 +192,25 @@ def test_bad_sizes():
         AdapterConfig(targets=("lm_head",))
     with pytest.raises(ValueError, match="dropout 1.0"):
         AdapterConfig(dropout=1.0)
+
+
+def test_mixed_precision_is_float32_within_its_rounding():
+    """Logits and gradients of products with bfloat16 operands; activations, sums and the cache are float32."""
+    adapter = AdapterConfig(rank=4, tokens=2)
+    exact = Transformer(jax.random.key(0), cases.CONFIG, adapter)
+    mixed = Transformer(jax.random.key(0), cases.CONFIG, adapter, "mixed")
+    assert mixed.layers.mlp.up_proj.kernel.dtype == jnp.bfloat16 and mixed.dtype == jnp.float32
+    method = build("ccm_concat", comp_tokens=2)
+    examples = cases.sessions()
+    made = rows.batch(method, examples, rows.Sizes(64, 16, 64), cases.CONFIG.vocab_size)
+
+    def loss(model):
+        return losses.mean_loss(model, steps.parallel_forward(model, made, method=method), made, method)[0]
+
+    (value, grads), (expected, exact_grads) = (jax.value_and_grad(loss, allow_int=True)(m) for m in (mixed, exact))
+    # Each operand is rounded to 8 bits: a relative 2^-9 of each, in a sum of many.
+    np.testing.assert_allclose(value, expected, rtol=2**-8)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(exact_grads), strict=True):
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+        assert np.linalg.norm(ours - theirs) <= 2**-5 * np.linalg.norm(theirs) + 1e-6
+    assert steps.parallel_forward(mixed, made, method=method).dtype == jnp.float32

@@ -206,7 +206,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 @pytest.fixture(scope="module")
 def stages(whole, tmp_path_factory):
     """The paper's two stages in bfloat16 on a frozen base: a plain LoRA, then compression on top of it."""
-    base = {"source": str(whole[0] / "model"), "dtype": "bfloat16"}
+    base = {"source": str(whole[0] / "model"), "precision": "bfloat16"}
     train = {"trainable": "adapter", "steps": 3, "eval_every": 0}
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     method = {"name": "full", "comp_tokens": None, "sink": None}

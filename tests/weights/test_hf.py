@@ -65,7 +65,7 @@ def test_export_does_not_overwrite(tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_half_precision(stored, dtype, tensors, tmp_path):
     tensors = {name: tensor.astype(stored) for name, tensor in tensors.items()}
-    model = load_model(write(tmp_path / "m", tensors), dtype=dtype)
+    model = load_model(write(tmp_path / "m", tensors), precision=dtype)
     assert {leaf.dtype for leaf in parameters(model).values()} == {np.dtype(dtype)}
     expected = tensors["model.layers.1.mlp.down_proj.weight"].astype(dtype).T
     np.testing.assert_array_equal(np.asarray(model.layers.mlp.down_proj.kernel[...])[1], expected)
@@ -92,7 +92,7 @@ def test_stored_tied_head(tmp_path):
 def test_fresh_adapter():
     adapter = AdapterConfig(rank=4, tokens=3, targets=("q_proj", "o_proj"))
     plain = load_model(CASE)
-    model = load_model(CASE, adapter=adapter, key=jax.random.key(3), dtype=jnp.bfloat16)
+    model = load_model(CASE, adapter=adapter, key=jax.random.key(3), precision=jnp.bfloat16)
     lora = {path: leaf for path, leaf in parameters(nnx.state(model, nnx.LoRAParam)).items()}
     assert set(lora) == {
         "embed_tokens.comp", *(f"layers.self_attn.{t}_proj.lora_{x}" for t in "qo" for x in "ab")
