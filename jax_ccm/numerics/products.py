@@ -8,13 +8,14 @@ into float32 first. So the backward pass, whose cotangents are float32, needs pr
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def einsum(spec: str, a, b, *, compute=None, output=None):
+def einsum(spec: str, a, b, *, compute=None, output=None) -> jax.Array:
     """``jnp.einsum(spec, a, b)`` with operands of one type, forward and backward.
 
     Args:
@@ -35,7 +36,7 @@ def einsum(spec: str, a, b, *, compute=None, output=None):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _rounded(spec: str, compute: str, output: str, a, b):
+def _rounded(spec: str, compute: str, output: str, a, b) -> Any:
     total = np.promote_types(output, np.float32)
     found = jnp.einsum(spec, a.astype(compute), b.astype(compute), preferred_element_type=total)
     return found.astype(output)
