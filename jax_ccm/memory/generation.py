@@ -79,11 +79,14 @@ def pays_apart(model: Transformer, cache: MemoryCache) -> bool:
     """Whether tokens are made faster by `Transformer.apart`.
 
     So it is on a CPU, for layers of up to 2 GiB (it takes as much memory again, and longer to compile) and a cache of
-    up to half of that: attention over a larger one takes so long that nothing is gained.
+    up to half of that: attention over a larger one takes so long that nothing is gained. Where weights are of another
+    type than activations it always pays.
     """
     layers = jax.tree.leaves(model.layers)
     on_cpu = all([device.platform for device in x.devices()] == ["cpu"] for x in layers)
     size = sum(x.nbytes for x in layers)
+    if model.precision.params != model.precision.output:
+        return on_cpu
     return on_cpu and size <= APART_BYTES and cache.nbytes <= size / 2
 
 

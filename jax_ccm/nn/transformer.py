@@ -313,15 +313,25 @@ class Transformer(nnx.Module):
 
         A layer taken out of the stack is copied, so that decoding moves its weights three times; from here they are
         read once. Kernels with the same input are joined, and those with many inputs turned, as are embeddings that
-        serve as the head. Programs take several times as long to compile. Files are written from the stack alone.
+        serve as the head. Weights are kept in the type of the activations: a matrix of another type is turned into it
+        for every vector, which takes longer than to read it. Programs take several times as long to compile. Files are
+        written from the stack alone.
         """
-        apart = copy.copy(self)
-        layer = lambda number: jax.tree.map(lambda x: x[number], self.layers)
+        apart, kept, output = copy.copy(self), jnp.dtype(self.precision.params), self.precision.output
+        apart.precision = Precision.of(output)
+        read = lambda x: x.astype(output) if x.dtype == kept else x
+        layer = lambda number: jax.tree.map(lambda x: read(x[number]), self.layers)
         apart.layers = nnx.List([layer(number) for number in range(self.config.num_layers)])
         if self.config.tie_embeddings:
-            apart.turned_embedding = nnx.data(nnx.Param(self.embed_tokens.embedding[...].T))
+            apart.turned_embedding = nnx.data(nnx.Param(read(self.embed_tokens.embedding[...]).T))
+        else:
+            apart.lm_head = jax.tree.map(read, self.lm_head)
+            apart.lm_head.precision = apart.precision
         for block in apart.layers:
             attention, mlp = block.self_attn, block.mlp
+            for module in (attention, mlp):
+                for linear in (x for x in vars(module).values() if isinstance(x, Linear)):
+                    linear.precision = apart.precision
             attention.joined = nnx.data(Joined([attention.q_proj, attention.k_proj, attention.v_proj]))
             mlp.joined = nnx.data(Joined([mlp.gate_proj, mlp.up_proj]))
             attention.o_proj, mlp.down_proj = turned(attention.o_proj), turned(mlp.down_proj)

@@ -12,6 +12,8 @@ from flax import nnx
 
 from jax_ccm.evals import parity, recurrent
 from jax_ccm.memory import losses, steps
+from jax_ccm.memory.cache import init_cache
+from jax_ccm.memory.generation import pays_apart
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, ModelConfig, RopeScaling, Transformer, abstract_transformer, rope
 from jax_ccm.nn.linear import Linear
@@ -214,3 +216,17 @@ def test_mixed_precision_is_float32_within_its_rounding():
         ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
         assert np.linalg.norm(ours - theirs) <= 2**-5 * np.linalg.norm(theirs) + 1e-6
     assert steps.parallel_forward(mixed, made, method=method).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_token_is_made_by_weights_of_the_type_of_activations(tied):
+    """On a CPU a matrix of bfloat16 by one vector takes ten times as long as one of float32."""
+    config = dataclasses.replace(cases.CONFIG, tie_embeddings=tied)
+    mixed = Transformer(jax.random.key(0), config, AdapterConfig(rank=4, tokens=2), "mixed")
+    apart = mixed.apart()
+    assert str(apart.precision) == "float32"
+    assert {str(x.dtype) for x in jax.tree.leaves([apart.layers, apart.head[0]])} == {"float32"}
+    cache = init_cache(mixed, build("full"), 1, memory_capacity=1, raw_capacity=4)
+    assert pays_apart(mixed, cache)
+    run = lambda model: steps.read(model, cache, rows.chunk([[3, 5, 4]], 3, config.vocab_size), method=build("full"))
+    np.testing.assert_allclose(run(apart)[1], run(mixed)[1], atol=2**-5)
