@@ -231,6 +231,7 @@ from jax_ccm.config import cli
 from jax_ccm.sessions import conversations
 from tests.test_chat import experiment
 sys.stdout.reconfigure(encoding="ascii")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
 generate, calls = conversations.generate, []
 def interrupted(*args, **options):
     calls.append(options)
@@ -272,11 +273,12 @@ def test_the_record_grows_and_the_exit_code_tells(tmp_path, monkeypatch):
     assert "turn is empty" in json.loads(file.read_text())[1]["refused"]
     assert talk("a") == 0 and len(json.loads(file.read_text())) == 1
     # With nobody at the keyboard an interrupt ends the command; what was said before is on disk.
-    exchange = chat._exchange
+    exchange, before = chat._exchange, signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = lambda *given, **options: exchange(*given, **options) if given[1]["you"] != "b" else signal.raise_signal(2)
     monkeypatch.setattr(chat, "_exchange", stop)
     with pytest.raises(KeyboardInterrupt):
         talk("a", "b")
+    signal.signal(signal.SIGINT, before)
     assert [entry["you"] for entry in json.loads(file.read_text())] == ["a"]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workdir .*file: .*; give a folder"):

@@ -215,10 +215,11 @@ def _pairs(meta: dict[str, Any], vocab: dict[str, int], path: Path) -> list[tupl
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
             raise _incomplete(path, f"merge {number} is {merge!r}, and not two pieces with a space between them")
+        pairs.append((left, right))
+    for number, (left, right) in enumerate(pairs):
         strange = [piece for piece in (left, right, left + right) if piece not in vocab]
         if strange:
-            raise _incomplete(path, f"merge {number}, {merge!r}, needs {strange[0]!r}, which is no token")
-        pairs.append((left, right))
+            raise _incomplete(path, f"merge {number}, '{left} {right}', needs {strange[0]!r}, which is no token")
     return pairs
 
 

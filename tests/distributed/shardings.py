@@ -24,6 +24,7 @@ from jax_ccm import methods
 from jax_ccm.config.loading import scratch_model
 from jax_ccm.config.schema import from_mapping
 from jax_ccm.distributed import sharding
+from jax_ccm.memory.cache import init_cache
 from jax_ccm.nn import AdapterConfig, abstract_transformer
 from jax_ccm.nn.config import PROJECTIONS
 from jax_ccm.planning import hlo, programs
@@ -60,7 +61,7 @@ def parameters(name: str) -> str:
     model = abstract_transformer(shape, AdapterConfig(tokens=8, targets=tuple(PROJECTIONS)), "bfloat16")
     lines = [f"{name} on data 2 x fsdp 4 x tensor 4: what cuts each dimension"]
     lines += _lines(model, sharding.parameter_shardings(mesh, model, shape))
-    cache = jax.eval_shape(lambda: programs.memory.init_cache(
+    cache = jax.eval_shape(lambda: init_cache(
         shape, methods.build("ccm_concat", comp_tokens=8), 8, memory_capacity=128, raw_capacity=32, dtype="bfloat16"
     ))  # fmt: skip
     lines += ["", "cache of 8 sessions", *_lines(cache, sharding.cache_shardings(mesh, cache))]
