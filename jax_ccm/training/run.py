@@ -56,7 +56,7 @@ class Run:
           RunError: if there are checkpoints, and none of them can be read.
         """
         require_parallel(build_method(config))
-        self.workdir = paths.of(workdir)
+        self.config, self.workdir = config, paths.of(workdir)
         self.progress = Progress()
         self._accepted: list[dict[str, Any]] = []
         self._stop = StopRequest(config.train.grace, self._last_good)
@@ -75,7 +75,7 @@ class Run:
                 before = to_mapping(from_mapping(stored["config"]))
                 if config.model.precision == "auto":  # what it became holds for the whole run
                     model = dataclasses.replace(config.model, precision=before["model"]["precision"])
-                    config = dataclasses.replace(config, model=model)
+                    self.config = config = dataclasses.replace(config, model=model)
                 self._announce_changes(require_same(before, to_mapping(config), self.workdir))
             self.experiment = load_experiment(config)
             self.config = self.experiment.config
