@@ -75,7 +75,7 @@ class Choice:
       platform: as JAX names it.
       flags: the processor has one of these, by the names of Linux; () for any processor.
       name: the policy, of `NAMED`.
-      reason: what was measured.
+      reason: why, for people.
     """
 
     platform: str
@@ -92,7 +92,7 @@ TABLE = (
         "cpu",
         ("amx_bf16", "avx512_bf16"),
         "mixed",
-        "the processor multiplies bfloat16; with float32 results jax of every supported version is fastest so",
+        "the processor has instructions for products of bfloat16 that are summed in float32",
     ),
     Choice("cpu", (), "float32", "the processor has no instructions for bfloat16"),
 )
