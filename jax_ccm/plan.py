@@ -27,6 +27,7 @@ from jax_ccm.planning.models import model_shape
 from jax_ccm.planning.report import say
 from jax_ccm.planning.settings import Kernels, Options, Overview
 from jax_ccm.planning.training import micro_batches
+from jax_ccm.records import paths
 
 COMMAND = "jax_ccm.plan"
 
@@ -66,10 +67,7 @@ def plan(config: Config, options: Options, *, command: str = "") -> dict[str, An
     if min((*options.chunks, options.chunk_tokens, *options.raw), default=0) < 1:
         raise UserError("--chunks, --chunk_tokens and --raw must be at least 1")
     if options.workdir is not None:
-        try:
-            options.workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--workdir {options.workdir} cannot be used: {e}") from e
+        paths.usable(options.workdir)
     chip = chips.find(options.topology)
     config = with_precision(config, "tpu" if chip.accelerator else "gpu")
     devices = chips.devices(options.topology)

@@ -19,6 +19,7 @@ from jax_ccm.config.schema import Config, save_config
 from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
+from jax_ccm.records import paths
 from jax_ccm.records.paths import Folder
 
 COMMAND = "jax_ccm.verify"
@@ -132,10 +133,7 @@ def _check(config: Config, options: Options) -> None:
 
 
 def _write(config: Config, workdir: Path, result: dict[str, Any]) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--workdir {workdir} cannot be used: {e}") from e
+    paths.usable(workdir)
     save_config(config, workdir / "config.yaml")
     lines = [json.dumps(row) for row in result["steps"]]
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

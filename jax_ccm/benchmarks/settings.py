@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from jax_ccm.errors import UserError
+from jax_ccm.records import paths
 from jax_ccm.records.parsing import parse_json
 from jax_ccm.records.paths import Folder
 
@@ -66,10 +67,7 @@ def check(options: Options) -> dict[str, Any] | None:
         raise UserError(f"--turns is {list(options.turns)}; give different numbers from 1, in order, such as 1 10 100")
     if options.memory_gib < 0:
         raise UserError(f"--memory_gib is {options.memory_gib}; it must be at least 0")
-    try:
-        options.workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--workdir {options.workdir} cannot be used: {e}") from e
+    paths.usable(options.workdir)
     if options.reference is None:
         return None
     try:

@@ -34,8 +34,7 @@ def single_steps(
 ) -> dict[str, Any]:
     """The machine's rates, and single steps of the config's method measured against them."""
     shape, devices = model.config, mesh.size
-    dtype = model.embed_tokens.embedding[...].dtype
-    product, product_flops = turns.matrix_product(dtype)
+    product, product_flops = turns.matrix_product(model.precision)
     read, read_bytes = turns.reading()
     # With the capacity of the config, if its memory grows.
     own = rivals.of(ways, method)
@@ -130,7 +129,7 @@ def _read_bytes(model: Transformer) -> int:
     """Bytes of the weights that one decoded token must read: all of the layers, and the head."""
     shape = model.config
     head = shape.vocab_size * shape.hidden_size
-    itemsize = model.embed_tokens.embedding[...].dtype.itemsize
+    itemsize = jnp.dtype(model.precision.params).itemsize
     return (turns.linear_parameters(shape) + head) * itemsize
 
 

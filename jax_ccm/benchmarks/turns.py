@@ -25,6 +25,7 @@ from jax_ccm.memory.closing import close_due, policy, prefill
 from jax_ccm.memory.generation import pays_apart
 from jax_ccm.nn.config import ModelConfig
 from jax_ccm.nn.transformer import Transformer
+from jax_ccm.numerics import Precision, einsum
 from jax_ccm.rules.types import Chunk, Kind, MemoryCache, Method, Slots
 from jax_ccm.rules.visibility import visible
 
@@ -163,11 +164,12 @@ def summary(samples: Sequence[Sample], clock: Clock) -> dict[str, float]:
 # The machine.
 
 
-def matrix_product(dtype: Any) -> tuple[Callable[[], Any], float]:
+def matrix_product(precision: Precision) -> tuple[Callable[[], Any], float]:
     """Square matrix products, one after the other, and their FLOPs: long enough to last as long as what is compared."""
     size, times = (1024, 8) if jax.default_backend() == "cpu" else (8192, 8)
-    a = jnp.full((size, size), 1 / size, dtype)
-    call = jax.jit(lambda a: functools.reduce(jnp.matmul, [a] * (times + 1)))
+    a = jnp.full((size, size), 1 / size, precision.params)
+    product = functools.partial(einsum, "ij,jk->ik", compute=precision.compute, output=precision.output)
+    call = jax.jit(lambda a: functools.reduce(product, [a] * times, a.astype(precision.output)))
     return lambda: call(a), times * 2.0 * size**3
 
 

@@ -22,6 +22,7 @@ from jax_ccm.config.schema import Config, check, from_mapping
 from jax_ccm.config.yaml import read_yaml
 from jax_ccm.distributed import processes
 from jax_ccm.errors import RunError, UserError
+from jax_ccm.numerics.precision import processor_flags
 from jax_ccm.records import paths
 
 T = TypeVar("T")
@@ -94,12 +95,7 @@ def keep_programs() -> None:
 
 def _processor() -> str:
     """Names the kind of processor: its architecture, and a digest of what it is able to do."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        # "flags" on x86, "Features" on ARM.
-        able = next(line for line in lines if line.lower().startswith(("flags", "features")))
-    except (OSError, StopIteration):
-        able = platform.processor()
+    able = " ".join(sorted(processor_flags())) or platform.processor()
     return f"{platform.machine()}-{hashlib.sha256(able.encode()).hexdigest()[:12]}"
 
 
@@ -113,7 +109,11 @@ def find_home() -> None:
         Path.home()
     except RuntimeError:
         folder = Path(tempfile.gettempdir(), f"home-{os.getuid()}")
-        folder.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
+            # Somebody else put it there, and could put programs into it.
+            folder = Path(tempfile.mkdtemp(prefix="home-"))
         os.environ["HOME"] = str(folder)
         print(
             f"note: HOME is not set and user {os.getuid()} has no name; {folder} serves as the home folder",

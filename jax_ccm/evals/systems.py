@@ -48,7 +48,6 @@ def make_system(
       source: where the base comes from.
       accept_quantised_base: it may have been trained on a base that differs by quantisation.
     """
-
     identity = f"{base['name']}|{base['fingerprint']}|{model.precision}|{jax.default_backend()}"
     if name == "none":
         return System(name, model, base_only(build("none")), f"{base['name']}, no context", identity)
@@ -59,13 +58,12 @@ def make_system(
         return System(name, model, build("full"), text, f"{identity}|{fingerprint(model)}")
     if name == "full_lora":
         assert full_adapter is not None
-        accept = accept_quantised_base
         model = load_adapter(
             full_adapter,
             bare_model(model),
             method=build("full"),
             base=source,
-            accept_quantised_base=accept,
+            accept_quantised_base=accept_quantised_base,
         )
         text = f"{base['name']}, full context through the LoRA of {full_adapter}"
         return System(name, model, build("full"), text, f"{identity}|{fingerprint(model)}")

@@ -21,7 +21,7 @@ from jax_ccm.rules.types import Kind, MemoryCache
 
 # Chunks are padded to whole multiples, so that turns of any length share few compilations.
 MULTIPLE = 32
-# Tokens that are made at a time: an interrupt waits for so many.
+# Most tokens that are made at a time: an interrupt waits for so many.
 AT_A_TIME = 8
 
 
@@ -186,8 +186,9 @@ class Conversation:
         """int32 tokens of the answer, and the cache that has read the question and them."""
         cache = self._read(cache, np.concatenate([question, self.pieces.answer]), query=True)
         key, made = jax.random.fold_in(self.key, self.turns), np.zeros(0, np.int32)
+        # All pieces of one size: each size is a program of its own.
+        count = max(size for size in range(1, AT_A_TIME + 1) if self.max_tokens % size == 0)
         while len(made) < self.max_tokens:
-            count = min(AT_A_TIME, self.max_tokens - len(made))
             cache, tokens, lengths = generate(
                 self.decoder,
                 cache,

@@ -61,11 +61,7 @@ class Run:
         self._accepted: list[dict[str, Any]] = []
         self._stop = StopRequest(config.train.grace, self._last_good)
         self._warned = False
-        folder = self.workdir / "checkpoints"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--workdir {workdir} cannot be used: {e}") from e
+        folder = paths.usable(self.workdir / "checkpoints")
         processes.require_shared(folder)
         with contextlib.ExitStack() as stack:
             self.checkpoints = stack.enter_context(Checkpoints(folder, config.train.keep))

@@ -230,7 +230,7 @@ def tensor_types() -> tuple[Any, ...]:
 
     readable = []
     for kind, (_, size) in gguf.GGML_QUANT_SIZES.items():
-        with contextlib.suppress(NotImplementedError):
+        with contextlib.suppress(NotImplementedError):  # so gguf says that it cannot read a type
             gguf.dequantize(np.zeros((1, size), np.uint8), kind)
             readable.append(kind)
     return tuple(readable)

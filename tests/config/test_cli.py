@@ -90,6 +90,18 @@ def test_a_user_without_name_and_home(tmp_path, monkeypatch, capfd):
     assert Path.home().is_dir() and Path.home().parent == tmp_path
 
 
+def test_a_home_that_somebody_else_made_is_not_taken(tmp_path, monkeypatch, capfd):
+    """Compiled programs are loaded from there."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"home-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    code, _ = ends(lambda: 0, capfd)
+    assert code == 0 and Path.home().parent == tmp_path
+    assert not Path.home().is_symlink() and Path.home().resolve() != tmp_path / "theirs"
+
+
 def test_a_home_that_cannot_be_written(tmp_path, monkeypatch, capfd):
     """Also where the folder is there already: root may write anywhere, so the write itself fails here."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

@@ -211,6 +211,7 @@ def test_mixed_precision_is_float32_within_its_rounding():
 
     (value, grads), (expected, exact_grads) = (jax.value_and_grad(loss, allow_int=True)(m) for m in (mixed, exact))
     # Each operand is rounded to 8 bits: a relative 2^-9 of each, in a sum of many.
+    assert value != expected, "something is rounded"
     np.testing.assert_allclose(value, expected, rtol=2**-8)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(exact_grads), strict=True):
         ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
@@ -220,7 +221,7 @@ def test_mixed_precision_is_float32_within_its_rounding():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_one_token_is_made_by_weights_of_the_type_of_activations(tied):
-    """On a CPU a matrix of bfloat16 by one vector takes ten times as long as one of float32."""
+    """A matrix of another type is turned into that of the vector each time; a decoder of one token turns it once."""
     config = dataclasses.replace(cases.CONFIG, tie_embeddings=tied)
     mixed = Transformer(jax.random.key(0), config, AdapterConfig(rank=4, tokens=2), "mixed")
     apart = mixed.apart()

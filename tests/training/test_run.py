@@ -29,6 +29,7 @@ from jax_ccm.data.batches import prepare
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.memory.losses import mean_loss
 from jax_ccm.memory.steps import parallel_forward
+from jax_ccm.numerics import precision
 from jax_ccm.training import step as training_step
 from jax_ccm.training.checkpoints import Checkpoints
 from jax_ccm.training.metrics import Metrics, clock, cut
@@ -187,6 +188,14 @@ def test_a_finished_run_has_nothing_to_do_and_can_be_made_longer(stopped, tmp_pa
     assert "done already" in capsys.readouterr().out
     with pytest.raises(UserError, match="at step 8, beyond train.steps = 4"):
         Run(tiny(train={"steps": 4}), workdir)
+
+
+def test_a_resumed_run_keeps_the_precision_that_auto_became(whole, monkeypatch, capsys):
+    """Whatever this machine would take by itself."""
+    monkeypatch.setattr(precision, "processor_flags", lambda: frozenset(["avx512_bf16"]))
+    run = Run(tiny(model={"precision": "auto"}), whole[0])
+    assert run.config.model.precision == run.experiment.config.model.precision == "float32"
+    assert "model.precision was" not in capsys.readouterr().out
 
 
 def test_checkpoint_of_another_config_is_refused(whole):
