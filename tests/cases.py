@@ -82,11 +82,18 @@ EACH = (
 
 
 def model(
-    tokens: int = 0, seed: int = 0, config: ModelConfig = CONFIG, rank: int = 4, targets=ATTENTION, **changes
+    tokens: int = 0,
+    seed: int = 0,
+    config: ModelConfig = CONFIG,
+    rank: int = 4,
+    targets=ATTENTION,
+    precision: str = "float32",
+    **changes,
 ) -> Transformer:
     """A random model whose LoRA B is not zero: a zero B hides every mistake of the gate."""
     config = dataclasses.replace(config, **changes)
-    made = Transformer(jax.random.key(seed), config, AdapterConfig(rank=rank, tokens=tokens, targets=targets))
+    adapter = AdapterConfig(rank=rank, tokens=tokens, targets=targets)
+    made = Transformer(jax.random.key(seed), config, adapter, precision)
     graphdef, adapter, base = nnx.split(made, nnx.LoRAParam, ...)
     leaves, tree = jax.tree.flatten(adapter)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))

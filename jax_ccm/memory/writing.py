@@ -198,7 +198,7 @@ def pooled(cache: MemoryCache, method: Method, closing):
     def mean(x):
         parts = jnp.take_along_axis(x, order[None, :, :, None, None], axis=2).astype(jnp.float32)
         parts = parts.reshape(*x.shape[:2], width, size, *x.shape[3:])
-        return jnp.einsum("bwc,lbwckh->lbwkh", share, parts)
+        return jnp.einsum("bwc,lbwckh->lbwkh", share, parts, precision=jax.lax.Precision.HIGHEST)
 
     pick = lambda x: jnp.max(
         jnp.where(used, jnp.take_along_axis(x, order, axis=1).reshape(used.shape), 0), axis=2, initial=0

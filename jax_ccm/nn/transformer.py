@@ -410,7 +410,9 @@ def pack(memory: Packed, x):
         return jnp.sum(parts.reshape(*memory.slots.kind.shape, -1, *x.shape[2:]), axis=2).astype(x.dtype)
     if memory.mix is None:
         return source
-    mixed = jnp.einsum("bmp,bpkh->bmkh", memory.mix, source.astype(jnp.float32))
+    # In full: a TPU would round weights such as 1/3 to bfloat16, which the recurrence does not.
+    full = jax.lax.Precision.HIGHEST
+    mixed = jnp.einsum("bmp,bpkh->bmkh", memory.mix, source.astype(jnp.float32), precision=full)
     return mixed.astype(x.dtype)
 
 

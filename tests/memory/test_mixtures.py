@@ -14,9 +14,11 @@ from jax.sharding import PartitionSpec as P
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
-from jax_ccm.memory import steps
+from jax_ccm.memory import steps, writing
 from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.methods import build
+from jax_ccm.nn.transformer import pack
+from jax_ccm.rules import rows
 from jax_ccm.rules.types import Chunk
 from tests import cases
 
@@ -34,10 +36,6 @@ def rms(x):
     return np.sqrt(np.mean(np.square(x)))
 
 
-def typed(model, dtype):
-    return jax.tree.map(lambda x: x.astype(dtype), model)
-
-
 @pytest.fixture(scope="module")
 def chunks():
     """Chunks of three tokens; the subject changes halfway."""
@@ -53,7 +51,7 @@ def test_two_thousand_chunks(chunks):
     two roundings of float32 to the mixture, of numbers up to the largest that is written; after all steps that is less
     than twice as many.
     """
-    model = typed(cases.model(tokens=2, **SMALL), jnp.bfloat16)
+    model = cases.model(tokens=2, **SMALL, precision="bfloat16")
     concat = build("ccm_concat", **OPTIONS)
     make = lambda method: init_cache(
         model, method, 1, memory_capacity=2, raw_capacity=3, overflow="evict" if method is concat else "error"
@@ -82,7 +80,8 @@ def test_two_thousand_chunks(chunks):
 
 
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in cases.METHODS])
-def test_parallel_is_recurrent_in_bfloat16(name):
+@pytest.mark.parametrize("precision", ["bfloat16", "mixed"])
+def test_parallel_is_recurrent_in_bfloat16(name, precision):
     """Both roads round the same numbers at the same places.
 
     Only sums, which are float32, are added up in another order, which changes their last bits. That decides a few
@@ -90,7 +89,8 @@ def test_parallel_is_recurrent_in_bfloat16(name):
     """
     method = cases.METHODS[name]
     sessions = cases.sessions_for(method)
-    model = typed(cases.model(tokens=3), jnp.bfloat16)
+    model = cases.model(tokens=3, precision=precision)
+    assert model.dtype == (jnp.bfloat16 if precision == "bfloat16" else jnp.float32)
     parallel, recurrent = (
         np.concatenate(road(model, method, sessions)) for road in (parity.parallel_logits, parity.recurrent_logits)
     )
@@ -99,7 +99,7 @@ def test_parallel_is_recurrent_in_bfloat16(name):
 
 def test_other_methods_keep_no_mixture():
     """It is counted in the bytes of a session, and nobody else pays for it."""
-    model = typed(cases.model(tokens=2), jnp.bfloat16)
+    model = cases.model(tokens=2, precision="bfloat16")
     for method in (cases.METHODS | cases.RECURRENT).values():
         cache = jax.eval_shape(lambda method=method: init_cache(model, method, 2, memory_capacity=8, raw_capacity=24))
         if method.mix is None:
@@ -126,3 +126,17 @@ def test_a_cache_of_another_method():
     for method in (made("ccm_merge", 3), made("ccm_concat", 2)):
         with pytest.raises(UserError, match="this cache has 2 that are mixed: it was made for another method"):
             jax.eval_shape(lambda method=method: steps.compress(model, cache, method=method))
+
+
+def test_mixtures_are_products_in_full():
+    """A TPU rounds the operands of float32 products to bfloat16 unless it is told otherwise: 1/3 is then no third."""
+    merge = build("ccm_merge", comp_tokens=1)
+    sizes = rows.Sizes(48, 4, 40)
+    memory = rows.batch(merge, cases.sessions()[:1], sizes, cases.VOCAB).memory
+    parallel = jax.make_jaxpr(lambda x: pack(memory, x))(jnp.zeros((1, sizes.tokens, 1, 4)))
+    compressive = cases.METHODS["compressive"]
+    cache = jax.eval_shape(lambda: init_cache(cases.model(), compressive, 1, memory_capacity=16, raw_capacity=16))
+    pooling = jax.make_jaxpr(lambda cache: writing.pooled(cache, compressive, jnp.ones(1, bool)))(cache)
+    for program in (parallel, pooling):
+        found = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+        assert found and all("HIGHEST" in str(eqn.params["precision"]) for eqn in found)
