@@ -64,7 +64,7 @@ class Experiment:
         """
         from jax_ccm.weights.endings import end_tokens
 
-        source = self.config.model.source or self.config.model.tokenizer
+        source = base_source(self.config) or self.config.model.tokenizer
         found = set(end_tokens(source, self.model_config.vocab_size)) if source else set()
         own = None if self.tokenizer is None else self.tokenizer.eos_token_id
         return tuple(sorted(found | ({own} if own is not None else set())))

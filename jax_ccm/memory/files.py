@@ -18,6 +18,7 @@ from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.nn import ModelConfig, Transformer
+from jax_ccm.records.parsing import parse_json
 from jax_ccm.rules.describe import describe_method, label
 from jax_ccm.rules.types import Kind, MemoryCache, Method, Slots
 
@@ -86,7 +87,7 @@ def load(
 
     try:
         with safe_open(str(path), framework="numpy") as file:
-            meta = json.loads((file.metadata() or {}).get("jax_ccm", "{}"))
+            meta = parse_json((file.metadata() or {}).get("jax_ccm", "{}"), f"{path}: its metadata 'jax_ccm'")
         arrays = load_file(str(path))
     except (OSError, SafetensorError, ValueError) as e:
         raise UserError(f"{path} cannot be read as a memory file: {e}") from e

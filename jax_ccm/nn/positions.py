@@ -7,11 +7,11 @@ import warnings
 from jax_ccm.nn.config import ModelConfig
 from jax_ccm.rules.types import Method
 
-_told: set[int] = set()
+_told: set[ModelConfig] = set()
 
 
 def warn_beyond(config: ModelConfig, method: Method, *, tokens: int, places: int = 0) -> None:
-    """Warns, once for a model, of positions that it was not trained for (`ModelConfig.max_position`).
+    """Warns, once for a model, of positions that it was not trained for (`ModelConfig.positions`).
 
     Args:
       config: the base model.
@@ -19,12 +19,12 @@ def warn_beyond(config: ModelConfig, method: Method, *, tokens: int, places: int
       tokens: text tokens of the longest session.
       places: of a session in the cache, memory and raw text together.
     """
-    most = config.max_position
+    most = config.positions
     in_cache = method.rope == "cache"
     reach = places if in_cache else tokens
-    if reach <= most or most in _told:
+    if reach <= most or config in _told:
         return
-    _told.add(most)
+    _told.add(config)
     if in_cache:
         what = f"a cache of {places:,} places"
         advice = "make cache.memory_capacity + cache.raw_capacity smaller, or take a base of longer context"

@@ -31,6 +31,7 @@ from jax_ccm.methods import build
 from jax_ccm.nn import ModelConfig, rope
 from jax_ccm.nn.transformer import Attention, pack
 from jax_ccm.planning import gpus, programs
+from jax_ccm.records.parsing import read_json
 from jax_ccm.rules.types import Packed, Rule, Slots
 
 # The smallest topology of each generation.
@@ -265,7 +266,7 @@ def _recorded(path: Path) -> list[dict[str, Any]]:
     """What stands in a file, if the same jax wrote it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"jax": None, "compiled": []}
+        before = read_json(path) if path.exists() else {"jax": None, "compiled": []}
         markdown(before)
         return before["compiled"] if before["jax"] == jax.__version__ else []
     except OSError as e:

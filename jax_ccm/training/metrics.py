@@ -15,6 +15,7 @@ from typing import Any
 
 from jax_ccm.distributed import processes
 from jax_ccm.records import paths
+from jax_ccm.records.parsing import read_json
 
 # Names the run of Weights & Biases.
 WANDB = "wandb.json"
@@ -254,7 +255,7 @@ def _open_wandb(project: str, folder: Path, name: str, config: dict[str, Any] | 
             "empty"
         ) from None
     path = folder / WANDB
-    known = json.loads(path.read_text(encoding="utf-8")) if start and path.exists() else {}
+    known = read_json(path) if start and path.exists() else {}
     if known.get("project") != project:
         known = {"project": project, "id": uuid.uuid4().hex[:8]}
         path.write_text(json.dumps(known) + "\n", encoding="utf-8")

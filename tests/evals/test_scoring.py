@@ -12,7 +12,7 @@ import pytest
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity, scoring
 from jax_ccm.methods import build
-from jax_ccm.nn import positions
+from jax_ccm.nn import RopeScaling, positions
 from tests import cases
 from tests.evals.support import SMALL, bigram, random_sessions, session
 from tests.test_imports import imported
@@ -131,6 +131,12 @@ def test_sessions_beyond_the_trained_positions_are_warned_of_once(monkeypatch):
     with pytest.warns(UserWarning, match="a session of 9 tokens goes beyond the 7 positions .* method.streaming"):
         scoring.score(model, build("full"), [short, long])
     scoring.score(model, build("full"), [long])
+    # Another model with as many positions is another matter; and RoPE that was made for a length serves that length.
+    other = dataclasses.replace(model.config, norm_eps=1e-6)
+    with pytest.warns(UserWarning, match="a session of 8 tokens goes beyond the 7 positions"):
+        positions.warn_beyond(other, build("full"), tokens=8)
+    scaling = RopeScaling("dynamic", 2.0, original_max_position=7, length=14)
+    positions.warn_beyond(dataclasses.replace(other, rope_scaling=scaling), build("full"), tokens=14)
 
 
 def test_trimmed_drops_only_what_cannot_matter():

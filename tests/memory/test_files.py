@@ -126,3 +126,9 @@ def test_invalid_sessions_are_not_written(state, tmp_path):
         with pytest.raises(UserError, match=r"sessions \[0, 1\]"):
             files.save(dataclasses.replace(state, **changes), tmp_path / "never", **NAMES)
     assert not list(tmp_path.iterdir())
+
+
+def test_metadata_that_is_nested_too_deep(path):
+    save_file(load_file(path), path, {"jax_ccm": "[" * 100_000})
+    with pytest.raises(UserError, match="nested too deep"):
+        files.load(path, MODEL, **NAMES)

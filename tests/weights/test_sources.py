@@ -1,6 +1,7 @@
 """Models and adapters of the hub, from a cache laid out as the hub's: refs, snapshots, blobs; no network."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,15 @@ def hub(tmp_path, monkeypatch):
             (folder / "refs").mkdir(exist_ok=True)
             (folder / "refs" / ref).write_text(commit)
 
+    def ending(name, *ids):
+        path = tmp_path / name / "generation_config.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"eos_token_id": ids}))
+        return path
+
     model = lambda name: [GOLDEN / "hf" / name / file for file in ("config.json", "model.safetensors")]
-    add("org/model", OLD, model("llama_gqa"), "v1.0")
-    add("org/model", NEW, model("qwen2"), "main")
+    add("org/model", OLD, [*model("llama_gqa"), ending("old", 3, 5)], "v1.0")
+    add("org/model", NEW, [*model("qwen2"), ending("new", 7)], "main")
     add("org/adapter", OLD, [*(GOLDEN / "formats" / "adapter_four_samples").iterdir()], "main", "v1.0")
     add("org/lora", NEW, [*(GOLDEN / "peft" / "mlp").iterdir()], "main")
 
@@ -87,6 +94,7 @@ def test_a_config_pins_its_base_and_its_adapter(hub):
     configs.check(config)
     experiment = load_experiment(config)
     assert experiment.model_config.family == "llama" and experiment.base_name == "org/model@v1.0"
+    assert experiment.ends == (3, 5), "of the same revision"
     found = of_files(config, experiment.source)
     assert set(found["adapter.load"]) == {"adapter.json", "adapter.safetensors"}
     for source in ("", "org/model@v1.0"):
