@@ -41,7 +41,11 @@ from jax_ccm.training.step import (
 
 
 class Run:
-    """A training run: `Run(config, workdir).train()`."""
+    """A training run: `Run(config, workdir).train()`.
+
+    It holds its folder from the start until `train` has ended. One that is not trained gives it back by `close`, or at
+    the end of ``with Run(config, workdir) as run:``.
+    """
 
     def __init__(self, config: Config, workdir: str | Path, *, accept_changes: bool = False):
         """Loads the model and the data, and the newest checkpoint if there is one.
@@ -78,6 +82,16 @@ class Run:
             with sharding.use(self.experiment.mesh):
                 self._prepare(stored, accept_changes)
             stack.pop_all()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the folder back to other runs. To close twice, or after `train`, does no harm."""
+        self.checkpoints.close()
 
     def _prepare(self, stored: dict[str, Any] | None, accept_changes: bool) -> None:
         """Opens the data, and places what is trained: fresh, or from the newest checkpoint."""

@@ -124,8 +124,7 @@ def test_compiled_once(whole):
 
 def test_a_step_stays_on_the_device(tmp_path):
     """No callback, no transfer while it runs; the state is given away, the frozen weights are not copied."""
-    run = Run(tiny(train={"trainable": "adapter"}), tmp_path)
-    with run.checkpoints:
+    with Run(tiny(train={"trainable": "adapter"}), tmp_path) as run:
         batch = next(_grouped(run.batches, 2))
         key = jax.random.key(0)
         on_host = (run.state, run.frozen, batch, key)
@@ -193,9 +192,17 @@ def test_a_finished_run_has_nothing_to_do_and_can_be_made_longer(stopped, tmp_pa
 def test_a_resumed_run_keeps_the_precision_that_auto_became(whole, monkeypatch, capsys):
     """Whatever this machine would take by itself."""
     monkeypatch.setattr(precision, "processor_flags", lambda: frozenset(["avx512_bf16"]))
-    run = Run(tiny(model={"precision": "auto"}), whole[0])
-    assert run.config.model.precision == run.experiment.config.model.precision == "float32"
+    with Run(tiny(model={"precision": "auto"}), whole[0]) as run:
+        assert run.config.model.precision == run.experiment.config.model.precision == "float32"
     assert "model.precision was" not in capsys.readouterr().out
+
+
+def test_a_run_holds_its_folder_until_it_is_closed(whole):
+    with Run(tiny(), whole[0]) as run:
+        with pytest.raises(UserError, match="is in use by another run"):
+            Run(tiny(), whole[0])
+    run.close()
+    Run(tiny(), whole[0]).close()
 
 
 def test_checkpoint_of_another_config_is_refused(whole):
