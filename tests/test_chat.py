@@ -37,9 +37,13 @@ def experiment(name="ccm_concat", unit=None, data=None, **method):
     made = Tokenizer(models.BPE(vocab={c: i + 2 for i, c in enumerate(alphabet)} | {"<s>": 0, "</s>": 1}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'][0] + ':\n' + m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:\n' }}{% endif %}"
+    )
     config = from_mapping({
         "method": {"name": name, **method}, "data": {"unit_of_memory": unit, **(data or {})},
-        "cache": {"memory_capacity": 24, "raw_capacity": 64},
+        "cache": {"memory_capacity": 24, "raw_capacity": 96 if (data or {}).get("chat_template") else 64},
     })  # fmt: skip
     model = cases.model(tokens=2, vocab_size=len(tokenizer))
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
@@ -58,11 +62,13 @@ LAID_OUT = {
 }
 
 
+@pytest.mark.parametrize("messages", [False, True])
 @pytest.mark.parametrize("unit", ["turn", "exchange"])
 @pytest.mark.parametrize("name", LAID_OUT)
-def test_conversations_are_what_training_lays_out(name, unit):
+def test_conversations_are_what_training_lays_out(name, unit, messages):
     """Each answer is the one of the parallel forward over all turns so far, closed as the data are."""
-    made = experiment(name.split(",")[0], unit, {"max_turn_tokens": 64}, **LAID_OUT[name])
+    data = {"max_turn_tokens": 64, "chat_template": messages}
+    made = experiment(name.split(",")[0], unit, data, **LAID_OUT[name])
     session, turns, examples, answers = Conversation(made, max_tokens=5), [], [], []
     answer = session._answer
     session._answer = lambda *given: answers.append(answer(*given)) or answers[-1]

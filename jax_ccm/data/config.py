@@ -9,7 +9,12 @@ from jax_ccm.errors import UserError, unknown
 
 # Fields that only some formats read, with the value each takes when it is left at None.
 _TEXT_PIECES = {"bos": True, "eos": True, "max_turn_tokens": 128, "max_tokens": 400, "max_tokens_evaluation": 600}
-_TURNS = {**_TEXT_PIECES, "opening": "", "separator": "\nA:", "truncate": True, "unit_of_memory": "turn"}
+_TURNS = {
+    **_TEXT_PIECES, "opening": "", "separator": "\nA:", "truncate": True, "unit_of_memory": "turn",
+    "chat_template": False, "roles": ("user", "assistant"),
+}  # fmt: skip
+# What a chat template decides by itself.
+_OF_TEMPLATE = ("bos", "eos", "opening", "separator", "answer")
 FORMAT_OPTIONS: dict[str, dict[str, Any]] = {
     "dialogue": {**_TURNS, "clean": False, "min_turns": 3, "max_turns": None},
     "online": {**_TURNS, "answer": None},
@@ -33,7 +38,9 @@ class DataConfig:
     * ``path/to/file.jsonl`` (``*`` allowed), one record a line;
     * ``path/to/file.txt``, or a folder of ``.txt`` files, one text a file;
     * ``tfds:NAME[/CONFIG]:SPLIT?data_dir=DIR``, a prepared data set of tensorflow-datasets;
-    * ``generated:conversations?split=train&size=2000&seed=0``, ``generated:questions?…``, ``generated:recall?…``.
+    * ``generated:conversations?split=train&size=2000&seed=0``, ``generated:questions?…``, ``generated:recall?…``;
+      of a user who tells and asks and an assistant who answers, ``generated:chats?…&turns=6-24&age=4`` and
+      ``generated:chat_questions?…``, where ``age`` is how many exchanges ago the last answer was told.
 
     Fields that only some formats read are None unless set; one that the chosen format does not read is an error.
 
@@ -69,6 +76,11 @@ class DataConfig:
         conversations alike: every "turn" (or context) by itself (default), or an "exchange", a turn and the answer to
         it, counted back from the last; a first turn without a partner stands alone. ``max_chunks`` and time steps count
         these chunks.
+      chat_template: dialogue and online: turns are messages of a user and an assistant by turns, the last one the
+        assistant's, written as the tokenizer's chat template writes them, without the system message that some put in
+        by themselves. It decides how sessions begin and turns end, so ``bos``, ``eos``, ``opening``, ``separator`` and
+        ``answer`` must be left out. False writes lines of text (default).
+      roles: with ``chat_template``: whose turns the loss "every" scores (default both).
       truncate: evaluation at time step t takes every record with at least t chunks and truncates it (true, default);
         false takes those with exactly t.
       clean: dialogue: undo the spacing of tokenised corpora such as DailyDialog (default false).
@@ -108,6 +120,8 @@ class DataConfig:
     max_tokens: int | None = None
     max_tokens_evaluation: int | None = None
     unit_of_memory: Literal["turn", "exchange"] | None = None
+    chat_template: bool | None = None
+    roles: tuple[Literal["user", "assistant"], ...] | None = None
     truncate: bool | None = None
     clean: bool | None = None
     min_turns: int | None = None
@@ -122,10 +136,10 @@ class DataConfig:
     sampler: Literal["exact", "released"] | None = None
 
     def __post_init__(self):
-        for name in ("train", "validation", "test", "demonstrations"):
-            value = getattr(self, name)
+        for name in ("train", "validation", "test", "demonstrations", "roles"):
+            value, what = getattr(self, name), "roles" if name == "roles" else "sources"
             if isinstance(value, str):
-                raise UserError(f"data.{name} is the string {value!r}; give a list of sources, [{value!r}]")
+                raise UserError(f"data.{name} is the string {value!r}; give a list of {what}, [{value!r}]")
         if self.format not in FORMAT_OPTIONS:
             raise unknown("data.format", self.format, FORMAT_OPTIONS)
         if self.loss not in ("last", "every", "all"):
@@ -139,6 +153,7 @@ class DataConfig:
                     f"data.{name} is set, but format {self.format!r} does not read it (it reads "
                     f"{', '.join(sorted(read)) or 'no options of its own'}); remove it or change data.format"
                 )
+        self._check_template()
         for name in ("batch_size", "tokens", "scored"):
             self._at_least(name, 1)
         self._at_least("max_chunks", 0)
@@ -195,6 +210,19 @@ class DataConfig:
                 f"data.max_chunks={self.max_chunks} chunks of data.chunk={self.option('chunk')} tokens and a "
                 f"tail do not fit into data.tokens={self.tokens}; raise tokens or lower one of the others"
             )
+
+    def _check_template(self):
+        if self.chat_template:
+            for name in _OF_TEMPLATE:
+                if getattr(self, name) is not None:
+                    raise UserError(f"data.{name} is set, but data.chat_template decides it; remove one of the two")
+        elif self.roles is not None:
+            raise UserError("data.roles has no effect without data.chat_template: true; set that, or remove data.roles")
+        for role in self.roles or ("user",):
+            if role not in ("user", "assistant"):
+                raise unknown("data.roles", role, ("user", "assistant"))
+        if self.roles is not None and not self.roles:
+            raise UserError("data.roles is empty: nothing would be scored; leave it out for both")
 
     def _at_least(self, name: str, least: int):
         value = self.option(name)

@@ -30,7 +30,7 @@ MONTHS = {"January": 31, "February": 28, "March": 31, "April": 30, "May": 31, "J
 
 
 @functools.cache
-def _words(name: str) -> dict[str, Any]:
+def wordlist(name: str) -> dict[str, Any]:
     file = importlib.resources.files("jax_ccm.data") / "wordlists" / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -61,7 +61,7 @@ def entities(name: str, split: str) -> tuple[str, ...]:
         "code": ([f"{'ABCDEFGHKLMNPRSTVW'[n % 18]}{n}" for n in range(1000)], 100, 1000),
         "spot": ([f"{'ABCDEFGH'[n % 8]}{n}" for n in range(100)], 10, 100),
     }
-    words = _words("entities").get(name, ())
+    words = wordlist("entities").get(name, ())
     everything, first, end = ranges.get(name, (words, 0, len(words)))
     return tuple(everything[n] for n in range(first, end) if split_of(n) == split)
 
@@ -70,20 +70,20 @@ def _ordinal(day: int) -> str:
     return f"{day}{'th' if 10 < day < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(day % 10, 'th')}"
 
 
-def _second_person(text: str) -> str:
+def second_person(text: str) -> str:
     """A template about the speaker, said by the other."""
     swaps = {"i'm": "you're", "i am": "you are", "i was": "you were", "i": "you", "my": "your", "me": "you",
              "myself": "yourself"}  # fmt: skip
     return re.sub(r"\b(I'm|I am|I was|I|my|me|myself)\b", lambda match: swaps[match[0].lower()], text)
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
     text = text[0].upper() + text[1:]
     return text if text[-1] in ".!?" else text + "."
 
 
 @dataclasses.dataclass
-class _Fact:
+class Fact:
     """Something that a speaker told: who, what kind, the fillings, when, earlier values, whether it was asked for."""
 
     owner: int
@@ -97,15 +97,15 @@ class _Fact:
         return template.format(**self.slots | slots)
 
 
-class _Talk:
+class Talk:
     """One conversation in the making."""
 
     def __init__(self, split: str, rng: random.Random):
         self.split, self.rng = split, rng
         # Validation has entities of its own, for choosing settings, in the templates of training.
         self.templates = "test" if split == "test" else "train"
-        self.phrases = _words("talk")[self.templates]
-        self.facts: list[_Fact] = []
+        self.phrases = wordlist("talk")[self.templates]
+        self.facts: list[Fact] = []
         self.turns: list[str] = []
         self.used: set[tuple[str, str]] = set()
 
@@ -114,7 +114,7 @@ class _Talk:
         return options[int(self.rng.random() * len(options))]
 
     def template(self, kind: str, part: str) -> str:
-        return self.pick(_words("facts")[kind][self.templates][part])
+        return self.pick(wordlist("facts")[kind][self.templates][part])
 
     def value(self, name: str) -> str:
         """An entity of a kind; some are put together of two."""
@@ -134,12 +134,12 @@ class _Talk:
         taken = {fact.slots["v"] for fact in self.facts}
         return next(value for value in iter(lambda: self.value(name), "") if value not in taken)
 
-    def new_fact(self, speaker: int) -> _Fact:
+    def new_fact(self, speaker: int) -> Fact:
         known = {fact.kind for fact in self.facts if fact.owner == speaker}
-        kind = self.pick([kind for kind in _words("facts") if kind not in known])
-        entry = _words("facts")[kind]
+        kind = self.pick([kind for kind in wordlist("facts") if kind not in known])
+        entry = wordlist("facts")[kind]
         slots = {slot: self.value(name) for slot, name in entry["slots"].items()}
-        fact = _Fact(speaker, kind, slots | {"v": self.new_value(entry["value"])}, len(self.turns))
+        fact = Fact(speaker, kind, slots | {"v": self.new_value(entry["value"])}, len(self.turns))
         self.facts.append(fact)
         return fact
 
@@ -150,7 +150,7 @@ class _Talk:
         self.used.add((part, str(found)))
         return found
 
-    def unasked(self) -> _Fact:
+    def unasked(self) -> Fact:
         """A fact that nobody asked for yet; rather not what was told just now."""
         open = [fact for fact in self.facts if not fact.asked]
         return self.pick([fact for fact in open if fact.told < len(self.turns) - 1] or open)
@@ -167,14 +167,14 @@ class _Talk:
 
         def react(plain: bool = False) -> str:
             own = [
-                text for text in _words("facts")[fact.kind][self.templates]["react"] if not plain or "{v}" not in text
+                text for text in wordlist("facts")[fact.kind][self.templates]["react"] if not plain or "{v}" not in text
             ]
             return fact.fill(self.pick(own)) if self.rng.random() < 0.6 else self.phrase("react")
 
-        return _sentence(lead + text), react
+        return sentence(lead + text), react
 
     def change(self, speaker: int) -> tuple[str, Callable[..., str]] | None:
-        kinds = _words("facts")
+        kinds = wordlist("facts")
         own = [fact for fact in self.facts if fact.owner == speaker and kinds[fact.kind][self.templates]["change"]]
         if not own:
             return None
@@ -184,20 +184,20 @@ class _Talk:
         fact.slots["v"] = self.new_value(kinds[fact.kind]["value"])
         lead = self.phrase("change") if self.rng.random() < 0.7 else ""
         text = fact.fill(self.template(fact.kind, "change"), old=fact.past[-1])
-        return _sentence(lead + text), lambda plain=False: self.phrase("noted")
+        return sentence(lead + text), lambda plain=False: self.phrase("noted")
 
     def chat(self) -> tuple[str, Callable[..., str]]:
         said, reply = self.phrase("chat")
         return said, lambda plain=False: reply
 
-    def ask(self, speaker: int, fact: _Fact) -> tuple[str, Callable[..., str]]:
+    def ask(self, speaker: int, fact: Fact) -> tuple[str, Callable[..., str]]:
         own, fact.asked = fact.owner == speaker, True
         what = self.template(fact.kind, "wh")
         question = self.phrase("ask_own" if own else "ask_other")
-        what = fact.fill(what if own else _second_person(what))
+        what = fact.fill(what if own else second_person(what))
         bridge = self.phrase("bridge") if self.turns and self.rng.random() < 0.5 else ""
         clause = self.template(fact.kind, "say")
-        clause = _second_person(clause) if own else clause
+        clause = second_person(clause) if own else clause
         frame = self.phrase("answer_other" if own else "answer_own")
 
         def answer(plain: bool = False, value: str | None = None) -> str:
@@ -206,7 +206,21 @@ class _Talk:
 
         return bridge + question.format(w=what), answer
 
-    def hold(self, count: int) -> tuple[_Fact, Callable[..., str]]:
+    def choices(self, fact: Fact, answer: Callable[..., str]) -> list[str]:
+        """The answer about a fact with `CHOICES` values, in random order: superseded and other told ones first."""
+        name = wordlist("facts")[fact.kind]["value"]
+        heard = [other for other in self.facts if other is not fact and wordlist("facts")[other.kind]["value"] == name]
+        values = [fact.slots["v"], *fact.past[::-1], *(other.slots["v"] for other in heard)]
+        values = list(dict.fromkeys(values))[:CHOICES]
+        while len(values) < CHOICES:
+            value = self.value(name)
+            if value not in values:
+                values.append(value)
+        found = [answer(value=value) for value in values]
+        found.sort(key=lambda _: self.rng.random())
+        return found
+
+    def hold(self, count: int) -> tuple[Fact, Callable[..., str]]:
         """Writes ``count`` turns; gives the fact that the last one is about, and its answer for any value."""
         respond, asked = None, None
         for number in range(count - 1):
@@ -242,24 +256,24 @@ class _Talk:
         return self.state(speaker, lead)
 
 
-def parse_turns(text: str) -> tuple[int, ...]:
+def parse_turns(text: str, most: int = 30) -> tuple[int, ...]:
     """The lengths that conversations may have: ``"4-16"``, or ``"3,4,6"``.
 
     Raises:
-      UserError: for anything else, and for lengths outside 3..30.
+      UserError: for anything else, and for lengths outside 3..``most``.
     """
     match = re.fullmatch(r"(\d+)-(\d+)", text)
     if match:
         lengths = tuple(range(int(match[1]), int(match[2]) + 1))
     else:
         lengths = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
-    if not lengths or min(lengths) < 3 or max(lengths) > 30:
-        raise UserError(f"turns={text!r}: give a range 4-16 or a list 3,4,6 of whole numbers from 3 to 30")
+    if not lengths or min(lengths) < 3 or max(lengths) > most:
+        raise UserError(f"turns={text!r}: give a range 4-16 or a list 3,4,6 of whole numbers from 3 to {most}")
     return lengths
 
 
-def _make(split: str, seed: int, index: int, turns: Sequence[int]) -> tuple[_Talk, _Fact, Callable[..., str]]:
-    talk = _Talk(split, random.Random(f"conversations/{split}/{seed}/{index}"))
+def _make(split: str, seed: int, index: int, turns: Sequence[int]) -> tuple[Talk, Fact, Callable[..., str]]:
+    talk = Talk(split, random.Random(f"conversations/{split}/{seed}/{index}"))
     return talk, *talk.hold(talk.pick(turns))
 
 
@@ -282,15 +296,5 @@ def question(split: str, seed: int, index: int, turns: Sequence[int]) -> dict[st
     for `dialogue`.
     """
     talk, fact, answer = _make(split, seed, index, turns)
-    name = _words("facts")[fact.kind]["value"]
-    heard = [other for other in talk.facts if other is not fact and _words("facts")[other.kind]["value"] == name]
-    values = [fact.slots["v"], *fact.past[::-1], *(other.slots["v"] for other in heard)]
-    values = list(dict.fromkeys(values))[:CHOICES]
-    while len(values) < CHOICES:
-        value = talk.value(name)
-        if value not in values:
-            values.append(value)
-    choices = [answer(value=value) for value in values]
     *contexts, query, target = talk.turns
-    choices.sort(key=lambda _: talk.rng.random())
-    return {"contexts": contexts, "query": query, "target": target, "choices": choices}
+    return {"contexts": contexts, "query": query, "target": target, "choices": talk.choices(fact, answer)}

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jax_ccm.data.chat_template import ROLES
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.pieces import Pieces
 from jax_ccm.data.sources import Record, Source, blank
@@ -112,31 +113,48 @@ def filled(tokens: np.ndarray, scored: bool = False) -> Segment:
 
 
 def session(
-    pieces: Pieces, turns: Sequence[np.ndarray], *, every: bool, score_end: bool = True, unit: int = 1, id: str = ""
+    pieces: Pieces,
+    turns: Sequence[np.ndarray],
+    *,
+    every: bool,
+    score_end: bool = True,
+    unit: int = 1,
+    roles: Sequence[str] = ROLES,
+    id: str = "",
 ) -> Example:
     """A dialogue as an example: ``unit`` turns a chunk, up to the tail ``query answer target end``.
 
     Args:
       pieces: the fixed pieces.
-      turns: int32 tokens of the context turns, the query and the target.
-      every: score all turns but the first; if false only the target.
+      turns: int32 tokens of the context turns, the query and the target. User and assistant take turns; the target is
+        the assistant's.
+      every: score all turns of ``roles`` but the first; if false only the target.
       score_end: whether the end-of-sequence token is scored (in training, not in evaluation).
       unit: turns of a chunk, counted back from the query; what is left over in front is a smaller one.
+      roles: whose turns are scored; the target always is.
       id: names the record in messages.
     """
     *context, query, target = turns
+    role_of = lambda number: ROLES[(len(context) - number) % 2]
+    scored = lambda number: every and number > 0 and role_of(number) in roles
+
+    def written(numbers: Sequence[int]) -> Segment:
+        """Turns that become memory together, the first with its head and the last with its tail."""
+        first, last = role_of(numbers[0]), role_of(numbers[-1])
+        said = [filled(context[number], scored(number)) for number in numbers]
+        # Within an exchange as in the tail.
+        texts = [said[0], *(opened(pieces.answer, answer) for answer in said[1:])]
+        return glued(filled(pieces.heads[first]), *texts, filled(pieces.tails[last], scored(numbers[-1])))
+
     tail = glued(
-        filled(query, every and bool(context)),
+        filled(pieces.heads["user"]),
+        filled(query, scored(len(context))),
         filled(pieces.answer),
         filled(target, True),
         filled(pieces.end, score_end),
     )
-    chunks = [filled(turn, every and number > 0) for number, turn in enumerate(context)]
-    if unit > 1:
-        # Within an exchange as in the tail.
-        ends = range(len(chunks), 0, -unit)
-        groups = [chunks[max(end - unit, 0) : end] for end in reversed(ends)]
-        chunks = [glued(head, *(opened(pieces.answer, answer) for answer in rest)) for head, *rest in groups]
+    ends = reversed(range(len(context), 0, -unit))
+    chunks = [written(range(max(end - unit, 0), end)) for end in ends]
     return Example(pieces.start, pieces.separator, (*chunks, tail), id)
 
 
@@ -197,8 +215,8 @@ class Dialogue:
         return self._session(unit, count, every)
 
     def _session(self, unit: Unit, count: int, every: bool) -> Example:
-        size = turns_a_chunk(self.config)
-        return session(self.pieces, unit.pieces[:count], every=every, unit=size, id=unit.id)
+        size, roles = turns_a_chunk(self.config), self.config.option("roles")
+        return session(self.pieces, unit.pieces[:count], every=every, unit=size, roles=roles, id=unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         every, least = self.config.loss == "every", self.config.option("min_turns")
@@ -235,8 +253,8 @@ class Online:
         return limited(self.config, ids, tokens, evaluation, report, 2, "pieces"), report
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
-        every, size = self.config.loss == "every", turns_a_chunk(self.config)
-        return session(self.pieces, unit.pieces, every=every, unit=size, id=unit.id)
+        every, size, roles = self.config.loss == "every", turns_a_chunk(self.config), self.config.option("roles")
+        return session(self.pieces, unit.pieces, every=every, unit=size, roles=roles, id=unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         return measure(method, self.draw(unit, np.random.default_rng(0)))

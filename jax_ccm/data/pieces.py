@@ -13,6 +13,14 @@ space belongs to its first token, and SentencePiece puts it there by itself. A s
 the tail of the tokens of ``a\\nA:`` (CCM's reference implementation does the same).
 
 Opening, separator and answer are templates and may name control tokens; in turns such names are text.
+
+With a chat template (`jax_ccm.data.chat_template`) each turn has a head and a tail by its role, and there is no
+separator::
+
+    <|im_start|>user
+    Hi there<|im_end|>
+    <|im_start|>assistant
+    Hello, how are you?<|im_end|>
 """
 
 from __future__ import annotations
@@ -22,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.chat_template import ROLES, ChatTemplate
+from jax_ccm.data.config import FORMAT_OPTIONS, DataConfig
 from jax_ccm.data.encoding import Encoder
 from jax_ccm.errors import UserError
 
@@ -33,8 +42,9 @@ class Pieces:
     Attributes:
       start: int32, what precedes the first segment: the beginning-of-sequence token, then the opening.
       separator: int32, opens every segment but the first.
-      answer: int32, stands between query and target.
-      end: int32, the end-of-sequence token, or nothing.
+      answer: int32, stands between a turn and the answer to it where both are in one piece, as query and target.
+      end: int32, behind a target: the end-of-sequence token or the tail of a message, or nothing.
+      heads, tails: role ("user", "assistant") -> int32, what stands around each turn of the context; nothing in lines.
     """
 
     def __init__(
@@ -46,6 +56,7 @@ class Pieces:
         opening: str = "",
         separator: str = "\nA:",
         answer: str = "\nA:",
+        template: ChatTemplate | None = None,
     ):
         """Prepares the fixed pieces.
 
@@ -56,11 +67,17 @@ class Pieces:
           opening: text before the first segment.
           separator: text that opens every other segment.
           answer: text between query and target.
+          template: writes turns as messages; the other arguments then have no effect.
 
         Raises:
           UserError: if the tokenizer lacks a token that is asked for.
         """
         self._tokenizer, self._encoder = tokenizer, Encoder(tokenizer)
+        if template is not None:
+            self._write(template)
+            return
+        nothing = np.zeros(0, np.int32)
+        self.heads, self.tails = dict.fromkeys(ROLES, nothing), dict.fromkeys(ROLES, nothing)
         self._opening, self._separator, self._answer = opening, separator, answer
         self.end = self._special("eos", eos)
         bos_ids = self._special("bos", bos)
@@ -71,8 +88,26 @@ class Pieces:
     @classmethod
     def of(cls, config: DataConfig, tokenizer: Any) -> Pieces:
         """The pieces of a config's format."""
+        if "chat_template" in FORMAT_OPTIONS[config.format] and config.option("chat_template"):
+            return cls(tokenizer, template=ChatTemplate.of(tokenizer))
         given = {name: config.option(name) for name in ("bos", "eos", "opening", "separator", "answer")}
         return cls(tokenizer, **{name: value for name, value in given.items() if value is not None})
+
+    def _write(self, template: ChatTemplate) -> None:
+        """Sets the pieces of messages."""
+        fixed = lambda text: self._behind("a", [self._encoder.template(text)], space=False)[0]
+        self.heads = {role: self._encode([self._encoder.template(template.heads[role])])[0] for role in ROLES}
+        self.tails = {role: fixed(template.tails[role]) for role in ROLES}
+        # Content stands behind the head of its message and nothing else, so that it is the same tokens everywhere.
+        self._opening, self._separator, self._answer = (
+            template.heads["user"],
+            template.heads["user"],
+            template.heads["assistant"],
+        )
+        self.start = self._encode([self._encoder.template(template.start)])[0]
+        self.separator = np.zeros(0, np.int32)
+        self.answer = np.concatenate([self.tails["user"], self.heads["assistant"]])
+        self.end = self.tails["assistant"]
 
     def first(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 tokens of each text as the first segment of a session."""

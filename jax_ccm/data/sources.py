@@ -241,9 +241,12 @@ def _number(source: str, options: dict[str, str], name: str, default: int, least
 
 
 def _generated(source: str, address: str, options: dict[str, str], fields: dict[str, bool], format: str) -> Source:
-    from jax_ccm.data import conversations, recall
+    from jax_ccm.data import chats, conversations, recall
 
-    kinds = {"conversations": "dialogue", "questions": "online", "recall": "recall"}
+    kinds = {
+        "conversations": "dialogue", "questions": "online", "chats": "dialogue", "chat_questions": "online",
+        "recall": "recall",
+    }  # fmt: skip
     if address not in kinds:
         raise unknown("generated data set", address, kinds)
     if kinds[address] != format:
@@ -262,12 +265,20 @@ def _generated(source: str, address: str, options: dict[str, str], fields: dict[
             things=_number(source, options, "things", 50, 2),
         )
         record = lambda index: task.record(split, seed, index)
+    elif address in ("chats", "chat_questions"):
+        turns = conversations.parse_turns(options.pop("turns", "4-16"), most=chats.MOST_TURNS)
+        age = _number(source, options, "age", 0, 1) if "age" in options else None
+        if max(turns) < 2 * ((age or 1) + 1):
+            raise UserError(f"data source {source!r}: a fact told {age} exchanges ago needs turns of {2 * (age + 1)}")
+        hold = chats.chat if address == "chats" else chats.question
+        record = lambda index: hold(split, seed, index, turns, age)
     else:
         turns = conversations.parse_turns(options.pop("turns", "4-16"))
         make = conversations.dialogue if address == "conversations" else conversations.question
         record = lambda index: make(split, seed, index, turns)
     if options:
-        allowed = ("split", "size", "seed", *(("facts", "names", "things") if address == "recall" else ("turns",)))
+        own = {"recall": ("facts", "names", "things"), "chats": ("turns", "age"), "chat_questions": ("turns", "age")}
+        allowed = ("split", "size", "seed", *own.get(address, ("turns",)))
         raise unknown(f"option of {source!r}:", next(iter(options)), allowed)
     return Computed(source, size, record)
 

@@ -83,7 +83,7 @@ class Conversation:
         self.key = jax.random.key(seed)
         self.state = State(self.empty(), 0, 0, np.zeros(0, np.int32))
         self.decoder = for_decoding(experiment.model, self.state.cache)
-        self.stops = sorted({*experiment.ends, *self._line_ends()})
+        self.stops = sorted({*experiment.ends, *self._turn_ends()})
 
     @property
     def cache(self) -> MemoryCache:
@@ -124,9 +124,11 @@ class Conversation:
             # All that was said is one chunk.
             said = np.concatenate([said, *chunks])
             after = self._close(self._read(self.empty(), said))
-        elif method.context == "dropped" or self.closing is not None:
+        elif method.context == "dropped":
             after = self._close(after)
-        elif self._stands(question, tokens, chunks):
+        elif (rest := self._behind(question, tokens, chunks)) is not None:
+            after = self._close(self._read(after, rest) if len(rest) else after)
+        elif self.closing is not None:
             after = self._close(after)
         else:
             after = before
@@ -152,7 +154,8 @@ class Conversation:
         (tokens,) = (self.pieces.first if first else self.pieces.later)([text])
         if not text.strip() or not len(tokens):
             raise UserError("a turn is empty; say something")
-        return np.concatenate([self.pieces.start if begins else self.pieces.separator, tokens])
+        opening = self.pieces.start if begins else self.pieces.separator
+        return np.concatenate([opening, self.pieces.heads["user"], tokens])
 
     def chunks(self, question: np.ndarray, answer: np.ndarray) -> list[np.ndarray]:
         """What becomes memory of an exchange, each int32 array as a chunk: as training lays it out.
@@ -161,11 +164,14 @@ class Conversation:
           question: int32 tokens, opened.
           answer: int32 tokens, not opened; none if the model had nothing to say, which is no turn.
         """
+        pieces = self.pieces
+        asked = np.concatenate([question, pieces.tails["user"]])
         if not len(answer):
-            return [question]
+            return [asked]
+        said = np.concatenate([answer, pieces.tails["assistant"]])
         if turns_a_chunk(self.experiment.config.data) == 1:
-            return [question, np.concatenate([self.pieces.separator, answer])]
-        return [np.concatenate([question, self.pieces.answer, answer])]
+            return [asked, np.concatenate([pieces.separator, pieces.heads["assistant"], said])]
+        return [np.concatenate([question, pieces.answer, said])]
 
     def memory_bytes(self) -> tuple[int, int, int]:
         """Live slots (memory, and text that stays); their bytes; and what full context would hold by now."""
@@ -175,12 +181,18 @@ class Conversation:
         ours = slots * each + self.experiment.method.mixed_slots * mixed
         return slots, ours, self.state.tokens * each
 
-    def _stands(self, question: np.ndarray, answer: np.ndarray, chunks: list[np.ndarray]) -> bool:
-        """Whether the text as it was read for the answer can be closed; if not, it is read once more, as context."""
+    def _behind(self, question: np.ndarray, answer: np.ndarray, chunks: list[np.ndarray]) -> np.ndarray | None:
+        """int32, what is still to be read of an exchange before what was read for the answer can be closed.
+
+        None if it cannot, and the exchange has to be read once more, as context.
+        """
         method = self.experiment.method
         alike = method.sees_memory_in_context and Kind.QUERY in method.compresses
-        read = np.concatenate([question, self.pieces.answer, answer])
-        return alike and (len(chunks) == 1 or method.chunk is not None) and np.array_equal(read, np.concatenate(chunks))
+        read, whole = np.concatenate([question, self.pieces.answer, answer]), np.concatenate(chunks)
+        apart = len(chunks) > 1 and method.chunk is None and self.closing is None
+        if not alike or apart or not np.array_equal(read, whole[: len(read)]):
+            return None
+        return whole[len(read) :]
 
     def _answer(self, cache: MemoryCache, question: np.ndarray) -> tuple[np.ndarray, MemoryCache]:
         """int32 tokens of the answer, and the cache that has read the question and them."""
@@ -228,7 +240,7 @@ class Conversation:
         room = raw_capacity(cache)
         if self.experiment.method.chunk or self.closing:
             room = size  # it is closed as it is read
-        elif len(tokens) + self.max_tokens * query > room:
+        elif len(tokens) + (self.max_tokens + len(self.pieces.tails["assistant"])) * query > room:
             most = self.experiment.config.cache.raw_capacity
             raise UserError(
                 f"a turn of {len(tokens)} tokens and an answer of up to {self.max_tokens} do not fit "
@@ -239,8 +251,10 @@ class Conversation:
             self.experiment.model, cache, chunk, method=self.experiment.method, query=query, closing=self.closing
         )
 
-    def _line_ends(self) -> tuple[int, ...]:
-        """Tokens that hold a line break: with dialogues as lines, the next speaker's turn begins there."""
+    def _turn_ends(self) -> tuple[int, ...]:
+        """Tokens with which a turn ends: of a message, or, with dialogues as lines, those that hold a line break."""
+        if self.experiment.config.data.option("chat_template"):
+            return tuple(self.pieces.end[:1].tolist())
         if "\n" not in self.experiment.config.data.option("separator"):
             return ()
         texts = self.experiment.tokenizer.batch_decode([[i] for i in range(self.experiment.model_config.vocab_size)])

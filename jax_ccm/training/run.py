@@ -83,7 +83,7 @@ class Run:
                 self._prepare(stored, accept_changes)
             stack.pop_all()
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:

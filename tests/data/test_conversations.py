@@ -23,7 +23,7 @@ def strings(tree):
 
 
 def test_templates_are_disjoint():
-    facts, talk = conversations._words("facts"), conversations._words("talk")
+    facts, talk = conversations.wordlist("facts"), conversations.wordlist("talk")
     train, test = (
         {text for fact in facts.values() for text in strings(fact[split])} | set(strings(talk[split]))
         for split in ("train", "test")
@@ -47,7 +47,7 @@ def test_entities_are_disjoint():
         "code",
         "spot",
     )
-    names = (*conversations._words("entities"), *computed)
+    names = (*conversations.wordlist("entities"), *computed)
     # Across lists too, but not across kinds of numbers: 60 may be an age here and a price there, by the same rule.
     split_of = {}
     for name in names:
@@ -131,7 +131,7 @@ def test_turns_look_like_talk():
 
 def test_second_person():
     said = "I bought it for myself, I am glad; my sister and I'm sure I was seen by me"
-    assert conversations._second_person(said) == (
+    assert conversations.second_person(said) == (
         "you bought it for yourself, you are glad; your sister and you're sure you were seen by you"
     )
 

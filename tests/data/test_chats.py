@@ -1,0 +1,78 @@
+"""Generated conversations of a user and an assistant: reproducible, answerable only from what was told."""
+
+import string
+
+import pytest
+
+from jax_ccm.data import chats, conversations
+from jax_ccm.data.sources import open_sources
+from jax_ccm.errors import UserError
+
+LENGTHS = tuple(range(6, 25))
+
+
+def test_every_kind_of_fact_has_questions_in_words_of_its_split():
+    facts, own = conversations.wordlist("facts"), conversations.wordlist("chats")
+    for split in ("train", "test"):
+        assert own[split]["ask"].keys() == facts.keys()
+        for kind, entry in facts.items():
+            for text in (*own[split]["ask"][kind], *own[split]["say"].get(kind, ())):
+                fields = {field for _, field, _, _ in string.Formatter().parse(text) if field}
+                assert fields <= {"v", *entry["slots"]}
+        assert all(len(pair) == 2 for pair in own[split]["chat"])
+    texts = lambda split: {text for those in own[split]["ask"].values() for text in those}
+    assert not texts("train") & texts("test")
+    assert not {str(pair) for pair in own["train"]["chat"]} & {str(pair) for pair in own["test"]["chat"]}
+    assert not set(chats.ENDINGS["test"]) & set(chats.ENDINGS["train"])
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_the_last_answer_was_told_before(split):
+    for index in range(60):
+        made, fact, answer = chats._hold(split, 0, index, LENGTHS, None)
+        assert len(made.turns) % 2 == 0 and 6 <= len(made.turns) <= 24 and all(turn.strip() for turn in made.turns)
+        value = fact.slots["v"]
+        assert value.lower() in made.turns[-1].lower() and value.lower() in made.turns[fact.told].lower()
+        assert made.turns == chats.chat(split, 0, index, LENGTHS)["turns"]  # the same again
+        # A superseded value is not the answer.
+        assert all(old.lower() not in made.turns[-1].lower() or old in value for old in fact.past)
+
+
+@pytest.mark.parametrize("age", [1, 3, 8])
+def test_the_age_of_the_fact_that_is_asked_for(age):
+    for index in range(40):
+        made, fact, _ = chats._hold("test", 1, index, (18, 20), age)
+        assert (len(made.turns) - 2 - fact.told) // 2 == age
+        between = " ".join(made.turns[fact.told + 2 : -2]).lower()
+        if len(fact.slots["v"]) > 4:  # a short number may stand in another
+            assert fact.slots["v"].lower() not in between
+
+
+def test_choices_and_long_conversations():
+    for index in range(40):
+        record = chats.question("validation", 0, index, (12,), age=2)
+        assert record["target"] in record["choices"] and len(set(record["choices"])) == conversations.CHOICES
+        assert len(record["contexts"]) == 10
+        assert [*record["contexts"], record["query"], record["target"]] == chats.chat("validation", 0, index, (12,), 2)[
+            "turns"
+        ]
+    long = chats.chat("test", 0, 0, (400,), age=199)["turns"]
+    assert len(long) == 400
+
+
+def test_as_a_source():
+    (source,) = open_sources(["generated:chats?split=test&size=3&seed=2&turns=8-10&age=2"], "dialogue")
+    assert len(source) == 3 and source[1] == chats.chat("test", 2, 1, (8, 9, 10), 2)
+    (asked,) = open_sources(["generated:chat_questions?split=test&size=3&seed=2&turns=8,10"], "online")
+    assert asked[2] == chats.question("test", 2, 2, (8, 10))
+    for wrong, says in {
+        "generated:chats?age=0": "age='0' must be a whole number, at least 1",
+        "generated:chats?turns=4-8&age=4": "needs turns of 10",
+        "generated:chats?facts=3": "option of",
+        "generated:chats?turns=4-1000": "from 3 to 400",
+        "generated:conversations?age=3": "option of",
+    }.items():
+        with pytest.raises(UserError, match=says):
+            open_sources([wrong], "dialogue")
+    with pytest.raises(UserError, match="gives records for format 'dialogue'"):
+        open_sources(["generated:chats"], "online")
