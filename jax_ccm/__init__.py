@@ -34,5 +34,6 @@ from jax_ccm.rules.types import Rule as Rule
 from jax_ccm.rules.types import Slots as Slots
 from jax_ccm.rules.types import Token as Token
 from jax_ccm.rules.visibility import visible as visible
+from jax_ccm.sessions.pretrained import from_pretrained as from_pretrained
 
 __version__ = "0.1.0"

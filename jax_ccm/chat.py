@@ -1,4 +1,4 @@
-"""``python -m jax_ccm.chat CONFIG.yaml --adapter PATH``: talks with a model that keeps a compressed memory."""
+"""``python -m jax_ccm.chat ADAPTER``, or ``CONFIG.yaml --adapter PATH``: talks with a model that keeps a memory."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Options:
     conversation goes on. Unless it is held at a terminal, the command then exits with 2 in the end, else with 0.
     """
 
-    adapter: Folder
-    """Folder of a trained adapter, or ORG/NAME[@REVISION] on the hub."""
+    adapter: Folder | None = None
+    """Folder or name of a trained adapter, or ORG/NAME[@REVISION] on the hub; needed where the config names none."""
     say: tuple[str, ...] = ()
     """What to say, one argument a turn; none for a conversation at the keyboard."""
     compare: bool = False
@@ -57,6 +57,8 @@ class Options:
 
 def main() -> int:
     options, config, _ = cli.parse(Options, command="jax_ccm.chat")
+    if options.adapter is None and not config.adapter.load:
+        raise UserError("there is no adapter to talk with; name it in place of the config, or give --adapter PATH")
     processes.refuse_several(devices=True)
     experiment = load_experiment(config, adapter=options.adapter)
     with sharding.use(experiment.mesh):

@@ -20,7 +20,8 @@ class Options:
 
     The format of the source is told from its files. Files of the paper's code do not say which method they are for;
     for them give --method and what it was trained with. No base model is loaded: what the source says of its base is
-    kept, and a source that says nothing stays without.
+    kept, and a source that says nothing stays without. The config that lies beside the source goes along, and a model
+    card is written of all that is recorded: with --results that of an adapter to give away.
     """
 
     source: Annotated[Folder, tyro.conf.Positional]
@@ -29,6 +30,14 @@ class Options:
     """Folder to write."""
     format: Literal["own", "peft", "reference"] = "own"
     """Format to write."""
+    stored: Literal["float32", "bfloat16"] = "float32"
+    """Type of the numbers in the file; bfloat16 rounds them, and halves its size. In memory they are float32."""
+    base: str = ""
+    """Where others find the base, if not where it was in training: model.source of the config that goes along."""
+    results: tuple[Folder, ...] = ()
+    """Files results.json of jax_ccm.evaluate, for the model card."""
+    card: Folder | None = None
+    """A config whose section `card` takes the place of the adapter's own."""
     method: str | None = None
     """The method the adapter was trained for, if its files do not say: ccm_concat, ccm_merge, gist, full, ..."""
     comp_tokens: int | None = None
@@ -43,6 +52,9 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, prog="python -m jax_ccm.convert", use_underscores=True)
+    from jax_ccm.config.adapters import FILE, chosen, config_beside, open_config
+    from jax_ccm.config.schema import Config, to_yaml
+    from jax_ccm.evals import card
     from jax_ccm.rules.describe import describe_method, label
     from jax_ccm.weights.adapters import read_adapter, write_adapter
     from jax_ccm.weights.peft import is_conditional
@@ -54,15 +66,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     method = build(options.method, **given) if options.method is not None else None
     if options.source.resolve() == options.target.resolve():
         raise UserError(f"source and target are both {options.source}; give another folder to write")
-    adapter = read_adapter(options.source, method=method)
+    results = [card.read_results(path) for path in options.results]
+    adapter, config = read_adapter(options.source, method=method), config_beside(options.source)
+    if options.base and config is None:
+        raise UserError(f"--base is for the config of an adapter, and {options.source} lies there without one")
+    said = open_config(str(options.card)).card if options.card is not None else (config or Config()).card
+    if config is not None:
+        model = dataclasses.replace(config.model, source=options.base, revision="") if options.base else config.model
+        config = dataclasses.replace(config, model=model, card=said)
     if adapter.method is None and method is not None:
         adapter = dataclasses.replace(adapter, method=describe_method(method))
-    path = write_adapter(options.target, adapter, format=options.format)
-    config = adapter.config
+    text = card.model_card(
+        options.target.name, adapter, recipe=None if config is None else chosen(config), said=said, results=results
+    )
+    beside = {card.FILE: text.encode()} | ({} if config is None else {FILE: to_yaml(config).encode()})
+    path = write_adapter(options.target, adapter, format=options.format, stored=options.stored, beside=beside)
+    shape = adapter.config
     trained = label(adapter.method) if adapter.method else "unknown"
     base = (adapter.base or {}).get("name") or "unknown"
     print(
-        f"wrote {path} ({options.format}): rank {config.rank}, alpha {config.alpha:g}, {config.tokens} compression "
+        f"wrote {path} ({options.format}): rank {shape.rank}, alpha {shape.alpha:g}, {shape.tokens} compression "
         f"tokens; method {trained}; base model {base}"
     )
     if options.format == "peft" and is_conditional(adapter):
@@ -70,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "note: this LoRA acts on compression tokens only, and PEFT would run it on all tokens: loaded there it is "
             "not what was trained. adapter_config.json has a field that makes PEFT say so"
         )
-    elif options.format == "peft" and config.tokens:
+    elif options.format == "peft" and shape.tokens:
         print("note: PEFT passes over the embeddings of compression tokens, which lie in the same file")
 
 

@@ -9,6 +9,7 @@ import time
 from typing import Any, Literal
 
 from jax_ccm.config import cli
+from jax_ccm.config.adapters import chosen, config_beside
 from jax_ccm.config.loading import Experiment, base_source, load_experiment
 from jax_ccm.config.schema import Config, save_config, to_mapping
 from jax_ccm.distributed import processes, sharding
@@ -27,13 +28,14 @@ class Options:
     Perplexity of the target, accuracy where the records have choices, and bytes of the cache; beside each the control
     with the memory of another conversation. No context and full context are the base model with the adapter's LoRA
     off. Writes results.json, table.md, plot.png, metrics.jsonl, summary.json and config.yaml into the working
-    directory. Any key of the config can be overridden, as in `--eval.max_examples 100`.
+    directory, and of a trained adapter the model card, README.md. Any key of the config can be overridden, as in
+    `--eval.max_examples 100`.
     """
 
     workdir: Folder
     """Where all output goes."""
     adapter: Folder | None = None
-    """Folder of the trained adapter, or ORG/NAME[@REVISION] on the hub; without one, that of
+    """Folder or name of the trained adapter, or ORG/NAME[@REVISION] on the hub; without one, that of
     the config (adapter.load), or an untrained one."""
     full_adapter: Folder | None = None
     """Folder of a plain LoRA trained on full context: the fair ceiling, a fourth system."""
@@ -73,7 +75,7 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
 
 def _evaluate(experiment: Experiment, options: Options, command: str, start: float) -> dict[str, Any]:
     from jax_ccm.data.questions import Evaluation
-    from jax_ccm.evals import perplexity, report, texts
+    from jax_ccm.evals import card, perplexity, report, texts
     from jax_ccm.evals.scoring import Store
     from jax_ccm.evals.systems import DEFAULT, ask, fingerprint, make_system
     from jax_ccm.weights.identity import describe_base
@@ -116,6 +118,11 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     results["seconds"] = round(time.perf_counter() - start, 1)
     save_config(config, options.workdir / "config.yaml")
     report.write(options.workdir, results)
+    if adapter and experiment.loaded is not None:
+        trained = config_beside(adapter)
+        recipe, said = (None, config.card) if trained is None else (chosen(trained), trained.card)
+        text = card.model_card(str(adapter), experiment.loaded, recipe=recipe, said=said, results=[results])
+        (options.workdir / card.FILE).write_text(text, encoding="utf-8")
     return results
 
 

@@ -14,9 +14,9 @@ class Options:
     """Trains a compressed context memory (or a plain LoRA, or a small model from scratch).
 
     Writes config.yaml, metrics.jsonl, summary.json, tensorboard/, checkpoints/ and the adapters (adapter/ and
-    adapter_best/) into the working directory. Started again with the same directory it resumes from the newest
-    checkpoint; SIGTERM or Ctrl-C saves one and exits. Any key of the config can be overridden, as in
-    `--optimizer.learning_rate 3e-4`.
+    adapter_best/, each with its config and model card) into the working directory. Started again with the same
+    directory it resumes from the newest checkpoint; SIGTERM or Ctrl-C saves one and exits. Any key of the config can be
+    overridden, as in `--optimizer.learning_rate 3e-4`.
     """
 
     workdir: Folder

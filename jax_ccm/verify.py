@@ -36,7 +36,7 @@ class Options:
     """
 
     adapter: Folder | None = None
-    """Folder of a trained adapter, or ORG/NAME[@REVISION] on the hub; without one, that of
+    """Folder or name of a trained adapter, or ORG/NAME[@REVISION] on the hub; without one, that of
     the config (adapter.load), or a random one."""
     random_lora_b: bool = True
     """Without a trained adapter, give the LoRA a random B (seeded): a fresh one is zero, which hides every mistake of

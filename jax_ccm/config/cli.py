@@ -1,4 +1,4 @@
-"""What the commands share: ``python -m jax_ccm.X CONFIG.yaml --option VALUE --section.key VALUE``."""
+"""What the commands share: ``python -m jax_ccm.X CONFIG --option VALUE --section.key VALUE``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
-from jax_ccm.config.schema import Config, check, from_mapping
-from jax_ccm.config.yaml import read_yaml
+from jax_ccm.config.adapters import open_config
+from jax_ccm.config.schema import Config, check
 from jax_ccm.distributed import processes
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.numerics.precision import processor_flags
@@ -29,9 +29,10 @@ T = TypeVar("T")
 
 
 def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) -> tuple[T, Config, Path]:
-    """Parses a command line: the config file, the command's own options, and overrides of config keys.
+    """Parses a command line: the config, the command's own options, and overrides of config keys.
 
-    ``--help`` shows the values of the config file where one is given, and the defaults otherwise.
+    The config is a YAML file, or an adapter, named first, whose own config holds (`adapters.open_config`). ``--help``
+    shows the values of the config where one is given, and the defaults otherwise.
 
     Args:
       options: a dataclass with the command's own options; its docstring is the help text.
@@ -39,7 +40,7 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
       command: the name after ``python -m``.
 
     Returns:
-      The options, the config, and the path of the config file.
+      The options, the config, and what was given for it.
 
     Raises:
       UserError: for a bad config.
@@ -48,9 +49,10 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    file = next((arg for arg in argv if arg.endswith((".yaml", ".yml"))), None)
-    config = Config() if file is None else from_mapping(read_yaml(file))
-    about = tyro.conf.arg(metavar="CONFIG.yaml", help="The experiment.")
+    first = argv[0] if argv and not argv[0].startswith("-") else None
+    file = next((arg for arg in argv if arg.endswith((".yaml", ".yml"))), first)
+    config = Config() if file is None else open_config(file)
+    about = tyro.conf.arg(metavar="CONFIG", help="A YAML file; or an adapter's name, folder or hub id: its own config.")
     fields = [
         ("config", Annotated[paths.Folder, tyro.conf.Positional, about]),
         ("options", Annotated[options, tyro.conf.arg(name="", help="")]),
@@ -66,7 +68,10 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
         config=(tyro.conf.FlagConversionOff,),
     )
     if file is None or parsed.config != paths.of(file):
-        raise UserError(f"the config is {str(parsed.config)!r}; give a YAML file, such as configs/recall_tiny.yaml")
+        raise UserError(
+            f"the config is {str(parsed.config)!r}; give a YAML file, such as configs/recall_tiny.yaml, or an adapter "
+            "as the first argument"
+        )
     check(parsed.settings)
     return parsed.options, parsed.settings, parsed.config
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
@@ -19,6 +19,10 @@ from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transfo
 from jax_ccm.numerics import NAMED, automatic
 from jax_ccm.records import paths
 from jax_ccm.rules.types import Method
+
+if TYPE_CHECKING:
+    from jax_ccm.data.pieces import Pieces
+    from jax_ccm.weights.lora import Adapter
 
 # Where an adapter that was trained together with its base says where that base is, relative to its own folder.
 TRAINED_BASE = "trained_base"
@@ -35,6 +39,7 @@ class Experiment:
       tokenizer: a fast tokenizer of transformers, or None for generated data that has token ids already.
       mesh: the devices that the model is spread over; use the model within `sharding.use(mesh)`.
       source: what the base was loaded from; empty if it was made from scratch.
+      loaded: the adapter that was read; None for a fresh one.
     """
 
     config: Config
@@ -43,6 +48,7 @@ class Experiment:
     tokenizer: Any
     mesh: jax.sharding.Mesh
     source: str = ""
+    loaded: Adapter | None = None
 
     @property
     def model_config(self) -> ModelConfig:
@@ -54,6 +60,13 @@ class Experiment:
         """The shape of the adapter."""
         assert self.model.adapter is not None
         return self.model.adapter
+
+    @functools.cached_property
+    def template(self) -> Pieces | None:
+        """How sessions are put together from turns or contexts; None for data that have no such pieces."""
+        from jax_ccm.data.pieces import Pieces
+
+        return None if self.tokenizer is None else Pieces.of(self.config.data, self.tokenizer)
 
     @functools.cached_property
     def ends(self) -> tuple[int, ...]:
@@ -129,8 +142,8 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
 
     Args:
       config: the config.
-      adapter: folder of a trained adapter. Its own rank, alpha and targets hold, and if it was trained together with
-        its base (``train.trainable: all``), that base is loaded.
+      adapter: folder, name or hub id of a trained adapter. Its own rank, alpha and targets hold, and if it was trained
+        together with its base (``train.trainable: all``), that base is loaded.
 
     Raises:
       UserError: for anything that is missing, damaged or does not fit.
@@ -146,11 +159,13 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         if not adapter:
             _require_shape(stored.config, shape, config.adapter.load)
         shape = dataclasses.replace(stored.config, dropout=config.adapter.dropout)
-    tokenizer = _tokenizer(config)
-    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     source = base_source(config)
     if stored is not None and TRAINED_BASE in stored.extra:
         source = str(paths.of(f"{stored.source}/{stored.extra[TRAINED_BASE]}"))
+    if stored is not None and source:
+        _require_base(source, stored.source)
+    tokenizer = _tokenizer(config)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     model = _base(config, source, shape, tokenizer, mesh)
     on = {"base": base_source(config), "accept_quantised_base": config.adapter.accept_quantised_base}
     if config.adapter.merge:
@@ -163,7 +178,20 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         )
     if stored is not None:
         model = load_adapter(stored, model, method=method, **on)
-    return Experiment(config, model, method, tokenizer, mesh, source)
+    return Experiment(config, model, method, tokenizer, mesh, source, stored)
+
+
+def _require_base(source: str, adapter: str) -> None:
+    """Refuses an adapter whose base is not to be had, before anything is loaded."""
+    from jax_ccm.weights.sources import CONFIG_FILES, locate
+
+    try:
+        locate(source, CONFIG_FILES)
+    except UserError as e:
+        raise UserError(
+            f"the base of the adapter {adapter} is not to be had: {e}. If you have it elsewhere, say where: "
+            "--model.source PATH, or base=PATH of from_pretrained"
+        ) from e
 
 
 def _longer(shape: ModelConfig) -> str:

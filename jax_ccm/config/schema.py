@@ -21,6 +21,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.methods import METHODS
 from jax_ccm.numerics import Precision
 from jax_ccm.records import paths
+from jax_ccm.records.card import CardConfig
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -247,6 +248,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     cache: CacheConfig = CacheConfig()
     mesh: MeshConfig = MeshConfig()
+    card: CardConfig = CardConfig()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -298,12 +300,16 @@ def to_mapping(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def save_config(config: Config, path: str | Path) -> None:
-    """Writes the whole config, defaults included, as YAML that `load_config` reads back to an equal one."""
+def to_yaml(config: Config) -> str:
+    """The whole config, defaults included, as YAML of which `load_config` makes an equal one."""
     import yaml
 
-    text = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
-    paths.of(path).write_text(text, encoding="utf-8")
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes `to_yaml` of a config to a file."""
+    paths.of(path).write_text(to_yaml(config), encoding="utf-8")
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

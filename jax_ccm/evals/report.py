@@ -297,7 +297,7 @@ def about(
         "command": command,
         "title": f"{base['name'].rsplit('/', 1)[-1]}: {memory}",
         "config": config,
-        "versions": _versions(),
+        "versions": versions(),
         "device": f"{device.platform} ({device.device_kind})",
         "base": {"name": base["name"], "fingerprint": base["fingerprint"], "precision": config["model"]["precision"]},
         "adapter": adapter,
@@ -314,7 +314,8 @@ def about(
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that numbers depend on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 

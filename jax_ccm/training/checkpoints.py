@@ -38,7 +38,7 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 FREE = (
     "train.steps", "train.log_every", "train.eval_every", "train.eval_examples", "train.checkpoint_every", "train.keep",
     "train.grace", "train.heartbeat", "train.wandb", "train.remat", "train.attention",
-    "data.test", "eval", "cache", "mesh",
+    "data.test", "eval", "cache", "mesh", "card",
 )  # fmt: skip
 
 

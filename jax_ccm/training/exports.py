@@ -9,14 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jax_ccm.benchmarks.report import machine
+from jax_ccm.config import adapters
 from jax_ccm.config.loading import TRAINED_BASE, Experiment
+from jax_ccm.config.schema import to_yaml
 from jax_ccm.distributed import processes
+from jax_ccm.evals import report
+from jax_ccm.evals.card import FILE, model_card
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.records import paths
 
 
-def export(workdir: Path, model: Transformer, experiment: Experiment, *, step: int, suffix: str = "") -> Path | None:
-    """Writes the adapter in our own format, and the base as well if it was trained.
+def export(
+    workdir: Path, model: Transformer, experiment: Experiment, *, run: dict[str, Any], suffix: str = ""
+) -> Path | None:
+    """Writes the adapter in our own format with its config and model card, and the base as well if it was trained.
 
     In a run of several processes all call it, and the first writes.
 
@@ -24,17 +31,24 @@ def export(workdir: Path, model: Transformer, experiment: Experiment, *, step: i
       workdir: gets ``adapter`` and ``model``.
       model: what was trained.
       experiment: what it was trained for.
-      step: optimizer steps done, kept with the adapter.
+      run: "steps", "tokens", "scored_tokens" and "seconds" of the run so far, kept with the adapter; behind those of
+        earlier runs where it started from an adapter that knows them.
       suffix: for the names of the folders.
 
     Returns:
       The folder of the adapter; None if the model has none.
     """
     from jax_ccm.weights import save_hf
-    from jax_ccm.weights.adapters import save_adapter
+    from jax_ccm.weights.adapters import adapter_of, write_adapter
 
-    extra: dict[str, Any] = {"step": step}
-    if experiment.config.train.trainable == "all":
+    config, loaded = experiment.config, experiment.loaded
+    earlier = [] if loaded is None else loaded.extra.get("runs", [])
+    begun = {"started_from": config.adapter.load} if loaded is not None else {}
+    about = {"seed": config.train.seed, "precision": config.model.precision, "hardware": machine(experiment.mesh)}
+    extra: dict[str, Any] = {
+        "step": run["steps"], "runs": [*earlier, run | about | begun | {"versions": report.versions()}],
+    }  # fmt: skip
+    if config.train.trainable == "all":
         folder = workdir / f"model{suffix}"
         if processes.is_first():
             _replace_folder(folder, lambda new: save_hf(model, new))
@@ -43,7 +57,11 @@ def export(workdir: Path, model: Transformer, experiment: Experiment, *, step: i
     if not (shape.rank or shape.tokens):
         return None
     path = workdir / f"adapter{suffix}"
-    return save_adapter(path, model, method=experiment.method, base=experiment.base_name, extra=extra)
+    adapter = adapter_of(model, method=experiment.method, base=experiment.base_name, extra=extra)
+    kept = adapters.portable(config)
+    card = model_card(str(path), adapter, recipe=adapters.chosen(kept), said=kept.card)
+    beside = {adapters.FILE: to_yaml(kept).encode(), FILE: card.encode()}
+    return write_adapter(path, adapter, beside=beside) if processes.is_first() else path
 
 
 def _replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:

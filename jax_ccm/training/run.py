@@ -334,7 +334,10 @@ class Run:
     def _export(self, metrics: Metrics, suffix: str) -> None:
         params = jax.tree.map(processes.whole, self.state["params"])
         model = nnx.merge(self.graphdef, params, self.frozen)
-        path = export(self.workdir, model, self.experiment, step=self.progress.step, suffix=suffix)
+        progress = self.progress
+        run = {"steps": progress.step, "tokens": progress.tokens, "scored_tokens": progress.scored}
+        run["seconds"] = round(progress.seconds, 1)
+        path = export(self.workdir, model, self.experiment, run=run, suffix=suffix)
         if path is not None and not suffix:
             metrics.say(f"wrote the adapter to {path}")
 

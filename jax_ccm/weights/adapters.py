@@ -3,6 +3,7 @@
 Our own format is a folder with ``adapter.safetensors`` (arrays by parameter path, float32, layers stacked) and
 ``adapter.json``: what the adapter is (rank, alpha, tokens, ...), which method it was trained for, and on which base
 model. Loading it for another method or another base is an error. Of foreign formats as much is checked as they tell.
+Beside these files may lie ``config.yaml``, the experiment that it was trained in, and ``README.md``, its model card.
 
     adapter = read_adapter(path, method=method)                          # any format
     model = load_model(source, adapter=adapter.config, key=key)
@@ -15,8 +16,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+import ml_dtypes
 
 import jax_ccm
 from jax_ccm.distributed import processes
@@ -33,11 +37,14 @@ from jax_ccm.weights.lora import COMP, Adapter
 from jax_ccm.weights.sources import locate_adapter
 
 Format = Literal["own", "peft", "reference"]
+Stored = Literal["float32", "bfloat16"]
 FORMATS = ("own", "peft", "reference")
 CONFIG_FILE = "adapter.json"
 TENSOR_FILE = "adapter.safetensors"
 VERSION = 1
 _NAME = "jax_ccm adapter"
+# What may lie beside the files of any format.
+BESIDE = {"config.yaml", "README.md"}
 
 _FILES = {
     "own": {CONFIG_FILE, TENSOR_FILE},
@@ -55,7 +62,7 @@ def save_adapter(
     extra: dict[str, Any] | None = None,
     format: Format = "own",
 ) -> Path:
-    """Writes the adapter of a model, as a whole or not at all.
+    """Writes the adapter of a model in float32, as a whole or not at all.
 
     In a run of several processes all call it, and the first writes.
 
@@ -73,21 +80,46 @@ def save_adapter(
     Raises:
       UserError: if the model has no adapter, the method another number of tokens, or the folder holds other files.
     """
+    adapter = adapter_of(model, method=method, base=base, extra=extra)
+    return write_adapter(path, adapter, format=format) if processes.is_first() else paths.of(path)
+
+
+def adapter_of(model: Transformer, *, method: Method, base: str, extra: dict[str, Any] | None = None) -> Adapter:
+    """The adapter of a model, with what it belongs to. Arguments and errors as `save_adapter`."""
     adapter = lora.extract(model)
     _check_tokens(adapter, method, "the model's adapter")
     about = {"method": describe_method(method), "base": describe_base(model, base), "extra": extra or {}}
-    if not processes.is_first():
-        return paths.of(path)
-    return write_adapter(path, dataclasses.replace(adapter, **about), format=format)
+    return dataclasses.replace(adapter, **about)
 
 
-def write_adapter(path: str | Path, adapter: Adapter, *, format: Format = "own") -> Path:
-    """Writes an adapter without its model, to convert between formats. Arguments and errors as `save_adapter`."""
+def write_adapter(
+    path: str | Path,
+    adapter: Adapter,
+    *,
+    format: Format = "own",
+    stored: Stored = "float32",
+    beside: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Writes an adapter without its model, as a whole or not at all.
+
+    Args:
+      path: the folder; an adapter of the same format that is there is replaced.
+      adapter: the adapter.
+      format: "own", "peft" or "reference".
+      stored: type of the numbers in the file. Rounded to bfloat16 it is half as large; in memory it is float32 again.
+      beside: content of other files that go with it, by name (`BESIDE`).
+
+    Raises:
+      UserError: if the folder holds other files, or the format cannot express the adapter.
+    """
     writers = {"own": _own_files, "peft": peft.peft_files, "reference": reference.reference_files}
     if format not in writers:
         raise unknown("adapter format", format, FORMATS)
     path = paths.of(path)
-    write_folder(path, writers[format](adapter), _FILES[format])
+    if stored == "bfloat16":
+        rounded = {name: x.astype(ml_dtypes.bfloat16) for name, x in adapter.arrays.items()}
+        adapter = dataclasses.replace(adapter, arrays=rounded)
+    write_folder(path, {**writers[format](adapter), **(beside or {})}, _FILES[format] | BESIDE)
     return path
 
 
@@ -95,7 +127,8 @@ def read_adapter(path: str | Path, *, method: Method | None = None, format: Form
     """Reads an adapter of any format, without a model.
 
     Args:
-      path: the folder, or a hub id, ``ORG/NAME`` or ``ORG/NAME@REVISION``.
+      path: the folder, the name of an adapter that comes with the library, or a hub id, ``ORG/NAME`` or
+        ``ORG/NAME@REVISION``.
       method: the method it is to serve. It is compared with what the files say, if they do; the reference's format
         cannot be read without it.
       format: None to tell from the files in the folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )  # fmt: skip
 
-# Our own format, PEFT's, and that of the CCM paper's code.
-ADAPTER_FILES = ("adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.*", "pytorch_model.bin")
+# Our own format, PEFT's, and that of the CCM paper's code; and the config that an adapter was trained with.
+ADAPTER_FILES = (
+    "adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.*", "pytorch_model.bin", "config.yaml",
+)  # fmt: skip
 
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
 # Packages that are known to carry a model, and how to get them without their own dependencies.
@@ -57,8 +60,23 @@ def locate(source: str | Path, files: Sequence[str] = WEIGHT_FILES) -> Path:
     return _from_hub(hub["name"], hub["revision"], files)
 
 
+def shipped_adapters() -> dict[str, Path]:
+    """Folders of the adapters that come with the library, by name.
+
+    An installed wheel holds them as ``jax_ccm/adapters``; in a source tree they stand beside the package.
+    """
+    package = Path(str(importlib.resources.files("jax_ccm")))
+    inside, beside = package / "adapters", package.parent / "adapters"
+    root = inside if inside.is_dir() else beside
+    return {file.parent.name: file.parent for file in sorted(root.glob("*/adapter.json"))}
+
+
 def locate_adapter(source: str | Path) -> Path:
-    """The local folder of an adapter; one on the hub, ``ORG/NAME`` or ``ORG/NAME@REVISION``, is downloaded and cached.
+    """The local folder of an adapter.
+
+    Args:
+      source: a folder; the name of an adapter that comes with the library; or ``ORG/NAME`` or ``ORG/NAME@REVISION`` on
+        the hub, which is downloaded and cached.
 
     Raises:
       UserError: if there is nothing there, or the hub does not answer.
@@ -70,11 +88,15 @@ def locate_adapter(source: str | Path) -> Path:
         raise UserError(
             f"adapter {str(path)!r} is a file, not a folder; give the folder that holds the adapter's files"
         )
+    shipped = shipped_adapters()
+    if str(source) in shipped:
+        return shipped[str(source)]
     hub = _HUB_ID.fullmatch(str(source))
     if hub is None or "/" not in hub["name"]:
+        names = ", ".join(shipped) or "none yet"
         raise UserError(
-            f"adapter {str(path)!r} is not there; give the folder with the adapter's files, or a hub id, ORG/NAME or "
-            "ORG/NAME@REVISION"
+            f"adapter {str(path)!r} is not there; give the folder with the adapter's files, a hub id, ORG/NAME or "
+            f"ORG/NAME@REVISION, or the name of one that comes with jax_ccm ({names})"
         )
     return _from_hub(hub["name"], hub["revision"], ADAPTER_FILES)
 
