@@ -15,11 +15,22 @@ if importlib.metadata.version("jax").startswith("0.10."):  # later versions have
 import jax
 import pytest
 
+from jax_ccm.config import cli  # noqa: F401  it names its folder by what the processor can do
+from jax_ccm.numerics import precision
+
 jax.config.update("jax_disable_most_optimizations", True)
 
 # A few thousand compiled programs take gigabytes, and as many memory maps as Linux gives a process (65,530); beyond
 # that the compiler crashes. They are dropped in time.
 MOST_BYTES, MOST_MAPS = 3 * 2**30, 20_000
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _float32():
+    """`auto` is float32 whatever processor tests run on; those of another precision ask for it by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "processor_flags", lambda: frozenset())
+        yield
 
 
 # After each test: the common tests of all methods alone would go beyond.

@@ -65,7 +65,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     sizes = {"layers": 1, "hidden": 16, "intermediate": 16, "heads": 2, "kv_heads": 1, "vocab_size": 101}
     tree = {
-        "model": {"scratch": sizes},
+        "model": {"precision": "float32", "scratch": sizes},
         "method": {"name": "ccm_merge", "comp_tokens": 1},
         "adapter": {"rank": 2},
         "data": {"format": "recall", "batch_size": 2},

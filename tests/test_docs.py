@@ -43,6 +43,22 @@ def test_masks_are_drawn_by_the_code(page):
         assert eval(f"draw({expression})", {"draw": draw, "build": build}) == picture
 
 
+def test_the_precision_of_cpus_reads_as_float32_does():
+    """`auto` may take it by itself: perplexity stays within 0.3 % at every time step, and the page says what it was."""
+    found = {}
+    for name in ("float32", "mixed"):
+        results = json.loads((ROOT / "results" / "precision" / f"{name}.json").read_text())
+        assert results["config"]["model"]["precision"] == name
+        found[name] = {row["step"]: row["systems"]["full"]["perplexity"]["value"] for row in results["steps"]}
+    assert list(found["mixed"]) == list(found["float32"]) == [1, 2, 4, 8, "all"]
+    for step, perplexity in found["float32"].items():
+        assert abs(found["mixed"][step] / perplexity - 1) < 0.003, step
+    said = "perplexity {mixed:.3f} in `mixed` and {float32:.3f} in\n`float32`"
+    assert (
+        said.format(**{name: steps["all"] for name, steps in found.items()}) in (ROOT / "docs/running.md").read_text()
+    )
+
+
 def test_slots_by_formula():
     """The table of costs: what its formulas give is what sessions hold between turns."""
     page = (ROOT / "docs" / "methods" / "README.md").read_text()

@@ -26,7 +26,7 @@ SCRATCH = {"layers": 1, "hidden": 16, "intermediate": 16, "heads": 2, "kv_heads"
 def write(path, **sections) -> str:
     """A config of a tiny model; sections are merged into it."""
     tree = {
-        "model": {"scratch": SCRATCH | {"vocab_size": 101}},
+        "model": {"precision": "float32", "scratch": SCRATCH | {"vocab_size": 101}},
         "method": {"name": "ccm_concat", "comp_tokens": 1},
         "adapter": {"rank": 2},
         "data": {"format": "recall", "test": ["generated:recall?split=test&size=6"]},

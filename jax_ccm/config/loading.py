@@ -16,7 +16,7 @@ from jax_ccm.config.schema import Config, ScratchConfig
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
-from jax_ccm.numerics import NAMED, automatic
+from jax_ccm.numerics import resolved
 from jax_ccm.records import paths
 from jax_ccm.rules.types import Method
 
@@ -125,11 +125,10 @@ def with_precision(config: Config, platform: str | None = None) -> Config:
     """
     if config.model.precision != "auto":
         return config
-    choice = automatic(platform or jax.default_backend())
-    found = NAMED[choice.name]
+    found, reason = resolved("auto", platform or jax.default_backend())
     if config.train.trainable == "all":
         found = dataclasses.replace(found, params="float32")  # small updates would be lost in rounding
-    print(f"model.precision: {found} (auto on {choice.platform}: {choice.reason})")
+    print(f"model.precision: {found} ({reason})")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=str(found)))
 
 

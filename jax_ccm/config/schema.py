@@ -57,7 +57,7 @@ class ModelSource:
     """Branch, tag or commit of a source on the hub; empty for its main branch. The same as "org/name@revision"."""
     tokenizer: str = ""
     """Where the tokenizer comes from ("org/name@revision" pins it, too); empty for the same place as the model."""
-    precision: str = "float32"
+    precision: str = "auto"
     """Types of the base's weights, of the operands of products and of activations: "float32"; "bfloat16"; "mixed"
     (weights and products bfloat16, activations float32); "params=T,compute=T,output=T"; or "auto", what is fastest on
     the platform and processor. Adapters and sums are always float32."""

@@ -117,6 +117,18 @@ def automatic(platform: str, flags: frozenset[str] | None = None) -> Choice:
     return Choice(platform, (), "float32", f"nothing was measured on {platform}")
 
 
+def resolved(precision: str | Precision, platform: str) -> tuple[Precision, str]:
+    """A policy, and why it was chosen: the words are empty unless it was "auto".
+
+    Raises:
+      UserError: for what is no policy.
+    """
+    if precision != "auto":
+        return Precision.of(precision), ""
+    choice = automatic(platform)
+    return NAMED[choice.name], f"auto on {choice.platform}: {choice.reason}"
+
+
 def processor_flags() -> frozenset[str]:
     """What this machine's processor can do, by the names of Linux ("avx512_bf16"); empty where it is not said."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from flax import nnx
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
 from jax_ccm.nn.transformer import initial_comp_embeddings
-from jax_ccm.numerics import Precision
+from jax_ccm.numerics import Precision, resolved
 from jax_ccm.weights import hf_config
 from jax_ccm.weights.gguf import GgufFile
 from jax_ccm.weights.hf import Index, Safetensors, Tensors, base_parameters, hf_name, parameters, split
 from jax_ccm.weights.sources import CONFIG_FILES, locate
+
+logger = logging.getLogger(__name__)
 
 
 def read_config(source: str | Path, rope_length: int | None = None) -> ModelConfig:
@@ -47,7 +50,7 @@ def load_model(
     source: str | Path,
     *,
     adapter: AdapterConfig | None = None,
-    precision: str | Precision = "float32",
+    precision: str | Precision = "auto",
     key=None,
     shardings=None,
     rope_length: int | None = None,
@@ -61,7 +64,9 @@ def load_model(
       source: a local folder, a hub id, a ``.gguf`` file, or ``package:NAME/FILE.gguf``.
       adapter: the adapter to initialise, or None. LoRA starts as the identity; embeddings of compression tokens
         start as `initial_comp_embeddings` of the loaded table. Always float32.
-      precision: types of the base's weights, of products and of activations (`jax_ccm.numerics.Precision`).
+      precision: types of the base's weights, of products and of activations (`jax_ccm.numerics.Precision`); "auto" for
+        what is fastest on the default backend, which is logged with the reason (INFO). Weights that are to be trained
+        themselves need float32.
       key: PRNG key of the adapter's initialisation; required with an adapter.
       shardings: where the arrays go: None for the default device, one `jax.sharding.Sharding` for all of them, or a
         tree of the structure of `abstract_transformer` (or its state) with a sharding for each.
@@ -83,6 +88,9 @@ def load_model(
         tensors = Safetensors(path)
     config = _for_length(config, rope_length, path)
     tensors = split(tensors, config)
+    precision, reason = resolved(precision, jax.default_backend())
+    if reason:
+        logger.info(f"{source}: precision {precision} ({reason})")
     target = abstract_transformer(config, adapter, precision)
     places = _shardings(target, shardings)
     _check(target, config, tensors)

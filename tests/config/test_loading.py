@@ -21,7 +21,7 @@ from jax_ccm.numerics import precision
 )
 def test_auto_is_resolved_once_and_said(platform, flags, trainable, becomes, monkeypatch, capsys):
     monkeypatch.setattr(precision, "processor_flags", lambda: frozenset(flags))
-    config = from_mapping({"model": {"precision": "auto"}, "train": {"trainable": trainable}})
+    config = from_mapping({"train": {"trainable": trainable}})
     found = with_precision(config, platform)
     assert found.model.precision == becomes
     assert f"model.precision: {becomes} (auto on {platform}: " in capsys.readouterr().out

@@ -112,7 +112,7 @@ def read_in_slices() -> dict[str, float]:
         save_hf(model, folder)
         Safetensors.read = read
         places = sharding.parameter_shardings(mesh, abstract_transformer(model.config), model.config)
-        loaded = load_model(folder, shardings=places)
+        loaded = load_model(folder, precision="float32", shardings=places)
     return {"share": max(shares), "gap": difference(base_parameters(loaded), base_parameters(model))}
 
 

@@ -36,7 +36,7 @@ FOLDER = Path(__file__).parents[1] / "golden" / "shardings"
 JAXLIB = "0.10.2"
 CONFIG = from_mapping(
     {
-        "model": {"scratch": {"heads": 4, "kv_heads": 2, "vocab_size": 96, "layers": 3}},
+        "model": {"precision": "float32", "scratch": {"heads": 4, "kv_heads": 2, "vocab_size": 96, "layers": 3}},
         "method": {"name": "ccm_concat", "comp_tokens": 2},
         "data": {"tokens": 32, "max_chunks": 4, "scored": 8},
         "train": {"remat": "all"},

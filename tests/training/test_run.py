@@ -37,7 +37,7 @@ from jax_ccm.training.run import Run, _grouped
 
 ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load("""
-model: {scratch: {layers: 2, hidden: 16, intermediate: 16, heads: 2, kv_heads: 1, vocab_size: 21}}
+model: {precision: float32, scratch: {layers: 2, hidden: 16, intermediate: 16, heads: 2, kv_heads: 1, vocab_size: 21}}
 method: {name: ccm_concat, comp_tokens: 1, sink: true}
 adapter: {rank: 2, dropout: 0.2}
 data:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig
 from jax_ccm.nn.transformer import initial_comp_embeddings
+from jax_ccm.numerics import precision
 from jax_ccm.weights import load_model, load_tokenizer, read_config, save_hf
 from jax_ccm.weights.hf import parameters
 from tests.weights.common import logits
@@ -59,6 +60,15 @@ def test_export_does_not_overwrite(tmp_path):
     save_hf(model, tmp_path / "a")
     with pytest.raises(UserError, match="already holds a model"):
         save_hf(model, tmp_path / "a")
+
+
+def test_a_model_is_loaded_in_the_precision_of_the_machine(monkeypatch, caplog):
+    """By itself, as configs do; and it is said which, and why."""
+    monkeypatch.setattr(precision, "processor_flags", lambda: frozenset(["avx512_bf16"]))
+    with caplog.at_level("INFO", "jax_ccm"):
+        model = load_model(CASE)
+    assert str(model.precision) == "mixed" and "precision mixed (auto on cpu: the processor has" in caplog.text
+    assert {leaf.dtype for leaf in parameters(model).values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
 @pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16])
