@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jax_ccm.distributed import sharding
+from jax_ccm.numerics.precision import processor_flags
 from jax_ccm.records import paths
 
 COLOURS = {
@@ -177,6 +178,17 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
 def core_count() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor's name, where Linux says it, and what it is able to do with bfloat16."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    able = sorted(processor_flags() & {"avx512f", "avx512_bf16", "amx_bf16", "bf16"})
+    return ", ".join([name or platform.processor() or platform.machine(), *able])
 
 
 def environment() -> dict[str, Any]:

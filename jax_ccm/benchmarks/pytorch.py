@@ -1,0 +1,284 @@
+"""``python -m jax_ccm.benchmarks.pytorch CONFIG.yaml --workdir DIR [--peer PYTHON]``: training beside PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jax_ccm.benchmarks import pytorch_ours, pytorch_peer, report
+from jax_ccm.config import cli
+from jax_ccm.config.loading import base_source, build_method
+from jax_ccm.config.schema import Config, to_mapping
+from jax_ccm.errors import RunError, UserError
+from jax_ccm.methods import build
+from jax_ccm.records import paths
+from jax_ccm.records.paths import Folder
+from jax_ccm.rules.types import Method
+
+COMMAND = "jax_ccm.benchmarks.pytorch"
+Kind = Literal["full", "memory"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measures forward and backward of training beside PyTorch, twice, on the base of the config.
+
+    full: full context through the bare base, gradients reach the embeddings of all tokens. memory: the config's method
+    with its adapter, beside PEFT's LoRA with the method's mask; gradients reach the adapter and the embeddings of
+    compression tokens. The same weights, the same rows of random text, the same scored tokens, so the same loss, which
+    is compared. PyTorch runs transformers with `sdpa`, eager and compiled. Both sides run in processes of their own,
+    which take turns step by step. Writes pytorch.json and pytorch.md.
+    """
+
+    workdir: Folder
+    """Where all output goes."""
+    peer: str = sys.executable
+    """The Python that has torch, transformers and peft, if not this one (pip install 'jax_ccm[pytorch]')."""
+    comparisons: tuple[Kind, ...] = ("full", "memory")
+    """What is compared."""
+    precisions: tuple[str, ...] = ("float32", "mixed", "bfloat16")
+    """Ours, as `model.precision` names them."""
+    peer_precisions: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """PyTorch's."""
+    compiled: bool = True
+    """Whether PyTorch also runs compiled, for which it needs a C++ compiler."""
+    rows: int = 2
+    """Rows of a step."""
+    tokens: int = 376
+    """Tokens of a row, those that close a chunk included."""
+    chunk: int = 30
+    """Text tokens of a chunk."""
+    steps: int = 10
+    """How often each is measured; the median counts."""
+    warm_up: int = 2
+    """Steps before that."""
+    threads: int = 2
+    """Threads of each side."""
+
+
+def main() -> None:
+    options, config, _ = cli.parse(Options, command=COMMAND)
+    compare(config, options, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
+
+
+def compare(config: Config, options: Options, *, command: str = "") -> dict[str, Any]:
+    """Runs the comparisons and writes their files.
+
+    Args:
+      config: the config; its base, method and adapter are used.
+      options: of the command.
+      command: the command line, for the record.
+
+    Returns:
+      What was written to ``pytorch.json``.
+
+    Raises:
+      UserError: for options that cannot be, a method whose memory no mask describes, or a peer without torch.
+      RunError: if a side ends before it is told to.
+    """
+    method = build_method(config)
+    _check(config, options, method)
+    results: dict[str, Any] = {
+        "command": command,
+        "how": "forward and backward; medians of steps that all took turns, after warm-up; seconds are wall time",
+        "model": base_source(config) or "from scratch",
+        "config": to_mapping(config),
+        "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+    } | report.environment()
+    results["processor"] = report.processor()
+    with tempfile.TemporaryDirectory() as folder:
+        comp = _write_model(config, Path(folder))
+        results["comparisons"] = {
+            kind: _compared(kind, config, method, options, Path(folder), comp) for kind in options.comparisons
+        }
+    paths.of(options.workdir).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    (options.workdir / "pytorch.json").write_text(text, encoding="utf-8")
+    (options.workdir / "pytorch.md").write_text(table(results), encoding="utf-8")
+    print(table(results))
+    return results
+
+
+def _check(config: Config, options: Options, method: Method) -> None:
+    for name in ("rows", "chunk", "steps", "threads"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    least = options.chunk + len(method.closes) + 1
+    if options.tokens < least:
+        raise UserError(f"--tokens is {options.tokens}; a chunk that is closed and text behind it take {least}")
+    if "memory" in options.comparisons and (not method.closes or method.mix is not None or method.pool is not None):
+        raise UserError(
+            f"method {method.name!r} keeps no copies of keys and values, which a mask over one row of tokens could "
+            "show to PyTorch; take one that does (ccm_concat), or --comparisons full"
+        )
+    paths.usable(options.workdir)
+
+
+def _write_model(config: Config, folder: Path) -> np.ndarray:
+    """Writes the base, in float32, for both sides; the initial embeddings of compression tokens."""
+    from jax_ccm.config.loading import load_experiment
+    from jax_ccm.weights import save_hf
+
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="float32"))
+    model = load_experiment(plain).model
+    save_hf(model, folder / "model")
+    comp = model.embed_tokens.comp
+    return np.zeros((0, model.config.hidden_size)) if comp is None else np.asarray(comp[...])
+
+
+def _compared(
+    kind: Kind, config: Config, method: Method, options: Options, folder: Path, comp: np.ndarray
+) -> dict[str, Any]:
+    """One comparison: what each step of each side took."""
+    from jax_ccm.weights import read_config
+
+    known = {"name": method.name, **config.method.options()} if kind == "memory" else {"name": "full"}
+    sizes = {"count": options.rows, "tokens": options.tokens, "chunk": options.chunk}
+    method = build(**known)
+    made = pytorch_ours.rows(method, read_config(folder / "model").vocab_size, **sizes)
+    arrays = pytorch_ours.for_peer(made, method) | ({"comp": comp.astype(np.float32)} if kind == "memory" else {})
+    np.savez(folder / "rows.npz", **arrays)
+    shared = {"model": str(folder / "model"), "threads": options.threads}
+    adapter = config.adapter
+    ours = {
+        "method": known, "rows": sizes, "precisions": options.precisions, "comp": comp.tolist(),
+        "adapter": None if kind == "full" else {"rank": adapter.rank, "alpha": adapter.alpha, "dropout": 0.0,
+                                                "targets": adapter.targets, "tokens": len(comp)},
+    }  # fmt: skip
+    peer = {
+        "arrays": str(folder / "rows.npz"), "precisions": options.peer_precisions, "compiled": options.compiled,
+        "adapter": None if kind == "full" else {"r": adapter.rank, "lora_alpha": adapter.alpha,
+                                                "target_modules": list(adapter.targets)},
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        start = lambda *command, **settings: stack.enter_context(_side([*command], shared | settings))
+        sides = {
+            "jax_ccm": start(sys.executable, "-m", pytorch_ours.__name__, **ours),
+            "pytorch": start(options.peer, "-P", pytorch_peer.__file__, **peer),
+        }
+        found = _rounds(kind, sides, options)
+    sides_found = {name: {"about": side.about, "steps": found[name]} for name, side in sides.items()}
+    # What both call float32, and the fastest of each.
+    fastest = lambda name, key="": min(
+        (cell["seconds"] for step, cell in found[name].items() if "seconds" in cell and step.startswith(key)),
+        default=None,
+    )
+    ratios = {}
+    for name, key in (("float32", "float32"), ("fastest", "")):
+        own, other = fastest("jax_ccm", key), fastest("pytorch", key)
+        if own and other:
+            ratios[name] = other / own
+    tokens = {"tokens": options.rows * options.tokens, "scored": int(made.weights.sum())}
+    return tokens | {"sides": sides_found, "ours_to_pytorch": ratios, "load_average": round(os.getloadavg()[0], 2)}
+
+
+class Side:
+    """A process that runs steps when it is told to.
+
+    Attributes:
+      about: what it says of itself.
+      steps: names of its steps.
+    """
+
+    def __init__(self, process: subprocess.Popen, settings: Mapping[str, Any]):
+        self.process = process
+        ready = self.ask(json.dumps(settings))
+        if "error" in ready:
+            raise UserError(f"{ready['error']}; pip install 'jax_ccm[pytorch]', or give --peer a Python that has it")
+        self.about, self.steps = ready["about"], ready["steps"]
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """The answer to a line."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            command = shlex.join(map(str, self.process.args))
+            raise RunError(f"{command} ended with {self.process.wait()}; what it printed is above")
+        return json.loads(answer)
+
+
+@contextlib.contextmanager
+def _side(command: list[str], settings: Mapping[str, Any]) -> Iterator[Side]:
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    except OSError as e:
+        raise UserError(f"--peer {command[0]} cannot be started ({e.strerror}); give a Python that has torch") from e
+    with process:
+        try:
+            yield Side(process, settings)
+        finally:
+            process.kill()
+
+
+def _rounds(kind: Kind, sides: Mapping[str, Side], options: Options) -> dict[str, dict[str, Any]]:
+    """Warms all steps up and measures them; those that fail are left out, with the reason."""
+    steps = [(name, step) for name, side in sides.items() for step in side.steps]
+    # Ours and PyTorch's alternate.
+    steps.sort(key=lambda pair: (sides[pair[0]].steps.index(pair[1]), pair[0]))
+    found: dict[str, dict[str, Any]] = {name: {} for name in sides}
+    samples: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in steps}
+    for number in range(options.warm_up + options.steps):
+        for name, step in list(samples):
+            sample = sides[name].ask(step)
+            if "error" in sample:
+                found[name][step] = {"error": sample["error"]}
+                del samples[name, step]
+                print(f"{kind}: {name}, {step}: {sample['error']}", flush=True)
+            elif number >= options.warm_up:
+                samples[name, step].append(sample)
+            # Threads that still wait for more work of the step before go to sleep.
+            time.sleep(0.05)
+        if number == options.warm_up - 1:
+            print(f"{kind}: measuring", flush=True)
+    for (name, step), taken in samples.items():
+        median = lambda key, taken=taken: statistics.median(sample[key] for sample in taken)
+        found[name][step] = {
+            "seconds": median("wall"), "cpu_seconds": median("cpu"), "loss": taken[-1]["loss"],
+            "gradient": taken[-1]["gradient"], "tokens_per_second": options.rows * options.tokens / median("wall"),
+            "all_seconds": [round(sample["wall"], 4) for sample in taken],
+        }  # fmt: skip
+    return found
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The comparisons in Markdown."""
+    lines = ["| | | tokens/s | tokens per second of processor time | loss |", "|:---|:---|---:|---:|---:|"]
+    for kind, compared in results["comparisons"].items():
+        for name, side in compared["sides"].items():
+            for step, cell in side["steps"].items():
+                if "error" in cell:
+                    lines.append(f"| {kind} | {name}, {step} | {cell['error']} | | |")
+                    continue
+                rates = (compared["tokens"] / cell[key] for key in ("seconds", "cpu_seconds"))
+                numbers = " | ".join(f"{rate:,.0f}" for rate in rates)
+                lines.append(f"| {kind} | {name}, {step} | {numbers} | {cell['loss']:.4f} |")
+    lines.append("")
+    for kind, compared in results["comparisons"].items():
+        told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in compared["ours_to_pytorch"].items())
+        lines.append(f"- {kind}: ours to PyTorch, tokens/s: {told}; load average {compared['load_average']} at the end")
+    options = results["options"]
+    lines.append(
+        f"- {results['model']}, {options['rows']} rows of {options['tokens']} tokens, {options['threads']} threads, "
+        f"{results['processor']}; {results['how']}"
+    )
+    return "\n".join([*lines, "", f"`{results['command']}`", ""])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,123 @@
+"""PyTorch's side of the comparison, as its users train: transformers, `sdpa`, PEFT's LoRA, eager and compiled.
+
+A script for an interpreter that has torch, which need not be the one of jax_ccm: it imports nothing of the library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def serve(make: Callable[[Mapping[str, Any]], tuple[dict[str, Any], dict[str, Callable[[], tuple[Any, Any]]]]]) -> None:
+    """Runs steps when it is told to, so that processes take turns and never compute at the same time.
+
+    A line on standard input holds the settings, each further one the name of a step. Each is answered by a line: what
+    `make` says of itself and the names of its steps; then what a step took, or why it failed.
+
+    Args:
+      make: ``settings -> (about, {name: step})`` with ``step() -> (loss, norm)``; the norm of the gradient is a
+        function, which is called when time has been taken.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever else is printed
+
+    def answer(**found: Any) -> None:
+        answers.write(json.dumps(found) + "\n")
+        answers.flush()
+
+    settings = json.loads(sys.stdin.readline())
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings["threads"]])
+    try:
+        about, steps = make(settings)
+    except ImportError as e:
+        return answer(error=f"{sys.executable} lacks {e.name}")
+    answer(about=about, steps=list(steps))
+    for line in sys.stdin:
+        try:
+            wall, cpu = time.perf_counter(), time.process_time()
+            loss, norm = steps[line.strip()]()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        except Exception as e:  # out of memory, no compiler: a result, too
+            traceback.print_exc()
+            answer(error=f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}")
+            continue
+        answer(wall=wall, cpu=cpu, loss=float(loss), gradient=float(norm()))
+
+
+def make(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], tuple[Any, Any]]]]:
+    """The steps ``"float32, eager"``, ``"bfloat16, compiled"`` and so on.
+
+    Args:
+      settings: "model", a folder in Hugging Face's format; "arrays", an NPZ file with ``tokens``, ``labels`` (of each
+        place that predicts one, else -100), ``position`` ``[B, T]`` and, beside an adapter, ``mask`` ``bool [B, T, T]``
+        and ``comp [n, D]``; "adapter", None or PEFT's ``r``, ``lora_alpha`` and ``target_modules``; "precisions",
+        "compiled" and "threads".
+    """
+    import numpy as np
+    import torch
+    import transformers
+
+    torch.set_num_threads(settings["threads"])
+    arrays = {name: torch.from_numpy(np.asarray(x)) for name, x in np.load(settings["arrays"]).items()}
+    about = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    steps = {}
+    for precision in settings["precisions"]:
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        base = load(settings["model"], dtype=getattr(torch, precision), attn_implementation="sdpa")
+        base.requires_grad_(False)
+        if settings["adapter"] is None:
+            model, step = base, _step(base, base, arrays)
+        else:
+            import peft
+
+            about["peft"] = peft.__version__
+            model = peft.get_peft_model(base, peft.LoraConfig(lora_dropout=0.0, **settings["adapter"]))
+            step = _step(model, base, arrays)
+        steps[f"{precision}, eager"] = step
+        if settings["compiled"]:
+            steps[f"{precision}, compiled"] = _step(torch.compile(model), base, arrays)
+    return about, steps
+
+
+def _step(model: Any, base: Any, arrays: Mapping[str, Any]) -> Callable[[], tuple[Any, Any]]:
+    """Forward and backward: to the adapter and its embeddings, or to the embeddings of all tokens."""
+    import torch
+
+    tokens, labels = arrays["tokens"].long(), arrays["labels"].long()
+    table = base.get_input_embeddings().weight
+    embedded = torch.nn.functional.embedding(tokens.clamp(max=len(table) - 1), table).detach()
+    given: dict[str, Any] = {}
+    if "mask" in arrays:
+        comp = arrays["comp"].clone().requires_grad_(True)
+        rows, places = (tokens >= len(table)).nonzero(as_tuple=True)
+        number = tokens[rows, places] - len(table)
+        given = {"attention_mask": arrays["mask"][:, None], "position_ids": arrays["position"].long()}
+        trained = [comp, *(p for p in model.parameters() if p.requires_grad)]
+    else:
+        trained = [embedded.requires_grad_(True)]
+
+    def step() -> tuple[Any, Any]:
+        for each in trained:
+            each.grad = None
+        inputs = embedded
+        if given:
+            inputs = embedded.index_put((rows, places), comp[number].to(embedded.dtype))
+        logits = model(inputs_embeds=inputs, use_cache=False, **given).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss.backward()
+        square = lambda: sum(float((each.grad.double() ** 2).sum()) for each in trained if each.grad is not None)
+        return loss.detach(), lambda: square() ** 0.5
+
+    return step
+
+
+if __name__ == "__main__":
+    serve(make)
