@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_ccm.errors import UserError
-from jax_ccm.memory.cache import check, init_cache
+from jax_ccm.memory.cache import check, init_cache, select
 from jax_ccm.memory.steps import compress, read, stream_step
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.examples import Example
@@ -23,6 +25,20 @@ from jax_ccm.rules.types import RAW, Array, Chunk, MemoryCache, Method
 MULTIPLE = 32
 
 
+def same_context(method: Method, examples: Sequence[Example]) -> list[list[int]]:
+    """Numbers of the examples whose contexts are the same, token by token; in the order of the first of each."""
+    found: dict[bytes, list[int]] = {}
+    for number, example in enumerate(examples):
+        digest = hashlib.sha256()
+        for segment in arrange(method, example)[:-1]:
+            kept = np.zeros(0, bool) if segment.kept is None else segment.kept
+            digest.update(f"{len(segment.tokens)},{len(kept)}:".encode())
+            for array in (segment.tokens.astype("<i4"), segment.scored, kept):
+                digest.update(array.tobytes())
+        found.setdefault(digest.digest(), []).append(number)
+    return list(found.values())
+
+
 def score_recurrently(
     model: Transformer,
     method: Method,
@@ -30,7 +46,7 @@ def score_recurrently(
     *,
     rows: int,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Scores examples chunk by chunk.
+    """Scores examples chunk by chunk. A context that several of them share is read once, for all their tails.
 
     Args:
       model: the decoder with its adapter.
@@ -44,14 +60,13 @@ def score_recurrently(
     """
     sizes = [[len(segment.tokens) for segment in arrange(method, example)] for example in examples]
     # Neighbours in this order have as many chunks, of about the same lengths.
-    order = sorted(range(len(examples)), key=lambda i: (len(sizes[i]), max(sizes[i])))
+    order = sorted(same_context(method, examples), key=lambda those: (len(sizes[those[0]]), max(sizes[those[0]])))
     # One shape of cache for all.
     roomy = jax.eval_shape(lambda: cache_for(model, method, examples))
     most = roomy.k.shape[2] - roomy.memory_capacity
     found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(examples)
     for first in range(0, len(order), rows):
-        those = order[first : first + rows]
-        fill = those + those[:1] * (rows - len(those))
+        groups = order[first : first + rows]
         cache = init_cache(
             model,
             method,
@@ -59,34 +74,56 @@ def score_recurrently(
             memory_capacity=roomy.memory_capacity,
             raw_capacity=_padded(most),
         )
-        scored = _score(model, method, cache, stream(method, [examples[i] for i in fill]))
-        for row, index in enumerate(those):
-            found[index] = scored[row]
+        contexts = _filled([those[0] for those in groups], rows)
+        cache, scored = _read_contexts(model, method, cache, stream(method, [examples[i] for i in contexts]))
+        tails = [(row, index) for row, those in enumerate(groups) for index in those]
+        for begin in range(0, len(tails), rows):
+            some = tails[begin : begin + rows]
+            places, chosen = zip(*_filled(some, rows), strict=True)
+            own = select(cache, np.array(places))
+            answers = _score_tails(model, method, own, stream(method, [examples[i] for i in chosen]))
+            for (row, index), answer in zip(some, answers, strict=False):
+                losses, hits = zip(*scored[row], answer, strict=True)
+                found[index] = np.concatenate(losses), np.concatenate(hits)
     return [scores for scores in found if scores is not None]
 
 
-def _score(model, method: Method, cache, sessions: Stream) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Scores of each row of a batch."""
-    parts: list[tuple[np.ndarray, ...]] = []
+def _filled(numbers: Sequence[Any], rows: int) -> list[Any]:
+    """As many as a batch has rows: idle ones repeat the first."""
+    return [*numbers, *[numbers[0]] * (rows - len(numbers))]
+
+
+# Losses and hits of the scored tokens of one row, in pieces.
+Pieces = list[tuple[np.ndarray, np.ndarray]]
+
+
+def _read_contexts(model, method: Method, cache, sessions: Stream) -> tuple[MemoryCache, list[Pieces]]:
+    """The sessions behind their contexts, and the scores of each row's."""
+    rows: list[Pieces] = [[] for _ in sessions.tail.tokens]
     for time in range(sessions.context.tokens.shape[0]):
         chunk = jax.tree.map(operator.itemgetter(time), sessions.context)
         targets, weights = sessions.targets[0][time], sessions.weights[0][time]
         asked = bool(weights.any())
-        cache, *found = _step(model, cache, *_fit(chunk, targets), method=method, close=True, asked=asked)
+        cache, *made = _step(model, cache, *_fit(chunk, targets), method=method, close=True, asked=asked)
         if asked:
-            parts.append((weights, *found))
+            for row, piece in zip(rows, _scored(weights, *made), strict=True):
+                row.append(piece)
+    return cache, rows
+
+
+def _score_tails(model, method: Method, cache, sessions: Stream) -> Pieces:
+    """The scores of each row's tail."""
     tail = _fit(sessions.tail, sessions.targets[1])
-    cache, *found = _step(model, cache, *tail, method=method, close=False, asked=True)
-    parts.append((sessions.weights[1], *found))
+    cache, *made = _step(model, cache, *tail, method=method, close=False, asked=True)
     check(cache)
-    rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in sessions.tail.tokens]
-    for weights, losses, hits in parts:
-        losses, hits = np.asarray(losses, np.float64), np.asarray(hits)
-        for row, used in enumerate(weights > 0):
-            where = np.flatnonzero(used)
-            rows[row].append((losses[row, where], hits[row, where]))
-    join = lambda pieces, kind: np.concatenate([np.zeros(0, kind), *pieces])
-    return [(join([a for a, _ in row], np.float64), join([b for _, b in row], bool)) for row in rows]
+    return _scored(sessions.weights[1], *made)
+
+
+def _scored(weights: np.ndarray, losses, hits) -> Pieces:
+    """Losses and hits of each row where it is scored."""
+    losses, hits = np.asarray(losses, np.float64), np.asarray(hits)
+    places = [np.flatnonzero(used) for used in weights > 0]
+    return [(losses[row, where], hits[row, where]) for row, where in enumerate(places)]
 
 
 def _padded(length: int) -> int:

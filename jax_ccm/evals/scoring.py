@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ccm.errors import UserError
-from jax_ccm.evals.recurrent import score_recurrently
+from jax_ccm.evals.recurrent import same_context, score_recurrently
 from jax_ccm.memory.losses import scored_logits
 from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.nn.positions import warn_beyond
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.records import paths
 from jax_ccm.rules.examples import Example, Segment
-from jax_ccm.rules.rows import Sizes, batch, measure
+from jax_ccm.rules.rows import Sizes, arrange, batch, measure
 from jax_ccm.rules.types import Batch, Method
 
 # What compiling one more shape costs, in tokens of forward pass: a second or two of a CPU, more of anything faster.
@@ -181,9 +181,10 @@ def score(
     log: Callable[[str], None] | None = None,
     name: str = "",
 ) -> list[Scores]:
-    """Scores examples by the parallel forward, which equals the recurrence (`jax_ccm.evals.parity`).
+    """Scores examples by the parallel forward, or by the recurrence, which equals it (`jax_ccm.evals.parity`).
 
-    Methods that have no parallel form are run as the recurrence.
+    The recurrence serves methods that have no parallel form, and questions that share contexts (several answers to
+    choose from, or a session that is also another's wrong memory) if it then reads less than half as much.
 
     Args:
       model: the decoder with its adapter.
@@ -210,7 +211,7 @@ def score(
     if store is not None and path is not None and (known := store.load(path)) is not None:
         log(f"{name}: {len(examples):,} examples, scored before ({path})")
         return known
-    if method.recurrent_only:
+    if method.recurrent_only or _shares(method, examples):
         start = time.perf_counter()
         scores = [Scores(*pair) for pair in score_recurrently(model, method, examples, rows=rows)]
         log(f"{name}: {len(examples):,} examples, chunk by chunk, {time.perf_counter() - start:.0f} s")
@@ -247,6 +248,15 @@ def score(
     if store is not None and path is not None:
         store.save(path, scores)
     return scores
+
+
+def _shares(method: Method, examples: Sequence[Example]) -> bool:
+    """Whether reading each context once for all its tails is less than half of the work."""
+    if method.context == "dropped":
+        return False
+    lengths = [[len(segment.tokens) for segment in arrange(method, example)] for example in examples]
+    contexts = sum(sum(lengths[those[0]][:-1]) for those in same_context(method, examples))
+    return 2 * (contexts + sum(length[-1] for length in lengths)) < sum(map(sum, lengths))
 
 
 @functools.partial(jax.jit, static_argnames="method")

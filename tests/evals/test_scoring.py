@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_ccm.errors import UserError
-from jax_ccm.evals import parity, scoring
+from jax_ccm.evals import parity, recurrent, scoring
 from jax_ccm.methods import build
 from jax_ccm.nn import RopeScaling, positions
 from tests import cases
@@ -82,6 +82,30 @@ def test_store_keeps_scores(tmp_path):
     store.path("w", full, examples).write_bytes(b"not an archive")
     with pytest.raises(UserError, match="cannot be read"):
         run(full, examples)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [build("full"), build("ccm_concat", comp_tokens=2, sink=True), build("ccm_merge", comp_tokens=2), build("evict")],
+    ids=lambda method: method.name,
+)
+def test_a_context_is_read_once_for_all_its_questions(method, monkeypatch):
+    """Answers to choose from, and the memory of another session: the same scores as when each is read by itself."""
+    model = cases.model(config=SMALL, tokens=2)
+    sessions = random_sessions(3, 4)
+    tails = [s.segments[-1] for s in random_sessions(4, 1, seed=1)]
+    asked = [
+        dataclasses.replace(session, segments=(*session.segments[:-1], tail)) for tail in tails for session in sessions
+    ]
+    read = []
+    step = recurrent._step
+    monkeypatch.setattr(recurrent, "_step", lambda *args, **kw: read.append(kw["close"]) or step(*args, **kw))
+    shared = scoring.score(model, method, asked, rows=3)
+    assert sum(read) == 4 and read.count(False) == 4  # chunks and tails of a batch of three sessions
+    for example, found in zip(asked, shared, strict=True):
+        (alone,) = scoring.score(model, method, [example])
+        np.testing.assert_allclose(found.nll, alone.nll, atol=1e-5)
+        np.testing.assert_array_equal(found.hit, alone.hit)
 
 
 def test_a_changed_library_scores_anew(tmp_path, monkeypatch):
