@@ -24,6 +24,7 @@ from tests import cases
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
 RESULTS = sorted((ROOT / "results").rglob("table.md"))
 BENCHES = sorted((ROOT / "results").rglob("bench.json"))
@@ -31,7 +32,7 @@ COMPILED = sorted((ROOT / "results" / "kernels").glob("*.json"))
 
 
 def test_example():
-    result = doctest.testfile(str(README), module_relative=False)
+    result = doctest.testfile(str(ROOT / "docs" / "library.md"), module_relative=False)
     assert result.attempted > 8 and result.failed == 0
 
 
@@ -149,9 +150,34 @@ def test_tables_of_kernels_are_made_of_the_numbers(path):
     assert ahead.markdown(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "docs" / "kernels.md"], ids=lambda path: path.stem)
-def test_pages_show_the_tables(page):
-    shown = re.findall(r"<!-- table: (\S+) -->\n((?:\|.*\n)+)", page.read_text())
-    assert shown, f"{page} shows no results"
-    for name, table in shown:
+def test_pages_show_the_tables():
+    shown = [
+        (page, name, table)
+        for page in (README, *DOCS)
+        for name, table in re.findall(r"<!-- table: (\S+) -->\n((?:\|.*\n)+)", page.read_text())
+    ]
+    assert {page.stem for page, _, _ in shown} >= {"README", "kernels", "planning", "results", "speed"}
+    for page, name, table in shown:
         assert rows(table) == rows((ROOT / name).read_text()), f"the copy of {name} in {page} is old"
+
+
+def test_the_readme_is_short():
+    text = README.read_text()
+    assert text.count("\n") <= 150 and len(text.split()) <= 1800, (text.count("\n"), len(text.split()))
+
+
+@pytest.mark.parametrize(
+    "page", [README, ROOT / "CONTRIBUTING.md", *DOCS, *PAGES], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_links_lead_somewhere(page):
+    """Links and pictures of a page, relative to it, and headings that they name; nothing outside the repository."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    heading = lambda line: re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in map(heading, re.findall(r"(?m)^#+ (.*)$", file.read_text())), target
