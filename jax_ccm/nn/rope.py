@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -78,8 +79,23 @@ def angles(config: ModelConfig, position):
     return (jnp.cos(angle), jnp.sin(angle)) if factor == 1.0 else (factor * jnp.cos(angle), factor * jnp.sin(angle))
 
 
+@jax.custom_vjp
 def rotate(x, cos, sin):
-    """Rotates the first R numbers of heads ``[B, T, heads, H]`` by angles ``[B, T, R / 2]``; computed in float32."""
+    """Rotates the first R numbers of heads ``[B, T, heads, H]`` by angles ``[B, T, R / 2]``; computed in float32.
+
+    A gradient is turned back in one pass: that of taking apart and joining would be padded and added up. There is none
+    for the angles.
+    """
+    return _rotated(x, cos, sin)
+
+
+rotate.defvjp(
+    lambda x, cos, sin: (_rotated(x, cos, sin), (cos, sin)),
+    lambda angles, g: (_rotated(g, angles[0], -angles[1]), None, None),
+)
+
+
+def _rotated(x, cos, sin):
     half = cos.shape[-1]
     rest = [x[..., 2 * half :]] if 2 * half < x.shape[-1] else []
     # Split first and joined last: the whole of x and of its gradient then lies in memory in its own type alone.

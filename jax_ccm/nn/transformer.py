@@ -99,9 +99,13 @@ class MLP(nnx.Module):
             open, up = self.joined(x, gate, keys[:2])
         else:
             open, up = self.gate_proj(x, gate, keys[0]), self.up_proj(x, gate, keys[1])
-        return self.down_proj(
-            constrain(ACTIVATIONS[self.activation](open) * up, "rows", "tokens", "inner"), gate, keys[2]
-        )
+        return self.down_proj(constrain(self.gated(open, up), "rows", "tokens", "inner"), gate, keys[2])
+
+    def gated(self, open, up):
+        """``activation(open) * up``; these two alone, a layer's largest arrays, are kept for the backward pass."""
+        gated = lambda open, up: ACTIVATIONS[self.activation](open) * up
+        # As in `Transformer.__call__`: within a loop over layers nothing is computed once where it was asked for twice.
+        return jax.checkpoint(gated, prevent_cse=False)(open, up)
 
 
 class Block(nnx.Module):

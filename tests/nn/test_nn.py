@@ -88,6 +88,34 @@ def test_rope_half_split():
             np.testing.assert_allclose(out[0, t, :, i + 4], turned.imag, atol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_the_gradient_of_a_rotation_is_one_rotation_back(factor):
+    """It is the transposed map; and nothing is padded and added up on the way, as for taking apart and joining."""
+    config = dataclasses.replace(cases.CONFIG, rotary_factor=factor)
+    cos, sin = rope.angles(config, jnp.array([[0, 3, 7], [2, 5, 11]]))
+    x, g = (jax.random.normal(jax.random.key(k), (2, 3, 4, config.head_dim)) for k in (0, 1))
+    back = lambda g: jax.vjp(lambda x: rope.rotate(x, cos, sin), x)[1](g)[0]
+    np.testing.assert_allclose(jnp.sum(rope.rotate(x, cos, sin) * g), jnp.sum(x * back(g)), rtol=1e-5)
+    np.testing.assert_allclose(back(rope.rotate(x, cos, sin)), x, atol=1e-5)
+    assert " pad[" not in str(jax.make_jaxpr(back)(g))
+
+
+def test_of_the_inner_activations_two_are_kept_for_the_backward_pass():
+    """The inputs of the gated product, the largest arrays of a layer: not each number that lies between."""
+    model, method = cases.model(), build("full")
+    (example,) = cases.sessions(lengths=((11,),))
+    made = rows.batch(method, [example], rows.measure(method, example), cases.VOCAB)
+    graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
+
+    def loss(adapter):
+        model = nnx.merge(graphdef, adapter, base)
+        return losses.mean_loss(model, steps.parallel_forward(model, made, method=method), made, method)[0]
+
+    first, *_ = (eqn for eqn in jax.make_jaxpr(jax.grad(loss))(adapter).eqns if eqn.primitive.name == "scan")
+    inner = (model.config.num_layers, *made.tokens.shape, model.config.intermediate_size)
+    assert [out.aval.shape for out in first.outvars].count(inner) == 2
+
+
 def test_rope_scaling():
     plain = rope.frequencies(cases.CONFIG)
     scaled = lambda **s: rope.frequencies(dataclasses.replace(cases.CONFIG, rope_scaling=RopeScaling(**s)))
