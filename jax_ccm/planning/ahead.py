@@ -30,6 +30,7 @@ from jax_ccm.errors import UserError, unknown
 from jax_ccm.methods import build
 from jax_ccm.nn import ModelConfig, rope
 from jax_ccm.nn.transformer import Attention, pack
+from jax_ccm.numerics import NAMED
 from jax_ccm.planning import gpus, programs
 from jax_ccm.records.parsing import read_json
 from jax_ccm.rules.types import Packed, Rule, Slots
@@ -182,7 +183,7 @@ def layer(rule: Rule, batch: int, length: int, memory: int, *, attention: bool =
       ``gradients(x, weights, slots, packed, d_out)``, of all weights and of the input ``[B, T, D]``, and abstract
       arguments.
     """
-    module = jax.eval_shape(lambda: Attention(jax.random.key(0), LLAMA_8B, None, jnp.bfloat16))
+    module = jax.eval_shape(lambda: Attention(jax.random.key(0), LLAMA_8B, None, NAMED["bfloat16"]))
     graphdef, weights = nnx.split(module)
 
     def forward(x, weights, slots, packed):
