@@ -1,5 +1,8 @@
 """Compressed context memory for pretrained language models, in JAX."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jax_ccm.errors import RunError as RunError
 from jax_ccm.errors import UserError as UserError
 from jax_ccm.memory.cache import check as check
@@ -34,6 +37,19 @@ from jax_ccm.rules.types import Rule as Rule
 from jax_ccm.rules.types import Slots as Slots
 from jax_ccm.rules.types import Token as Token
 from jax_ccm.rules.visibility import visible as visible
-from jax_ccm.sessions.pretrained import from_pretrained as from_pretrained
+
+if TYPE_CHECKING:
+    from jax_ccm.sessions.conversations import Conversations as Conversations
+    from jax_ccm.sessions.pretrained import from_pretrained as from_pretrained
+
+# What stands on configs is imported when it is asked for: it takes longer than all the rest.
+_LATE = {"Conversations": "jax_ccm.sessions.conversations", "from_pretrained": "jax_ccm.sessions.pretrained"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"

@@ -15,8 +15,9 @@ from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import UserError
 from jax_ccm.memory.closing import Closing
 from jax_ccm.memory.generation import Sampling
+from jax_ccm.records.parsing import read_text
 from jax_ccm.records.paths import Folder
-from jax_ccm.sessions.conversations import Conversation
+from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.transcript import Record
 
 
@@ -40,6 +41,10 @@ class Options:
     """Also answer each turn without memory: by the same model, shown this turn alone."""
     max_tokens: int = 48
     """Most tokens of an answer."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, and are left out of it."""
+    context: Folder | None = None
+    """A text file that is read into the memory first, in chunks as long as a turn of the data may be."""
     temperature: float = 0.0
     """0 takes the most likely token each time."""
     top_p: float = 1.0
@@ -73,9 +78,9 @@ def _talk(experiment: Experiment, options: Options) -> int:
         closing = Closing(options.span, ends, shortest=min(2, options.span))
     elif options.sentences:
         raise UserError("--sentences needs --span, the most tokens of a span")
-    session = Conversation(
-        experiment, max_tokens=options.max_tokens, sampling=sampling, seed=options.seed, closing=closing
-    )
+    talk = Conversations(experiment, sampling=sampling, seed=options.seed, closing=closing, stop=options.stop)
+    if options.context is not None:
+        talk.read({0: read_text(options.context)})
     record = Record(options.workdir)
     print(f"{experiment.method.name} on {experiment.base_name}; an empty line ends the conversation")
     for text in options.say or _lines():
@@ -83,7 +88,7 @@ def _talk(experiment: Experiment, options: Options) -> int:
             print(f"you      {text}")
         entry: dict[str, Any] = {"you": text}
         try:
-            _exchange(session, entry, compare=options.compare)
+            _exchange(talk, entry, options)
         except UserError as error:
             entry["refused"] = str(error)
             print(f"refused  {error}; the memory is as it was")
@@ -97,15 +102,15 @@ def _talk(experiment: Experiment, options: Options) -> int:
     return 2 if record.refused and not held else 0
 
 
-def _exchange(session: Conversation, entry: dict[str, Any], *, compare: bool) -> None:
+def _exchange(talk: Conversations, entry: dict[str, Any], options: Options) -> None:
     """Has a turn answered; the answers go to the terminal and into its entry of the record."""
     began, text = time.perf_counter(), entry["you"]
-    if compare:
-        entry["without_memory"] = session.say_without_memory(text)
+    if options.compare:
+        entry["without_memory"] = talk.say_alone({0: text}, max_tokens=options.max_tokens)[0]
         print(f"without  {entry['without_memory']}")
-    entry["memory"] = session.say(text)
-    print(f"{'memory ' if compare else 'model  '}  {entry['memory']}")
-    slots, ours, full = session.memory_bytes()
+    entry["memory"] = talk.say({0: text}, max_tokens=options.max_tokens)[0]
+    print(f"{'memory ' if options.compare else 'model  '}  {entry['memory']}")
+    slots, ours, full = talk.memory_bytes()
     entry |= {"slots": slots, "memory_bytes": ours, "full_context_bytes": full}
     seconds = time.perf_counter() - began
     print(f"         [{slots} slots, {ours / 2**20:.2f} MiB; full context {full / 2**20:.2f} MiB; {seconds:.1f} s]")

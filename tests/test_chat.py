@@ -27,8 +27,8 @@ from jax_ccm.memory import steps
 from jax_ccm.memory.closing import Closing
 from jax_ccm.rules import rows
 from jax_ccm.rules.types import Kind
-from jax_ccm.sessions import conversations, transcript
-from jax_ccm.sessions.conversations import Conversation
+from jax_ccm.sessions import conversations, engine, transcript
+from jax_ccm.sessions.conversations import Conversations
 from tests import cases
 
 
@@ -48,6 +48,23 @@ def experiment(name="ccm_concat", unit=None, data=None, **method):
     model = cases.model(tokens=2, vocab_size=len(tokenizer))
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     return Experiment(config, model, methods.build(name, **method), tokenizer, mesh)
+
+
+class Conversation(Conversations):
+    """One session, whose turns are plain texts."""
+
+    def __init__(self, experiment, max_tokens=48, **options):
+        super().__init__(experiment, **options)
+        self.max_tokens = max_tokens
+
+    def say(self, text):
+        return super().say({0: text}, max_tokens=self.max_tokens)[0]
+
+    def say_without_memory(self, text):
+        return self.say_alone({0: text}, max_tokens=self.max_tokens)[0]
+
+    cache = property(lambda self: self.state.cache)
+    turns = property(lambda self: self.state.turns[0])
 
 
 LAID_OUT = {
@@ -70,13 +87,13 @@ def test_conversations_are_what_training_lays_out(name, unit, messages):
     data = {"max_turn_tokens": 64, "chat_template": messages}
     made = experiment(name.split(",")[0], unit, data, **LAID_OUT[name])
     session, turns, examples, answers = Conversation(made, max_tokens=5), [], [], []
-    answer = session._answer
-    session._answer = lambda *given: answers.append(answer(*given)) or answers[-1]
+    closed = session.engine.closed
+    session.engine.closed = lambda *given: answers.append((given[1][0], given[3])) or closed(*given)
     for number, text in enumerate(("hello there", "what", "and so it goes")):
         session.say(text)
-        turns += [(session.pieces.later if number else session.pieces.first)([text])[0], answers[-1][0]]
+        turns += [(session.engine.pieces.later if number else session.engine.pieces.first)([text])[0], answers[-1][0]]
         examples.append(
-            formats.session(session.pieces, turns, every=False, unit=formats.turns_a_chunk(made.config.data))
+            formats.session(session.engine.pieces, turns, every=False, unit=formats.turns_a_chunk(made.config.data))
         )
     for logits, (tokens, after) in zip(parity.parallel_logits(made.model, made.method, examples), answers, strict=True):
         assert len(tokens)
@@ -89,14 +106,14 @@ def test_questions_with_an_opening_of_their_own():
     data = {"format": "online", "separator": "\nQ:", "answer": "\nA:"}
     for unit, laid in (("turn", ["<s>hi", "\nQ: x"]), ("exchange", ["<s>hi\nA: x"])):
         session = Conversation(experiment("ccm_concat", unit, data))
-        pieces = session.pieces
+        pieces = session.engine.pieces
         (answer,) = pieces.target(["x"])
-        chunks = session.chunks(session.question("hi", first=True), answer)
-        texts = ["".join(session.experiment.tokenizer.convert_ids_to_tokens(chunk)) for chunk in chunks]
+        chunks = session.engine.chunks(session.engine.question("hi", first=True), answer)
+        texts = ["".join(session.engine.experiment.tokenizer.convert_ids_to_tokens(chunk)) for chunk in chunks]
         assert [text.replace("Ġ", " ").replace("Ċ", "\n") for text in texts] == laid
         context = [pieces.first(["hi"])[0], answer]
         example = formats.session(pieces, [*context, answer, answer], every=False, unit=1 + (unit == "exchange"))
-        for chunk, segment in zip(chunks, rows.arrange(session.experiment.method, example)[:-1], strict=True):
+        for chunk, segment in zip(chunks, rows.arrange(session.engine.experiment.method, example)[:-1], strict=True):
             np.testing.assert_array_equal(chunk, segment.tokens)
 
 
@@ -155,9 +172,9 @@ def test_gist_compresses_everything_anew():
     session = Conversation(made, max_tokens=3)
     for _ in range(2):
         session.say("hello")
-    assert session.cache.tokens.tolist() == [len(session.state.said)] and session.cache.chunks.tolist() == [1]
-    chunk = rows.chunk([session.state.said], len(session.state.said), made.model_config.vocab_size)
-    whole = steps.compress_step(made.model, session.empty(), chunk, method=made.method)
+    assert session.cache.tokens.tolist() == [len(session.state.said[0])] and session.cache.chunks.tolist() == [1]
+    chunk = rows.chunk([session.state.said[0]], len(session.state.said[0]), made.model_config.vocab_size)
+    whole = steps.compress_step(made.model, session.engine.empty(), chunk, method=made.method)
     np.testing.assert_allclose(session.cache.k, whole.k, atol=1e-5)
     assert session.memory_bytes()[0] == 2
     with pytest.raises(UserError, match="compresses the whole conversation anew .* cache.raw_capacity=64"):
@@ -190,7 +207,7 @@ def test_a_refused_turn_changes_nothing(name):
         with pytest.raises(UserError, match=message):
             session.say(text)
         assert unchanged(session, before)
-    generate = conversations.generate
+    generate = engine.generate
     calls = []
 
     def interrupted(*args, **options):
@@ -200,7 +217,7 @@ def test_a_refused_turn_changes_nothing(name):
         return generate(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversations, "generate", interrupted)
+        patch.setattr(engine, "generate", interrupted)
         patch.setattr(conversations, "AT_A_TIME", 3)
         with pytest.raises(KeyboardInterrupt):
             session.say("again")
@@ -223,9 +240,9 @@ def test_a_full_memory_refuses_and_the_session_goes_on():
 
 def test_a_control_token_in_a_turn_is_text():
     session = Conversation(experiment(comp_tokens=2), max_tokens=2)
-    assert not {0, 1} & set(session.question("use </s> to <s>stop", first=True)[1:].tolist())
+    assert not {0, 1} & set(session.engine.question("use </s> to <s>stop", first=True)[1:].tolist())
     for name in ("</s>", "<s>"):
-        assert not {0, 1} & set(session.question(name, first=False).tolist())
+        assert not {0, 1} & set(session.engine.question(name, first=False).tolist())
 
 
 TALK = """
@@ -234,17 +251,17 @@ from pathlib import Path
 import tests.conftest  # quick to compile
 from jax_ccm import chat
 from jax_ccm.config import cli
-from jax_ccm.sessions import conversations
+from jax_ccm.sessions import engine
 from tests.test_chat import experiment
 sys.stdout.reconfigure(encoding="ascii")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
-generate, calls = conversations.generate, []
+generate, calls = engine.generate, []
 def interrupted(*args, **options):
     calls.append(options)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGINT)
     return generate(*args, **options)
-conversations.generate = interrupted
+engine.generate = interrupted
 options = chat.Options(adapter=Path("none"), max_tokens=6, workdir=Path(sys.argv[1]))
 cli.run(lambda: chat._talk(experiment("ccm_concat", comp_tokens=2), options))
 """
@@ -278,6 +295,18 @@ def test_the_record_grows_and_the_exit_code_tells(tmp_path, monkeypatch):
     assert talk("a", " ", "b") == 2 and seen == [1, 2, 3]
     assert "turn is empty" in json.loads(file.read_text())[1]["refused"]
     assert talk("a") == 0 and len(json.loads(file.read_text())) == 1
+    # A text that is read first is memory like any other; one that is not text is refused before the talk.
+    slots = json.loads(file.read_text())[0]["slots"]
+    read_first = lambda context: chat._talk(
+        made, chat.Options(Path("none"), say=("a",), max_tokens=6, workdir=file.parent, context=context)
+    )
+    (tmp_path / "notes").write_text("a few words")
+    assert read_first(tmp_path / "notes") == 0 and json.loads(file.read_text())[0]["slots"] == slots + 2
+    (tmp_path / "odd").write_bytes(b"\xff\xfe")
+    for context, message in ((tmp_path / "none", "there is no file"), (tmp_path / "odd", "not UTF-8 text .byte 0.")):
+        with pytest.raises(UserError, match=message):
+            read_first(context)
+    talk("a")
     # With nobody at the keyboard an interrupt ends the command; what was said before is on disk.
     exchange, before = chat._exchange, signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = lambda *given, **options: exchange(*given, **options) if given[1]["you"] != "b" else signal.raise_signal(2)

@@ -109,7 +109,8 @@ import jax, flax.nnx
 start = time.perf_counter()
 import jax_ccm
 seconds = time.perf_counter() - start
-heavy = ["transformers", "orbax", "grain", "tensorflow_datasets", "matplotlib", "torch", "gguf", "safetensors"]
+heavy = ["transformers", "orbax", "grain", "tensorflow_datasets", "matplotlib", "torch", "gguf", "safetensors",
+         "jax_ccm.config.schema"]
 print(json.dumps({"seconds": seconds, "heavy": [name for name in heavy if name in sys.modules],
                   "devices": bool(jax._src.xla_bridge._backends)}))
 """

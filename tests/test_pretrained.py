@@ -63,6 +63,7 @@ def test_an_adapter_alone_says_base_method_and_template(trained, shipped):
         assert ccm.source == str(trained / "base") and len(ccm.tokenizer) == ccm.model_config.vocab_size
         assert ccm.template.separator.tolist() == ccm.tokenizer("\nA:")["input_ids"]
         assert ccm.config.cache.memory_capacity == 16 and ccm.config.adapter.load == str(name)
+        assert set(ccm.conversations(rows=2).say({1: "hi"}, max_tokens=1)) == {1}
         there = read_adapter(name)
         for path, x in extract(ccm.model).arrays.items():
             np.testing.assert_array_equal(x, there.arrays[path], err_msg=path)

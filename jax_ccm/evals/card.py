@@ -112,7 +112,7 @@ def _start(name: str, recipe: Mapping[str, Any]) -> str:
         )
     return (
         f'```python\nimport jax_ccm\n\nccm = jax_ccm.from_pretrained("{name}")  # base=PATH if the base is elsewhere\n'
-        "ccm.model, ccm.method, ccm.tokenizer\n```\n\n"
+        'talk = ccm.conversations(rows=1)\ntalk.say({0: "Hi, I am Clara."}, max_tokens=48)\n```\n\n'
         f"or `python -m jax_ccm.chat {name}`. The name may be that of an adapter of the library, a folder, or a hub id."
     )
 

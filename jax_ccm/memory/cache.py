@@ -188,7 +188,9 @@ def select(cache: MemoryCache, rows) -> MemoryCache:
     if isinstance(rows, np.ndarray) and len(wrong := rows[(rows < 0) | (rows >= batch)]):
         raise UserError(f"there is no session {wrong[0]}; the cache has {batch}, numbered from 0 to {batch - 1}")
     found = jax.tree.map(lambda x: jnp.take(x, rows, axis=_row_axis(x), mode="clip"), cache)
-    return found if isinstance(rows, np.ndarray) else _where((rows >= 0) & (rows < batch), found)
+    if isinstance(rows, np.ndarray):
+        return found
+    return choose((rows < 0) | (rows >= batch), _zeros(found), found)
 
 
 def reset(cache: MemoryCache, rows) -> MemoryCache:
@@ -202,17 +204,22 @@ def reset(cache: MemoryCache, rows) -> MemoryCache:
         raise UserError(
             f"rows are {rows.dtype} {list(rows.shape)}; give a bool for each of the {len(cache.tokens)} sessions"
         )
-    return _where(~rows, cache)
+    return choose(rows, _zeros(cache), cache)
 
 
-def _where(rows, cache: MemoryCache) -> MemoryCache:
-    """The cache with all sessions but ``rows`` (bool ``[B]``) made empty."""
+def choose(rows, here: MemoryCache, there: MemoryCache) -> MemoryCache:
+    """The sessions ``rows`` (bool ``[B]``) of one cache, and the others of another of the same sizes."""
 
-    def clear(x):
-        mask = rows.reshape((1,) * _row_axis(x) + (-1,))
-        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, jnp.zeros((), x.dtype))
+    def pick(x, y):
+        mask = rows.reshape((1,) * _row_axis(y) + (-1,))
+        return jnp.where(mask.reshape(mask.shape + (1,) * (y.ndim - mask.ndim)), x, y)
 
-    return jax.tree.map(clear, cache)
+    return jax.tree.map(pick, here, there)
+
+
+def _zeros(cache: MemoryCache) -> MemoryCache:
+    """A zero for each array of a cache, as `choose` takes for empty sessions."""
+    return jax.tree.map(lambda x: jnp.zeros((), x.dtype), cache)
 
 
 def _row_axis(x) -> int:

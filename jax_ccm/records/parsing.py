@@ -38,6 +38,22 @@ def require_text(text: str, where: str) -> None:
         )
 
 
+def read_text(path: Path) -> str:
+    """The text that a file holds.
+
+    Raises:
+      UserError: if it is missing, cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from None
+
+
 def parse_json(text: str | bytes, where: str) -> Any:
     """A JSON value; an object in which a key stands twice is a `Repeated`.
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jax_ccm.config.adapters import open_config
 from jax_ccm.config.loading import TRAINED_BASE, Experiment, load_experiment
 from jax_ccm.config.schema import MeshConfig, check
 from jax_ccm.config.yaml import convert
 from jax_ccm.errors import UserError
+from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.weights.adapters import read_adapter
+
+
+class Pretrained(Experiment):
+    """An experiment that can talk."""
+
+    def conversations(self, rows: int = 1, **options: Any) -> Conversations:
+        """Empty sessions, side by side on one cache. Arguments and errors as `Conversations`."""
+        return Conversations(self, rows, **options)
 
 
 def from_pretrained(
@@ -20,7 +30,7 @@ def from_pretrained(
     base: str | Path | None = None,
     precision: str = "auto",
     mesh: Mapping[str, int] | None = None,
-) -> Experiment:
+) -> Pretrained:
     """An adapter with its base, method, tokenizer and template: an adapter knows what it belongs to.
 
     Args:
@@ -32,7 +42,7 @@ def from_pretrained(
 
     Returns:
       ``model``, ``method``, ``tokenizer``, ``template``, ``mesh`` (use the model within ``sharding.use(mesh)`` where it
-      has several devices), and the ``config`` that it was trained with.
+      has several devices), the ``config`` that it was trained with, and live sessions (`Pretrained.conversations`).
 
     Raises:
       UserError: for a name that is not there (with those that are), an adapter that lies there without its config, a
@@ -47,4 +57,5 @@ def from_pretrained(
     sizes = convert(MeshConfig, dict(mesh or {}), "mesh")
     config = dataclasses.replace(config, model=model, mesh=sizes)
     check(config)
-    return load_experiment(config)
+    found = load_experiment(config)
+    return Pretrained(**{field.name: getattr(found, field.name) for field in dataclasses.fields(found)})

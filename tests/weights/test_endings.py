@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_ccm.errors import UserError
-from jax_ccm.sessions import conversations
+from jax_ccm.sessions.engine import Engine
 from jax_ccm.weights.endings import end_tokens
 from tests.test_chat import experiment
 from tests.weights import ggufs
@@ -64,17 +64,18 @@ def test_gguf(tmp_path):
 def test_any_of_them_stops_a_reply(tmp_path):
     """The answer that a model gives is cut where a token is made one that ends it."""
     made = experiment(comp_tokens=2)
-    tokens, _ = conversations.Conversation(made, max_tokens=6)._answer(*given(made))
+    tokens = answer(made)
     assert len(tokens) == 6
     first = tokens.tolist().index(tokens[3])
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, int(tokens[3])]}))
     config = dataclasses.replace(made.config, model=dataclasses.replace(made.config.model, tokenizer=str(tmp_path)))
     stopping = dataclasses.replace(made, config=config)
     assert stopping.ends == tuple(sorted({1, 257, int(tokens[3])}))
-    again, _ = conversations.Conversation(stopping, max_tokens=6)._answer(*given(stopping))
-    np.testing.assert_array_equal(again, tokens[:first])
+    np.testing.assert_array_equal(answer(stopping), tokens[:first])
 
 
-def given(made):
-    session = conversations.Conversation(made)
-    return session.cache, session.question("hello there", first=True)
+def answer(made) -> np.ndarray:
+    """The tokens of an answer."""
+    running = Engine(made, 1)
+    *_, (tokens, _) = running.answers(running.empty(), {0: running.question("hello there", first=True)}, max_tokens=6)
+    return tokens[0]
