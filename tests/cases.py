@@ -29,6 +29,17 @@ CONFIG = ModelConfig(
 # What an adapter may change: the usual projections, and all of them.
 ATTENTION, ALL = AdapterConfig().targets, tuple(PROJECTIONS)
 
+# Each mixture with one slot, several, a sink (EMA: n2_repeat), and chunks that are and are not independent of
+# each other; each setting with one mixture or more. All three get rule and gate from one function.
+CCM = {
+    "n1": dict(comp_tokens=1),
+    "n2_sink": dict(comp_tokens=2, sink=True),
+    "n3_independent": dict(comp_tokens=3, independent=True),
+    "n2_independent_sink": dict(comp_tokens=2, independent=True, sink=True),
+    "n2_all": dict(comp_tokens=2, conditional=False),
+    "n2_repeat": dict(comp_tokens=2, sink=True, repeat=True),
+}
+
 # Every method of the library that has a parallel form, with the options that change its computation.
 METHODS: dict[str, Method] = {
     "full": build("full"),
@@ -43,16 +54,13 @@ METHODS: dict[str, Method] = {
     "compressive_now_sink": build("compressive", ratio=3, recent=0, sink=True),
     "compressive_segments": build("compressive", ratio=2, recent=2, segment=2),
     **{
-        f"{name}_{label}": build(f"ccm_{name}", **options)
-        for name in ("concat", "merge", "ema")
-        for label, options in {
-            "n1": dict(comp_tokens=1),
-            "n2_sink": dict(comp_tokens=2, sink=True),
-            "n3_independent": dict(comp_tokens=3, independent=True),
-            "n2_independent_sink": dict(comp_tokens=2, independent=True, sink=True),
-            "n2_all": dict(comp_tokens=2, conditional=False),
-            "n2_repeat": dict(comp_tokens=2, sink=True, repeat=True),
+        f"{name}_{label}": build(f"ccm_{name}", **CCM[label])
+        for name, labels in {
+            "concat": ("n1", "n2_sink", "n3_independent", "n2_all", "n2_repeat"),
+            "merge": ("n1", "n2_sink", "n2_independent_sink", "n2_repeat"),
+            "ema": ("n1", "n3_independent", "n2_all", "n2_repeat"),
         }.items()
+        for label in labels
     },
     "loma": build("loma", ratio=2, memory_tokens=2),
     "loma_causal_sink": build("loma", ratio=3, memory_tokens=1, bidirectional=False, sink=True, scope="last"),

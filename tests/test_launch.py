@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -63,6 +64,25 @@ def test_usage(script):
     done = subprocess.run(["bash", LAUNCH / f"{script}.sh"], capture_output=True, text=True, env=env)
     assert done.returncode == 2
     assert f"launch/{script}.sh" in done.stderr and "--dry-run" in done.stderr and "SBATCH" not in done.stderr
+
+
+@pytest.mark.parametrize("fails", [None, "first", "second"])
+def test_ci_runs_all_tests_on_one_python_and_fails_with_either(tmp_path, fails):
+    """On the other one, those of processes are left out."""
+    for folder in ("bin", ".ci", "launch"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    program(tmp_path / "bin" / "python3.12", "exit 0")
+    program(
+        tmp_path / "launch" / "test.sh",
+        'leg=$([ -z "${VENV:-}" ] && echo first || echo second); echo "$leg $*" >>calls; [ "$leg" != "${FAILS:-}" ]',
+    )
+    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "FAILS": fails or ""}
+    env.pop("VENV", None)
+    done = subprocess.run(["bash", tmp_path / ".ci" / "run"], capture_output=True, text=True, env=env, timeout=60)
+    assert (done.returncode == 0) == (fails is None), done.stderr
+    legs = (tmp_path / "calls").read_text().splitlines()
+    assert legs == ["first ", "second -m not slow and not processes"][: 1 if fails == "first" else 2]
 
 
 def test_supervise_dry_run():

@@ -68,6 +68,7 @@ def wait_for(workdir, step, lives):
         time.sleep(0.002)
 
 
+@pytest.mark.processes
 def test_two_are_one_and_stop_together(whole, programs, tmp_path):
     """One of two is told to stop: both do, after the same step; one process alone goes on from what they saved."""
     workdir = tmp_path / "run"
@@ -85,6 +86,7 @@ def test_two_are_one_and_stop_together(whole, programs, tmp_path):
     close(workdir, whole)
 
 
+@pytest.mark.processes
 def test_one_killed_the_other_says_so_and_the_run_goes_on(whole, programs, tmp_path):
     workdir = tmp_path / "run"
     lives = start_all(2, config(), workdir, programs)
@@ -100,6 +102,7 @@ def test_one_killed_the_other_says_so_and_the_run_goes_on(whole, programs, tmp_p
     close(workdir, whole)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_checkpoint_of_four_is_read_by_one_and_by_two(whole, programs, tmp_path):
     workdir = tmp_path / "run"
@@ -112,6 +115,7 @@ def test_a_checkpoint_of_four_is_read_by_one_and_by_two(whole, programs, tmp_pat
         close(copy, whole)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_four_with_weights_cut_and_buckets(programs, tmp_path):
     """Weights over two processes, rows over two, and the same bucket for all."""
@@ -123,6 +127,7 @@ def test_four_with_weights_cut_and_buckets(programs, tmp_path):
     close(four, one)
 
 
+@pytest.mark.processes
 def test_a_mistake_ends_all(programs, tmp_path):
     """A batch that does not spread over two processes: no process stays behind."""
     lives = start_all(2, tiny(), tmp_path / "run", programs)
@@ -131,6 +136,7 @@ def test_a_mistake_ends_all(programs, tmp_path):
     assert lives[1].process.exitcode not in (None, 0)
 
 
+@pytest.mark.processes
 def test_workdirs_that_are_not_shared(programs, tmp_path):
     lives = start_all(2, config(), [tmp_path / "host0", tmp_path / "host1"], programs)
     assert "is not the same folder for all 2 processes" in lives[0].end(1)

@@ -24,7 +24,7 @@ from jax_ccm.rules.draw import draw
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import Sizes, arrange, batch, bound, chunk, measure
 from jax_ccm.rules.types import Chunk, Kind
-from tests import cases
+from tests import cases, jitted
 from tests.data.support import ids, tokenizer, write
 from tests.data.test_formats import load
 
@@ -99,8 +99,8 @@ def test_repetition_changes_no_text():
     """The row with its repetition zones gives the same text logits as the row without (L3)."""
     example = text(11)
     without = laid_out([example], READING)
-    ours = losses.scored_logits(MODEL, hidden_of(laid_out([example])), laid_out([example]))
-    theirs = losses.scored_logits(MODEL, hidden_of(without, READING), without)
+    ours = jitted.scored_logits(MODEL, laid_out([example]), method=METHOD)
+    theirs = jitted.scored_logits(MODEL, without, method=READING)
     np.testing.assert_allclose(ours[0, : theirs.shape[1]], theirs[0], atol=1e-5)
 
 
@@ -120,20 +120,21 @@ def test_repeating_from_the_cache(repeats_see):
     example = text(13)
     made = laid_out([example], method)
     again = np.asarray(losses.repeated(made))[0]
-    expected = np.asarray(losses.scored_logits(MODEL, hidden_of(made, method), made))[0][again].reshape(3, 4, -1)
+    expected = np.asarray(jitted.scored_logits(MODEL, made, method=method))[0][again].reshape(3, 4, -1)
     cache = recurrent.cache_for(MODEL, method, [example])
     segments = arrange(method, example)
     for segment in segments[:-1]:
-        cache = steps.compress_step(MODEL, cache, chunk([segment.tokens], 4, cases.VOCAB), method=method)
+        cache = jitted.compress_step(MODEL, cache, chunk([segment.tokens], 4, cases.VOCAB), method=method)
     for open_text in (False, True):
         if open_text:
             tail = chunk([segments[-1].tokens[:3]], 3, cases.VOCAB)
-            cache, _ = steps.read(MODEL, cache, tail, method=method)
+            cache, _ = jitted.read(MODEL, cache, tail, method=method)
         # What was evicted is not merely masked: nothing of it is left to read.
-        free = (cache.slots.kind == Kind.PAD)[None, :, :, None, None]
-        cache = dataclasses.replace(cache, k=jnp.where(free, 1e3, cache.k), v=jnp.where(free, 1e3, cache.v))
+        free = (np.asarray(cache.slots.kind) == Kind.PAD)[None, :, :, None, None]
+        noisy = {x: np.where(free, np.float32(1e3), getattr(cache, x)) for x in ("k", "v")}
+        cache = dataclasses.replace(cache, **noisy)
         for back in (1, 2, 3):
-            logits = steps.repeat(MODEL, cache, 4, back, method=method)[0]
+            logits = jitted.repeat(MODEL, cache, 4, back, method=method)[0]
             np.testing.assert_allclose(logits, expected[3 - back], atol=1e-5)
 
 
@@ -145,15 +146,14 @@ def test_repetition_on_top_of_ccm(name):
     made = laid_out([session], method)
     segments = arrange(method, session)
     cache = recurrent.cache_for(model, method, [session])
-    begin = 0
+    begin, logits_of_row = 0, np.asarray(jitted.scored_logits(model, made, method=method))[0]
     for number, segment in enumerate(segments[:-1]):
         count = len(segment.tokens)
-        cache = steps.compress_step(model, cache, chunk([segment.tokens], 7, cases.VOCAB), method=method)
+        cache = jitted.compress_step(model, cache, chunk([segment.tokens], 7, cases.VOCAB), method=method)
         mine = np.asarray(losses.repeated(made))[0] & (made.steps[0] == number)
         assert made.targets[0][mine].tolist() == segment.tokens.tolist()
-        expected = losses.scored_logits(model, hidden_of(made, method, model), made)[0][mine]
-        logits = steps.repeat(model, cache, count, method=method, begin=jnp.full(1, begin))[0]
-        np.testing.assert_allclose(logits, expected, atol=1e-5)
+        logits = jitted.repeat(model, cache, count, method=method, begin=np.full(1, begin))[0]
+        np.testing.assert_allclose(logits, logits_of_row[mine], atol=1e-5)
         begin += count
 
 
@@ -167,18 +167,17 @@ def test_a_last_full_chunk_is_repeated():
     assert measure(METHOD, example) == bound(METHOD, 8, 9, 7)
     without = laid_out([example], READING)
     assert without.memory.slots.live.sum() == 2
-    ours = losses.scored_logits(MODEL, hidden_of(made), made)[0, :7]
-    np.testing.assert_allclose(ours, losses.scored_logits(MODEL, hidden_of(without, READING), without)[0], atol=1e-5)
+    ours = jitted.scored_logits(MODEL, made, method=METHOD)[0, :7]
+    np.testing.assert_allclose(ours, jitted.scored_logits(MODEL, without, method=READING)[0], atol=1e-5)
 
 
 def test_first_token_may_be_pinned():
     """With a sink the first token outlives its chunk and is seen by all later ones; without, it goes with it (L11)."""
-    step = jax.jit(steps.compress_step, static_argnames="method")
     for sink in (True, False):
         method = build("loma", ratio=2, memory_tokens=2, sink=sink)
         cache = recurrent.cache_for(MODEL, method, [text(9)])
         for segment in arrange(method, text(9))[:-1]:
-            cache = step(MODEL, cache, chunk([segment.tokens], 4, cases.VOCAB), method=method)
+            cache = jitted.compress_step(MODEL, cache, chunk([segment.tokens], 4, cases.VOCAB), method=method)
         kinds = np.asarray(cache.slots.kind[0])
         assert (kinds == Kind.SINK).sum() == sink and (kinds != Kind.PAD).sum() == 4 + sink
         made = laid_out([text(9)], method)
@@ -241,12 +240,12 @@ def test_memory_is_bidirectional():
     def one_by_one(method):
         """The cache after four tokens, its memory tokens run in two passes."""
         cache = recurrent.cache_for(MODEL, method, [text(9)])
-        cache, _ = steps.read(
+        cache, _ = jitted.read(
             MODEL, cache, Chunk(text(9).segments[0].tokens[None, :4], np.ones((1, 4), bool)), method=method
         )
         first = dataclasses.replace(method, closes=method.closes[:1])
-        values = np.asarray(steps.compress(MODEL, cache, method=first).v[:, 0, 0])
-        return values, np.asarray(steps.compress(MODEL, cache, method=method).v[:, 0, 0])
+        values = np.asarray(jitted.compress(MODEL, cache, method=first).v[:, 0, 0])
+        return values, np.asarray(jitted.compress(MODEL, cache, method=method).v[:, 0, 0])
 
     alone, together = one_by_one(causal)
     np.testing.assert_allclose(alone, together, atol=1e-5)
@@ -257,7 +256,7 @@ def test_memory_is_bidirectional():
 def test_memory_positions_differ():
     """Memory tokens share one embedding: only positions tell them apart, and "sequential" is another choice (L5)."""
     cache = recurrent.cache_for(MODEL, METHOD, [text(9)])
-    cache = steps.compress_step(MODEL, cache, chunk([text(9).segments[0].tokens[:4]], 4, cases.VOCAB), method=METHOD)
+    cache = jitted.compress_step(MODEL, cache, chunk([text(9).segments[0].tokens[:4]], 4, cases.VOCAB), method=METHOD)
     assert np.abs(cache.v[1:, 0, 0] - cache.v[1:, 0, 1]).max() > 1e-3
     assert cache.slots.position[0, :2].tolist() == [1, 3]
     sequential = build("loma", ratio=2, memory_tokens=2, positions="sequential")
@@ -316,7 +315,7 @@ def test_gradients_do_not_leak():
 def test_each_loss_has_its_own_mean():
     """A longer tail leaves the repetition loss alone, padding both (L12 and L13)."""
     short, long = text(10), text(11)
-    value = lambda made, method: float(losses.mean_loss(MODEL, hidden_of(made, method), made, method)[0])
+    value = lambda made, method: float(jitted.mean_loss(MODEL, made, method=method))
     parts = {}
     for name, example in (("short", short), ("long", long)):
         made = laid_out([example])

@@ -15,13 +15,13 @@ from jax_ccm.config.schema import OptimizerConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity, recurrent
 from jax_ccm.evals.slots import context_slots
-from jax_ccm.memory import losses, steps
+from jax_ccm.memory import losses
 from jax_ccm.methods import build
 from jax_ccm.rules import rows, visibility
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.types import Kind, Slots
 from jax_ccm.training.step import make_optimizer, split
-from tests import cases
+from tests import cases, jitted
 
 METHOD = build("sentinel")
 MODEL = cases.model(tokens=2)
@@ -87,8 +87,9 @@ def test_an_oracle_loses_nothing(shift, sure):
     following = np.zeros(made.tokens.shape[1], np.int32)
     text = np.flatnonzero(made.tokens[0] < cases.VOCAB)
     following[text] = np.roll(made.tokens[0, text], -1 + shift)
-    hidden = 40.0 * np.eye(cases.VOCAB, dtype=np.float32)[following][made.places]
-    found = losses.token_losses("vd", hidden, np.eye(cases.VOCAB, dtype=np.float32), made.targets)
+    table = np.eye(cases.VOCAB, dtype=np.float32)
+    hidden = 40.0 * table[following][made.places]
+    found = jax.jit(losses.token_losses, static_argnums=0)("vd", hidden, table, made.targets)
     assert (found.max() < 1e-6) == sure and (found.min() > 1) == (not sure)
 
 
@@ -105,7 +106,7 @@ def states(seed_before: int):
     cache = recurrent.cache_for(MODEL, METHOD, [made])
     for segment in made.segments[:-1]:
         chunk = rows.chunk([segment.tokens], 3, cases.VOCAB)
-        cache = steps.compress_step(MODEL, cache, dataclasses.replace(chunk, kept=segment.kept[None]), method=METHOD)
+        cache = jitted.compress_step(MODEL, cache, dataclasses.replace(chunk, kept=segment.kept[None]), method=METHOD)
     kinds = np.asarray(cache.slots.kind[0])
     return np.asarray(cache.v)[:, 0, np.flatnonzero(kinds == Kind.MEMORY)[1]], kinds
 
@@ -126,9 +127,9 @@ def test_live_slots():
     trace = []
     for segment in made.segments[:-1]:
         chunk = rows.chunk([segment.tokens], 3, cases.VOCAB)
-        cache, _ = steps.read(MODEL, cache, dataclasses.replace(chunk, kept=segment.kept[None]), method=METHOD)
+        cache, _ = jitted.read(MODEL, cache, dataclasses.replace(chunk, kept=segment.kept[None]), method=METHOD)
         trace.append(int(cache.slots.live.sum()))
-        cache = steps.compress(MODEL, cache, method=METHOD)
+        cache = jitted.compress(MODEL, cache, method=METHOD)
         trace.append(int(cache.slots.live.sum()))
     assert trace == [3, 2, 5, 4]
     assert context_slots(METHOD, made) == 4
@@ -168,10 +169,10 @@ def test_opener_is_a_constant():
     So nothing is gained by keeping it in the cache: it rides in the pass that runs <CR>, when the span closes.
     """
     made = [laid_out(example(seed)) for seed in (0, 7)]
-    states = [
-        MODEL(m.tokens, m.slots, visibility.gate(METHOD, m.slots), rule=METHOD.rule, memory=m.memory)[1][1][:, 0]
-        for m in made
-    ]
+    run = jax.jit(
+        lambda m: MODEL(m.tokens, m.slots, visibility.gate(METHOD, m.slots), rule=METHOD.rule, memory=m.memory)[1][1]
+    )
+    states = [run(m)[:, 0] for m in made]
     opener = np.flatnonzero(made[0].slots.kind[0] == Kind.OPEN)
     values = np.stack([np.asarray(x)[:, opener] for x in states])
     assert values.shape[:3] == (2, cases.CONFIG.num_layers, 2)

@@ -40,6 +40,7 @@ with StopRequest(float(sys.argv[2]), lambda: "the checkpoint of step 4 is kept")
 """
 
 
+@pytest.mark.processes
 def test_a_step_longer_than_the_grace_is_given_up():
     command = [sys.executable, "-c", BUSY, preemption.__file__, "0.2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -19,7 +19,6 @@ import optax
 import pytest
 import yaml
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from jax_ccm import train
 from jax_ccm.config import cli
@@ -52,18 +51,6 @@ data:
 optimizer: {learning_rate: 1.0e-2, accumulation: 2, weight_decay: 0.01}
 train: {steps: 8, trainable: all, log_every: 2, eval_every: 4, eval_examples: 6, checkpoint_every: 4}
 """)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """Programs that several runs have in common are compiled once for all tests here."""
-    folder = str(tmp_path_factory.mktemp("programs"))
-    compilation_cache.reset_cache()
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", folder)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
 
 
 def tiny(**sections):
@@ -265,12 +252,14 @@ def test_accumulation_averages_the_means_of_micro_batches():
     graphdef, step, (state, frozen, batches, key) = pieces(config)
     method = load_experiment(config).method
 
-    def loss(params, number):
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, batch):
         model = nnx.merge(graphdef, params, frozen)
-        batch = jax.tree.map(lambda x: x[number], batches)
         return mean_loss(model, parallel_forward(model, batch, method=method), batch, method)[0]
 
-    losses, grads = zip(*(jax.value_and_grad(loss)(state["params"], n) for n in range(2)), strict=True)
+    each = [jax.tree.map(lambda x, n=n: x[n], batches) for n in range(2)]
+    losses, grads = zip(*(loss(state["params"], batch) for batch in each), strict=True)
     expected = optax.global_norm(jax.tree.map(lambda a, b: (a + b) / 2, *grads))
     _, found = step(state, frozen, batches, key)
     np.testing.assert_allclose(found["loss"], np.mean(losses), rtol=1e-5)
@@ -401,6 +390,7 @@ def test_clock():
     assert [clock(s) for s in (5, 65, 3605, 100000)] == ["0:05", "1:05", "1:00:05", "27:46:40"]
 
 
+@pytest.mark.processes
 def test_command_stops_on_sigterm_with_code_0(tmp_path):
     path, workdir = tmp_path / "tiny.yaml", tmp_path / "run"
     save_config(tiny(train={"steps": 1_000_000, "log_every": 1, "checkpoint_every": 1_000_000}), path)

@@ -17,13 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.training.checkpoints import Checkpoints
 from jax_ccm.training.run import Run
 from tests.data.support import dialogues, tokenizer, write
-from tests.lives import Life, use_programs
+from tests.lives import Life
 from tests.training.test_checkpoints import LEFTOVERS, _collected, flip, largest  # noqa: F401 - a fixture
 from tests.training.test_run import TINY, last_state, records, tiny
 
@@ -32,18 +31,10 @@ OFTEN = {"log_every": 1, "eval_every": 12, "checkpoint_every": 2}
 SHORT = {"steps": 6, "log_every": 2, "eval_every": 0, "checkpoint_every": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """All runs here share their compiled programs."""
-    folder = str(tmp_path_factory.mktemp("programs"))
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    compilation_cache.reset_cache()
-    use_programs(folder)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    """Compiled programs of the lives, apart from those of the other tests: who is killed may leave half of one."""
+    return str(tmp_path_factory.mktemp("programs"))
 
 
 def equal(one, two, step):
@@ -61,6 +52,7 @@ def completed(workdir):
     return {int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again(tmp_path, programs, kills):
     """Every other kill comes while a checkpoint is being written, the rest at any time after that."""
@@ -214,6 +206,7 @@ def test_a_file_where_a_folder_should_be(tmp_path):
         Run(tiny(train=SHORT), tmp_path)
 
 
+@pytest.mark.processes
 def test_read_only_workdir(short, programs):
     """Root may write everywhere, so the run becomes nobody; pytest's own folders are closed to nobody."""
     user = 65534 if os.getuid() == 0 else None

@@ -1,0 +1,29 @@
+"""What a memory does, compiled whole: called as it is, each of its operations is a compilation, a hundred in a test."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from jax_ccm.memory import losses, steps
+
+_STATIC = ("method", "implementation")
+
+read = jax.jit(steps.read, static_argnames=(*_STATIC, "query"))
+compress = jax.jit(steps.compress, static_argnames=_STATIC)
+compress_step = jax.jit(steps.compress_step, static_argnames=_STATIC)
+compress_scan = jax.jit(steps.compress_scan, static_argnames=_STATIC)
+repeat = jax.jit(steps.repeat, static_argnames=(*_STATIC, "length", "back"))
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def scored_logits(model, made, *, method):
+    """``float32 [B, Q, V]``, the logits of the scored tokens by the parallel forward."""
+    return losses.scored_logits(model, steps.parallel_forward(model, made, method=method), made)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def mean_loss(model, made, *, method):
+    """The loss of a batch, as in training."""
+    return losses.mean_loss(model, steps.parallel_forward(model, made, method=method), made, method)[0]
