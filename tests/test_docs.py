@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jax_ccm.benchmarks import pytorch
 from jax_ccm.benchmarks import report as speed
 from jax_ccm.evals import comparison, parity, report, slots
 from jax_ccm.methods import METHODS, build
@@ -28,6 +29,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
 RESULTS = sorted((ROOT / "results").rglob("table.md"))
 BENCHES = sorted((ROOT / "results").rglob("bench.json"))
+BESIDE_PYTORCH = sorted((ROOT / "results" / "pytorch").rglob("*.json"))
 COMPILED = sorted((ROOT / "results" / "kernels").glob("*.json"))
 
 
@@ -148,6 +150,17 @@ def test_tables_of_speed_are_made_of_the_numbers(path):
 @pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.stem)
 def test_tables_of_kernels_are_made_of_the_numbers(path):
     assert ahead.markdown(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("path", BESIDE_PYTORCH, ids=lambda path: path.stem)
+def test_tables_beside_pytorch_are_made_of_the_numbers(path):
+    results = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == pytorch.table(results)
+    for compared in results["comparisons"].values():  # both sides computed the same
+        losses = [
+            cell["loss"] for side in compared["sides"].values() for cell in side["steps"].values() if "loss" in cell
+        ]
+        assert max(losses) - min(losses) < 0.003 * min(losses)
 
 
 def test_pages_show_the_tables():
