@@ -63,8 +63,9 @@ class TrainingSet:
       method: the method that the rows are laid out for.
       vocab_size: V.
       format: draws examples.
-      units: what it draws from.
+      units: what it draws from, source by source where they have weights.
       report: how many records are used, how many were dropped and why.
+      parts: how many of the units are of each source; one number for all where sources have no weights.
     """
 
     config: DataConfig
@@ -73,6 +74,7 @@ class TrainingSet:
     format: Format
     units: list[Unit]
     report: Report
+    parts: tuple[int, ...]
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         """A training example, joined at random as the config says, closed by as many tokens as the method does."""
@@ -106,28 +108,40 @@ class TrainingSet:
         seed = seed if self.config.shuffle_seed is None else self.config.shuffle_seed
         # Everything is in memory already: threads would only fight for the interpreter lock.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        ends = np.cumsum([0, *self.parts])
+        sources = [self.units[first:end] for first, end in zip(ends, ends[1:], strict=False)]
         # A repeated MapDataset counts on: index // len is the epoch for the shuffle, and the index seeds the draw.
         if self.config.buckets:
             # All rows are drawn everywhere, because all of them together say which bucket holds the batch.
-            data = grain.MapDataset.source(self.groups(seed)).seed(seed).shuffle().random_map(self.draw_group).repeat()
+            data = self._mixed([self.groups(units, seed) for units in sources], self.draw_group, seed)
             return iter(data.map(functools.partial(self.batch, rows=rows)).to_iter_dataset(options))
-        drawn: Any = grain.MapDataset.source(self.units).seed(seed).shuffle().random_map(self.draw).repeat()
+        drawn = self._mixed(sources, self.draw, seed)
         batches = grain.MapDataset.range(len(drawn) // size)
         return iter(batches.map(lambda i: self.batch([drawn[i * size + r] for r in rows])).to_iter_dataset(options))
 
-    def groups(self, seed: int) -> list[list[Unit]]:
+    def _mixed(self, sources: Sequence[Sequence[Any]], draw: Callable[..., Any], seed: int) -> Any:
+        """An endless data set of draws; those of several sources by their weights."""
+        import grain
+
+        data = [grain.MapDataset.source(those).seed(seed).shuffle().random_map(draw).repeat() for those in sources]
+        return data[0] if len(data) == 1 else grain.MapDataset.mix(data, self.config.weights)
+
+    def groups(self, units: Sequence[Unit], seed: int) -> list[list[Unit]]:
         """Units in batches of similar length: sorted, ties by chance, and cut; the last overlaps the one before."""
-        lengths = np.array([self.format.needs(unit, self.method).tokens for unit in self.units])
+        lengths = np.array([self.format.needs(unit, self.method).tokens for unit in units])
         order = np.lexsort((np.random.default_rng(seed).random(len(lengths)), lengths))
         size = self.config.batch_size
         if len(order) < size:
             order = np.resize(order, size)
         starts = [*range(0, len(order) - size + 1, size), *([len(order) - size] if len(order) % size else [])]
-        return [[self.units[i] for i in order[start : start + size]] for start in starts]
+        return [[units[i] for i in order[start : start + size]] for start in starts]
 
     def draw_group(self, group: list[Unit], rng: np.random.Generator) -> list[Example]:
         """Examples of a batch, each from draws of its own."""
-        return [self.draw(unit, draws) for unit, draws in zip(group, rng.spawn(len(group)), strict=True)]
+        # Not by `rng.spawn`: grain resets one generator for each index, but not the count of its children, so that a
+        # draw would depend on how many came before it in this process.
+        seeds = rng.integers(2**63, size=len(group))
+        return [self.draw(unit, np.random.default_rng(seed)) for unit, seed in zip(group, seeds, strict=True)]
 
     def batch(self, examples: list[Example], rows: Sequence[int] | None = None) -> Batch:
         """Rows as arrays of the smallest sizes allowed that hold all examples.
@@ -173,30 +187,40 @@ def prepare(config: DataConfig, method: Method, tokenizer: Any, vocab_size: int)
                 "at a time; the rest of each would never be compressed"
             )
     format = documents.build(config, tokenizer)
-    units, report = format.load(sources.open_sources(config.train, config.format))
+    groups = [[name] for name in config.train] if config.weights else [config.train]
+    loaded = [format.load(sources.open_sources(group, config.format)) for group in groups]
+    report = functools.reduce(Report.joined, (own for _, own in loaded))
     most = caps(config, method)
-    kept = []
-    for unit in units:
-        top = max(int(piece.max()) for piece in unit.pieces)
-        if top >= vocab_size:
-            raise UserError(
-                f"{unit.id}: token id {top} is outside the model's vocabulary (0..{vocab_size - 1}); "
-                f"ids from {vocab_size} on are compression tokens, which the method places itself. "
-                "Is this the model's own tokenizer?"
-            )
-        need = format.needs(unit, method)
-        if need.tokens > most.tokens:
-            report.drop(f"of more than data.tokens={config.tokens} places")
-        elif need.memory > most.memory:
-            report.drop(f"of more than data.max_chunks={config.max_chunks} chunks")
-        elif need.scored > most.scored:
-            report.drop(f"with more than data.scored={config.scored} scored tokens")
-        else:
-            kept.append(unit)
-    report.kept = len(kept)
-    if not kept:
+    fits = lambda unit: _fits(unit, format.needs(unit, method), most, config, vocab_size, report)
+    parts = [[unit for unit in units if fits(unit)] for units, _ in loaded]
+    report.kept = sum(map(len, parts))
+    if not report.kept:
         raise UserError(f"no training data is left: {report}. Raise the limits that are named")
-    return TrainingSet(config, method, vocab_size, format, kept, report)
+    for name, part in zip(config.train, parts, strict=False):
+        if not part:
+            raise UserError(f"data.weights: nothing of {name!r} is left ({report}); raise the limits, or leave it out")
+    units = [unit for part in parts for unit in part]
+    return TrainingSet(config, method, vocab_size, format, units, report, tuple(map(len, parts)))
+
+
+def _fits(unit: Unit, need: layout.Sizes, most: layout.Sizes, config: DataConfig, vocab: int, report: Report) -> bool:
+    """Whether a unit fits the static sizes; if not, the report counts why."""
+    top = max(int(piece.max()) for piece in unit.pieces)
+    if top >= vocab:
+        raise UserError(
+            f"{unit.id}: token id {top} is outside the model's vocabulary (0..{vocab - 1}); "
+            f"ids from {vocab} on are compression tokens, which the method places itself. "
+            "Is this the model's own tokenizer?"
+        )
+    if need.tokens > most.tokens:
+        report.drop(f"of more than data.tokens={config.tokens} places")
+    elif need.memory > most.memory:
+        report.drop(f"of more than data.max_chunks={config.max_chunks} chunks")
+    elif need.scored > most.scored:
+        report.drop(f"with more than data.scored={config.scored} scored tokens")
+    else:
+        return True
+    return False
 
 
 def train_iterator(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from jax_ccm.errors import UserError, unknown
@@ -46,6 +47,8 @@ class DataConfig:
 
     Attributes:
       train: sources to train on.
+      weights: share of the draws of each source of ``train``, in order, such as [3, 1]; a source is then gone through
+        at its own pace, as often as its share asks for. () draws every record as often as any other.
       validation: sources to evaluate on during training, and to choose settings on.
       test: sources to report on.
       format: what a record holds: "dialogue" ``{"turns"}``, "online" ``{"contexts", "query", "target", "choices"?}``,
@@ -99,6 +102,7 @@ class DataConfig:
     """
 
     train: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     format: Literal["dialogue", "online", "fewshot", "text", "recall"] = "dialogue"
@@ -154,6 +158,15 @@ class DataConfig:
                     f"{', '.join(sorted(read)) or 'no options of its own'}); remove it or change data.format"
                 )
         self._check_template()
+        if self.weights and len(self.weights) != len(self.train):
+            raise UserError(
+                f"data.weights has {len(self.weights)} numbers for the {len(self.train)} sources of data.train; give "
+                "one for each"
+            )
+        if any(not (weight > 0 and math.isfinite(weight)) for weight in self.weights):
+            raise UserError(
+                f"data.weights is {list(self.weights)}; each must be positive, leave out a source of weight 0"
+            )
         for name in ("batch_size", "tokens", "scored"):
             self._at_least(name, 1)
         self._at_least("max_chunks", 0)

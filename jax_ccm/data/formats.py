@@ -50,6 +50,17 @@ class Report:
         if where:
             self.first.setdefault(reason, where)
 
+    def joined(self, other: Report) -> Report:
+        """What became of the records of both."""
+        return Report(
+            self.noun,
+            self.records + other.records,
+            self.units + other.units,
+            self.kept + other.kept,
+            self.dropped + other.dropped,
+            other.first | self.first,
+        )
+
     def __str__(self) -> str:
         made = "" if self.units == self.records else f" (made of {self.records:,} records)"
         text = f"{self.kept:,} of {self.units:,} {self.noun}{made} are used"

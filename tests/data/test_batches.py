@@ -42,7 +42,9 @@ def rows(batch):
     ]
 
 
-def test_resumed_equals_uninterrupted(config):
+@pytest.mark.parametrize("buckets", [(), (128,)])
+def test_resumed_equals_uninterrupted(config, buckets):
+    config = dataclasses.replace(config, buckets=buckets)
     data = prepare(config, METHOD, tokenizer(), VOCAB)
     iterator = data.iterator(seed=5)
     take(iterator, 3)
@@ -80,9 +82,9 @@ def test_epochs_differ_and_seeds_count(config):
 def test_processes_share_the_global_batch(config, buckets, processes):
     """The blocks of the processes are the batch that one would read, in the same order and the same bucket."""
     data = prepare(dataclasses.replace(config, buckets=buckets), METHOD, tokenizer(), VOCAB)
-    iterator, count = data.iterator(seed=2), 4 // processes
+    iterator, count = data.iterator(seed=6), 4 // processes
     whole = take(iterator, 12)  # into the fifth epoch
-    parts = [data.iterator(seed=2, rows=range(i * count, (i + 1) * count)) for i in range(processes)]
+    parts = [data.iterator(seed=6, rows=range(i * count, (i + 1) * count)) for i in range(processes)]
     for batch, *blocks in zip(whole, *(take(part, 12) for part in parts), strict=True):
         same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks), batch)
     assert len({batch.tokens.shape for batch in whole}) == (4 if buckets else 1)
@@ -101,6 +103,42 @@ def test_a_checkpoint_of_one_process_is_read_by_two(config):
 def test_rows_outside_the_batch(config):
     with pytest.raises(UserError, match=r"rows \[3, 4\] of a batch of data.batch_size=4; they must lie in 0..3"):
         prepare(config, METHOD, tokenizer(), VOCAB).iterator(seed=2, rows=range(3, 5))
+
+
+@pytest.mark.parametrize("buckets", [(), (128,)])
+def test_sources_are_drawn_by_their_weights(config, tmp_path, buckets):
+    """Whatever their sizes; resumed as it would have gone on, and the same for every number of processes."""
+    other = write(tmp_path / "other.jsonl", [{"turns": ["in here"] * 4}] * 3)
+    mixed = dataclasses.replace(config, train=(*config.train, other), weights=(3.0, 1.0), buckets=buckets)
+    data = prepare(mixed, METHOD, tokenizer(), VOCAB)
+    assert data.parts == (11, 3) and data.report.kept == 14 and data.report.records == 14
+    iterator = data.iterator(seed=5)
+    batches = take(iterator, 40)
+    drawn = [row for batch in batches for row in rows(batch)]
+    assert sum("in here" in row for row in drawn) == len(drawn) // 4
+    state = json.loads(json.dumps(iterator.get_state()))
+    wanted = take(iterator, 3)
+    resumed = prepare(mixed, METHOD, tokenizer(), VOCAB).iterator(seed=5)
+    resumed.set_state(state)
+    same(take(resumed, 3), wanted)
+    halves = [take(data.iterator(seed=5, rows=those), 2) for those in ((0, 1), (2, 3))]
+    for number, batch in enumerate(batches[:2]):
+        assert rows(batch) == [row for half in halves for row in rows(half[number])]
+
+
+def test_weights_that_cannot_be(config, tmp_path):
+    for weights, says in {
+        (1.0,): "data.weights has 1 numbers for the 2 sources",
+        (1.0, 0.0): "each must be positive",
+        (1.0, float("inf")): "each must be positive",
+    }.items():
+        with pytest.raises(UserError, match=says):
+            dataclasses.replace(config, train=(*config.train, "b.jsonl"), weights=weights)
+    short = write(tmp_path / "short.jsonl", dialogues(2))
+    with pytest.raises(UserError, match="data.weights: nothing of .*short.jsonl' is left .*with fewer than 3 turns"):
+        prepare(
+            dataclasses.replace(config, train=(*config.train, short), weights=(1.0, 1.0)), METHOD, tokenizer(), VOCAB
+        )
 
 
 def test_what_does_not_fit_is_counted(tmp_path):
