@@ -36,6 +36,7 @@ class _Chat(Talk):
         own = wordlist("chats")[self.templates]
         self.questions, self.sayings, self.small_talk, self.short = (own[k] for k in ("ask", "say", "chat", "short"))
         self.kept_for_last: Fact | None = None
+        self.answers: list[int] = []
 
     def value(self, name: str) -> str:
         if name == "full_name" and self.rng.random() < 0.6:
@@ -95,6 +96,7 @@ class _Chat(Talk):
     def inquire(self, fact: Fact) -> tuple[str, Callable[..., str]]:
         """A turn that asks for a fact, and the answer as a function of its value."""
         fact.asked = True
+        self.answers.append(len(self.turns) + 1)
         if self.rng.random() < 0.65:
             question = fact.fill(self.pick(self.questions[fact.kind]))
         else:
@@ -158,7 +160,10 @@ def _hold(split: str, seed: int, index: int, turns: Sequence[int], age: int | No
 
 
 def chat(split: str, seed: int, index: int, turns: Sequence[int], age: int | None = None) -> dict[str, Any]:
-    """Conversation number ``index``: ``{"turns": [str, …]}``, an even number of them; the last answers a question.
+    """Conversation number ``index``: ``{"turns": [str, …], "scored": [int, …]}``.
+
+    There is an even number of turns, and the last answers a question. ``scored`` are the turns that answer one: what
+    can be known only from memory.
 
     Args:
       split: "train", "validation" or "test".
@@ -167,7 +172,8 @@ def chat(split: str, seed: int, index: int, turns: Sequence[int], age: int | Non
       turns: the lengths to draw from; odd ones are one turn shorter.
       age: how many exchanges ago the last question's fact was told; None for any.
     """
-    return {"turns": _hold(split, seed, index, turns, age)[0].turns}
+    made = _hold(split, seed, index, turns, age)[0]
+    return {"turns": made.turns, "scored": made.answers}
 
 
 def question(split: str, seed: int, index: int, turns: Sequence[int], age: int | None = None) -> dict[str, Any]:

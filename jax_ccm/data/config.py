@@ -51,8 +51,9 @@ class DataConfig:
         at its own pace, as often as its share asks for. () draws every record as often as any other.
       validation: sources to evaluate on during training, and to choose settings on.
       test: sources to report on.
-      format: what a record holds: "dialogue" ``{"turns"}``, "online" ``{"contexts", "query", "target", "choices"?}``,
-        "fewshot" ``{"text", "label"}`` (each source is one task), "text" ``{"text"}``, "recall" (generated).
+      format: what a record holds: "dialogue" ``{"turns", "scored"?}``, "online"
+        ``{"contexts", "query", "target", "choices"?}``, "fewshot" ``{"text", "label"}`` (each source is one task),
+        "text" ``{"text"}``, "recall" (generated).
       batch_size: rows of a batch, over all processes.
       tokens: T, places of a row; compression tokens count.
       buckets: row lengths below ``tokens``. Rows of similar length are then batched together and padded to the smallest
@@ -60,7 +61,8 @@ class DataConfig:
       max_chunks: most context chunks of a row.
       scored: Q, most scored tokens of a row.
       loss: "last" scores the final target after a sampled number of time steps (the papers' recipe); "every" uses the
-        whole session and scores all of it that has memory before it: every turn, chunk or label but the first; "all"
+        whole session and scores all of it that has memory before it: every turn, chunk or label but the first (of a
+        dialogue that names turns in ``scored``, those); "all"
         (text) scores every token but the session's first, as a language model is trained.
       join: probability with which each pair of neighbouring context chunks is joined into one, drawn anew each time.
       uncompressed: share of examples whose whole context is joined into the tail, so that nothing is compressed.

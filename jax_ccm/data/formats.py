@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -92,10 +93,12 @@ class Unit:
     Attributes:
       id: names the record.
       pieces: read-only int32 tokens of its turns, contexts or chunks, in order; the last is the target (or tail).
+      marked: numbers of the turns that the record names for the loss; None for all.
     """
 
     id: str
     pieces: tuple[np.ndarray, ...]
+    marked: frozenset[int] | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         for piece in self.pieces:
@@ -131,6 +134,7 @@ def session(
     score_end: bool = True,
     unit: int = 1,
     roles: Sequence[str] = ROLES,
+    marked: frozenset[int] | None = None,
     id: str = "",
 ) -> Example:
     """A dialogue as an example: ``unit`` turns a chunk, up to the tail ``query answer target end``.
@@ -143,11 +147,13 @@ def session(
       score_end: whether the end-of-sequence token is scored (in training, not in evaluation).
       unit: turns of a chunk, counted back from the query; what is left over in front is a smaller one.
       roles: whose turns are scored; the target always is.
+      marked: numbers of the turns that are scored, of those; None for all.
       id: names the record in messages.
     """
     *context, query, target = turns
     role_of = lambda number: ROLES[(len(context) - number) % 2]
-    scored = lambda number: every and number > 0 and role_of(number) in roles
+    named = lambda number: marked is None or number in marked
+    scored = lambda number: every and number > 0 and role_of(number) in roles and named(number)
 
     def written(numbers: Sequence[int]) -> Segment:
         """Turns that become memory together, the first with its head and the last with its tail."""
@@ -192,31 +198,36 @@ def most_tokens(config: DataConfig, evaluation: bool) -> int:
 
 
 class Dialogue:
-    """``{"turns"}``: every turn is a time step (CCM, section 4.1; the reference's DailyDialog protocol).
+    """``{"turns", "scored"?}``: every turn is a time step (CCM, section 4.1; the reference's DailyDialog protocol).
 
     With ``loss="last"`` a draw takes the first k turns, k uniform from ``min_turns`` to all, and scores the last of
-    them; ``loss="every"`` takes all turns.
+    them; ``loss="every"`` takes all turns, and scores those that the record's ``scored`` names (numbers from 0), if
+    it does; the last always.
     """
 
     def __init__(self, config: DataConfig, pieces: Pieces):
         self.config, self.pieces = config, pieces
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
-        report, ids, dialogues = Report("dialogues"), [], []
+        report, ids, dialogues, marked = Report("dialogues"), [], [], []
         longest = None if evaluation else self.config.max_turns
         for where, record in used(sources, "dialogue", report, "with one of their turns empty"):
             turns = record["turns"]
             if self.config.clean:
                 turns = [despace(turn) for turn in turns]
+            named = _marked(record, where)
             count = -(-len(turns) // longest) if longest else 1
             bounds = np.linspace(0, len(turns), count + 1).astype(int)
             for number in range(count):
                 ids.append(where + (f" piece {number}" if count > 1 else ""))
                 dialogues.append(turns[bounds[number] : bounds[number + 1]])
+                own = range(bounds[number], bounds[number + 1])
+                marked.append(None if named is None else frozenset(i - own[0] for i in named if i in own))
         first = self.pieces.first([turns[0] if turns else "" for turns in dialogues])
         later = iter(self.pieces.later([turn for turns in dialogues for turn in turns[1:]]))
         tokens = [(head, *(next(later) for _ in turns[1:])) for head, turns in zip(first, dialogues, strict=True)]
-        return limited(self.config, ids, tokens, evaluation, report, self.config.option("min_turns"), "turns"), report
+        least = self.config.option("min_turns")
+        return limited(self.config, ids, tokens, evaluation, report, least, "turns", marked), report
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         every = self.config.loss == "every"
@@ -227,7 +238,8 @@ class Dialogue:
 
     def _session(self, unit: Unit, count: int, every: bool) -> Example:
         size, roles = turns_a_chunk(self.config), self.config.option("roles")
-        return session(self.pieces, unit.pieces[:count], every=every, unit=size, roles=roles, id=unit.id)
+        turns, marked = unit.pieces[:count], unit.marked
+        return session(self.pieces, turns, every=every, unit=size, roles=roles, marked=marked, id=unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         every, least = self.config.loss == "every", self.config.option("min_turns")
@@ -240,6 +252,23 @@ class Dialogue:
         counts = range(least, len(unit.pieces) + 1)
         tokens = max(measure(method, self._session(unit, k, False)).tokens for k in counts)
         return Sizes(tokens, 0, scored)
+
+
+def _marked(record: Record, where: str) -> frozenset[int] | None:
+    """The turns that a record names for the loss, or None if it names none.
+
+    Raises:
+      UserError: for anything but numbers of its turns, the first of which is never scored.
+    """
+    found = record.get("scored")
+    if found is None:
+        return None
+    most = len(record["turns"]) - 1
+    if not isinstance(found, list) or not all(type(i) is int and 0 < i <= most for i in found):
+        raise UserError(
+            f"{where}: field 'scored' lists numbers of turns, from 1 to {most}; it is {reprlib.repr(found)}"
+        )
+    return frozenset(found)
 
 
 class Online:
@@ -279,12 +308,13 @@ def limited(
     report: Report,
     least: int,
     noun: str,
+    marked: Sequence[frozenset[int] | None] | None = None,
 ) -> list[Unit]:
     """The sessions within the limits, as units; the others are counted in the report."""
     units: list[Unit] = []
     longest, most = config.option("max_turn_tokens"), most_tokens(config, evaluation)
     report.units += len(tokens)
-    for id, pieces in zip(ids, tokens, strict=True):
+    for id, pieces, named in zip(ids, tokens, marked or [None] * len(ids), strict=True):
         if not all(map(len, pieces)) and len(pieces) >= least:
             # White space, or what the tokenizer leaves out.
             report.drop(f"with one of their {noun} empty", id)
@@ -295,7 +325,7 @@ def limited(
         elif sum(map(len, pieces)) > most:
             report.drop(f"of more than {most} tokens")
         else:
-            units.append(Unit(id, pieces))
+            units.append(Unit(id, pieces, marked=named))
     report.kept = len(units)
     return units
 

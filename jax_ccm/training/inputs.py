@@ -71,6 +71,8 @@ def of_data(data: TrainingSet) -> dict[str, Any]:
         digest.update(b"%d:" % len(unit.pieces))
         for piece in unit.pieces:
             digest.update(b"%d:" % len(piece) + piece.astype("<i4").tobytes())
+        if unit.marked is not None:
+            digest.update(f"scored {sorted(unit.marked)}".encode())
     return {"records": data.report.records, "used": len(data.units), "tokens": digest.hexdigest()[:16]}
 
 

@@ -34,6 +34,8 @@ def test_the_last_answer_was_told_before(split):
         value = fact.slots["v"]
         assert value.lower() in made.turns[-1].lower() and value.lower() in made.turns[fact.told].lower()
         assert made.turns == chats.chat(split, 0, index, LENGTHS)["turns"]  # the same again
+        scored = chats.chat(split, 0, index, LENGTHS)["scored"]
+        assert scored[-1] == len(made.turns) - 1 and all(turn % 2 for turn in scored)
         # A superseded value is not the answer.
         assert all(old.lower() not in made.turns[-1].lower() or old in value for old in fact.past)
 

@@ -6,7 +6,8 @@ from tokenizers import normalizers
 
 from jax_ccm.data import documents
 from jax_ccm.data.config import DataConfig
-from jax_ccm.data.formats import despace
+from jax_ccm.data.formats import Dialogue, despace
+from jax_ccm.data.pieces import Pieces
 from jax_ccm.data.sources import Records, open_sources
 from jax_ccm.errors import UserError
 from jax_ccm.methods import baselines, ccm
@@ -286,3 +287,21 @@ def test_text_that_the_tokenizer_leaves_out_is_no_turn():
     ):  # fmt: skip
         units, report = documents.build(config, made).load([Records("r", [record])])
         assert not units and report.dropped.total() == 1 and "r[0]" in str(report)
+
+
+def test_turns_that_a_record_names_for_the_loss(tmp_path):
+    """They are scored, and the last; in a piece of a long dialogue those that lie in it."""
+    turns = [f"the turn {number}" for number in range(8)]
+    path = write(tmp_path / "a.jsonl", [{"turns": turns, "scored": [1, 2, 5]}])
+    config = DataConfig(train=(path,), loss="every", max_turns=4)
+    made = Dialogue(config, Pieces(tokenizer()))
+    units, _ = made.load(open_sources([path], "dialogue"))
+    scored = lambda unit: [text_of(s.tokens[s.scored]) for s in made.draw(unit, np.random.default_rng(0)).segments]
+    assert [scored(unit) for unit in units] == [
+        ["", " the turn 1", " the turn 2 the turn 3</s>"],
+        ["", " the turn 5", " the turn 7</s>"],
+    ]
+    for wrong in (["1"], [0], [8], 3, [True], [1.0]):
+        path = write(tmp_path / "b.jsonl", [{"turns": turns, "scored": wrong}])
+        with pytest.raises(UserError, match="field 'scored' lists numbers of turns, from 1 to 7"):
+            made.load(open_sources([path], "dialogue"))
