@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def test_adapters_that_ship_are_whole():
         assert sum(path.stat().st_size for path in folder.iterdir()) <= 20e6
         config = open_config(str(folder))
         assert config.card.license and config.card.data and config.card.limits and config.model.source
+
+
+def test_all_packages_are_listed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "jax_ccm").rglob("__init__.py")}
+    assert sorted(listed) == sorted({*found, "jax_ccm.adapters"})
 
 
 @pytest.fixture(scope="module")
