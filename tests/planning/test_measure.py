@@ -75,7 +75,10 @@ def test_weights_are_counted():
 
 def test_training_cost():
     """Frozen weights: 2 passes of 2 P each, a third with remat; trained ones 3, as the usual 6 P a token."""
-    tree = {"model": {"scratch": {"vocab_size": 50}}, "data": {"tokens": 16, "scored": 4, "max_chunks": 2}}
+    tree = {
+        "model": {"scratch": {"vocab_size": 50}, "precision": "float32"},
+        "data": {"tokens": 16, "scored": 4, "max_chunks": 2},
+    }
     config = from_mapping(tree)
     trained = from_mapping(tree | {"train": {"trainable": "all", "remat": "all"}})
     shape = scratch_model(config.model.scratch, 0)
@@ -105,7 +108,9 @@ def test_sessions_of_each_system():
 @pytest.mark.parametrize(("name", "options"), GIVEN, ids=str)
 def test_sessions_are_counted_for_the_method_of_the_config(name, options):
     """With every option, or it is refused; bytes of a session are those of the cache that it has."""
-    config = from_mapping({"model": {"scratch": {"vocab_size": 50}}, "method": {"name": name} | options})
+    config = from_mapping(
+        {"model": {"scratch": {"vocab_size": 50}, "precision": "float32"}, "method": {"name": name} | options}
+    )
     if name in REFUSED and not options.get("online"):
         with pytest.raises(UserError, match=REFUSED[name]):
             sessions.systems(config)
@@ -124,7 +129,10 @@ def test_sessions_are_counted_for_the_method_of_the_config(name, options):
 def test_abstract_programs_take_no_memory():
     """What is compiled are the real steps: a one-device mesh, and bytes by kind as the shapes say."""
     config = from_mapping(
-        {"model": {"scratch": {"vocab_size": 50}}, "data": {"tokens": 16, "scored": 4, "max_chunks": 2}}
+        {
+            "model": {"scratch": {"vocab_size": 50}, "precision": "float32"},
+            "data": {"tokens": 16, "scored": 4, "max_chunks": 2},
+        }
     )
     shape, method = scratch_model(config.model.scratch, 0), build_method(config)
     mesh = programs.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
@@ -140,7 +148,7 @@ def test_abstract_programs_take_no_memory():
 @pytest.mark.parametrize(("room", "expected"), [(0, 0), (10, 10), (20, 20)])
 def test_most_sessions(monkeypatch, room, expected):
     """Both steps must fit; nothing is compiled twice, and nothing for no sessions."""
-    config = from_mapping({"model": {"scratch": {"vocab_size": 50}}})
+    config = from_mapping({"model": {"scratch": {"vocab_size": 50}, "precision": "float32"}})
     shape = scratch_model(config.model.scratch, 0)
     mesh = programs.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     asked = []
