@@ -34,7 +34,9 @@ def test_adapters_that_ship_are_whole():
 
 def test_all_packages_are_listed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "jax_ccm").rglob("__init__.py")}
+    folders = [path.relative_to(ROOT).parts for path in (ROOT / "jax_ccm").glob("**/") if path.name != "__pycache__"]
+    # Those of other names hold data alone, and belong to the package around them.
+    found = {".".join(parts) for parts in folders if all(part.isidentifier() for part in parts)}
     assert sorted(listed) == sorted({*found, "jax_ccm.adapters"})
 
 
