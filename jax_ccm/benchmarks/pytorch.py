@@ -104,7 +104,6 @@ def compare(config: Config, options: Options, *, command: str = "") -> dict[str,
         results["comparisons"] = {
             kind: _compared(kind, config, method, options, Path(folder), comp) for kind in options.comparisons
         }
-    paths.of(options.workdir).mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     (options.workdir / "pytorch.json").write_text(text, encoding="utf-8")
     (options.workdir / "pytorch.md").write_text(table(results), encoding="utf-8")
@@ -116,6 +115,8 @@ def _check(config: Config, options: Options, method: Method) -> None:
     for name in ("rows", "chunk", "steps", "threads"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    if options.warm_up < 0:
+        raise UserError(f"--warm_up is {options.warm_up}; it must be at least 0")
     least = options.chunk + len(method.closes) + 1
     if options.tokens < least:
         raise UserError(f"--tokens is {options.tokens}; a chunk that is closed and text behind it take {least}")

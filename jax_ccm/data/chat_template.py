@@ -1,7 +1,7 @@
 """A tokenizer's chat template, cut into what stands before and behind a message of each role.
 
 A template is a program (Jinja) that writes whole conversations. A memory closes them piece by piece, so its output for
-a probe is cut at the probe's contents, and put together again for another one to see that the cut holds.
+a probe is cut at the probe's contents; a cut that does not give the probe again is refused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class ChatTemplate:
             )
         user, assistant, again, last = (f"turn-{name}-of-probe" for name in ("one", "two", "three", "four"))
         said = [user, assistant, again, last]
-        before, to_assistant, to_user, to_last, end = _cut(_render(tokenizer, said), said)
+        whole = _render(tokenizer, said)
+        before, _, to_user, _, end = around = _cut(whole, said)
         (_, user_tail), (_, prompt) = (_cut(_render(tokenizer, said[:1], p), said[:1]) for p in (False, True))
         if not prompt.startswith(user_tail):
             raise _uncut(
@@ -51,10 +52,8 @@ class ChatTemplate:
             )
         heads = {"assistant": prompt[len(user_tail) :], "user": to_user.removeprefix(end)}
         found = cls(before.removesuffix(heads["user"]), heads, {"user": user_tail, "assistant": end})
-        if not before.endswith(heads["user"]) or found.text(said) != before + _joined(
-            said, [to_assistant, to_user, to_last, end]
-        ):
-            raise _uncut(f"it writes {before!r}, {to_assistant!r}, {to_user!r}, {to_last!r} and {end!r} around turns")
+        if found.text(said) != whole:
+            raise _uncut(f"it writes {', '.join(map(repr, around))} around turns")
         return dataclasses.replace(found, start=_start(tokenizer, found))
 
     def text(self, turns: Sequence[str]) -> str:
@@ -81,10 +80,6 @@ def _cut(text: str, turns: Sequence[str]) -> list[str]:
             raise _uncut(f"it does not write the content of each message once, as it is (the probe is {turn!r})")
         found.append(before)
     return [*found, text]
-
-
-def _joined(turns: Sequence[str], behind: Sequence[str]) -> str:
-    return "".join(turn + text for turn, text in zip(turns, behind, strict=True))
 
 
 def _start(tokenizer: Any, template: ChatTemplate) -> str:

@@ -24,7 +24,7 @@ VOWELS = ("a e i o u a e i o ai ea io ou").split()
 ENDINGS = {
     "train": ("n", "r", "s", "th", "nd", "x", "m", "", "", "na", "lo", "rin"),
     "validation": ("sk", "lia", "ndo", "p"),
-    "test": ("l", "rt", "ck", "mo", "vy"),
+    "test": ("l", "rt", "ck", "ft", "vy"),
 }
 
 
@@ -169,7 +169,7 @@ def chat(split: str, seed: int, index: int, turns: Sequence[int], age: int | Non
       split: "train", "validation" or "test".
       seed: another seed gives other conversations.
       index: any whole number from 0.
-      turns: the lengths to draw from; odd ones are one turn shorter.
+      turns: the lengths to draw from; odd ones are one turn shorter, and those too short for ``age`` are left out.
       age: how many exchanges ago the last question's fact was told; None for any.
     """
     made = _hold(split, seed, index, turns, age)[0]

@@ -238,6 +238,8 @@ class DataConfig:
                 raise unknown("data.roles", role, ("user", "assistant"))
         if self.roles is not None and not self.roles:
             raise UserError("data.roles is empty: nothing would be scored; leave it out for both")
+        if self.roles is not None and self.loss != "every":
+            raise UserError(f"data.roles has no effect with data.loss={self.loss!r}, which scores the last turn alone")
 
     def _at_least(self, name: str, least: int):
         value = self.option(name)

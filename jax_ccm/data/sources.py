@@ -268,8 +268,9 @@ def _generated(source: str, address: str, options: dict[str, str], fields: dict[
     elif address in ("chats", "chat_questions"):
         turns = conversations.parse_turns(options.pop("turns", "4-16"), most=chats.MOST_TURNS)
         age = _number(source, options, "age", 0, 1) if "age" in options else None
-        if max(turns) < 2 * ((age or 1) + 1):
-            raise UserError(f"data source {source!r}: a fact told {age} exchanges ago needs turns of {2 * (age + 1)}")
+        least = 2 * ((age or 1) + 1)
+        if max(turns) < least:
+            raise UserError(f"data source {source!r}: to tell something and ask for it takes turns of at least {least}")
         hold = chats.chat if address == "chats" else chats.question
         record = lambda index: hold(split, seed, index, turns, age)
     else:

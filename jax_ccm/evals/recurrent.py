@@ -17,7 +17,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import check, init_cache, select
 from jax_ccm.memory.steps import compress, read, stream_step
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.rules.examples import Example
+from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import Sizes, arrange, measure
 from jax_ccm.rules.types import RAW, Array, Chunk, MemoryCache, Method
 
@@ -25,16 +25,23 @@ from jax_ccm.rules.types import RAW, Array, Chunk, MemoryCache, Method
 MULTIPLE = 32
 
 
-def same_context(method: Method, examples: Sequence[Example]) -> list[list[int]]:
-    """Numbers of the examples whose contexts are the same, token by token; in the order of the first of each."""
+def same_context(arranged: Sequence[Sequence[Segment]]) -> list[list[int]]:
+    """Numbers of the sessions whose contexts ask for the same, token by token; in the order of the first of each.
+
+    The last token of a context predicts the first one of the tail: where that is scored, it belongs to what is asked.
+
+    Args:
+      arranged: the sessions (`arrange`).
+    """
     found: dict[bytes, list[int]] = {}
-    for number, example in enumerate(examples):
+    for number, (*context, tail) in enumerate(arranged):
         digest = hashlib.sha256()
-        for segment in arrange(method, example)[:-1]:
+        for segment in context:
             kept = np.zeros(0, bool) if segment.kept is None else segment.kept
             digest.update(f"{len(segment.tokens)},{len(kept)}:".encode())
             for array in (segment.tokens.astype("<i4"), segment.scored, kept):
                 digest.update(array.tobytes())
+        digest.update(tail.tokens[:1][tail.scored[:1]].astype("<i4").tobytes())
         found.setdefault(digest.digest(), []).append(number)
     return list(found.values())
 
@@ -58,9 +65,10 @@ def score_recurrently(
       For each example, in the order given, ``float64 [q]`` negative log-likelihoods in nats and ``bool [q]`` whether
       the token is the most likely one, of its scored tokens.
     """
-    sizes = [[len(segment.tokens) for segment in arrange(method, example)] for example in examples]
+    arranged = [arrange(method, example) for example in examples]
+    sizes = [[len(segment.tokens) for segment in segments] for segments in arranged]
     # Neighbours in this order have as many chunks, of about the same lengths.
-    order = sorted(same_context(method, examples), key=lambda those: (len(sizes[those[0]]), max(sizes[those[0]])))
+    order = sorted(same_context(arranged), key=lambda those: (len(sizes[those[0]]), max(sizes[those[0]])))
     # One shape of cache for all.
     roomy = jax.eval_shape(lambda: cache_for(model, method, examples))
     most = roomy.k.shape[2] - roomy.memory_capacity
@@ -94,12 +102,12 @@ def _filled(numbers: Sequence[Any], rows: int) -> list[Any]:
 
 
 # Losses and hits of the scored tokens of one row, in pieces.
-Pieces = list[tuple[np.ndarray, np.ndarray]]
+Scored = list[tuple[np.ndarray, np.ndarray]]
 
 
-def _read_contexts(model, method: Method, cache, sessions: Stream) -> tuple[MemoryCache, list[Pieces]]:
+def _read_contexts(model, method: Method, cache, sessions: Stream) -> tuple[MemoryCache, list[Scored]]:
     """The sessions behind their contexts, and the scores of each row's."""
-    rows: list[Pieces] = [[] for _ in sessions.tail.tokens]
+    rows: list[Scored] = [[] for _ in sessions.tail.tokens]
     for time in range(sessions.context.tokens.shape[0]):
         chunk = jax.tree.map(operator.itemgetter(time), sessions.context)
         targets, weights = sessions.targets[0][time], sessions.weights[0][time]
@@ -111,7 +119,7 @@ def _read_contexts(model, method: Method, cache, sessions: Stream) -> tuple[Memo
     return cache, rows
 
 
-def _score_tails(model, method: Method, cache, sessions: Stream) -> Pieces:
+def _score_tails(model, method: Method, cache, sessions: Stream) -> Scored:
     """The scores of each row's tail."""
     tail = _fit(sessions.tail, sessions.targets[1])
     cache, *made = _step(model, cache, *tail, method=method, close=False, asked=True)
@@ -119,7 +127,7 @@ def _score_tails(model, method: Method, cache, sessions: Stream) -> Pieces:
     return _scored(sessions.weights[1], *made)
 
 
-def _scored(weights: np.ndarray, losses, hits) -> Pieces:
+def _scored(weights: np.ndarray, losses, hits) -> Scored:
     """Losses and hits of each row where it is scored."""
     losses, hits = np.asarray(losses, np.float64), np.asarray(hits)
     places = [np.flatnonzero(used) for used in weights > 0]

@@ -254,8 +254,9 @@ def _shares(method: Method, examples: Sequence[Example]) -> bool:
     """Whether reading each context once for all its tails is less than half of the work."""
     if method.context == "dropped":
         return False
-    lengths = [[len(segment.tokens) for segment in arrange(method, example)] for example in examples]
-    contexts = sum(sum(lengths[those[0]][:-1]) for those in same_context(method, examples))
+    arranged = [arrange(method, example) for example in examples]
+    lengths = [[len(segment.tokens) for segment in segments] for segments in arranged]
+    contexts = sum(sum(lengths[those[0]][:-1]) for those in same_context(arranged))
     return 2 * (contexts + sum(length[-1] for length in lengths)) < sum(map(sum, lengths))
 
 

@@ -76,7 +76,7 @@ def test_cut_into_messages(name):
         (
             "{% for m in messages %}{{ m['role'] + m['content'] + '.' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'go' }}{% endif %}",
-            "it writes 'user', '.assistant', '.user', '.assistant' and '.' around turns",
+            "it writes 'user', '.assistant', '.user', '.assistant', '.' around turns",
         ),
     ],
 )
@@ -123,8 +123,10 @@ def test_options_that_a_template_decides():
             DataConfig(**{"format": format, "chat_template": True, name: value})
     with pytest.raises(UserError, match="data.roles has no effect without data.chat_template"):
         DataConfig(roles=("assistant",))
-    with pytest.raises(UserError, match="data.roles"):
+    with pytest.raises(UserError, match="unknown data.roles"):
         DataConfig(chat_template=True, roles=("model",))
+    with pytest.raises(UserError, match="data.roles has no effect with data.loss='last'"):
+        DataConfig(chat_template=True, roles=("user",))
     with pytest.raises(UserError, match="data.roles is empty"):
         DataConfig(chat_template=True, roles=())
     with pytest.raises(UserError, match="format 'text' does not read it"):

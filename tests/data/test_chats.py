@@ -23,7 +23,15 @@ def test_every_kind_of_fact_has_questions_in_words_of_its_split():
     texts = lambda split: {text for those in own[split]["ask"].values() for text in those}
     assert not texts("train") & texts("test")
     assert not {str(pair) for pair in own["train"]["chat"]} & {str(pair) for pair in own["test"]["chat"]}
-    assert not set(chats.ENDINGS["test"]) & set(chats.ENDINGS["train"])
+
+
+def test_invented_words_of_a_split_are_not_those_of_another():
+    """Whatever syllables come before: no word of one split ends as those of another do."""
+    last = [onset + vowel for onset in chats.ONSETS for vowel in chats.VOWELS]
+    words = {split: {part + end for part in last for end in ends} for split, ends in chats.ENDINGS.items()}
+    for split, ends in chats.ENDINGS.items():
+        for other in words.keys() - {split}:
+            assert not [word for word in words[other] for end in ends if end and word.endswith(end)], (split, other)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -69,7 +77,8 @@ def test_as_a_source():
     assert asked[2] == chats.question("test", 2, 2, (8, 10))
     for wrong, says in {
         "generated:chats?age=0": "age='0' must be a whole number, at least 1",
-        "generated:chats?turns=4-8&age=4": "needs turns of 10",
+        "generated:chats?turns=4-8&age=4": "takes turns of at least 10",
+        "generated:chats?turns=3": "takes turns of at least 4",
         "generated:chats?facts=3": "option of",
         "generated:chats?turns=4-1000": "from 3 to 400",
         "generated:conversations?age=3": "option of",

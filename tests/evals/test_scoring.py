@@ -13,6 +13,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.evals import parity, recurrent, scoring
 from jax_ccm.methods import build
 from jax_ccm.nn import RopeScaling, positions
+from jax_ccm.rules.examples import Example, Segment
 from tests import cases
 from tests.evals.support import SMALL, bigram, random_sessions, session
 from tests.test_imports import imported
@@ -82,6 +83,26 @@ def test_store_keeps_scores(tmp_path):
     store.path("w", full, examples).write_bytes(b"not an archive")
     with pytest.raises(UserError, match="cannot be read"):
         run(full, examples)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [build("full"), build("ccm_concat", comp_tokens=2, sink=True), build("ccm_merge", comp_tokens=2), build("evict")],
+    ids=lambda method: method.name,
+)
+def test_tails_that_are_scored_from_their_first_token(method):
+    """The context's last token predicts it: sessions with other tails share their contexts, but not that score."""
+    model = cases.model(config=SMALL, tokens=2)
+    context, tails = random_sessions(1, 3)[0].segments[:-1], ([20, 21], [22, 21], [20, 23])
+    asked = []
+    for tokens in tails:
+        tail = Segment(np.array(tokens, np.int32), np.ones(2, bool))
+        asked.append(Example(np.array([1], np.int32), np.zeros(0, np.int32), (*context, tail)))
+    shared = recurrent.score_recurrently(model, method, asked, rows=2)
+    for example, (nll, hit) in zip(asked, shared, strict=True):
+        (alone,) = scoring.score(model, method, [example])
+        np.testing.assert_allclose(nll, alone.nll, atol=1e-5)
+        np.testing.assert_array_equal(hit, alone.hit)
 
 
 @pytest.mark.parametrize(
