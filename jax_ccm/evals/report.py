@@ -16,6 +16,7 @@ from jax_ccm.records import paths
 
 PACKAGES = ("jax_ccm", "jax", "jaxlib", "flax", "numpy", "transformers")
 DASHES = (0, (4, 2))
+CONTROL = {"linewidth": 1.2, "marker": "o", "markersize": 8, "fillstyle": "none"}
 # Colours and short names of the systems, in the order in which they are shown.
 STYLE = {
     "none": ("#8c8c8c", "none"),
@@ -158,7 +159,7 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     handles = [Line2D([], [], color=STYLE[name][0], label=_label(name, results), **dot) for name in names]
     if any("wrong" in row["systems"][name] for row in steps for name in names):
         dashed = "the same turn after another conversation"
-        handles.append(Line2D([], [], color="#555555", linestyle=DASHES, linewidth=1.2, label=dashed))
+        handles.append(Line2D([], [], color="#555555", linestyle=DASHES, **CONTROL, label=dashed))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
     paths.save_figure(figure, path, dpi=150)
@@ -221,7 +222,8 @@ def _draw_quality(axes: Any, steps: Sequence, times: list, names: list[str], kin
         axes.plot(times, heights, color=colour, marker="o", markersize=4, linewidth=1.8, zorder=3)
         wrong = [(time, value(cell["wrong"])) for time, cell in zip(times, cells, strict=True) if "wrong" in cell]
         if wrong:
-            axes.plot(*zip(*wrong, strict=True), color=colour, linestyle=DASHES, linewidth=1.2, zorder=2)
+            # Open circles, so that a single time step is seen, too.
+            axes.plot(*zip(*wrong, strict=True), color=colour, linestyle=DASHES, **CONTROL, zorder=2)
     titles = {
         "perplexity": "Perplexity of the target (lower is better)",
         "accuracy": "Accuracy by likelihood of the choices (mean over tokens)",
