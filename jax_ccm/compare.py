@@ -10,29 +10,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import tyro
+
 from jax_ccm.config import cli
 from jax_ccm.errors import UserError
 from jax_ccm.records import paths
+from jax_ccm.records.paths import Folder
 
 COMMAND = "jax_ccm.compare"
-HELP = """Puts evaluations of the same questions side by side: a table and a plot of quality against bytes.
 
-Writes comparison.json, table.md and plot.png into the working directory."""
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Puts evaluations of the same questions side by side: a table and a plot of quality against bytes.
+
+    Writes comparison.json, table.md and plot.png into the working directory.
+    """
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=DIR ...")]
+    """A working directory of jax_ccm.evaluate, and what to call it; a name given again is another size of the same."""
+    workdir: Folder
+    """Where all output goes."""
 
 
 def main() -> None:
-    import tyro
-
-    runs = (
-        "A working directory of jax_ccm.evaluate, and what to call it; a name given again is another size of the same."
-    )
-    fields = [
-        ("runs", Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=DIR ...", help=runs)]),
-        ("workdir", Annotated[paths.Folder, tyro.conf.arg(help="Where all output goes.")]),
-    ]
-    arguments = dataclasses.make_dataclass("Arguments", fields)
-    parsed = tyro.cli(arguments, prog=f"python -m {COMMAND}", description=HELP)
-    compare(parsed.runs, parsed.workdir, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
+    options = tyro.cli(Options, prog=f"python -m {COMMAND}")
+    compare(options.runs, options.workdir, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
 
 
 def compare(runs: Sequence[str], workdir: Path, *, command: str = "") -> None:

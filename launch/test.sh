@@ -2,7 +2,7 @@
 # Sets up a virtual environment from nothing and runs lint, types and all fast tests.
 #   bash launch/test.sh [pytest arguments]
 # PYTHON: interpreter (default: python3, python3.12 or python3.11, the first that is at least 3.11).  VENV: where (default .venv-test).
-# LINT=0 leaves out ruff and pyright.
+# LINT=0 leaves out ruff, pyright and the site of the documentation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,6 +28,9 @@ if [ "${LINT:-1}" = 1 ]; then
     "$venv/bin/ruff" check .
     "$venv/bin/ruff" format --check .
     "$venv/bin/pyright" --pythonpath "$venv/bin/python"
+    site=$(mktemp -d)
+    NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict --quiet --site-dir "$site"
+    rm -r "$site"
 fi
 
 echo "== tests"

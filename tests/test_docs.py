@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from docs.make import reference
 from jax_ccm.benchmarks import pytorch
 from jax_ccm.benchmarks import report as speed
 from jax_ccm.evals import comparison, parity, report, slots
@@ -33,9 +34,10 @@ BESIDE_PYTORCH = sorted((ROOT / "results" / "pytorch").rglob("*.json"))
 COMPILED = sorted((ROOT / "results" / "kernels").glob("*.json"))
 
 
-def test_example():
-    result = doctest.testfile(str(ROOT / "docs" / "library.md"), module_relative=False)
-    assert result.attempted > 8 and result.failed == 0
+@pytest.mark.parametrize("page", ["index", "library"])
+def test_examples(page):
+    result = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False)
+    assert result.attempted > 6 and result.failed == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
@@ -172,6 +174,12 @@ def test_pages_show_the_tables():
     assert {page.stem for page, _, _ in shown} >= {"README", "kernels", "planning", "results", "speed"}
     for page, name, table in shown:
         assert rows(table) == rows((ROOT / name).read_text()), f"the copy of {name} in {page} is old"
+
+
+@pytest.mark.parametrize("name", reference.PAGES)
+def test_the_reference_is_made_of_the_code(name):
+    made = reference.PAGES[name]()
+    assert made == (ROOT / "docs" / name).read_text(), "python -m docs.make.reference"
 
 
 def test_the_readme_is_short():

@@ -36,18 +36,19 @@ def init_cache(
     """An empty cache.
 
     Args:
-      model: the decoder that will read into it; its config serves where there are no weights.
+      model: the decoder that will read into it; its config alone serves where there are no weights, as in planning.
       method: the compression method.
       batch: B, number of sessions.
       memory_capacity: most memory slots of a session; the sink has a place of its own.
       raw_capacity: most raw text tokens of a session: the open chunk, or all text that the method keeps.
-      dtype: of keys and values; None for the model's own. A config has none: give one with it.
+      dtype: of keys and values; None for the model's own, or for float32, that of a `Transformer` made from the config.
       overflow: when memory is full, make the session invalid ("error"; `check` raises) or drop its oldest ("evict").
 
     Raises:
-      UserError: for capacities that cannot hold one chunk's memory, or a config without a dtype.
+      UserError: for capacities that cannot hold one chunk's memory.
     """
-    config, dtype = _sizes(model, dtype)
+    config, own = (model, jnp.float32) if isinstance(model, ModelConfig) else (model.config, model.dtype)
+    dtype = jnp.dtype(own if dtype is None else dtype)
     if overflow not in ("error", "evict"):
         raise UserError(f"overflow is {overflow!r}; allowed: 'error' (refuse) or 'evict' (drop the oldest memory)")
     if memory_capacity < method.memory_slots(1):
@@ -83,15 +84,6 @@ def init_cache(
         overflow=overflow,
     )
     return sharding.born(make, sharding.cache_shardings)
-
-
-def _sizes(model: Transformer | ModelConfig, dtype) -> tuple[ModelConfig, jnp.dtype]:
-    """Sizes of a model, and the type of its cache."""
-    if not isinstance(model, ModelConfig):
-        return model.config, jnp.dtype(model.dtype if dtype is None else dtype)
-    if dtype is None:
-        raise UserError("a config does not say of which type keys and values are; give the model, or a dtype with it")
-    return model, jnp.dtype(dtype)
 
 
 def raw_capacity(cache: MemoryCache) -> int:

@@ -71,7 +71,12 @@ APART_BYTES = 2**31
 
 
 def for_decoding(model: Transformer, cache: MemoryCache) -> Transformer:
-    """The form of a decoder that makes tokens fastest here: `Transformer.apart`, if that pays, or as it is."""
+    """The form of a decoder that makes tokens fastest here: `Transformer.apart`, if that pays, or as it is.
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions that it will generate for; how large they are decides, too.
+    """
     return model.apart() if pays_apart(model, cache) else model
 
 

@@ -158,6 +158,15 @@ def mean_loss(model: Transformer, hidden, batch: Batch, method: Method):
 
     With `Method.repeat` the mean over the repeated tokens is added, times `Method.repeat_weight` (LoMA,
     ``L_read + L_rep``). Each mean has its own denominator, so that neither changes the weight of the other.
+
+    Args:
+      model: the decoder, for its projection to the vocabulary.
+      hidden: ``[B, T, D]``, what `parallel_forward` returned for the batch.
+      batch: the rows.
+      method: static.
+
+    Returns:
+      Two scalars, float32: the loss in nats, and how many text tokens it is of.
     """
     losses = scored_losses(model, hidden, batch)
     text = batch.weights

@@ -270,7 +270,21 @@ def repeat(
 def compress_step(
     model: Transformer, cache: MemoryCache, chunk: Chunk, *, method: Method, implementation: str | None = None
 ) -> MemoryCache:
-    """Reads a chunk and closes it: ``Mem(t-1), c(t) -> Mem(t)``. Rows without a valid token pass through."""
+    """Reads a chunk and closes it: ``Mem(t-1), c(t) -> Mem(t)``, the carry of `jax.lax.scan` (CCM, section 3).
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions.
+      chunk: the text, ``[B, C]``; rows without a valid token pass through.
+      method: static.
+      implementation: of the attention.
+
+    Returns:
+      The cache, of the same shape.
+
+    Raises:
+      UserError: as `read`.
+    """
     cache, _ = read(model, cache, chunk, method=method, implementation=implementation)
     some = jnp.any(chunk.valid, axis=1)
     return compress(model, cache, some, method=method, implementation=implementation)
@@ -279,7 +293,21 @@ def compress_step(
 def compress_scan(
     model: Transformer, cache: MemoryCache, chunks: Chunk, *, method: Method, implementation: str | None = None
 ) -> MemoryCache:
-    """`compress_step` over chunks stacked in front, ``[time, B, C]``, as one `jax.lax.scan`."""
+    """`compress_step` over many chunks, as one `jax.lax.scan`.
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions.
+      chunks: stacked in front, ``[time, B, C]``.
+      method: static.
+      implementation: of the attention.
+
+    Returns:
+      The cache after the last chunk.
+
+    Raises:
+      UserError: as `read`.
+    """
     step = lambda cache, chunk: (
         compress_step(model, cache, chunk, method=method, implementation=implementation),
         None,

@@ -68,7 +68,12 @@ class Sizes:
 
 
 def measure(method: Method, example: Example) -> Sizes:
-    """The sizes that one example needs."""
+    """The sizes that one example needs, in a row of `batch`.
+
+    Args:
+      method: what it is laid out for.
+      example: the session.
+    """
     method = method.closed_by(example.closing)
     segments = arrange(method, example)
     chunks = len(closed(method, segments))

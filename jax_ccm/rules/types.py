@@ -105,7 +105,13 @@ def see(
     window: int | None = None,
     hidden: tuple[int, int] | None = None,
 ) -> Clause:
-    """Builds a `Clause`; single kinds need no tuple."""
+    """Builds a `Clause`; single kinds need no tuple.
+
+    Args:
+      query: kinds that look.
+      key: kinds that are seen.
+      nearest, farthest, window, hidden: as of `Clause`.
+    """
     as_tuple = lambda kinds: (kinds,) if isinstance(kinds, Kind) else tuple(kinds)
     return Clause(as_tuple(query), as_tuple(key), nearest, farthest, window, hidden)
 

@@ -16,7 +16,7 @@ def is_in(kind: Array, kinds: tuple[Kind, ...]) -> Array:
 
 
 def visible(rule: Rule, q: Slots, k: Slots) -> Array:
-    """Which keys each query sees: ``bool [..., T, S]`` for slots ``[..., T]`` and ``[..., S]``.
+    """Which keys each query sees.
 
     Compare-and-or only, so that the same function serves numpy on the host, `jax.numpy`, and blocks inside a kernel.
     For CCM-concat with n = 1, chunks ``a``, ``b`` and tail ``c``, own places left, memory right::
@@ -27,6 +27,14 @@ def visible(rule: Rule, q: Slots, k: Slots) -> Array:
         b     . . x . . | x .
         C     . . x x . | x .
         c     . . . . x | x x
+
+    Args:
+      rule: who sees whom.
+      q: `Slots` of ``[..., T]``, those that look.
+      k: `Slots` of ``[..., S]``, those that are seen.
+
+    Returns:
+      ``bool [..., T, S]``.
     """
     return sees(rule, q.map(lambda x: x[..., :, None]), k.map(lambda x: x[..., None, :]))
 

@@ -167,7 +167,7 @@ def test_bad_sizes():
 
 
 def test_a_cache_is_of_the_models_type():
-    """Nobody has to say it; with a config alone there is none to take."""
+    """Nobody has to say it; with a config alone it is that of a model made from it."""
     half = Transformer(jax.random.key(0), cases.CONFIG, AdapterConfig(tokens=2), jnp.bfloat16)
     sizes = dict(memory_capacity=6, raw_capacity=8)
     state = init_cache(half, CONCAT, 2, **sizes)
@@ -176,8 +176,8 @@ def test_a_cache_is_of_the_models_type():
     check(steps.compress_scan(half, state, chunks, method=CONCAT))
     assert init_cache(half, CONCAT, 2, **sizes, dtype=jnp.float32).k.dtype == jnp.float32
     assert init_cache(half.config, CONCAT, 2, **sizes, dtype="bfloat16").k.dtype == jnp.bfloat16
-    with pytest.raises(UserError, match="give the model, or a dtype"):
-        init_cache(half.config, CONCAT, 2, **sizes)
+    alone, made = (init_cache(x, CONCAT, 2, **sizes) for x in (cases.CONFIG, cases.model(tokens=2)))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), alone) == jax.tree.map(lambda x: (x.shape, x.dtype), made)
 
 
 def test_window_keeps_the_newest():
