@@ -9,7 +9,9 @@ from typing import Any
 
 from jax_ccm.config.schema import Config, MeshConfig, from_mapping, to_mapping
 from jax_ccm.config.yaml import read_yaml
+from jax_ccm.data.sources import OWN
 from jax_ccm.errors import UserError
+from jax_ccm.records import named
 from jax_ccm.weights.sources import locate_adapter
 
 FILE = "config.yaml"
@@ -43,10 +45,28 @@ def config_beside(adapter: str | Path) -> Config | None:
     """The config that an adapter was trained with, if it lies beside its files.
 
     Raises:
-      UserError: if the adapter is not there, or the config is damaged.
+      UserError: if the adapter is not there, the config is damaged, or it comes from elsewhere and names code.
     """
     path = locate_adapter(adapter) / FILE
-    return from_mapping(read_yaml(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    tree = read_yaml(path)
+    if not Path(adapter).expanduser().is_dir() and (code := _code(tree)):
+        raise UserError(
+            f"the config of {adapter} names code, {code}, which does not come with an adapter and is not run for one "
+            "from elsewhere; read it, install what it names, and give a config of your own: CONFIG.yaml --adapter "
+            f"{adapter}"
+        )
+    return from_mapping(tree)
+
+
+def _code(tree: Mapping[str, Any]) -> str:
+    """The first function in a module that a config names for its method or data, if it names one."""
+    method, data = (x if isinstance(x, Mapping) else {} for x in (tree.get("method"), tree.get("data")))
+    values = [x for value in data.values() for x in (value if isinstance(value, list) else [value])]
+    found = [x for x in values if isinstance(x, str) and x.startswith(OWN)]
+    name = method.get("name")
+    return name if isinstance(name, str) and named.is_named(name) else next(iter(found), "")
 
 
 def portable(config: Config) -> Config:
@@ -67,5 +87,5 @@ def chosen(config: Config) -> dict[str, Any]:
 
 def _beyond(ours: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     nested = {name: _beyond(value, usual[name]) for name, value in ours.items() if isinstance(value, Mapping)}
-    plain = {name: value for name, value in ours.items() if name not in nested and value != usual[name]}
+    plain = {name: value for name, value in ours.items() if name not in nested and value != usual.get(name)}
     return {name: both[name] for both in ({**nested, **plain},) for name in ours if both.get(name, {}) != {}}

@@ -7,21 +7,23 @@ path of the key; nothing is coerced except whole numbers where a float is meant.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jax_ccm.config.yaml import convert, read_yaml
 from jax_ccm.data.config import DataConfig
 from jax_ccm.errors import UserError
-from jax_ccm.methods import METHODS
+from jax_ccm.methods import METHODS, builder_of
 from jax_ccm.numerics import Precision
-from jax_ccm.records import paths
+from jax_ccm.records import named, paths
 from jax_ccm.records.card import CardConfig
+from jax_ccm.rules.types import Method
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -74,7 +76,7 @@ class NamedMethod:
     """The compression method. Only what is given is passed on, so a method's own defaults hold for the rest."""
 
     name: str = "ccm_concat"
-    """A key of `jax_ccm.methods.METHODS`."""
+    """A key of `jax_ccm.methods.METHODS`, or "package.module:function" for one of your own."""
 
     def options(self) -> dict[str, Any]:
         """What was given besides the name, for `jax_ccm.methods.build`."""
@@ -82,25 +84,27 @@ class NamedMethod:
         return {name: value for name, value in given.items() if value is not None}
 
 
-def _with_options() -> type:
-    """`NamedMethod` with a field for every option of every method, so that a new method needs no line here."""
+def _with_options(builders: Mapping[str, Callable[..., Method]], base: type) -> type:
+    """`NamedMethod` with a field for every option of some methods, so that a new method needs no line here."""
     found: dict[str, Any] = {}
-    for method, builder in METHODS.items():
+    for method, builder in builders.items():
         hints = typing.get_type_hints(builder)
         for name in inspect.signature(builder).parameters:
+            if name not in hints:
+                raise UserError(f"option {name!r} of method {method!r} has no type; annotate it, as in {name}: int = 2")
             if found.setdefault(name, hints[name]) != hints[name]:
                 raise TypeError(f"option {name!r} of method {method!r} is {hints[name]}, but {found[name]} in another")
     # "  name: what it means, in one or more lines" of the builders' docstrings.
-    text = "\n".join(inspect.getdoc(builder) or "" for builder in METHODS.values())
+    text = "\n".join(inspect.getdoc(builder) or "" for builder in builders.values())
     helps: dict[str, str] = {}
     for entry in re.finditer(r"^  (\w+): (.*(?:\n    .*)*)", text, re.MULTILINE):
         helps.setdefault(entry[1], " ".join(entry[2].split()))
-    lines = ["name: a key of `jax_ccm.methods.METHODS`."]
+    lines = ['name: a key of `jax_ccm.methods.METHODS`, or "package.module:function" for one of your own.']
     for name in found:
-        of = ", ".join(key for key, builder in METHODS.items() if name in inspect.signature(builder).parameters)
+        of = ", ".join(key for key, builder in builders.items() if name in inspect.signature(builder).parameters)
         lines.append(f"{name}: {helps.get(name, '').rstrip('.')} (for {of}).")
     fields = [(name, kind | None, dataclasses.field(default=None)) for name, kind in found.items()]
-    made = dataclasses.make_dataclass("MethodConfig", fields, bases=(NamedMethod,), frozen=True)
+    made = dataclasses.make_dataclass("MethodConfig", fields, bases=(base,), frozen=True)
     made.__doc__ = "\n".join([NamedMethod.__doc__ or "", "", "Attributes:", *(f"  {line}" for line in lines)])
     made.__module__ = __name__
     return made
@@ -109,7 +113,13 @@ def _with_options() -> type:
 if typing.TYPE_CHECKING:
     MethodConfig = NamedMethod
 else:
-    MethodConfig = _with_options()
+    MethodConfig = _with_options(METHODS, NamedMethod)
+
+
+@functools.cache
+def _own_method(name: str) -> type:
+    """`MethodConfig` with the options of a method of the user's own, too."""
+    return _with_options({name: builder_of(name)}, MethodConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +286,14 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
     Raises:
       UserError: naming the path of the offending key.
     """
-    return convert(Config, _with_new_names(tree))
+    tree = _with_new_names(tree)
+    method = tree.get("method") if isinstance(tree, Mapping) else None
+    name = method.get("name") if isinstance(method, Mapping) else None
+    if not isinstance(name, str) or not named.is_named(name):
+        return convert(Config, tree)
+    # Its options are fields of a class of its own, which the command line then knows by the value's type.
+    own = convert(_own_method(name), method, "method")
+    return dataclasses.replace(convert(Config, {**tree, "method": {"name": name}}), method=own)
 
 
 def _with_new_names(tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm.data import documents, sources
+from jax_ccm.data import documents
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.formats import Format, Report, Unit
+from jax_ccm.data.sources import Source, open_sources
 from jax_ccm.errors import UserError
 from jax_ccm.rules import examples
 from jax_ccm.rules import rows as layout
@@ -158,7 +159,15 @@ class TrainingSet:
         return layout.batch(self.method, chosen, sizes, self.vocab_size)
 
 
-def prepare(config: DataConfig, method: Method, tokenizer: Any, vocab_size: int) -> TrainingSet:
+def prepare(
+    config: DataConfig,
+    method: Method,
+    tokenizer: Any,
+    vocab_size: int,
+    *,
+    sources: Sequence[Source] | None = None,
+    format: Format | None = None,
+) -> TrainingSet:
     """Opens and tokenises the training data, and drops what does not fit the static sizes.
 
     Args:
@@ -166,6 +175,8 @@ def prepare(config: DataConfig, method: Method, tokenizer: Any, vocab_size: int)
       method: the method to lay rows out for.
       tokenizer: a fast tokenizer of transformers; None for the recall task.
       vocab_size: V of the model.
+      sources: records of your own, in place of those that ``config.train`` names.
+      format: how records become examples, in place of that which ``config.format`` names.
 
     Raises:
       UserError: for unreadable data, a token outside the vocabulary, data of which nothing fits, or joining with a
@@ -186,9 +197,13 @@ def prepare(config: DataConfig, method: Method, tokenizer: Any, vocab_size: int)
                 f"{window} tokens are no multiple of the {method.chunk} tokens that method {method.name!r} takes "
                 "at a time; the rest of each would never be compressed"
             )
-    format = documents.build(config, tokenizer)
-    groups = [[name] for name in config.train] if config.weights else [config.train]
-    loaded = [format.load(sources.open_sources(group, config.format)) for group in groups]
+    format = format or documents.build(config, tokenizer)
+    given: Sequence[Any] = config.train if sources is None else sources
+    groups = [[one] for one in given] if config.weights else [given]
+    if config.weights and len(given) != len(config.weights):
+        raise UserError(f"data.weights has {len(config.weights)} numbers for {len(given)} sources; give one for each")
+    opened = groups if sources is not None else [open_sources(group, config.format) for group in groups]
+    loaded = [format.load(group) for group in opened]
     report = functools.reduce(Report.joined, (own for _, own in loaded))
     most = caps(config, method)
     fits = lambda unit: _fits(unit, format.needs(unit, method), most, config, vocab_size, report)

@@ -39,6 +39,7 @@ class DataConfig:
     * ``path/to/file.jsonl`` (``*`` allowed), one record a line;
     * ``path/to/file.txt``, or a folder of ``.txt`` files, one text a file;
     * ``tfds:NAME[/CONFIG]:SPLIT?data_dir=DIR``, a prepared data set of tensorflow-datasets;
+    * ``python:PACKAGE.MODULE:FUNCTION?name=value``, a function of your own that returns `jax_ccm.data.sources.Records`;
     * ``generated:conversations?split=train&size=2000&seed=0``, ``generated:questions?…``, ``generated:recall?…``;
       of a user who tells and asks and an assistant who answers, ``generated:chats?…&turns=6-24&age=4`` and
       ``generated:chat_questions?…``, where ``age`` is how many exchanges ago the last answer was told.

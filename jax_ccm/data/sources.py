@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from jax_ccm.errors import UserError, unknown
-from jax_ccm.records import paths
+from jax_ccm.records import named, paths
 from jax_ccm.records.parsing import Repeated, parse_json, require_text
 
 Record = dict[str, Any]
+
+# How a source begins that is a function of the user's own.
+OWN = "python:"
 
 # What each format reads from a record: field -> whether it is a list of strings. A trailing "?" marks an optional one.
 FIELDS: dict[str, dict[str, bool]] = {
@@ -108,10 +111,10 @@ def open_sources(sources: Iterable[str], format: str) -> list[Source]:
 
 def _open(source: str, fields: dict[str, bool], format: str) -> list[Source]:
     scheme, _, rest = source.partition(":")
-    if scheme in ("generated", "tfds"):
+    openers = {"generated": _generated, "tfds": _tfds, OWN.rstrip(":"): _own}
+    if scheme in openers:
         address, _, query = rest.partition("?")
-        options = _options(source, query)
-        return [(_generated if scheme == "generated" else _tfds)(source, address, options, fields, format)]
+        return [openers[scheme](source, address, _options(source, query), fields, format)]
     if "*" in source:
         files = _in_bucket(source) if paths.is_remote(source) else sorted(glob.glob(source, recursive=True))
         if not files:
@@ -152,7 +155,7 @@ def _local(path: pathlib.Path, fields: dict[str, bool]) -> Source:
     elif not path.is_file():
         raise UserError(
             f"data source '{path}' does not exist. Allowed: a .jsonl or .txt file, a folder of .txt files, "
-            "tfds:NAME:SPLIT, generated:NAME?…"
+            "tfds:NAME:SPLIT, generated:NAME?…, python:MODULE:FUNCTION?…"
         )
     elif path.suffix == ".txt":
         files = [path]
@@ -282,6 +285,16 @@ def _generated(source: str, address: str, options: dict[str, str], fields: dict[
         allowed = ("split", "size", "seed", *own.get(address, ("turns",)))
         raise unknown(f"option of {source!r}:", next(iter(options)), allowed)
     return Computed(source, size, record)
+
+
+def _own(source: str, address: str, options: dict[str, str], fields: dict[str, bool], format: str) -> Source:
+    """The records that a function of the user's returns."""
+    what = f"data source {source!r}"
+    function = named.function(address, what, (Records, Computed, Source))
+    made = function(**named.arguments(function, options, what))
+    for index in range(len(made)):
+        _check(made[index], fields, made.where(index))
+    return made
 
 
 def _tfds(source: str, address: str, options: dict[str, str], fields: dict[str, bool], format: str) -> Source:

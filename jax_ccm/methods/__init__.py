@@ -8,6 +8,7 @@ from typing import Any
 
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.methods import baselines, ccm, compressive, eviction, loma, sentinel
+from jax_ccm.records import named
 from jax_ccm.rules.types import Method
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -32,19 +33,33 @@ METHODS: dict[str, Callable[..., Method]] = {
 _UPDATES = {"ccm_concat": "concat", "ccm_merge": "merge", "ccm_ema": "ema"}
 
 
+def builder_of(name: str) -> Callable[..., Method]:
+    """The function that builds a method.
+
+    Args:
+      name: a key of `METHODS`, or ``package.module:function`` for a function of your own that returns a `Method`.
+
+    Raises:
+      UserError: for an unknown name, or a function that is not there or does not say that it returns a `Method`.
+    """
+    if named.is_named(name):
+        return named.function(name, "method.name", (Method,))
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return METHODS[name]
+
+
 def build(name: str, **options: Any) -> Method:
     """Builds a method by name.
 
     Args:
-      name: a key of `METHODS`.
+      name: a key of `METHODS`, or ``package.module:function`` for one of your own.
       **options: what that builder takes.
 
     Raises:
       UserError: for an unknown name, an option that the method does not have, or one that it needs and is not given.
     """
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    builder = METHODS[name]
+    builder = builder_of(name)
     allowed = inspect.signature(builder).parameters
     for option in options:
         if option not in allowed:
@@ -56,7 +71,10 @@ def build(name: str, **options: Any) -> Method:
     missing = [name for name, option in allowed.items() if option.default is option.empty and name not in options]
     if missing:
         raise UserError(f"method {name!r} needs its option {missing[0]!r}; set it, as method.{missing[0]} in a config")
-    return builder(**options)
+    made = builder(**options)
+    if not isinstance(made, Method):
+        raise UserError(f"method {name!r} is a function that returned {made!r}; it must return a Method")
+    return made
 
 
 def beside(name: str, **options: Any) -> dict[str, Method]:
