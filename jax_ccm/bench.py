@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +21,7 @@ from jax_ccm.config import cli
 from jax_ccm.config.loading import Experiment, load_experiment
 from jax_ccm.config.schema import Config, save_config, to_mapping
 from jax_ccm.distributed import processes, sharding
+from jax_ccm.records import output
 from jax_ccm.rules.rows import batch, measure
 from jax_ccm.rules.types import Batch
 from jax_ccm.training.step import init_state, make_optimizer, make_schedule, make_step, split
@@ -33,7 +31,7 @@ COMMAND = "jax_ccm.bench"
 
 def main() -> None:
     options, config, _ = cli.parse(Options, command=COMMAND)
-    bench(config, options, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
+    bench(config, options, command=output.command_line(COMMAND))
 
 
 def bench(config: Config, options: Options, *, command: str = "") -> dict[str, Any]:
@@ -83,7 +81,7 @@ def _measure(experiment: Experiment, ways: list[Rival], options: Options, comman
         "title": f"{experiment.base_name.rsplit('/', 1)[-1]}, {config.model.precision}, "
         f"{report.machine(experiment.mesh)}",
         "config": to_mapping(config),
-        "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+        "options": dataclasses.asdict(options),
         "how": "each number is the median of repeated runs after warm-up; rivals take turns within a round. Turns: the "
         "cache is put into the state after so many turns and one turn is run; no 1,000 turns were talked through",
         "rivals": {rival.name: rival.note for rival in ways},

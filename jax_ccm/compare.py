@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +11,7 @@ import tyro
 
 from jax_ccm.config import cli
 from jax_ccm.errors import UserError
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 from jax_ccm.records.paths import Folder
 
 COMMAND = "jax_ccm.compare"
@@ -35,7 +32,7 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, prog=f"python -m {COMMAND}")
-    compare(options.runs, options.workdir, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
+    compare(options.runs, options.workdir, command=output.command_line(COMMAND))
 
 
 def compare(runs: Sequence[str], workdir: Path, *, command: str = "") -> None:
@@ -63,7 +60,7 @@ def compare(runs: Sequence[str], workdir: Path, *, command: str = "") -> None:
         raise UserError("there is nothing to compare; give NAME=DIR for each evaluation")
     result = comparison.compare(named, command)
     workdir = paths.usable(workdir)
-    (workdir / "comparison.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    output.write_json(workdir / "comparison.json", result)
     table = comparison.markdown(result)
     (workdir / "table.md").write_text(table, encoding="utf-8")
     comparison.plot(result, workdir / "plot.png")

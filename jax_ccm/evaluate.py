@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 import time
 from typing import Any, Literal
 
@@ -14,7 +12,7 @@ from jax_ccm.config.loading import Experiment, base_source, load_experiment
 from jax_ccm.config.schema import Config, save_config, to_mapping
 from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import UserError, unknown
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 from jax_ccm.records.paths import Folder
 from jax_ccm.rules.describe import describe_method, label
 
@@ -47,7 +45,7 @@ class Options:
 
 def main() -> None:
     options, config, _ = cli.parse(Options, command=COMMAND)
-    evaluate(config, options, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
+    evaluate(config, options, command=output.command_line(COMMAND))
 
 
 def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str, Any]:

@@ -7,9 +7,6 @@ DIR`` makes one table of many plans.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
-import shlex
 import sys
 import time
 from typing import Any
@@ -27,7 +24,7 @@ from jax_ccm.planning.models import model_shape
 from jax_ccm.planning.report import say
 from jax_ccm.planning.settings import Kernels, Options, Overview
 from jax_ccm.planning.training import micro_batches
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 
 COMMAND = "jax_ccm.plan"
 
@@ -46,7 +43,7 @@ def main() -> None:
         print(f"wrote {report.write_overview(asked.folder)}")
     else:
         options, config, _ = cli.parse(Options, command=COMMAND)
-        plan(config, options, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
+        plan(config, options, command=output.command_line(COMMAND))
 
 
 def plan(config: Config, options: Options, *, command: str = "") -> dict[str, Any]:
@@ -81,7 +78,7 @@ def plan(config: Config, options: Options, *, command: str = "") -> dict[str, An
         "topology": options.topology,
         "devices": len(devices),
         "chip": dataclasses.asdict(chip),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "versions": output.versions(packages),
         "config": to_mapping(config),
     }
     print(f"{name} for {options.topology}: {len(devices)} chips of {chip.hbm_bytes / 2**30:.0f} GiB; nothing is run")
@@ -109,7 +106,7 @@ def plan(config: Config, options: Options, *, command: str = "") -> dict[str, An
     print(f"planned in {made['host']['seconds']:.0f} s with {made['host']['peak_bytes'] / 2**30:.1f} GiB of memory")
     if options.workdir is not None:
         save_config(config, options.workdir / "config.yaml")
-        (options.workdir / "plan.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        output.write_json(options.workdir / "plan.json", made)
         (options.workdir / "table.md").write_text(report.markdown(made), encoding="utf-8")
         report.plot(made, options.workdir / "plot.png")
     return made

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from jax_ccm.config.schema import Config, save_config
 from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 from jax_ccm.records.paths import Folder
 
 COMMAND = "jax_ccm.verify"
@@ -57,7 +54,7 @@ class Options:
 
 def main() -> int:
     options, config, _ = cli.parse(Options, command=COMMAND)
-    return 0 if verify(config, options, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))["passed"] else 1
+    return 0 if verify(config, options, command=output.command_line(COMMAND))["passed"] else 1
 
 
 def verify(config: Config, options: Options, *, command: str = "") -> dict[str, Any]:
@@ -135,11 +132,10 @@ def _check(config: Config, options: Options) -> None:
 def _write(config: Config, workdir: Path, result: dict[str, Any]) -> None:
     paths.usable(workdir)
     save_config(config, workdir / "config.yaml")
-    lines = [json.dumps(row) for row in result["steps"]]
-    (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (workdir / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    output.write_lines(workdir / "metrics.jsonl", result["steps"])
+    output.write_json(workdir / "results.json", result)
     summary = {"status": "passed" if result["passed"] else "failed", "gap": max(row["gap"] for row in result["steps"])}
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    output.write_json(workdir / "summary.json", summary)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from jax_ccm.config.loading import base_source, build_method
 from jax_ccm.config.schema import Config, to_mapping
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.methods import build
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 from jax_ccm.records.paths import Folder
 from jax_ccm.rules.types import Method
 
@@ -71,7 +71,7 @@ class Options:
 
 def main() -> None:
     options, config, _ = cli.parse(Options, command=COMMAND)
-    compare(config, options, command=shlex.join(["python", "-m", COMMAND, *sys.argv[1:]]))
+    compare(config, options, command=output.command_line(COMMAND))
 
 
 def compare(config: Config, options: Options, *, command: str = "") -> dict[str, Any]:
@@ -96,7 +96,7 @@ def compare(config: Config, options: Options, *, command: str = "") -> dict[str,
         "how": "forward and backward; medians of steps that all took turns, after warm-up; seconds are wall time",
         "model": base_source(config) or "from scratch",
         "config": to_mapping(config),
-        "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+        "options": dataclasses.asdict(options),
     } | report.environment()
     results["processor"] = report.processor()
     with tempfile.TemporaryDirectory() as folder:
@@ -104,8 +104,7 @@ def compare(config: Config, options: Options, *, command: str = "") -> dict[str,
         results["comparisons"] = {
             kind: _compared(kind, config, method, options, Path(folder), comp) for kind in options.comparisons
         }
-    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    (options.workdir / "pytorch.json").write_text(text, encoding="utf-8")
+    output.write_json(options.workdir / "pytorch.json", results)
     (options.workdir / "pytorch.md").write_text(table(results), encoding="utf-8")
     print(table(results))
     return results
@@ -259,17 +258,17 @@ def _rounds(kind: Kind, sides: Mapping[str, Side], options: Options) -> dict[str
 
 def table(results: Mapping[str, Any]) -> str:
     """The comparisons in Markdown."""
-    lines = ["| | | tokens/s | tokens per second of processor time | loss |", "|:---|:---|---:|---:|---:|"]
+    rows = []
     for kind, compared in results["comparisons"].items():
         for name, side in compared["sides"].items():
             for step, cell in side["steps"].items():
                 if "error" in cell:
-                    lines.append(f"| {kind} | {name}, {step} | {cell['error']} | | |")
+                    rows.append([kind, f"{name}, {step}", cell["error"], "", ""])
                     continue
                 rates = (compared["tokens"] / cell[key] for key in ("seconds", "cpu_seconds"))
-                numbers = " | ".join(f"{rate:,.0f}" for rate in rates)
-                lines.append(f"| {kind} | {name}, {step} | {numbers} | {cell['loss']:.4f} |")
-    lines.append("")
+                rows.append([kind, f"{name}, {step}", *(f"{rate:,.0f}" for rate in rates), f"{cell['loss']:.4f}"])
+    header = ["", "", "tokens/s", "tokens per second of processor time", "loss"]
+    lines = [output.table(header, rows, left=2), ""]
     for kind, compared in results["comparisons"].items():
         told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in compared["ours_to_pytorch"].items())
         lines.append(f"- {kind}: ours to PyTorch, tokens/s: {told}; load average {compared['load_average']} at the end")

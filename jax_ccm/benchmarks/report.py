@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import jax
 
 from jax_ccm.distributed import sharding
 from jax_ccm.numerics.precision import processor_flags
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 
 COLOURS = {
     "full": "#2f6db3",
@@ -109,14 +107,17 @@ def _shown(results: Mapping[str, Any]) -> list[str]:
     return [name for name in TABLES if name != "sessions" or name in results]
 
 
+def _named(header: Sequence[str]) -> int:
+    """Which column says what a row is of."""
+    return next(number for number, title in enumerate(header) if title in ("kept as", "step"))
+
+
 def markdown(results: Mapping[str, Any], name: str) -> str:
     """A table in Markdown; nothing but the legend where its numbers were not asked for."""
     lines = []
     if name in _shown(results):
         header, rows = TABLES[name](results)
-        line = lambda cells: "| " + " | ".join(cells) + " |"
-        marks = [":---" if cell in ("kept as", "step") else "---:" for cell in header]
-        lines = [line(header), line(marks), *map(line, rows), ""]
+        lines = [output.table(header, rows, left=1 + _named(header)), ""]
     return "\n".join([*lines, *(f"- {text}" for text in legend(results)), "", f"`{results['command']}`", ""])
 
 
@@ -129,8 +130,8 @@ def print_tables(results: Mapping[str, Any]) -> None:
     for name in _shown(results):
         header, rows = TABLES[name](results)
         table = Table(title=TITLES[name], title_justify="left")
-        for column in header:
-            table.add_column(column, justify="left" if column in ("kept as", "step") else "right")
+        for number, column in enumerate(header):
+            table.add_column(column, justify="left" if number == _named(header) else "right")
         for row, after in zip(rows, [*rows[1:], None], strict=True):
             table.add_row(*row, end_section=name == "turns" and after is not None and after[0] != row[0])
         console.print(table)
@@ -195,11 +196,7 @@ def environment() -> dict[str, Any]:
     """Versions, device, and what else runs on the machine."""
     device = jax.devices()[0]
     return {
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": importlib.metadata.version("jaxlib"),
-        },
+        "versions": output.versions(("jax", "jaxlib")),
         "device": f"{device.platform} ({device.device_kind})",
         "cores": core_count(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -214,10 +211,9 @@ def machine(mesh: jax.sharding.Mesh) -> str:
 
 def write(workdir: Path, results: dict[str, Any]) -> None:
 
-    put = lambda name, text: (workdir / name).write_text(text, encoding="utf-8")
-    put("bench.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    output.write_json(workdir / "bench.json", results)
     for name in TABLES:
-        put(f"{name}.md", markdown(results, name))
+        (workdir / f"{name}.md").write_text(markdown(results, name), encoding="utf-8")
     plot(results, workdir / "plot.png")
     last = results["turns"][-1]
     summary = {
@@ -226,4 +222,4 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         "tokens_per_second": {name: cell["tokens_per_second"] for name, cell in results["steps"].items()},
         "seconds": results["seconds"],
     }  # fmt: skip
-    put("summary.json", json.dumps(summary, indent=2) + "\n")
+    output.write_json(workdir / "summary.json", summary)

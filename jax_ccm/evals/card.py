@@ -9,6 +9,7 @@ from typing import Any
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals import report
+from jax_ccm.records import output
 from jax_ccm.records.card import CardConfig
 from jax_ccm.records.parsing import read_json
 from jax_ccm.rules.describe import label
@@ -147,7 +148,7 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> str:
         sums = [f"{total(key):,}" for key in ("steps", "tokens", "scored_tokens")]
         rows.append(["all", *sums, hours(total("seconds")), "", "", ""])
     last = ", ".join(f"{package} {version}" for package, version in runs[-1]["versions"].items())
-    lines = [_table(header, rows), f"Software of the last run: {last}."]
+    lines = [output.table(header, rows), f"Software of the last run: {last}."]
     if runs[0].get("started_from"):
         lines.append(f"The first started from `{runs[0]['started_from']}`, of whose training nothing is recorded.")
     return "\n\n".join(lines)
@@ -172,9 +173,4 @@ def _intervals(steps: Sequence[Mapping[str, Any]]) -> str:
     names = [name for name in report.STYLE if name in steps[0]["systems"]]
     between = lambda cell: "{:,.2f} to {:,.2f}".format(*cell["ci95"]) if cell.get("ci95") else "-"
     rows = [[str(row["step"]), *(between(row["systems"][name]["perplexity"]) for name in names)] for row in steps]
-    return _table(["t", *(report.STYLE[name][1] for name in names)], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+    return output.table(["t", *(report.STYLE[name][1] for name in names)], rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals.report import SHARES, STYLE, cell_share, plot_tradeoff
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 from jax_ccm.records.parsing import parse_json
 
 # What all share, taken from the first evaluation; and their names.
@@ -115,8 +115,6 @@ def markdown(comparison: Mapping[str, Any]) -> str:
             said = size.get("repetition", {})
             row += [cell_share(said.get("token")), cell_share(said.get("exact"))]
         body.append(row)
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    rule = line(["---"] + ["---:"] * (len(header) - 1))
     of = "whole texts" if steps == ["text"] else "the target"
     notes = [f"perplexity of {of}; slots and KiB of a session, mean at {'its end' if steps == ['text'] else last}"]
     if off:
@@ -125,8 +123,9 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         notes.append("repeated: what memory still says right of closed chunks, tokens and whole chunks")
     if any("wrong" in cells[last] for _, cells in every):
         notes.append("in brackets: the same turn after the context of another conversation (control)")
-    table = [line(header), rule, *(line(row) for row in body)]
-    return "\n".join([*table, "", *(f"- {note}" for note in notes), "", f"`{comparison['command']}`", ""])
+    return "\n".join(
+        [output.table(header, body, left=1), "", *(f"- {note}" for note in notes), "", f"`{comparison['command']}`", ""]
+    )
 
 
 def plot(comparison: Mapping[str, Any], path: str | Path) -> None:

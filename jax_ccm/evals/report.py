@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +9,9 @@ from typing import Any
 
 import jax
 
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 
+# Those that numbers depend on.
 PACKAGES = ("jax_ccm", "jax", "jaxlib", "flax", "numpy", "transformers")
 DASHES = (0, (4, 2))
 CONTROL = {"linewidth": 1.2, "marker": "o", "markersize": 8, "fillstyle": "none"}
@@ -122,9 +120,8 @@ def legend(results: Mapping[str, Any]) -> list[str]:
 def markdown(results: Mapping[str, Any]) -> str:
     """The table in Markdown."""
     header, rows = table_rows(results)
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    body = [line(header), line(["---:"] * len(header)), *(line(row) for row in rows)]
-    return "\n".join([*body, "", *(f"- {text}" for text in legend(results)), "", f"`{results['command']}`", ""])
+    body = output.table(header, rows, left=0)
+    return "\n".join([body, "", *(f"- {text}" for text in legend(results)), "", f"`{results['command']}`", ""])
 
 
 def plot(results: Mapping[str, Any], path: str | Path) -> None:
@@ -299,7 +296,7 @@ def about(
         "command": command,
         "title": f"{base['name'].rsplit('/', 1)[-1]}: {memory}",
         "config": config,
-        "versions": versions(),
+        "versions": output.versions(PACKAGES),
         "device": f"{device.platform} ({device.device_kind})",
         "base": {"name": base["name"], "fingerprint": base["fingerprint"], "precision": config["model"]["precision"]},
         "adapter": adapter,
@@ -316,22 +313,18 @@ def about(
     }
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that numbers depend on."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
 def write(workdir: Path, results: dict[str, Any]) -> None:
 
-    with (workdir / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        for row in results["steps"]:
-            for name, cell in row["systems"].items():
-                line = {"step": row["step"], "system": name, "nll": cell["nll"]["value"], "kv_bytes": cell["kv_bytes"]}
-                line["perplexity"] = cell["perplexity"]["value"]
-                if "wrong" in cell:
-                    line["wrong_nll"] = cell["wrong"]["nll"]["value"]
-                file.write(json.dumps(line) + "\n")
-    (workdir / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = []
+    for row in results["steps"]:
+        for name, cell in row["systems"].items():
+            line = {"step": row["step"], "system": name, "nll": cell["nll"]["value"], "kv_bytes": cell["kv_bytes"]}
+            line["perplexity"] = cell["perplexity"]["value"]
+            if "wrong" in cell:
+                line["wrong_nll"] = cell["wrong"]["nll"]["value"]
+            lines.append(line)
+    output.write_lines(workdir / "metrics.jsonl", lines)
+    output.write_json(workdir / "results.json", results)
     (workdir / "table.md").write_text(markdown(results), encoding="utf-8")
     plot(results, workdir / "plot.png")
     last = results["steps"][-1]
@@ -343,7 +336,7 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         "shares": {name: last[name]["value"] for name in SHARES if name in last},
         "seconds": results["seconds"],
     }
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    output.write_json(workdir / "summary.json", summary)
     print_table(results)
     print(f"results in {workdir / 'results.json'}, table in table.md, picture in plot.png; {results['seconds']:.0f} s")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import io
 import time
 import zipfile
@@ -22,7 +21,7 @@ from jax_ccm.memory.losses import scored_logits
 from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.nn.positions import warn_beyond
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import Sizes, arrange, batch, measure
 from jax_ccm.rules.types import Batch, Method
@@ -56,7 +55,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "gguf")
 @functools.cache
 def code(folder: Path = Path(__file__).parents[1]) -> str:
     """A digest of all that computes scores: the sources of `PARTS` in ``folder`` and the versions of `PACKAGES`."""
-    digest = hashlib.sha256(repr([(name, importlib.metadata.version(name)) for name in PACKAGES]).encode())
+    digest = hashlib.sha256(repr(output.versions(PACKAGES)).encode())
     for part in PARTS:
         path = folder / part
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:

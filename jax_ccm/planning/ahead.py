@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from jax_ccm.nn import ModelConfig, rope
 from jax_ccm.nn.transformer import Attention, pack
 from jax_ccm.numerics import NAMED
 from jax_ccm.planning import gpus, programs
+from jax_ccm.records import output
 from jax_ccm.records.parsing import read_json
 from jax_ccm.rules.types import Packed, Rule, Slots
 
@@ -259,7 +259,7 @@ def record(path: Path, targets: Sequence[str]) -> None:
             kept.append({"target": target, "what": what, "length": length, **dataclasses.asdict(found)})
             print(kept[-1], flush=True)
         made = {"jax": jax.__version__, "compiled": sorted(kept, key=lambda row: order.index(row["target"]))}
-        path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        output.write_json(path, made)
         path.with_suffix(".md").write_text(markdown(made), encoding="utf-8")
 
 
@@ -282,11 +282,11 @@ def _recorded(path: Path) -> list[dict[str, Any]]:
 def markdown(found: dict[str, Any]) -> str:
     """What `record` wrote as a table: a line for each program, a column for each target."""
     targets = list(dict.fromkeys(row["target"] for row in found["compiled"]))
-    lines = [f"| program | kernels | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
+    lines = []
     for what, length in dict.fromkeys((row["what"], row["length"]) for row in found["compiled"]):
         rows = {row["target"]: row for row in found["compiled"] if (row["what"], row["length"]) == (what, length)}
         kernels = ", ".join(str(n) for n in sorted({row["kernels"] for row in rows.values()}))
         cell = lambda row: f"{row['temporaries'] / 2**20:,.1f} MiB, {row['seconds']:.0f} s"
         cells = [cell(rows[target]) if target in rows else "-" for target in targets]
-        lines.append(f"| {PROGRAMS[what].format(length)} | {kernels} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([PROGRAMS[what].format(length), kernels, *cells])
+    return output.table(["program", "kernels", *targets], lines, left=2) + "\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 from jax_ccm.records.parsing import parse_json
 
 GIB = 2**30
@@ -22,31 +22,24 @@ def markdown(plan: dict[str, Any]) -> str:
         "",
     ]
     if "training" in plan:
-        lines += [
-            "| compiled, not run | rows x micro-batches | HBM a chip | fits | roofline |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [_step(name, entry) for name, entry in plan["training"].items() if entry]
-        lines += [""]
+        header = ["compiled, not run", "rows x micro-batches", "HBM a chip", "fits", "roofline"]
+        steps = [_step(name, entry) for name, entry in plan["training"].items() if entry]
+        lines += [output.table(header, steps), ""]
     if "sessions" in plan:
         names = _systems([plan])
-        lines += [
-            f"| compiled, not run: conversation | raw tokens | {' | '.join(map(_label, names))} |",
-            "|---|---|" + "---|" * len(names),
-            *(_sessions(row, names) for row in plan["sessions"]),
-        ]
-        lines += [""]
-        steps = [line for row in plan["sessions"] for line in _serving(row)]
+        header = ["compiled, not run: conversation", "raw tokens", *map(_label, names)]
+        lines += [output.table(header, [_sessions(row, names) for row in plan["sessions"]]), ""]
+        steps = [cells for row in plan["sessions"] for cells in _serving(row)]
         if steps:
-            lines += ["| compiled, not run | sessions | HBM a chip | roofline |", "|---|---|---|---|", *steps, ""]
+            lines += [output.table(["compiled, not run", "sessions", "HBM a chip", "roofline"], steps), ""]
     return "\n".join(lines)
 
 
-def _step(name: str, entry: dict[str, Any]) -> str:
+def _step(name: str, entry: dict[str, Any]) -> list[str]:
     fits = "yes" if entry["fits"] else "no"
     time = f"{entry['seconds']['roofline']:.2f} s" if entry["fits"] else ""
     size = f"{entry['hbm_bytes'] / GIB:.2f} GiB"
-    return f"| {name.replace('_', ' ')} | {entry['rows']} x {entry['accumulation']} | {size} | {fits} | {time} |"
+    return [name.replace("_", " "), f"{entry['rows']} x {entry['accumulation']}", size, fits, time]
 
 
 def _systems(plans: Sequence[dict[str, Any]]) -> list[str]:
@@ -59,7 +52,7 @@ def _label(system: str) -> str:
     return "full context" if system == "full" else system
 
 
-def _sessions(row: dict[str, Any], names: Sequence[str]) -> str:
+def _sessions(row: dict[str, Any], names: Sequence[str]) -> list[str]:
     setting, full = row["setting"], row["systems"]["full"]["sessions"]
     cells = []
     for name in names:
@@ -67,30 +60,27 @@ def _sessions(row: dict[str, Any], names: Sequence[str]) -> str:
         share = f" ({most / full:.1f} x)" if most is not None and full and name != "full" else ""
         cells.append("-" if most is None else f"{most:,}{share}")
     talk = f"{setting['chunks']:,} chunks of {setting['chunk_tokens']}"
-    return f"| {talk} | {setting['raw']} | {' | '.join(cells)} |"
+    return [talk, str(setting["raw"]), *cells]
 
 
-def _serving(row: dict[str, Any]) -> list[str]:
-    """A line for each step of each system with all the sessions that fit."""
+def _serving(row: dict[str, Any]) -> list[list[str]]:
+    """A row for each step of each system with all the sessions that fit."""
     setting = row["setting"]
     talk = f"{setting['chunks']:,} chunks of {setting['chunk_tokens']}, {setting['raw']} raw"
     names = {"decode_step": "a token", "compress_step": "closing a chunk"}
     return [
-        f"| {system}, {names[name]}, after {talk} | {found['sessions']:,} | {step['hbm_bytes'] / GIB:.2f} GiB | "
-        f"{1e3 * step['seconds']['roofline']:.1f} ms |"
+        [f"{system}, {names[name]}, after {talk}", f"{found['sessions']:,}", f"{step['hbm_bytes'] / GIB:.2f} GiB",
+         f"{1e3 * step['seconds']['roofline']:.1f} ms"]
         for system, found in row["systems"].items()
         for name, step in found["steps"].items()
-    ]
+    ]  # fmt: skip
 
 
 def overview(plans: Sequence[dict[str, Any]]) -> str:
     """One table of many plans, those of a model and a topology together; nothing in it was run."""
     names = _systems(plans)
-    lines = [
-        "| compiled, not run | training step, HBM a chip | roofline | conversation | "
-        f"{' | '.join(map(_label, names))} |",
-        "|---|---|---|---|" + "---|" * len(names),
-    ]
+    header = ["compiled, not run", "training step, HBM a chip", "roofline", "conversation", *map(_label, names)]
+    rows = []
     together: dict[str, list[dict[str, Any]]] = {}
     for plan in plans:
         together.setdefault(f"{plan['model'].rsplit('/', 1)[-1]}, {plan['topology']}", []).append(plan)
@@ -101,8 +91,8 @@ def overview(plans: Sequence[dict[str, Any]]) -> str:
         for number in range(max(len(steps), len(talks))):
             step = steps[number] if number < len(steps) else ["", ""]
             talk = talks[number] if number < len(talks) else [""] * (1 + len(names))
-            lines.append(f"| {' | '.join([name if not number else '', *step, *talk])} |")
-    return "\n".join(lines) + "\n"
+            rows.append([name if not number else "", *step, *talk])
+    return output.table(header, rows) + "\n"
 
 
 def _trained(plan: dict[str, Any], step: dict[str, Any]) -> list[str]:
@@ -114,7 +104,7 @@ def _trained(plan: dict[str, Any], step: dict[str, Any]) -> list[str]:
 
 
 def _talk(row: dict[str, Any], names: Sequence[str]) -> list[str]:
-    talk, raw, *counts = _sessions(row, names).strip("| ").split(" | ")
+    talk, raw, *counts = _sessions(row, names)
     return [f"{talk}, {raw} raw", *counts]
 
 
@@ -124,11 +114,11 @@ def write_overview(folder: Path) -> Path:
     Raises:
       UserError: for a folder without plans, a file that is none, or one that cannot be read or written.
     """
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
+    files = sorted(folder.glob("*.json"))
+    if not files:
         raise UserError(f"{folder} holds no plans (*.json); give a folder with the plan.json of each, under any name")
     plans = []
-    for path in paths:
+    for path in files:
         try:
             plans.append(parse_json(path.read_bytes(), str(path)))
             overview(plans[-1:])

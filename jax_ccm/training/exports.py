@@ -17,7 +17,7 @@ from jax_ccm.distributed import processes
 from jax_ccm.evals import report
 from jax_ccm.evals.card import FILE, model_card
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 
 
 def export(
@@ -46,7 +46,7 @@ def export(
     begun = {"started_from": config.adapter.load} if loaded is not None else {}
     about = {"seed": config.train.seed, "precision": config.model.precision, "hardware": machine(experiment.mesh)}
     extra: dict[str, Any] = {
-        "step": run["steps"], "runs": [*earlier, run | about | begun | {"versions": report.versions()}],
+        "step": run["steps"], "runs": [*earlier, run | about | begun | {"versions": output.versions(report.PACKAGES)}],
     }  # fmt: skip
     if config.train.trainable == "all":
         folder = workdir / f"model{suffix}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from jax_ccm.config.schema import Config, from_mapping, save_config, to_mapping
 from jax_ccm.data.batches import TrainingSet, prepare
 from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import RunError, UserError
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 from jax_ccm.rules.rows import require_parallel
 from jax_ccm.rules.types import Batch
 from jax_ccm.training import inputs
@@ -183,7 +182,7 @@ class Run:
                 self._export(metrics, "")
         summary = self._summary(finished, compile_seconds, time.perf_counter() - began)
         if processes.is_first():
-            (self.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            output.write_json(self.workdir / "summary.json", summary)
         processes.wait("summary")
         if finished:
             print(f"done: {self._report()}; summary in {self.workdir / 'summary.json'}")

@@ -1,0 +1,48 @@
+"""What commands leave behind: how they were called, on which software, JSON, and tables in Markdown."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def command_line(command: str) -> str:
+    """How this process was called, as one can type it again.
+
+    Args:
+      command: the name after ``python -m``.
+    """
+    return shlex.join(["python", "-m", command, *sys.argv[1:]])
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of Python, and of installed packages."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON; what JSON has no type for is written as text."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Writes values as JSON, one a line."""
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int | None = None) -> str:
+    """A table in Markdown, without a line break at its end.
+
+    Args:
+      header: titles of the columns.
+      rows: a cell for each column.
+      left: how many of the first columns are flush left; the others are flush right. None for all.
+    """
+    rule = ["---" if left is None or number < left else "---:" for number in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
