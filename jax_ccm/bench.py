@@ -16,7 +16,7 @@ from jax_ccm.benchmarks import report, rivals
 from jax_ccm.benchmarks.rivals import Rival
 from jax_ccm.benchmarks.settings import Options, check
 from jax_ccm.benchmarks.steps import random_text, row_pairs, single_steps
-from jax_ccm.benchmarks.turns import after_turns, forward_flops, sessions_that_fit, weights_bytes
+from jax_ccm.benchmarks.turns import after_turns, sessions_that_fit, weights_bytes
 from jax_ccm.config import cli
 from jax_ccm.config.loading import Experiment, load_experiment
 from jax_ccm.config.schema import Config, save_config, to_mapping
@@ -131,8 +131,8 @@ def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], d
 
     tokens = config.data.batch_size * sizes.tokens
     pairs = config.data.batch_size * row_pairs(method, made)
-    forward = forward_flops(shape, tokens, 0, config.data.batch_size * sizes.scored)
-    attention = forward_flops(shape, 0, pairs, 0)
+    forward = shape.forward_flops(tokens, 0, config.data.batch_size * sizes.scored)
+    attention = shape.forward_flops(0, pairs, 0)
     # Backward through a frozen base: one product for each one forward, two in attention; another where it is trained.
     backward = forward * (2 if config.train.trainable == "all" else 1) + 2 * attention
     counts = {"rows": config.data.batch_size, "tokens": tokens, "scored": config.data.batch_size * sizes.scored}

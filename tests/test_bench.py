@@ -48,7 +48,7 @@ def test_needed_flops_are_those_of_the_program():
     run = jax.jit(lambda model, x: model.logits(model(x, slots, None, rule=RIVALS[0].method.rule)[0]))
     counted = run.lower(model, jnp.ones((1, length), jnp.int32)).compile().cost_analysis()["flops"]
     # The program also computes the pairs that nobody sees, and what is not a matrix product.
-    needed = turns.forward_flops(config, length, length * length, length)
+    needed = config.forward_flops(length, length * length, length)
     assert needed < counted < 1.2 * needed
 
 

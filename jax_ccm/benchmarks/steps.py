@@ -49,7 +49,7 @@ def single_steps(
     full = dataclasses.replace(build("full"), gate=())
     forward = jax.jit(lambda model, made: model.logits(steps.parallel_forward(model, made, method=full)[:, -1]))
     calls["prefill"] = lambda: forward(model, text)
-    work["prefill"] = turns.forward_flops(shape, count, count * (count + 1) // 2, 1)
+    work["prefill"] = shape.forward_flops(count, count * (count + 1) // 2, 1)
 
     # As many turns as fill the memory; without one, as many as are read at once.
     written, recent = method.memory_slots(1, chunk), rivals.kept_text(method, 99, chunk) // chunk if own.memory else 0
@@ -75,7 +75,7 @@ def single_steps(
         compress = turns.read_and_close
         kept("compress_step", lambda cache: compress(model, cache, piece, method=method))
         seen = turns.seen_pairs(method, **state, text=chunk, kind=Kind.TEXT, closing=True)
-        work["compress_step"] = turns.forward_flops(shape, chunk + len(method.closes), seen, 1)
+        work["compress_step"] = shape.forward_flops(chunk + len(method.closes), seen, 1)
         tokens["compress_step"] = chunk
 
     first = jnp.ones((1,), jnp.int32)
@@ -83,7 +83,7 @@ def single_steps(
     answer = lambda cache: turns.answer(decoder, cache, first, length=options.reply, method=method)[0]
     kept("decode", answer)
     seen = turns.seen_pairs(method, **state, text=options.reply, kind=Kind.QUERY, closing=False)
-    work["decode"] = turns.forward_flops(shape, options.reply, seen, options.reply)
+    work["decode"] = shape.forward_flops(options.reply, seen, options.reply)
     tokens["decode"] = options.reply
 
     seconds = {}
@@ -130,7 +130,7 @@ def _read_bytes(model: Transformer) -> int:
     shape = model.config
     head = shape.vocab_size * shape.hidden_size
     itemsize = jnp.dtype(model.precision.params).itemsize
-    return (turns.linear_parameters(shape) + head) * itemsize
+    return (shape.layer_weights + head) * itemsize
 
 
 def random_text(vocab: int, lengths: list[int]) -> Example:

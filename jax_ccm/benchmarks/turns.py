@@ -23,7 +23,6 @@ from jax_ccm.distributed import sharding
 from jax_ccm.memory import steps
 from jax_ccm.memory.closing import close_due, policy, prefill
 from jax_ccm.memory.generation import pays_apart
-from jax_ccm.nn.config import ModelConfig
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.numerics import Precision, einsum
 from jax_ccm.rules.types import Chunk, Kind, MemoryCache, Method, Slots
@@ -182,25 +181,6 @@ def reading() -> tuple[Callable[[], Any], float]:
     x, v = jnp.full((size, size), 1 / size, jnp.float32), jnp.ones((size,), jnp.float32)
     call = jax.jit(lambda x, v: functools.reduce(lambda v, _: x @ v, range(times), v))
     return lambda: call(x, v), float(times * x.nbytes)
-
-
-def linear_parameters(config: ModelConfig) -> int:
-    """Weights of all projections of the layers: each costs two FLOPs a token."""
-    attention = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    return config.num_layers * config.hidden_size * (attention + 3 * config.intermediate_size)
-
-
-def forward_flops(config: ModelConfig, tokens: int, pairs: int, scored: int) -> float:
-    """FLOPs that a forward pass needs; recomputation and hidden pairs are not counted.
-
-    Args:
-      config: the decoder.
-      tokens: that pass through the layers.
-      pairs: of a query and a key that it sees.
-      scored: tokens whose logits are computed.
-    """
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
-    return 2.0 * linear_parameters(config) * tokens + attention + 2.0 * config.vocab_size * config.hidden_size * scored
 
 
 def seen_pairs(method: Method, *, turns: int, turn: int, capacity: int, text: int, kind: Kind, closing: bool) -> int:

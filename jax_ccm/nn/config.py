@@ -111,6 +111,23 @@ class ModelConfig:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
     @property
+    def layer_weights(self) -> int:
+        """Numbers in the projections of all layers: each costs two FLOPs a token."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
+
+    def forward_flops(self, tokens: int, pairs: int, scored: int) -> float:
+        """FLOPs of a forward pass, a multiplication and an addition being two.
+
+        Args:
+          tokens: that pass through the layers.
+          pairs: of a query and a key, in each layer.
+          scored: tokens whose logits are computed.
+        """
+        attention = 4.0 * self.num_layers * self.num_heads * self.head_dim * pairs
+        return 2.0 * self.layer_weights * tokens + attention + 2.0 * self.vocab_size * self.hidden_size * scored
+
+    @property
     def windowed(self) -> tuple[bool, ...]:
         """Of each layer, whether it has the sliding window."""
         return tuple(

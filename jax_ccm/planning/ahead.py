@@ -7,8 +7,6 @@ what `planning.gpus.HELP` says. Nothing is run. ``python -m jax_ccm.plan kernels
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,7 +27,7 @@ from jax_ccm.methods import build
 from jax_ccm.nn import ModelConfig, rope
 from jax_ccm.nn.transformer import Attention, pack
 from jax_ccm.numerics import NAMED
-from jax_ccm.planning import gpus, programs
+from jax_ccm.planning import chips, gpus, programs
 from jax_ccm.records import output
 from jax_ccm.records.parsing import read_json
 from jax_ccm.rules.types import Packed, Rule, Slots
@@ -57,14 +54,6 @@ PROGRAMS = {
     "layer without attention": "the same without attention, T = {:,}",
     "decode": "decoding, 64 sessions with caches of 1,024",
     "training step": "training step, 8 rows of {:,}",
-}
-# libtpu looks for a TPU's environment unless it is told one.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
@@ -102,11 +91,7 @@ def mesh_for(target: str, **sizes: int) -> Mesh:
         if lacks := gpus.missing():
             raise UserError(f"{lacks} was not found: {gpus.HELP}")
         return make_mesh(dict.fromkeys(AXES, 1), gpus.devices(target))
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError('compiling for a TPU needs the libtpu wheel of the installed jax: pip install "jax[tpu]"')
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    devices = topologies.get_topology_desc(topology_name=TOPOLOGIES[target], platform="tpu").devices
+    devices = chips.tpus(TOPOLOGIES[target], "v5litepod-4")
     shape = {axis: sizes.get(axis, 1) for axis in AXES}
     count = 1
     for size in shape.values():

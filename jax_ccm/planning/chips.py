@@ -43,9 +43,14 @@ class Chip:
     network_bandwidth: float | None = None
 
     @property
+    def is_tpu(self) -> bool:
+        """Whether it is no GPU."""
+        return self.accelerator is not None
+
+    @property
     def compiler(self) -> str:
         """The package with its compiler."""
-        return "libtpu" if self.accelerator else "jax-cuda13-plugin"
+        return "libtpu" if self.is_tpu else "jax-cuda13-plugin"
 
     @property
     def usable_bytes(self) -> int:
@@ -80,7 +85,7 @@ def parse(topology: str) -> tuple[str, tuple[int, ...]]:
     sizes = tuple(map(int, shape.split("x"))) if shape else ()
     if chip and chip not in CHIPS:
         raise unknown("chip", chip, CHIPS)
-    if not chip or len(sizes) not in ((2, 3) if CHIPS[chip].accelerator else (1, 2)) or 0 in sizes:
+    if not chip or len(sizes) not in ((2, 3) if CHIPS[chip].is_tpu else (1, 2)) or 0 in sizes:
         raise UserError(
             f"--topology is {topology!r}; give a chip and a shape, such as v5e:4x4 or v5p:2x2x2, or for GPUs h100:8 or "
             "h100:2x8 (hosts x GPUs of each)"
@@ -111,27 +116,43 @@ def devices(topology: str) -> Sequence[Any]:
         *hosts, each = sizes
         return gpus.devices(chip, hosts=math.prod(hosts), each=each)
     count = math.prod(sizes)
-    if importlib.util.find_spec("libtpu") is None:
-        needs = [r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu")]
-        wanted = needs[0].split(";")[0].strip() if needs else "libtpu"
-        raise UserError(
-            f"planning for {topology} needs the TPU compiler, which also runs on machines without a TPU: "
-            f"pip install '{wanted}' --no-deps"
-        )
-    # Says that this process is no TPU worker, so that nothing looks for one.
-    settings = {
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": f"{accelerator}-{count}",
-        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }  # fmt: skip
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
     # A host has four chips, unless it has the only one.
     alone = {"chips_per_host_bounds": [1, 1, 1]} if count == 1 else {}
     try:
-        return topologies.get_topology_desc(topology_name=topology, platform="tpu", **alone).devices
+        return tpus(topology, f"{accelerator}-{count}", **alone)
+    except UserError:
+        raise
     except Exception as e:  # the plugin raises its own kinds
         raise UserError(
             f"--topology {topology} is not one that the TPU compiler knows: {str(e).splitlines()[0]}"
         ) from e
+
+
+def tpus(name: str, accelerator: str, **options: Any) -> Sequence[Any]:
+    """TPUs to compile for, which are not there.
+
+    Args:
+      name: of the topology, as libtpu has it.
+      accelerator: the accelerator type that libtpu is told, so that it looks for none.
+      options: of `jax.experimental.topologies.get_topology_desc`.
+
+    Raises:
+      UserError: if libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        needs = [r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu")]
+        wanted = needs[0].split(";")[0].strip() if needs else "libtpu"
+        raise UserError(
+            f"planning for {name} needs the TPU compiler, which also runs on machines without a TPU: "
+            f"pip install '{wanted}' --no-deps"
+        )
+    # Says that this process is no TPU worker, so that nothing looks for one.
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": accelerator, "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }  # fmt: skip
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices

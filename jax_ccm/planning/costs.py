@@ -37,18 +37,6 @@ class Cost:
         return seconds | {"roofline": max(seconds.values())}
 
 
-def layer_weights(shape: ModelConfig) -> int:
-    """Numbers in the matrices of all layers."""
-    heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    attention = shape.hidden_size * (2 * heads + 2 * kv)
-    return shape.num_layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
-
-
-def attention_flops(shape: ModelConfig, queries: int, keys: int) -> float:
-    """Scores and weighted sums of all layers, without regard to what is hidden: it is computed nonetheless."""
-    return 4.0 * shape.num_layers * queries * keys * shape.num_heads * shape.head_dim
-
-
 def training_cost(config: Config, shape: ModelConfig, batch: Batch, accumulation: int, tensor: int) -> Cost:
     """A training step of ``accumulation`` micro-batches (without its leading axis: ``[B, ...]``).
 
@@ -60,12 +48,12 @@ def training_cost(config: Config, shape: ModelConfig, batch: Batch, accumulation
     trained = config.train.trainable == "all"
     again = config.train.remat == "all"
     passes = 2 + trained + again
-    weights = layer_weights(shape)
-    layers = 2.0 * passes * weights * rows * length
-    attention = (4 + again) * rows * attention_flops(shape, length, length + memory)
-    head = 2.0 * (4 if trained else 2) * shape.hidden_size * shape.vocab_size * rows * batch.places.shape[1]
+    layers = passes * shape.forward_flops(rows * length, 0, 0)
+    # What the rule hides is computed nonetheless.
+    attention = (4 + again) * shape.forward_flops(0, rows * length * (length + memory), 0)
+    head = (4 if trained else 2) * shape.forward_flops(0, 0, rows * batch.places.shape[1])
     itemsize = jnp.dtype(Precision.of(config.model.precision).params).itemsize
-    read = accumulation * passes * (weights + shape.hidden_size * shape.vocab_size) * itemsize / tensor
+    read = accumulation * passes * (shape.layer_weights + shape.hidden_size * shape.vocab_size) * itemsize / tensor
     return Cost(accumulation * (layers + attention + head), read)
 
 
@@ -82,6 +70,5 @@ def serving_cost(
       cache_bytes, weight_bytes: of each device.
       logits: whether the next token is predicted.
     """
-    layers = 2.0 * layer_weights(shape) * tokens + attention_flops(shape, tokens, slots + tokens)
-    head = 2.0 * shape.hidden_size * shape.vocab_size if logits else 0.0
-    return Cost(sessions * (layers + head), weight_bytes + cache_bytes)
+    flops = shape.forward_flops(tokens, tokens * (slots + tokens), int(logits))
+    return Cost(sessions * flops, weight_bytes + cache_bytes)

@@ -16,28 +16,12 @@ import numpy as np
 from jax_ccm.attention import blocks
 from jax_ccm.attention.blocks import SOURCE
 from jax_ccm.attention.tpu_sizes import Sizes
+from jax_ccm.planning.chips import Chip
 from jax_ccm.rules.types import Rule, Slots
 
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A device as its vendor describes it: bfloat16 FLOP/s, bytes/s of its memory, seconds of a grid step."""
-
-    flops: float
-    bandwidth: float
-    step: float = 0.35e-6  # Pallas documentation, "Grids and BlockSpecs"; the same for all, as nothing better is known
-
-
-# A GPU's programs run side by side, so that none of them waits for the start of another.
-GPU_TARGETS = {"h100": Target(989e12, 3.35e12, step=0.0), "a100": Target(312e12, 2.04e12, step=0.0)}
-# One JAX device each: a chip, but a core of a 7x.
-TARGETS = {
-    "v4": Target(275e12, 1.2e12),
-    "v5e": Target(197e12, 0.82e12),
-    "v5p": Target(459e12, 2.77e12),
-    "v6e": Target(918e12, 1.64e12),
-    "7x": Target(1154e12, 3.69e12),
-}
+# Seconds of a grid step on a TPU (Pallas documentation, "Grids and BlockSpecs"), the same for all, as nothing better is
+# known. A GPU's programs run side by side, so that none of them waits for the start of another.
+STEP = 0.35e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +41,9 @@ class Cost:
     flops: int
     bytes: int
 
-    def seconds(self, target: Target) -> float:
+    def seconds(self, chip: Chip) -> float:
         """The roofline: the slower of arithmetic and memory, and the overhead of each step."""
-        return max(self.flops / target.flops, self.bytes / target.bandwidth) + self.steps * target.step
+        return max(self.flops / chip.flops, self.bytes / chip.hbm_bandwidth) + self.steps * STEP * chip.is_tpu
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,7 @@ def test_weights_are_counted():
     shape = scratch_model(config.model.scratch, 0)
     kernels = {p: x for p, x in base_parameters(abstract_transformer(shape)).items() if p.endswith("kernel")}
     layers = sum(x.size for path, x in kernels.items() if path.startswith("layers."))
-    assert costs.layer_weights(shape) == layers
+    assert shape.layer_weights == layers
 
 
 def test_training_cost():
@@ -82,14 +82,14 @@ def test_training_cost():
     config = from_mapping(tree)
     trained = from_mapping(tree | {"train": {"trainable": "all", "remat": "all"}})
     shape = scratch_model(config.model.scratch, 0)
-    weights = costs.layer_weights(shape)
+    weights = shape.layer_weights
 
     def per_token(config):
         batch = programs.abstract_batch(config, shape, build_method(config), 2)
         cost = costs.training_cost(config, shape, batch, 3, 1)
         rows, length, memory = 6, 16, batch.memory.source.shape[1]
         passes = 4 + (config.train.remat == "all")
-        attention = passes * rows * costs.attention_flops(shape, length, length + memory)
+        attention = passes * shape.forward_flops(0, rows * length * (length + memory), 0)
         head = 2 * (4 if config.train.trainable == "all" else 2) * shape.hidden_size * 50 * rows * batch.places.shape[1]
         return (cost.flops - attention - head) / (rows * length * weights)
 
