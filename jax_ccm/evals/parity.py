@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from jax_ccm.data.config import DataConfig
 from jax_ccm.errors import UserError
@@ -202,8 +203,7 @@ def _recurrent_gradients(adapter, base, cache, arrays, *, graphdef, method):
 
 def _total_loss(logits, targets, weights):
     """Sum of weighted losses for logits ``[B, C, V]``, targets and weights ``[B, C]``."""
-    chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * weights)
+    return jnp.sum(cross_entropy(logits, targets) * weights)
 
 
 def compare(

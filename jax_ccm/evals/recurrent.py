@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import check, init_cache, select
@@ -154,8 +155,7 @@ def _step(model, cache, chunk, targets, *, method, close, asked):
     if not asked:
         # Without a reader, the logits are not even computed.
         return (cache,)
-    target = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
-    return cache, jax.nn.logsumexp(logits, axis=-1) - target, jnp.argmax(logits, axis=-1) == targets
+    return cache, cross_entropy(logits, targets), jnp.argmax(logits, axis=-1) == targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,9 +258,7 @@ def stream_losses(
         cache, logits = stream_step(
             model, cache, Chunk(token[:, None], use[:, None]), method=method, window=window, closes=closes
         )
-        logits = logits[:, 0]
-        score = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-        return cache, (jax.nn.logsumexp(logits, axis=-1) - score) * use
+        return cache, cross_entropy(logits[:, 0], target) * use
 
     cache, losses = jax.lax.scan(body, cache, (jnp.swapaxes(tokens, 0, 1), jnp.swapaxes(targets, 0, 1), valid.T))
     return cache, losses.T

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals.recurrent import same_context, score_recurrently
@@ -264,8 +265,7 @@ def _losses(model: Transformer, made: Batch, *, method: Method):
     """Losses ``float32 [B, Q]`` and hits ``bool [B, Q]`` of the scored tokens."""
     hidden = parallel_forward(model, made, method=method)
     logits = scored_logits(model, hidden, made)
-    target = jnp.take_along_axis(logits, made.targets[:, :, None], axis=2)[:, :, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - target, jnp.argmax(logits, axis=-1) == made.targets
+    return cross_entropy(logits, made.targets), jnp.argmax(logits, axis=-1) == made.targets
 
 
 def _collect(found: list[Scores | None], rows: np.ndarray, made: Batch, arrays) -> None:
