@@ -13,8 +13,8 @@ from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.methods import beside, build
 from jax_ccm.nn.transformer import Transformer
+from jax_ccm.rules.occupancy import occupancy
 from jax_ccm.rules.types import INF, RAW, TEXT, Kind, MemoryCache, Method, Slots
-from jax_ccm.rules.visibility import reachable
 
 # More turns than any memory of constant size takes to fill.
 MANY = 1 << 20
@@ -128,51 +128,19 @@ def kept_text(method: Method, turns: int, turn: int) -> int:
     return int(((live.kind == Kind.TEXT) & (live.segment < _chunks(method, turns, turn)[1])).sum())
 
 
-def slots_after(method: Method, turns: int, turn: int, capacity: int = MANY) -> Slots:
+def slots_after(method: Method, turns: int, turn: int, capacity: int | None = None) -> Slots:
     """The live slots of a session after closed turns of equal length, numpy ``int32 [S]`` each, in order.
-
-    Which tokens a selection (`Method.keep`) has kept depends on the text: here they are the newest.
 
     Args:
       method: the compression method.
       turns: closed turns. A method that cuts text itself leaves the rest behind its last chunk open.
       turn: tokens of each.
       capacity: memory slots that there is room for; the oldest are gone.
+
+    See `rules.occupancy.occupancy`.
     """
     size, closed = _chunks(method, turns, turn)
-    place = np.arange(turns * turn)
-    kind = np.where(place < method.sink, int(Kind.SINK), int(Kind.TEXT))
-    text = Slots(kind, place // size, place, place)
-    now = np.array([closed]), np.array([turns * turn])
-    seen = lambda slots: reachable(method.rule, slots.map(lambda x: x[None]), *now)[0]
-    parts = [text]
-    begin = np.arange(closed) * size
-    memory_of = lambda segment, index, position: Slots(np.full(len(index), int(Kind.MEMORY)), segment, index, position)
-    for token in method.closes:
-        if token.kind in method.writes:
-            position = (begin if token.from_begin else begin + size) + token.offset
-            parts.append(memory_of(np.arange(closed), begin + size - 1, np.maximum(position, 0)))
-    if method.pool:
-        hidden = place[(kind == Kind.TEXT) & ~seen(text)]
-        # The last token of each share: so many tokens on from the first of its chunk, or the last of the chunk.
-        share = (hidden - np.maximum(hidden // size * size, method.sink)) // method.pool
-        last = np.append((np.diff(share) != 0) | (np.diff(hidden // size) != 0), True)[: len(hidden)]
-        parts.append(memory_of(hidden[last] // size, hidden[last], hidden[last]))
-    if method.keep is not None and closed:
-        count = 0
-        for number in range(closed):
-            there = count + size - min(max(method.sink - number * size, 0), size)
-            count = min(method.keep.slots * (1 if method.keep.constant else number + 1), there, capacity)
-        newest = np.arange(closed * size - count, closed * size)
-        parts.append(memory_of(np.full(count, closed - 1), newest, newest))
-    join = lambda *arrays: np.concatenate(arrays).astype(np.int32)
-    found = jax.tree.map(join, *parts)
-    order = np.argsort(found.index, kind="stable")
-    kept = seen(found)[order]
-    found = found.map(lambda x: x[order][kept])
-    is_memory = found.kind == Kind.MEMORY
-    old = is_memory & (np.cumsum(is_memory) <= is_memory.sum() - capacity)
-    return found.map(lambda x: x[~old])
+    return occupancy(method, [size] * closed, still_open=turns * turn - closed * size, capacity=capacity)
 
 
 def fill(cache: MemoryCache, method: Method, *, turns: int, turn: int) -> MemoryCache:

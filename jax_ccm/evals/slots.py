@@ -2,55 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import numpy as np
 
 from jax_ccm.nn.config import ModelConfig
-from jax_ccm.rules.examples import Example
+from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.occupancy import occupancy
 from jax_ccm.rules.rows import arrange
-from jax_ccm.rules.types import Kind, Method, Slots
-from jax_ccm.rules.visibility import reachable
+from jax_ccm.rules.types import Method
 
 
 def context_slots(method: Method, example: Example) -> int:
     """Key/value slots that a session holds once its context is closed and before its tail is read."""
     *context, _ = arrange(method, example)
-    if not context:
-        return 0
-    if method.keep is not None:
-        held = -method.sink
-        for number, segment in enumerate(context, 1):
-            # A chunk may have fewer tokens than slots.
-            held = min(method.memory_slots(number), held + len(segment.tokens))
-        return held + method.sink
-    if method.closes:
-        kept = sum(int(segment.kept.sum()) for segment in context if segment.kept is not None)
-        return method.memory_slots(len(context)) + kept + int(method.sink)
-    text = sum(len(segment.tokens) for segment in context)
-    own = np.concatenate([np.full(len(segment.tokens), number) for number, segment in enumerate(context)])
-    place = np.arange(text)[None]
-    kept = np.concatenate([np.zeros(len(s.tokens), bool) if s.kept is None else s.kept for s in context])
-    kind = np.where(place < method.sink, Kind.SINK, np.where(kept, Kind.QUERY, Kind.TEXT))
-    slots = Slots(kind, own[None], place, place)
-    seen = reachable(method.rule, slots, np.array([len(context)]), np.array([text]))[0]
-    pooled = sum(-(-int(count) // method.pool) for count in np.bincount(own[~seen])) if method.pool else 0
-    return int(seen.sum()) + pooled
+    return _held(method, context)
 
 
 def held_slots(method: Method, example: Example) -> int:
     """Key/value slots that a session holds when all of its text is read, the tail raw."""
     *context, tail = arrange(method, example)
     if method.remembers:
-        return context_slots(method, example) + len(tail.tokens)
-    segments = [*context, tail]
-    counts = [len(segment.tokens) for segment in segments]
-    kept = np.concatenate(
-        [np.zeros(len(s.tokens), bool) if s.kept is None else s.kept for s in context] + [np.ones(counts[-1], bool)]
-    )
-    place = np.arange(sum(counts))[None]
-    kind = np.where(kept, Kind.QUERY, Kind.TEXT)[None]
-    kind = np.where(place < method.sink, Kind.SINK, kind)
-    slots = Slots(kind, np.repeat(np.arange(len(counts)), counts)[None], place, place)
-    return int(reachable(method.rule, slots, np.array([len(counts)]), np.array([sum(counts)])).sum())
+        return _held(method, context) + len(tail.tokens)
+    return _held(method, [*context, dataclasses.replace(tail, kept=np.ones(len(tail.tokens), bool))])
+
+
+def _held(method: Method, chunks: Sequence[Segment]) -> int:
+    """Live slots after closed chunks."""
+    kept = [np.zeros(len(s.tokens), bool) if s.kept is None else s.kept for s in chunks]
+    found = occupancy(method, [len(s.tokens) for s in chunks], np.concatenate(kept) if kept else None)
+    return len(found.kind)
 
 
 def memory_bytes(method: Method, config: ModelConfig, example: Example, itemsize: int) -> int:

@@ -1,0 +1,71 @@
+"""What a session holds, by formula: the slots that are live after chunks of given lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jax_ccm.rules.types import Kind, Method, Slots
+from jax_ccm.rules.visibility import reachable
+
+
+def occupancy(
+    method: Method,
+    lengths: Sequence[int],
+    kept: np.ndarray | None = None,
+    *,
+    still_open: int = 0,
+    capacity: int | None = None,
+) -> Slots:
+    """The live slots of a session, numpy ``int32 [S]`` each, in order of their index.
+
+    Which tokens an eviction policy (`Method.keep`) has kept depends on the text: here they are the newest.
+
+    Args:
+      method: the compression method.
+      lengths: text tokens of each closed chunk.
+      kept: ``bool [sum(lengths)]``, text of these chunks that is never compressed; None for none.
+      still_open: text tokens behind them, of a chunk that is not closed yet.
+      capacity: memory slots that there is room for, of which the oldest are gone; None for any number.
+    """
+    sizes = np.asarray(lengths, int)
+    ends = np.cumsum(sizes)
+    begins, closed, read = ends - sizes, len(sizes), int(sizes.sum())
+    place = np.arange(read + still_open)
+    segment = np.repeat(np.arange(closed + 1), [*sizes, still_open])
+    marked = np.zeros(len(place), bool)
+    marked[:read] = False if kept is None else kept
+    kind = np.where(place < method.sink, Kind.SINK, np.where(marked, Kind.QUERY, Kind.TEXT))
+    text = Slots(kind, segment, place, place)
+    now = np.array([closed]), np.array([len(place)])
+    seen = lambda slots: reachable(method.rule, slots.map(lambda x: x[None]), *now)[0]
+    memory = lambda segment, index, position: Slots(np.full(len(index), int(Kind.MEMORY)), segment, index, position)
+    parts = [text]
+    for token in method.closes:
+        if token.kind in method.writes:
+            position = (begins if token.from_begin else ends) + token.offset
+            parts.append(memory(np.arange(closed), ends - 1, np.maximum(position, 0)))
+    if method.pool:
+        hidden = place[(kind != Kind.SINK) & ~seen(text)]
+        chunk = segment[hidden]
+        share = (hidden - np.maximum(begins[chunk], method.sink)) // method.pool
+        # The last token of each share: so many tokens on from the first of its chunk, or the last of the chunk.
+        last = np.append((np.diff(share) != 0) | (np.diff(chunk) != 0), True)[: len(hidden)]
+        parts.append(memory(chunk[last], hidden[last], hidden[last]))
+    if method.keep is not None and closed:
+        count = 0
+        for number, (begin, size) in enumerate(zip(begins, sizes, strict=True), 1):
+            # A chunk may have fewer tokens than slots.
+            there = count + size - min(max(method.sink - begin, 0), size)
+            count = min(method.memory_slots(number), there, there if capacity is None else capacity)
+        newest = np.arange(read - count, read)
+        parts.append(memory(np.full(count, closed - 1), newest, newest))
+    found = jax.tree.map(lambda *arrays: np.concatenate(arrays).astype(np.int32), *parts)
+    order = np.argsort(found.index, kind="stable")
+    live = seen(found)[order]
+    found = found.map(lambda x: x[order][live])
+    is_memory = found.kind == Kind.MEMORY
+    room = is_memory.sum() if capacity is None else capacity
+    return found.map(lambda x: x[~(is_memory & (np.cumsum(is_memory) <= is_memory.sum() - room))])
