@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm.benchmarks import report, rivals
-from jax_ccm.benchmarks.rivals import Rival
+from jax_ccm.benchmarks import baselines, report
+from jax_ccm.benchmarks.baselines import Baseline
 from jax_ccm.benchmarks.settings import Options, check
 from jax_ccm.benchmarks.steps import random_text, row_pairs, single_steps
 from jax_ccm.benchmarks.turns import after_turns, sessions_that_fit, weights_bytes
@@ -51,7 +51,7 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
     start = time.perf_counter()
     reference = check(options)
     processes.refuse_several(devices=True)
-    ways = rivals.rivals(
+    ways = baselines.compared(
         config.method.name, config.method.options(), capacity=config.cache.memory_capacity, window=options.window
     )
     experiment = load_experiment(config)
@@ -73,7 +73,7 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
     return results
 
 
-def _measure(experiment: Experiment, ways: list[Rival], options: Options, command: str) -> dict[str, Any]:
+def _measure(experiment: Experiment, ways: list[Baseline], options: Options, command: str) -> dict[str, Any]:
     """All that is measured, and of what."""
     config = experiment.config
     results: dict[str, Any] = {
@@ -82,20 +82,20 @@ def _measure(experiment: Experiment, ways: list[Rival], options: Options, comman
         f"{report.machine(experiment.mesh)}",
         "config": to_mapping(config),
         "options": dataclasses.asdict(options),
-        "how": "each number is the median of repeated runs after warm-up; rivals take turns within a round. Turns: the "
-        "cache is put into the state after so many turns and one turn is run; no 1,000 turns were talked through",
-        "rivals": {rival.name: rival.note for rival in ways},
+        "how": "each number is the median of repeated runs after warm-up; baselines take turns within a round. Turns: "
+        "the cache is put into the state after so many turns and one turn is run; no 1,000 turns were talked through",
+        "baselines": {baseline.name: baseline.note for baseline in ways},
         "mesh": dict(experiment.mesh.shape),
         "weights_bytes": weights_bytes(experiment.model),
         "kv_bytes_per_slot": experiment.model_config.kv_bytes_per_slot(experiment.model.dtype.itemsize),
     } | report.environment()
-    apart = functools.cache(experiment.model.apart)
-    results["turns"] = [after_turns(experiment.model, apart, ways, options, turns) for turns in options.turns]
+    unstacked = functools.cache(experiment.model.unstacked)
+    results["turns"] = [after_turns(experiment.model, unstacked, ways, options, turns) for turns in options.turns]
     results |= single_steps(
         experiment.model,
         experiment.method,
         experiment.mesh,
-        apart,
+        unstacked,
         ways,
         options,
         lambda chunk: _training(experiment, chunk),
@@ -116,11 +116,11 @@ def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], d
     graphdef, params, frozen = split(experiment.model, config.train.trainable)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 100))
     init = lambda params: init_state(params, optimizer)
-    places = sharding.parameter_shardings(experiment.mesh, jax.eval_shape(init, params), shape)
-    step = make_step(config, graphdef, method, optimizer, (places, sharding.replicated(experiment.mesh)))
+    shardings = sharding.parameter_shardings(experiment.mesh, jax.eval_shape(init, params), shape)
+    step = make_step(config, graphdef, method, optimizer, (shardings, sharding.replicated(experiment.mesh)))
     batches: Batch = sharding.place(experiment.mesh, jax.tree.map(lambda x: np.asarray(x)[None], made), leading=1)
     # A copy: the step is given its state for good, and the model's arrays are still needed.
-    state = [jax.tree.map(jnp.copy, jax.jit(init, out_shardings=places)(params))]
+    state = [jax.tree.map(jnp.copy, jax.jit(init, out_shardings=shardings)(params))]
     key = jax.random.key(0)
     # Ahead of time, as in training: an executable cannot be compiled again while it is measured.
     compiled = step.lower(state[0], frozen, batches, key).compile()

@@ -10,7 +10,7 @@ from typing import Any
 
 from jax_ccm.config import cli
 from jax_ccm.config.loading import Experiment, load_experiment
-from jax_ccm.data.pieces import sentence_ends
+from jax_ccm.data.template import sentence_ends
 from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import UserError
 from jax_ccm.memory.closing import Closing

@@ -160,7 +160,9 @@ def forward(model: Transformer, batch: Batch, method: Method):
         return losses.mean_loss(model, hidden, batch, method)[0]
 
     gate = visibility.gate(method, batch.slots)
-    hidden, _, states = model(batch.tokens, batch.slots, gate, rule=method.rule, memory=batch.memory, collect=True)
+    hidden, _, states = model(
+        batch.tokens, batch.slots, gate, rule=method.rule, memory=batch.memory, output_hidden_states=True
+    )
     value, gradients = jax.value_and_grad(loss)(adapter)
     return states, model.logits(hidden), value, gradients
 
@@ -249,7 +251,7 @@ def _labels(batch: Batch, text, live, shape):
     """Labels in the reference's form: the scored tokens at their own places."""
     ours = np.full(live.shape, -100)
     for b, row in enumerate(np.asarray(batch.weights) > 0):
-        for place, target in zip(batch.places[b, row], batch.targets[b, row], strict=True):
+        for place, target in zip(batch.indices[b, row], batch.targets[b, row], strict=True):
             # The target stands at the next place that is no compression token: in these files right behind.
             ours[b, place + 1] = target
     out = np.full(shape, -100)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from jax_ccm import bench
-from jax_ccm.benchmarks import report, rivals, turns
+from jax_ccm.benchmarks import baselines, report, turns
 from jax_ccm.benchmarks.settings import Options
 from jax_ccm.config import cli
 from jax_ccm.config.schema import load_config
@@ -21,7 +21,7 @@ from jax_ccm.rules.types import Kind
 from tests import cases
 
 TURN = 6
-RIVALS = rivals.rivals("ccm_merge", dict(comp_tokens=2, sink=True), capacity=6, window=9)
+BASELINES = baselines.compared("ccm_merge", dict(comp_tokens=2, sink=True), capacity=6, window=9)
 
 
 @pytest.mark.parametrize(
@@ -29,10 +29,10 @@ RIVALS = rivals.rivals("ccm_merge", dict(comp_tokens=2, sink=True), capacity=6, 
 )
 def test_a_turn_that_is_run_leaves_the_state_of_one_turn_more(name, options):
     """Also where a turn is read once more to be closed, and where the method cuts text itself."""
-    rival = rivals.of(rivals.rivals(name, options, capacity=6, window=9), build(name, **options))
-    model = cases.model(tokens=rival.method.rows, num_layers=1)
-    session = turns.Conversation(model, lambda: model, rival, turns=3, prompt=4, reply=TURN - 4)
-    left, expected = session.cache, rivals.fill(session.cache, rival.method, turns=4, turn=TURN)
+    baseline = baselines.of(baselines.compared(name, options, capacity=6, window=9), build(name, **options))
+    model = cases.model(tokens=baseline.method.num_embeddings, num_layers=1)
+    session = turns.Conversation(model, lambda: model, baseline, turns=3, prompt=4, reply=TURN - 4)
+    left, expected = session.cache, baselines.fill(session.cache, baseline.method, turns=4, turn=TURN)
     for field in ("kind", "segment", "index", "position"):
         ours, real = (np.asarray(getattr(x.slots, field)) for x in (left, expected))
         # Text that is still open was read as a question and an answer.
@@ -44,8 +44,8 @@ def test_needed_flops_are_those_of_the_program():
     """Of one layer, since XLA counts the body of a scan once."""
     config = dataclasses.replace(cases.CONFIG, num_layers=1, hidden_size=64, intermediate_size=256)
     model, length = cases.model(config=config), 4
-    slots = jax.tree.map(jnp.asarray, rivals.slots_after(RIVALS[0].method, 1, length, 0).map(lambda x: x[None]))
-    run = jax.jit(lambda model, x: model.logits(model(x, slots, None, rule=RIVALS[0].method.rule)[0]))
+    slots = jax.tree.map(jnp.asarray, baselines.slots_after(BASELINES[0].method, 1, length, 0).map(lambda x: x[None]))
+    run = jax.jit(lambda model, x: model.logits(model(x, slots, None, rule=BASELINES[0].method.rule)[0]))
     counted = run.lower(model, jnp.ones((1, length), jnp.int32)).compile().cost_analysis()["flops"]
     # The program also computes the pairs that nobody sees, and what is not a matrix product.
     needed = config.forward_flops(length, length * length, length)
@@ -53,7 +53,7 @@ def test_needed_flops_are_those_of_the_program():
 
 
 def test_sessions_that_fit():
-    model, merge = cases.model(tokens=2), RIVALS[-1]
+    model, merge = cases.model(tokens=2), BASELINES[-1]
     most = lambda budget: turns.most_sessions(model, merge, budget, turns=3, turn=TURN, prompt=4)
     found = most(2**21)
     assert 5 < found["sessions"] and 0.95 * 2**21 < found["bytes"] <= 2**21
@@ -85,10 +85,10 @@ def written(tmp_path_factory):
 
 def test_everything_is_written(written):
     results = json.loads((written / "bench.json").read_text())
-    names = [rival.name for rival in RIVALS]
+    names = [baseline.name for baseline in BASELINES]
     assert [row["turns"] for row in results["turns"]] == [2, 4]
     for row in results["turns"]:
-        assert list(row["systems"]) == names == list(results["rivals"]) == list(results["sessions"]["systems"])
+        assert list(row["systems"]) == names == list(results["baselines"]) == list(results["sessions"]["systems"])
         for cell in row["systems"].values():
             parts = cell["first token"]["seconds"], 2 * cell["token"]["seconds"], cell["close"]["seconds"]
             assert cell["turn"] == pytest.approx(sum(parts)) and cell["turn"] > 0

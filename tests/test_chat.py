@@ -91,9 +91,12 @@ def test_conversations_are_what_training_lays_out(name, unit, messages):
     session.engine.closed = lambda *given: answers.append((given[1][0], given[3])) or closed(*given)
     for number, text in enumerate(("hello there", "what", "and so it goes")):
         session.say(text)
-        turns += [(session.engine.pieces.later if number else session.engine.pieces.first)([text])[0], answers[-1][0]]
+        turns += [
+            (session.engine.template.later if number else session.engine.template.first)([text])[0],
+            answers[-1][0],
+        ]
         examples.append(
-            formats.session(session.engine.pieces, turns, every=False, unit=formats.turns_a_chunk(made.config.data))
+            formats.session(session.engine.template, turns, every=False, unit=formats.turns_a_chunk(made.config.data))
         )
     for logits, (tokens, after) in zip(parity.parallel_logits(made.model, made.method, examples), answers, strict=True):
         assert len(tokens)
@@ -106,13 +109,13 @@ def test_questions_with_an_opening_of_their_own():
     data = {"format": "online", "separator": "\nQ:", "answer": "\nA:"}
     for unit, laid in (("turn", ["<s>hi", "\nQ: x"]), ("exchange", ["<s>hi\nA: x"])):
         session = Conversation(experiment("ccm_concat", unit, data))
-        pieces = session.engine.pieces
-        (answer,) = pieces.target(["x"])
+        template = session.engine.template
+        (answer,) = template.target(["x"])
         chunks = session.engine.chunks(session.engine.question("hi", first=True), answer)
         texts = ["".join(session.engine.experiment.tokenizer.convert_ids_to_tokens(chunk)) for chunk in chunks]
         assert [text.replace("Ġ", " ").replace("Ċ", "\n") for text in texts] == laid
-        context = [pieces.first(["hi"])[0], answer]
-        example = formats.session(pieces, [*context, answer, answer], every=False, unit=1 + (unit == "exchange"))
+        context = [template.first(["hi"])[0], answer]
+        example = formats.session(template, [*context, answer, answer], every=False, unit=1 + (unit == "exchange"))
         for chunk, segment in zip(chunks, rows.arrange(session.engine.experiment.method, example)[:-1], strict=True):
             np.testing.assert_array_equal(chunk, segment.tokens)
 

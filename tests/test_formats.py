@@ -27,10 +27,11 @@ def folder(request, tmp_path):
     return tmp_path / request.param.name.removesuffix(".tar.gz")
 
 
-def test_adapter_and_memory(folder):
+def test_adapter_and_memory(folder, capsys):
     """A session goes on from its memory file, with the adapter that wrote it."""
     expected = json.loads((folder / "expected.json").read_text())
     experiment = load_experiment(load_config(folder / "config.yaml"), adapter=folder / "adapter")
+    assert "the method in" in capsys.readouterr().err, "the names that tokens had are said"
     path = folder / "memory.safetensors"
     older = "earlier version, which rounded mixed memory to float32" if experiment.method.mix else None
     with pytest.warns(UserWarning, match=older) if older else contextlib.nullcontext():

@@ -37,7 +37,7 @@ def for_peer(made: Batch, method: Method) -> dict[str, np.ndarray]:
     A memory slot that is a copy of one token's key and value is seen where that token stands.
     """
     labels = np.full(made.tokens.shape, -100, np.int64)
-    np.put_along_axis(labels, np.asarray(made.places), np.where(made.weights > 0, made.targets, -100), axis=1)
+    np.put_along_axis(labels, np.asarray(made.indices), np.where(made.weights > 0, made.targets, -100), axis=1)
     arrays = {"tokens": made.tokens, "labels": labels, "position": made.slots.position}
     if made.memory is not None:
         assert made.memory.mix is None and made.memory.share is None

@@ -97,8 +97,8 @@ def _step(model: Any, base: Any, arrays: Mapping[str, Any]) -> Callable[[], tupl
     given: dict[str, Any] = {}
     if "mask" in arrays:
         comp = arrays["comp"].clone().requires_grad_(True)
-        rows, places = (tokens >= len(table)).nonzero(as_tuple=True)
-        number = tokens[rows, places] - len(table)
+        rows, columns = (tokens >= len(table)).nonzero(as_tuple=True)
+        number = tokens[rows, columns] - len(table)
         given = {"attention_mask": arrays["mask"][:, None], "position_ids": arrays["position"].long()}
         trained = [comp, *(p for p in model.parameters() if p.requires_grad)]
     else:
@@ -109,7 +109,7 @@ def _step(model: Any, base: Any, arrays: Mapping[str, Any]) -> Callable[[], tupl
             each.grad = None
         inputs = embedded
         if given:
-            inputs = embedded.index_put((rows, places), comp[number].to(embedded.dtype))
+            inputs = embedded.index_put((rows, columns), comp[number].to(embedded.dtype))
         logits = model(inputs_embeds=inputs, use_cache=False, **given).logits.float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()

@@ -37,7 +37,7 @@ def _number(value: float) -> str:
 
 
 def turns_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a row for each rival after each number of turns."""
+    """Header and rows: a row for each baseline after each number of turns."""
     header = ["turns before", "kept as", "first token, ms", "each further, ms", "x reading", "close, ms", "turn, ms"]
     header += ["to full", "MiB"]
     rows, decode, rate = [], results["steps"]["decode"], results["machine"]["read_bytes_per_second"]
@@ -68,7 +68,7 @@ def steps_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
 
 
 def sessions_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: how many sessions fit, for each rival."""
+    """Header and rows: how many sessions fit, for each baseline."""
     found = results["sessions"]
     rows = [
         [name, f"{cell['sessions']:,}", _number(cell["bytes_per_session"] / 2**20)]
@@ -86,10 +86,15 @@ TITLES = {
 }
 
 
+def _notes(results: Mapping[str, Any]) -> Mapping[str, str]:
+    """What each baseline keeps, by its name; files of an earlier version call them rivals."""
+    return results["baselines"] if "baselines" in results else results["rivals"]
+
+
 def legend(results: Mapping[str, Any]) -> list[str]:
     """What was run and what the columns mean, a line each."""
     machine, options = results["machine"], results["options"]
-    lines = [f"{name}: {note}" for name, note in results["rivals"].items()]
+    lines = [f"{name}: {note}" for name, note in _notes(results).items()]
     lines += [
         f"a turn: a question of {options['prompt']} tokens, an answer of {options['reply']}, and closing it; MiB: the "
         "whole state of a session; x reading: a further token, in times of reading the weights and that state once",
@@ -151,13 +156,13 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     times = [row["turns"] for row in results["turns"]]
-    others = [name for name in results["rivals"] if name not in COLOURS]
+    others = [name for name in _notes(results) if name not in COLOURS]
     colours = COLOURS | dict(zip(others, OTHERS, strict=False))
     for axes, title, value in (
         (left, "Seconds for a turn", lambda cell: cell["turn"]),
         (right, "State of a session, MiB", lambda cell: cell["state_bytes"] / 2**20),
     ):
-        for name in results["rivals"]:
+        for name in _notes(results):
             heights = [value(row["systems"][name]) for row in results["turns"]]
             axes.plot(times, heights, color=colours[name], marker="o", markersize=4, linewidth=1.8, label=name)
             axes.annotate(f"{heights[-1]:,.3g}", (times[-1], heights[-1]), xytext=(5, 3), textcoords="offset points",
@@ -170,7 +175,7 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
     handles, labels = left.get_legend_handles_labels()
-    labels = [f"{name} ({results['rivals'][name]})" for name in labels]
+    labels = [f"{name} ({_notes(results)[name]})" for name in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
     paths.save_figure(figure, path, dpi=150)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm.benchmarks import rivals, turns
-from jax_ccm.benchmarks.rivals import Rival
+from jax_ccm.benchmarks import baselines, turns
+from jax_ccm.benchmarks.baselines import Baseline
 from jax_ccm.benchmarks.settings import Options
 from jax_ccm.memory import steps
-from jax_ccm.memory.generation import pays_apart
+from jax_ccm.memory.generation import pays_unstacked
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
 from jax_ccm.rules.examples import Example, Segment
@@ -27,8 +27,8 @@ def single_steps(
     model: Transformer,
     method: Method,
     mesh: jax.sharding.Mesh,
-    apart: Callable[[], Transformer],
-    ways: list[Rival],
+    unstacked: Callable[[], Transformer],
+    ways: list[Baseline],
     options: Options,
     training: Callable[[int], tuple[Callable[[], Any], dict[str, int], float]],
 ) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def single_steps(
     product, product_flops = turns.matrix_product(model.precision)
     read, read_bytes = turns.reading()
     # With the capacity of the config, if its memory grows.
-    own = rivals.of(ways, method)
+    own = baselines.of(ways, method)
     method = own.method
     chunk, count = method.chunk or options.chunk, options.prefill
     calls: dict[str, Callable[[], Any]] = {"matrix product": product, "reading": read}
@@ -52,11 +52,14 @@ def single_steps(
     work["prefill"] = shape.forward_flops(count, count * (count + 1) // 2, 1)
 
     # As many turns as fill the memory; without one, as many as are read at once.
-    written, recent = method.memory_slots(1, chunk), rivals.kept_text(method, 99, chunk) // chunk if own.memory else 0
+    written, recent = (
+        method.memory_slots(1, chunk),
+        baselines.kept_text(method, 99, chunk) // chunk if own.memory else 0,
+    )
     past = (own.memory or written) // written + recent if written else max(count // chunk, 1)
     cache = own.cache(model, 1, turns=past, turn=max(chunk, options.reply))
     state = dict(turns=past, turn=chunk, capacity=cache.memory_capacity)
-    live = rivals.slots_after(method, past, chunk, cache.memory_capacity).kind
+    live = baselines.slots_after(method, past, chunk, cache.memory_capacity).kind
     slots = int((live == Kind.MEMORY).sum()) if method.remembers else len(live)
     states = {}
 
@@ -65,7 +68,7 @@ def single_steps(
         states[name] = jax.tree.map(jnp.copy, cache)
 
         def run() -> MemoryCache:
-            states[name] = call(rivals.fill(states[name], method, turns=past, turn=chunk))
+            states[name] = call(baselines.fill(states[name], method, turns=past, turn=chunk))
             return states[name]
 
         calls[name] = run
@@ -79,7 +82,7 @@ def single_steps(
         tokens["compress_step"] = chunk
 
     first = jnp.ones((1,), jnp.int32)
-    decoder = apart() if pays_apart(model, cache) else model
+    decoder = unstacked() if pays_unstacked(model, cache) else model
     answer = lambda cache: turns.answer(decoder, cache, first, length=options.reply, method=method)[0]
     kept("decode", answer)
     seen = turns.seen_pairs(method, **state, text=options.reply, kind=Kind.QUERY, closing=False)

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm.benchmarks.rivals import Rival, closes_turns, fill, slots_after
+from jax_ccm.benchmarks.baselines import Baseline, closes_turns, fill, slots_after
 from jax_ccm.benchmarks.settings import Clock, Options
 from jax_ccm.distributed import sharding
 from jax_ccm.memory import steps
 from jax_ccm.memory.closing import close_due, policy, prefill
-from jax_ccm.memory.generation import pays_apart
+from jax_ccm.memory.generation import pays_unstacked
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.numerics import Precision, einsum
 from jax_ccm.rules.types import Chunk, Kind, MemoryCache, Method, Slots
@@ -65,13 +65,13 @@ def reads_again(method: Method) -> bool:
 
 
 class Conversation:
-    """One session of a rival, set back to the same number of turns before each turn that is run."""
+    """One session of a baseline, set back to the same number of turns before each turn that is run."""
 
     def __init__(
         self,
         model: Transformer,
-        apart: Callable[[], Transformer],
-        rival: Rival,
+        unstacked: Callable[[], Transformer],
+        baseline: Baseline,
         *,
         turns: int,
         prompt: int,
@@ -81,21 +81,21 @@ class Conversation:
 
         Args:
           model: the decoder.
-          apart: gives it with its layers apart, which make tokens where that pays.
-          rival: how the conversation is kept.
+          unstacked: gives it with its layers unstacked, which make tokens where that pays.
+          baseline: how the conversation is kept.
           turns: closed turns before the one that is run.
           prompt: tokens of a question.
           reply: tokens of an answer.
         """
-        self.model, self.rival, self.turns, self.reply = model, rival, turns, reply
+        self.model, self.baseline, self.turns, self.reply = model, baseline, turns, reply
         self.turn = prompt + reply
-        cache = rival.cache(model, 1, turns=turns, turn=self.turn)
+        cache = baseline.cache(model, 1, turns=turns, turn=self.turn)
         self.cache = cache
-        self.decoder = apart() if pays_apart(model, cache) else model
+        self.decoder = unstacked() if pays_unstacked(model, cache) else model
         piece = lambda size: Chunk(np.ones((1, size), np.int32), np.ones((1, size), bool))
         self.prompt, self.whole = piece(prompt), piece(self.turn)
         self.bytes = cache.nbytes
-        self.slots = len(slots_after(rival.method, turns, self.turn, cache.memory_capacity).kind)
+        self.slots = len(slots_after(baseline.method, turns, self.turn, cache.memory_capacity).kind)
         start = time.perf_counter()
         self.run()
         self.compile_seconds = time.perf_counter() - start
@@ -106,7 +106,7 @@ class Conversation:
         Returns:
           What "first token", "token" (each further one) and "close" took.
         """
-        method = self.rival.method
+        method = self.baseline.method
         before = lambda cache: jax.block_until_ready(fill(cache, method, turns=self.turns, turn=self.turn))
         cache = before(self.cache)
         first, (cache, token) = timed(lambda: ask(self.model, cache, self.prompt, method=method))
@@ -224,7 +224,7 @@ def compiled_bytes(compiled: Any) -> int:
 
 def most_sessions(
     model: Transformer,
-    rival: Rival,
+    baseline: Baseline,
     budget: int,
     *,
     turns: int,
@@ -236,7 +236,7 @@ def most_sessions(
 
     Args:
       model: the decoder.
-      rival: how the conversations are kept.
+      baseline: how the conversations are kept.
       budget: bytes of each device for weights, sessions and temporaries together.
       turns: closed turns of each session.
       turn: tokens of each.
@@ -251,12 +251,12 @@ def most_sessions(
 
     def needed(count: int) -> int:
         batch = count * step
-        cache = jax.eval_shape(lambda: rival.cache(model, batch, turns=turns, turn=turn))
+        cache = jax.eval_shape(lambda: baseline.cache(model, batch, turns=turns, turn=turn))
         if mesh is not None and mesh.size > 1:
             on = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
             cache = jax.tree.map(on, cache, sharding.cache_shardings(mesh, cache))
         shape = lambda dtype: jax.ShapeDtypeStruct((batch, prompt), dtype)
-        lowered = ask.lower(model, cache, Chunk(shape(jnp.int32), shape(bool)), method=rival.method)
+        lowered = ask.lower(model, cache, Chunk(shape(jnp.int32), shape(bool)), method=baseline.method)
         return compiled_bytes(lowered.compile())
 
     # Bytes are nearly linear in the batch: a line through two sizes leads to a third, which is then looked at itself.
@@ -279,23 +279,24 @@ def most_sessions(
 
 def after_turns(
     model: Transformer,
-    apart: Callable[[], Transformer],
-    ways: list[Rival],
+    unstacked: Callable[[], Transformer],
+    ways: list[Baseline],
     options: Options,
     turns: int,
 ) -> dict[str, Any]:
-    """A turn after so many, for each rival."""
-    found: dict[str, dict[str, list[Sample]]] = {rival.name: {} for rival in ways}
+    """A turn after so many, for each baseline."""
+    found: dict[str, dict[str, list[Sample]]] = {baseline.name: {} for baseline in ways}
     conversations = [
-        Conversation(model, apart, rival, turns=turns, prompt=options.prompt, reply=options.reply) for rival in ways
+        Conversation(model, unstacked, baseline, turns=turns, prompt=options.prompt, reply=options.reply)
+        for baseline in ways
     ]
     for _ in range(options.rounds):
         for conversation in conversations:
             for part, sample in conversation.run().items():
-                found[conversation.rival.name].setdefault(part, []).append(sample)
+                found[conversation.baseline.name].setdefault(part, []).append(sample)
     row: dict[str, Any] = {"turns": turns, "tokens": turns * (options.prompt + options.reply), "systems": {}}
     for conversation in conversations:
-        name = conversation.rival.name
+        name = conversation.baseline.name
         parts = {part: summary(samples, options.clock) for part, samples in found[name].items()}
         whole = parts["first token"]["seconds"] + options.reply * parts["token"]["seconds"] + parts["close"]["seconds"]
         row["systems"][name] = parts | {
@@ -310,11 +311,11 @@ def after_turns(
 
 
 def sessions_that_fit(
-    model: Transformer, mesh: jax.sharding.Mesh, ways: list[Rival], options: Options
+    model: Transformer, mesh: jax.sharding.Mesh, ways: list[Baseline], options: Options
 ) -> dict[str, Any]:
-    """How many sessions fit, for each rival."""
+    """How many sessions fit, for each baseline."""
     budget = int(options.memory_gib * 2**30)
     turn = options.prompt + options.reply
     sizes = dict(turns=options.turns[-1], turn=turn, prompt=options.prompt, mesh=mesh)
-    found = {rival.name: most_sessions(model, rival, budget, **sizes) for rival in ways}
+    found = {baseline.name: most_sessions(model, baseline, budget, **sizes) for baseline in ways}
     return {"budget_bytes": budget, "turns": options.turns[-1], "systems": found}

@@ -21,7 +21,7 @@ from jax_ccm.records import paths
 from jax_ccm.rules.types import Method
 
 if TYPE_CHECKING:
-    from jax_ccm.data.pieces import Pieces
+    from jax_ccm.data.template import Template
     from jax_ccm.weights.lora import Adapter
 
 # Where an adapter that was trained together with its base says where that base is, relative to its own folder.
@@ -62,11 +62,11 @@ class Experiment:
         return self.model.adapter
 
     @functools.cached_property
-    def template(self) -> Pieces | None:
+    def template(self) -> Template | None:
         """How sessions are put together from turns or contexts; None for data that have no such pieces."""
-        from jax_ccm.data.pieces import Pieces
+        from jax_ccm.data.template import Template
 
-        return None if self.tokenizer is None else Pieces.of(self.config.data, self.tokenizer)
+        return None if self.tokenizer is None else Template.of(self.config.data, self.tokenizer)
 
     @functools.cached_property
     def ends(self) -> tuple[int, ...]:
@@ -201,7 +201,7 @@ def _longer(shape: ModelConfig) -> str:
 
 def _adapter_config(config: Config, method: Method) -> AdapterConfig:
     given = config.adapter
-    return AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=method.rows)
+    return AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=method.num_embeddings)
 
 
 def _require_shape(stored: AdapterConfig, wanted: AdapterConfig, path: str) -> None:
@@ -231,24 +231,26 @@ def _tokenizer(config: Config) -> Any:
 
 
 def _base(config: Config, source: str, adapter: AdapterConfig, tokenizer: Any, mesh: jax.sharding.Mesh) -> Transformer:
-    """The base with a fresh adapter, each array born where it belongs."""
+    """The base with a fresh adapter, each array initialised where it belongs."""
     precision = config.model.precision
     key = jax.random.key(config.train.seed)
     if source:
         from jax_ccm.weights import load_model, read_config
 
         length = config.model.rope_length
-        places = _places(mesh, read_config(source, length), adapter, precision)
-        return load_model(source, adapter=adapter, precision=precision, key=key, shardings=places, rope_length=length)
+        shardings = _shardings(mesh, read_config(source, length), adapter, precision)
+        return load_model(
+            source, adapter=adapter, precision=precision, key=key, shardings=shardings, rope_length=length
+        )
     try:
         shape = scratch_model(config.model.scratch, 0 if tokenizer is None else len(tokenizer))
     except ValueError as e:
         raise UserError(f"model.scratch: {e}") from e
-    places = _places(mesh, shape, adapter, precision)
-    return jax.jit(lambda key: _scratch(key, shape, adapter, precision), out_shardings=places)(key)
+    shardings = _shardings(mesh, shape, adapter, precision)
+    return jax.jit(lambda key: _scratch(key, shape, adapter, precision), out_shardings=shardings)(key)
 
 
-def _places(mesh: jax.sharding.Mesh, shape: ModelConfig, adapter: AdapterConfig, precision: str) -> Any:
+def _shardings(mesh: jax.sharding.Mesh, shape: ModelConfig, adapter: AdapterConfig, precision: str) -> Any:
     """Where each array of the model goes.
 
     Raises:

@@ -25,6 +25,8 @@ from jax_ccm.records import named, paths
 from jax_ccm.records.card import CardConfig
 from jax_ccm.rules.types import Method
 
+# Keys that had another name: the section, the name of an earlier version, and today's.
+RENAMED = (("model", "dtype", "precision"), ("method", "fewest", "min_comp_tokens"))
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -298,14 +300,17 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
 
 def _with_new_names(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """A tree of an earlier version under the names of this one, said in a line for each."""
-    model = tree.get("model") if isinstance(tree, Mapping) else None
-    if not isinstance(model, Mapping) or "dtype" not in model:
-        return tree
-    if "precision" in model:
-        raise UserError("model.dtype is the old name of model.precision, and both are given; leave model.dtype out")
-    print(f"note: model.dtype: {model['dtype']} of an earlier version is read as model.precision", file=sys.stderr)
-    renamed = {"precision" if name == "dtype" else name: value for name, value in model.items()}
-    return {**tree, "model": renamed}
+    for section, old, new in RENAMED:
+        given = tree.get(section) if isinstance(tree, Mapping) else None
+        if not isinstance(given, Mapping) or old not in given:
+            continue
+        was, now = f"{section}.{old}", f"{section}.{new}"
+        if new in given:
+            raise UserError(f"{was} is the old name of {now}, and both are given; leave {was} out")
+        if given[old] is not None:
+            print(f"note: {was}: {given[old]} of an earlier version is read as {now}", file=sys.stderr)
+        tree = {**tree, section: {new if name == old else name: value for name, value in given.items()}}
+    return tree
 
 
 def to_mapping(config: Config) -> dict[str, Any]:

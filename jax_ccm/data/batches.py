@@ -80,10 +80,10 @@ class TrainingSet:
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         """A training example, joined at random as the config says, closed by as many tokens as the method does."""
         example = joined(self.format.draw(unit, rng), self.config.join, self.config.uncompressed, rng)
-        if self.method.fewest is None:
+        if self.method.min_comp_tokens is None:
             return example
-        closing = int(rng.integers(self.method.fewest, len(self.method.closes) + 1))
-        return dataclasses.replace(example, closing=closing)
+        count = int(rng.integers(self.method.min_comp_tokens, len(self.method.closes) + 1))
+        return dataclasses.replace(example, num_comp_tokens=count)
 
     def iterator(self, *, seed: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         """An endless iterator over numpy batches.

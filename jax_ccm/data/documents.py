@@ -10,10 +10,10 @@ import numpy as np
 
 from jax_ccm.data import recall, spans
 from jax_ccm.data.config import DataConfig
-from jax_ccm.data.formats import Dialogue, FewShot, Format, Online, Report, Unit, filled, used
-from jax_ccm.data.pieces import Pieces
+from jax_ccm.data.formats import Dialogue, FewShot, Format, Online, Report, Unit, segment, used
 from jax_ccm.data.sources import Source
-from jax_ccm.rules.examples import Example, glued
+from jax_ccm.data.template import Template
+from jax_ccm.rules.examples import Example, concat
 from jax_ccm.rules.rows import Sizes, measure
 from jax_ccm.rules.types import Method
 
@@ -36,8 +36,8 @@ class Text:
     is not cut into chunks: spans of it, or single tokens, are drawn anew each time, and the rest is kept (Sentinel).
     """
 
-    def __init__(self, config: DataConfig, pieces: Pieces):
-        self.config, self.pieces = config, pieces
+    def __init__(self, config: DataConfig, template: Template):
+        self.config, self.template = config, template
         self._words = config.option("unit") == "words"
         self._sampler = None
         if config.ratio is not None and config.option("hide") == "spans":
@@ -69,8 +69,8 @@ class Text:
     def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a text, and those with which a word begins (all of them where words do not matter)."""
         if self._words:
-            return self.pieces.words(text)
-        (tokens,) = self.pieces.plain([text])
+            return self.template.words(text)
+        (tokens,) = self.template.plain([text])
         return tokens, np.ones(len(tokens), bool)
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
@@ -79,16 +79,16 @@ class Text:
     def build(self, unit: Unit, loss: str, rng: np.random.Generator | None = None) -> Example:
         """The window as an example; "all" scores all chunks, "every" all but the first, "last" the tail."""
         first = {"all": 0, "every": 1, "last": len(unit.pieces) - 1}[loss]
-        segments = tuple(filled(piece, number >= first) for number, piece in enumerate(unit.pieces))
+        segments = tuple(segment(piece, number >= first) for number, piece in enumerate(unit.pieces))
         if self.config.ratio is not None and rng is not None:
-            whole = glued(*segments)
+            whole = concat(*segments)
             if self._sampler is not None:
                 assert isinstance(unit, TextUnit)
                 found = self._sampler.draw(unit.begins[:-1], self._words, rng)
                 segments = spans.split(whole.tokens, whole.scored, found)
             else:
                 segments = spans.scattered(whole.tokens, whole.scored, self.config.ratio, rng)
-        return Example(self.pieces.start, self.pieces.separator[:0], segments, unit.id)
+        return Example(self.template.start, self.template.separator[:0], segments, unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         example = self.build(unit, self.config.loss, np.random.default_rng(0))
@@ -113,7 +113,7 @@ class RecallUnit(Unit):
 class RecallTask:
     """The generated recall task of `jax_ccm.data.recall`; needs no tokenizer."""
 
-    def __init__(self, config: DataConfig, pieces: Pieces | None = None):
+    def __init__(self, config: DataConfig, template: Template | None = None):
         self.config = config
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
@@ -145,5 +145,5 @@ def build(config: DataConfig, tokenizer: Any) -> Format:
       config: the data of the experiment.
       tokenizer: a fast tokenizer of transformers; the recall task needs none and ignores it.
     """
-    pieces = None if config.format == "recall" else Pieces.of(config, tokenizer)
-    return FORMATS[config.format](config, pieces)
+    template = None if config.format == "recall" else Template.of(config, tokenizer)
+    return FORMATS[config.format](config, template)

@@ -17,10 +17,10 @@ import numpy as np
 
 from jax_ccm.data.chat_template import ROLES
 from jax_ccm.data.config import DataConfig
-from jax_ccm.data.pieces import Pieces
 from jax_ccm.data.sources import Record, Source, blank
+from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
-from jax_ccm.rules.examples import Example, Segment, glued, opened
+from jax_ccm.rules.examples import Example, Segment, concat, with_prefix
 from jax_ccm.rules.rows import Sizes, bound, measure
 from jax_ccm.rules.types import Method
 
@@ -121,13 +121,13 @@ class Format(Protocol):
         ...
 
 
-def filled(tokens: np.ndarray, scored: bool = False) -> Segment:
+def segment(tokens: np.ndarray, scored: bool = False) -> Segment:
     """A segment that is scored everywhere or nowhere."""
     return Segment(tokens, np.full(len(tokens), scored))
 
 
 def session(
-    pieces: Pieces,
+    template: Template,
     turns: Sequence[np.ndarray],
     *,
     every: bool,
@@ -140,7 +140,7 @@ def session(
     """A dialogue as an example: ``unit`` turns a chunk, up to the tail ``query answer target end``.
 
     Args:
-      pieces: the fixed pieces.
+      template: the fixed pieces.
       turns: int32 tokens of the context turns, the query and the target. User and assistant take turns; the target is
         the assistant's.
       every: score all turns of ``roles`` but the first; if false only the target.
@@ -158,21 +158,21 @@ def session(
     def written(numbers: Sequence[int]) -> Segment:
         """Turns that become memory together, the first with its head and the last with its tail."""
         first, last = role_of(numbers[0]), role_of(numbers[-1])
-        said = [filled(context[number], scored(number)) for number in numbers]
+        said = [segment(context[number], scored(number)) for number in numbers]
         # Within an exchange as in the tail.
-        texts = [said[0], *(opened(pieces.answer, answer) for answer in said[1:])]
-        return glued(filled(pieces.heads[first]), *texts, filled(pieces.tails[last], scored(numbers[-1])))
+        texts = [said[0], *(with_prefix(template.answer, answer) for answer in said[1:])]
+        return concat(segment(template.heads[first]), *texts, segment(template.tails[last], scored(numbers[-1])))
 
-    tail = glued(
-        filled(pieces.heads["user"]),
-        filled(query, scored(len(context))),
-        filled(pieces.answer),
-        filled(target, True),
-        filled(pieces.end, score_end),
+    tail = concat(
+        segment(template.heads["user"]),
+        segment(query, scored(len(context))),
+        segment(template.answer),
+        segment(target, True),
+        segment(template.end, score_end),
     )
     ends = reversed(range(len(context), 0, -unit))
     chunks = [written(range(max(end - unit, 0), end)) for end in ends]
-    return Example(pieces.start, pieces.separator, (*chunks, tail), id)
+    return Example(template.start, template.separator, (*chunks, tail), id)
 
 
 def despace(text: str) -> str:
@@ -205,8 +205,8 @@ class Dialogue:
     it does; the last always.
     """
 
-    def __init__(self, config: DataConfig, pieces: Pieces):
-        self.config, self.pieces = config, pieces
+    def __init__(self, config: DataConfig, template: Template):
+        self.config, self.template = config, template
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
         report, ids, dialogues, marked = Report("dialogues"), [], [], []
@@ -223,8 +223,8 @@ class Dialogue:
                 dialogues.append(turns[bounds[number] : bounds[number + 1]])
                 own = range(bounds[number], bounds[number + 1])
                 marked.append(None if named is None else frozenset(i - own[0] for i in named if i in own))
-        first = self.pieces.first([turns[0] if turns else "" for turns in dialogues])
-        later = iter(self.pieces.later([turn for turns in dialogues for turn in turns[1:]]))
+        first = self.template.first([turns[0] if turns else "" for turns in dialogues])
+        later = iter(self.template.later([turn for turns in dialogues for turn in turns[1:]]))
         tokens = [(head, *(next(later) for _ in turns[1:])) for head, turns in zip(first, dialogues, strict=True)]
         least = self.config.option("min_turns")
         return limited(self.config, ids, tokens, evaluation, report, least, "turns", marked), report
@@ -239,14 +239,14 @@ class Dialogue:
     def _session(self, unit: Unit, count: int, every: bool) -> Example:
         size, roles = turns_a_chunk(self.config), self.config.option("roles")
         turns, marked = unit.pieces[:count], unit.marked
-        return session(self.pieces, turns, every=every, unit=size, roles=roles, marked=marked, id=unit.id)
+        return session(self.template, turns, every=every, unit=size, roles=roles, marked=marked, id=unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         every, least = self.config.loss == "every", self.config.option("min_turns")
         whole = measure(method, self._session(unit, len(unit.pieces), every))
         if every:
             return whole
-        scored = max(len(turn) for turn in unit.pieces[least - 1 :]) + len(self.pieces.end)
+        scored = max(len(turn) for turn in unit.pieces[least - 1 :]) + len(self.template.end)
         if method.context != "dropped":
             return Sizes(whole.tokens, whole.memory, scored)
         counts = range(least, len(unit.pieces) + 1)
@@ -274,8 +274,8 @@ def _marked(record: Record, where: str) -> frozenset[int] | None:
 class Online:
     """``{"contexts", "query", "target"}``: contexts are time steps; the whole record is always used."""
 
-    def __init__(self, config: DataConfig, pieces: Pieces):
-        self.config, self.pieces = config, pieces
+    def __init__(self, config: DataConfig, template: Template):
+        self.config, self.template = config, template
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
         report, ids, records = Report("records"), [], []
@@ -283,9 +283,9 @@ class Online:
             ids.append(where)
             records.append(record)
         inputs = [[*record["contexts"], record["query"]] for record in records]
-        first = self.pieces.first([texts[0] for texts in inputs])
-        later = iter(self.pieces.later([text for texts in inputs for text in texts[1:]]))
-        targets = self.pieces.target([record["target"] for record in records])
+        first = self.template.first([texts[0] for texts in inputs])
+        later = iter(self.template.later([text for texts in inputs for text in texts[1:]]))
+        targets = self.template.target([record["target"] for record in records])
         tokens = [
             (head, *(next(later) for _ in texts[1:]), target)
             for head, texts, target in zip(first, inputs, targets, strict=True)
@@ -294,7 +294,7 @@ class Online:
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         every, size, roles = self.config.loss == "every", turns_a_chunk(self.config), self.config.option("roles")
-        return session(self.pieces, unit.pieces, every=every, unit=size, roles=roles, id=unit.id)
+        return session(self.template, unit.pieces, every=every, unit=size, roles=roles, id=unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         return measure(method, self.draw(unit, np.random.default_rng(0)))
@@ -353,8 +353,8 @@ class FewShot:
     exceed ``max_tokens``, none is skipped. Compression tokens do not count towards the limit.
     """
 
-    def __init__(self, config: DataConfig, pieces: Pieces):
-        self.config, self.pieces = config, pieces
+    def __init__(self, config: DataConfig, template: Template):
+        self.config, self.template = config, template
         self._tasks: dict[str, list[Shot]] = {}
         self._longest_label: dict[str, int] = {}
 
@@ -376,11 +376,11 @@ class FewShot:
     def read(self, source: Source, report: Report) -> list[Shot]:
         """The examples of a task within the limits."""
         found = list(used([source], "fewshot", report, "without text or label"))
-        texts = self.pieces.later([record["text"] for _, record in found])
+        texts = self.template.later([record["text"] for _, record in found])
         known = {record["label"]: None for _, record in found}
-        labels = dict(zip(known, self.pieces.target(list(known)), strict=True))
+        labels = dict(zip(known, self.template.target(list(known)), strict=True))
         longest = self.config.option("max_turn_tokens")
-        around = len(self.pieces.separator) + len(self.pieces.answer)
+        around = len(self.template.separator) + len(self.template.answer)
         units = []
         for (where, record), text in zip(found, texts, strict=True):
             label = labels[record["label"]]
@@ -413,17 +413,21 @@ class FewShot:
         score_end: bool = True,
     ) -> Example:
         """An example with the demonstrations that fit into ``most`` tokens beside the query and its own label."""
-        pieces = self.pieces
-        own = glued(filled(unit.pieces[0]), filled(pieces.answer), filled(target, True), filled(pieces.end, score_end))
-        room = most - len(pieces.start) - len(pieces.separator) - len(own.tokens) + len(target) - len(unit.pieces[1])
+        template = self.template
+        own = concat(
+            segment(unit.pieces[0]), segment(template.answer), segment(target, True), segment(template.end, score_end)
+        )
+        room = (
+            most - len(template.start) - len(template.separator) - len(own.tokens) + len(target) - len(unit.pieces[1])
+        )
         shown = []
         for number, (text, label) in enumerate(unit.pieces for unit in demonstrations):
-            segment = glued(filled(text), filled(pieces.answer), filled(label, every and number > 0))
-            room -= len(segment.tokens) + (len(pieces.separator) if number else 0)
+            shot = concat(segment(text), segment(template.answer), segment(label, every and number > 0))
+            room -= len(shot.tokens) + (len(template.separator) if number else 0)
             if room < 0:
                 break
-            shown.append(segment)
-        return Example(pieces.start, pieces.separator, (*shown, own), unit.id)
+            shown.append(shot)
+        return Example(template.start, template.separator, (*shown, own), unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         assert isinstance(unit, Shot)

@@ -94,7 +94,7 @@ class Evaluation:
     def answer(self) -> np.ndarray:
         """int32 tokens between query and target, for formats with choices."""
         assert isinstance(self.format, Online | FewShot)
-        return self.format.pieces.answer
+        return self.format.template.answer
 
     def _load_tasks(self, format: FewShot, sources: Sequence[Source], demonstrations: Sequence[Source]) -> None:
         if len(demonstrations) != len(sources):
@@ -190,12 +190,12 @@ class Evaluation:
         if isinstance(format, Dialogue):
             size = turns_a_chunk(self.config)
             turns = unit.pieces[: step * size + 2]
-            return session(format.pieces, turns, every=False, score_end=False, unit=size, id=unit.id)
+            return session(format.template, turns, every=False, score_end=False, unit=size, id=unit.id)
         if isinstance(format, Online):
             *contexts, query, own = unit.pieces
             size = turns_a_chunk(self.config)
             turns = (*contexts[: step * size], query, own if target is None else target)
-            return session(format.pieces, turns, every=False, score_end=False, unit=size, id=unit.id)
+            return session(format.template, turns, every=False, score_end=False, unit=size, id=unit.id)
         if isinstance(format, Text):
             return format.build(Unit(unit.id, unit.pieces[-step - 1 :]), "last")
         assert isinstance(unit, RecallUnit)
@@ -211,7 +211,7 @@ class Evaluation:
         record = self._choices[unit.id]
         if "choices" not in record:
             raise UserError(f"{unit.id}: the record has no choices; accuracy by likelihood needs them in every record")
-        targets = format.pieces.target(record["choices"])
+        targets = format.template.target(record["choices"])
         return Choice(
             tuple(self._example(unit, step, target) for target in targets), record["choices"].index(record["target"])
         )

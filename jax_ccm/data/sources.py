@@ -55,7 +55,7 @@ class Records:
 
     name: str
     records: Sequence[Record]
-    places: Sequence[str] | None = None
+    locations: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -64,7 +64,7 @@ class Records:
         return self.records[index]
 
     def where(self, index: int) -> str:
-        return self.places[index] if self.places else f"{self.name}[{index}]"
+        return self.locations[index] if self.locations else f"{self.name}[{index}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _text(path: pathlib.Path) -> str:
 
 
 def _jsonl(path: pathlib.Path, fields: dict[str, bool]) -> Source:
-    records, places = [], []
+    records, locations = [], []
     # Not splitlines(): JSON strings may hold U+2028 and the like unescaped, but no line breaks.
     for number, line in enumerate(re.split(b"\r\n|\n|\r", _read(path)), 1):
         if not line.removeprefix(codecs.BOM_UTF8).strip():
@@ -199,8 +199,8 @@ def _jsonl(path: pathlib.Path, fields: dict[str, bool]) -> Source:
         record = parse_json(line, where)
         _check(record, fields, where)
         records.append(record)
-        places.append(where)
-    return Records(str(path), records, places)
+        locations.append(where)
+    return Records(str(path), records, locations)
 
 
 def _check(record: Any, fields: dict[str, bool], where: str) -> None:

@@ -15,7 +15,7 @@ device keeps all of them, which is what multi-query models need.
 Nothing else in the library names a mesh axis. How it is used:
 
     mesh = make_mesh(sizes)                                 # process-wide: jax.devices() of all processes
-    with use(mesh):                                         # activations are constrained, caches are born spread
+    with use(mesh):                                         # activations are constrained, caches are initialised spread
         model = jax.jit(init, out_shardings=parameter_shardings(mesh, jax.eval_shape(init), config))(...)
         rows = process_rows(mesh, batch_size)               # the rows of a global batch that this process reads
         batch = place(mesh, local_batch)                    # numpy [rows, ...] or [A, rows, ...] -> global arrays
@@ -62,7 +62,7 @@ PARAMETERS: tuple[tuple[str, P], ...] = (
 )
 CACHE: tuple[tuple[str, P], ...] = (
     (r"^(mixed_)?(k|v)$", P(None, ROWS, None, "tensor")),
-    (r"^received$", P(None, ROWS, None, "tensor")),
+    (r"^accumulated_attention$", P(None, ROWS, None, "tensor")),
     (r"^logits$", P(ROWS, "tensor")),
     (r"", P(ROWS)),
 )
@@ -258,7 +258,7 @@ def place(mesh: Mesh, batch: Tree, leading: int = 0) -> Tree:
     return jax.tree.map(one, batch_shardings(mesh, whole, leading), batch)
 
 
-def born(make, shardings_of) -> Tree:
+def sharded_init(make, shardings_of) -> Tree:
     """What ``make()`` returns, spread from the start over the mesh in use.
 
     Args:

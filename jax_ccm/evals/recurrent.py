@@ -88,8 +88,8 @@ def score_recurrently(
         tails = [(row, index) for row, those in enumerate(groups) for index in those]
         for begin in range(0, len(tails), rows):
             some = tails[begin : begin + rows]
-            places, chosen = zip(*_filled(some, rows), strict=True)
-            own = select(cache, np.array(places))
+            indices, chosen = zip(*_filled(some, rows), strict=True)
+            own = select(cache, np.array(indices))
             answers = _score_tails(model, method, own, stream(method, [examples[i] for i in chosen]))
             for (row, index), answer in zip(some, answers, strict=False):
                 losses, hits = zip(*scored[row], answer, strict=True)
@@ -131,8 +131,8 @@ def _score_tails(model, method: Method, cache, sessions: Stream) -> Scored:
 def _scored(weights: np.ndarray, losses, hits) -> Scored:
     """Losses and hits of each row where it is scored."""
     losses, hits = np.asarray(losses, np.float64), np.asarray(hits)
-    places = [np.flatnonzero(used) for used in weights > 0]
-    return [(losses[row, where], hits[row, where]) for row, where in enumerate(places)]
+    indices = [np.flatnonzero(used) for used in weights > 0]
+    return [(losses[row, where], hits[row, where]) for row, where in enumerate(indices)]
 
 
 def _padded(length: int) -> int:

@@ -223,7 +223,7 @@ def score(
     chosen = shapes(lengths, rows, SHAPE_COST.get(jax.default_backend(), SHAPE_COST_ELSEWHERE))
     shape_of = np.searchsorted(chosen, lengths)
     found: list[Scores | None] = [None] * len(examples)
-    start, places = time.perf_counter(), 0
+    start, computed = time.perf_counter(), 0
     pending: list[tuple[np.ndarray, Batch, tuple[jax.Array, jax.Array]]] = []
     for number in range(len(chosen)):
         members = np.flatnonzero(shape_of == number)
@@ -234,7 +234,7 @@ def score(
             fill = np.concatenate([those, np.repeat(those[:1], rows - len(those))])
             made = batch(method, [examples[i] for i in fill], caps, model.config.vocab_size)
             pending.append((those, made, _losses(model, made, method=method)))
-            places += rows * caps.tokens
+            computed += rows * caps.tokens
             if len(pending) > 1:
                 _collect(found, *pending.pop(0))
     for item in pending:
@@ -242,7 +242,7 @@ def score(
     seconds = time.perf_counter() - start
     log(
         f"{name}: {len(examples):,} examples, {lengths.sum():,} tokens in {len(chosen)} shapes "
-        f"({lengths.sum() / places:.0%} filled), {seconds:.0f} s, {lengths.sum() / seconds:,.0f} tokens/s"
+        f"({lengths.sum() / computed:.0%} filled), {seconds:.0f} s, {lengths.sum() / seconds:,.0f} tokens/s"
     )
     scores = [x for x in found if x is not None]
     if store is not None and path is not None:

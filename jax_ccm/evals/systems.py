@@ -67,7 +67,7 @@ def make_system(
         )
         text = f"{base['name']}, full context through the LoRA of {full_adapter}"
         return System(name, model, build("full"), text, f"{identity}|{fingerprint(model)}")
-    if method.keep is not None:
+    if method.eviction is not None:
         text = f"{base['name']} with {label(describe_method(method))}, nothing trained"
         return System(name, bare_model(model), method, text, identity)
     if not adapter:

@@ -75,7 +75,9 @@ def init_cache(
         tokens=zeros(batch),
         chunks=zeros(batch),
         logits=jnp.zeros((batch, config.vocab_size), jnp.float32),
-        received=jnp.zeros(shape[:-1], jnp.float32) if method.keep and method.keep.decay is not None else None,
+        accumulated_attention=jnp.zeros(shape[:-1], jnp.float32)
+        if method.eviction and method.eviction.decay is not None
+        else None,
         mixed_k=jnp.zeros(mixed, jnp.float32) if method.mix is not None else None,
         mixed_v=jnp.zeros(mixed, jnp.float32) if method.mix is not None else None,
         lost=zeros(batch),
@@ -83,7 +85,7 @@ def init_cache(
         memory_capacity=memory_capacity,
         overflow=overflow,
     )
-    return sharding.born(make, sharding.cache_shardings)
+    return sharding.sharded_init(make, sharding.cache_shardings)
 
 
 def raw_capacity(cache: MemoryCache) -> int:
@@ -91,14 +93,14 @@ def raw_capacity(cache: MemoryCache) -> int:
     return cache.k.shape[2] - cache.memory_capacity
 
 
-def append(cache: MemoryCache, k, v, slots: Slots, received=None) -> MemoryCache:
+def append(cache: MemoryCache, k, v, slots: Slots, attention=None) -> MemoryCache:
     """Appends entries behind the live ones.
 
     Args:
       cache: the state.
       k, v: ``[L, B, C, K, H]``.
       slots: `Slots` of ``[B, C]``; those of kind PAD are left out.
-      received: ``float32 [L, B, C, K]`` for `MemoryCache.received`.
+      attention: ``float32 [L, B, C, K]`` for `MemoryCache.accumulated_attention`.
 
     Returns:
       The cache. Entries that find no room are counted in `MemoryCache.lost`.
@@ -111,14 +113,16 @@ def append(cache: MemoryCache, k, v, slots: Slots, received=None) -> MemoryCache
     place = jnp.where(fits, used + rank, cache.k.shape[2])
     put = lambda old, new: put_rows(old, new, place)
     # Layer by layer: with all layers of a slot as one entry a compiler would turn the cache around, into a second one.
-    places = jnp.broadcast_to(place, (cache.k.shape[0], *place.shape))
-    put_layers = lambda old, new: jax.vmap(put_rows)(old, new, places)
+    indices = jnp.broadcast_to(place, (cache.k.shape[0], *place.shape))
+    put_layers = lambda old, new: jax.vmap(put_rows)(old, new, indices)
     return dataclasses.replace(
         cache,
         k=put_layers(cache.k, k),
         v=put_layers(cache.v, v),
         slots=Slots(*(put(old, new) for old, new in zip(fields(cache.slots), fields(slots), strict=True))),
-        received=None if cache.received is None else put_layers(cache.received, received),
+        accumulated_attention=None
+        if cache.accumulated_attention is None
+        else put_layers(cache.accumulated_attention, attention),
         lost=cache.lost + jnp.sum(slots.live & ~fits, axis=1),
     )
 

@@ -21,7 +21,7 @@ class Closing:
     Attributes:
       length: most tokens of a span; with so many it is closed.
       after: ids of tokens that close the span that they end, such as those that end a sentence
-        (`jax_ccm.data.pieces.sentence_ends`); () for none.
+        (`jax_ccm.data.template.sentence_ends`); () for none.
       shortest: fewest tokens of a span that one of ``after`` closes; with fewer it stays open. Sentinel tokens are
         trained on spans of 2 to 25.
     """

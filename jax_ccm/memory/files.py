@@ -19,12 +19,14 @@ from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.nn import ModelConfig, Transformer
 from jax_ccm.records.parsing import parse_json
-from jax_ccm.rules.describe import describe_method, label
+from jax_ccm.rules.describe import describe_method, label, upgraded
 from jax_ccm.rules.types import Kind, MemoryCache, Method, Slots
 
 FORMAT = "jax_ccm.memory/2"
 # The format before, and what it lacks.
 OLDER = "jax_ccm.memory/1"
+# Arrays that a file calls otherwise.
+IN_FILES = {"accumulated_attention": "received"}
 NEW = ("mixed_k", "mixed_v", "spoiled")
 
 
@@ -101,9 +103,8 @@ def load(
         arrays |= _lacking(path, arrays, method)
     _compare(path, arrays, names)
     slots = Slots(*(arrays[f"slots.{f.name}"] for f in dataclasses.fields(Slots)))
-    cache = dataclasses.replace(
-        expected, slots=slots, **{name: x for name, x in arrays.items() if not name.startswith("slots.")}
-    )
+    of_cache = {name: arrays.get(IN_FILES.get(name, name)) for name in vars(expected)}
+    cache = dataclasses.replace(expected, slots=slots, **{name: x for name, x in of_cache.items() if x is not None})
     kinds = np.asarray(slots.kind)
     if not np.isin(kinds, list(Kind)).all() or (np.diff((kinds != Kind.PAD).astype(int), axis=1) > 0).any():
         raise UserError(f"{path} is damaged: its slots are none that this library writes")
@@ -121,6 +122,7 @@ def _require_kinship(path, meta: dict[str, Any], fingerprint: str, method: Metho
     here, there = describe_method(method), meta.get("method")
     if not isinstance(there, dict):
         raise UserError(f"{path} is damaged: it does not say which method wrote it")
+    there = upgraded(there, str(path))
     if differ := sorted(key for key in here | there if here.get(key) != there.get(key)):
         raise UserError(
             f"{path} was written with method {label(there)}; this session uses {label(here)}. They differ in "
@@ -132,7 +134,7 @@ def _arrays(cache: MemoryCache) -> dict[str, Any]:
     """The arrays of a cache by the names that they have in a file."""
     slots = {f"slots.{f.name}": getattr(cache.slots, f.name) for f in dataclasses.fields(Slots)}
     rest = (f.name for f in dataclasses.fields(MemoryCache) if f.name not in ("slots", "memory_capacity", "overflow"))
-    return {name: x for name in rest if (x := getattr(cache, name)) is not None} | slots
+    return {IN_FILES.get(name, name): x for name in rest if (x := getattr(cache, name)) is not None} | slots
 
 
 def _expected(path, meta, arrays, model, method: Method, dtype) -> MemoryCache:

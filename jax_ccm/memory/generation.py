@@ -67,21 +67,21 @@ def sample(key, logits, temperature, top_k, top_p):
 
 
 # Layers that may be copied for the sake of speed, bytes.
-APART_BYTES = 2**31
+UNSTACKED_BYTES = 2**31
 
 
 def for_decoding(model: Transformer, cache: MemoryCache) -> Transformer:
-    """The form of a decoder that makes tokens fastest here: `Transformer.apart`, if that pays, or as it is.
+    """The form of a decoder that makes tokens fastest here: `Transformer.unstacked`, if that pays, or as it is.
 
     Args:
       model: the decoder with its adapter.
       cache: the sessions that it will generate for; how large they are decides, too.
     """
-    return model.apart() if pays_apart(model, cache) else model
+    return model.unstacked() if pays_unstacked(model, cache) else model
 
 
-def pays_apart(model: Transformer, cache: MemoryCache) -> bool:
-    """Whether tokens are made faster by `Transformer.apart`.
+def pays_unstacked(model: Transformer, cache: MemoryCache) -> bool:
+    """Whether tokens are made faster by `Transformer.unstacked`.
 
     So it is on a CPU, for layers of up to 2 GiB (it takes as much memory again, and longer to compile) and a cache of
     up to half of that: attention over a larger one takes so long that nothing is gained. Where weights are of another
@@ -92,7 +92,7 @@ def pays_apart(model: Transformer, cache: MemoryCache) -> bool:
     size = sum(x.nbytes for x in layers)
     if model.precision.params != model.precision.output:
         return on_cpu
-    return on_cpu and size <= APART_BYTES and cache.nbytes <= size / 2
+    return on_cpu and size <= UNSTACKED_BYTES and cache.nbytes <= size / 2
 
 
 def generate(
@@ -160,7 +160,7 @@ def generate(
     )
     check(cache, rows)
     read_so_far = int(np.max(np.asarray(cache.tokens)[rows], initial=0))
-    warn_beyond(model.config, method, tokens=read_so_far, places=cache.slots.kind.shape[1])
+    warn_beyond(model.config, method, tokens=read_so_far, slots=cache.slots.kind.shape[1])
     return cache, tokens, lengths
 
 

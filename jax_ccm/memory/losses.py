@@ -19,13 +19,13 @@ COLUMNS = 16
 
 def scored_logits(model: Transformer, hidden, batch: Batch):
     """Logits that predict the scored tokens, ``float32 [B, Q, V]``, from hidden states ``[B, T, D]``."""
-    hidden = constrain(jnp.take_along_axis(hidden, batch.places[:, :, None], axis=1), "rows")
+    hidden = constrain(jnp.take_along_axis(hidden, batch.indices[:, :, None], axis=1), "rows")
     return constrain(model.logits(hidden), "rows", None, "vocab")
 
 
 def scored_losses(model: Transformer, hidden, batch: Batch):
     """Negative log-likelihood in nats of each scored token, ``float32 [B, Q]``, 0 on padding."""
-    hidden = constrain(jnp.take_along_axis(hidden, batch.places[:, :, None], axis=1), "rows")
+    hidden = constrain(jnp.take_along_axis(hidden, batch.indices[:, :, None], axis=1), "rows")
     head, axes = model.head
     return (
         token_losses(axes, hidden, head.astype(model.precision.compute), batch.targets, model.config.logit_cap)
@@ -150,7 +150,7 @@ def _by_blocks(step, head, axes: str, hidden, targets):
 
 def repeated(batch: Batch):
     """``bool [B, Q]``: the scored tokens that repeat a closed chunk, as opposed to text."""
-    return jnp.take_along_axis(batch.slots.kind, batch.places, axis=1) == Kind.REPEAT
+    return jnp.take_along_axis(batch.slots.kind, batch.indices, axis=1) == Kind.REPEAT
 
 
 def mean_loss(model: Transformer, hidden, batch: Batch, method: Method):

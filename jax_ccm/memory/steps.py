@@ -109,30 +109,32 @@ def read(
         kind = jnp.where(chunk.valid & (position < method.sink), Kind.SINK, kind)
     segment = jnp.broadcast_to(cache.chunks[:, None], position.shape)
     slots = Slots(kind, segment, position, position)
-    places = None
+    positions = None
     if method.rope == "cache":
-        places = jnp.sum(cache.slots.live, axis=1, keepdims=True) + rank
+        positions = jnp.sum(cache.slots.live, axis=1, keepdims=True) + rank
     count = jnp.sum(chunk.valid, axis=1)
-    decay = None if method.keep is None else method.keep.decay
+    decay = None if method.eviction is None else method.eviction.decay
     observe = None if decay is None else chunk.valid * decay ** (count[:, None] - 1 - rank).astype(jnp.float32)
-    hidden, (k, v), received = model(
+    hidden, (k, v), attention = model(
         chunk.tokens,
         slots,
         gate(method, slots, (Kind.TEXT, Kind.QUERY, Kind.SINK)),
         rule=method.rule,
         memory=cache,
-        places=places,
+        positions=positions,
         observe=observe,
         implementation=implementation,
     )
     finite = jnp.all(jnp.isfinite(hidden), axis=2) | ~chunk.valid
     kept = jnp.all(finite, axis=1, keepdims=True)
     own = None
-    if decay is not None and received is not None and cache.received is not None:
-        own, past = received
+    if decay is not None and attention is not None and cache.accumulated_attention is not None:
+        own, past = attention
         before = decay ** count.astype(jnp.float32)
-        total = cache.received * before[None, :, None, None] + past
-        cache = dataclasses.replace(cache, received=jnp.where(kept[None, :, :, None], total, cache.received))
+        total = cache.accumulated_attention * before[None, :, None, None] + past
+        cache = dataclasses.replace(
+            cache, accumulated_attention=jnp.where(kept[None, :, :, None], total, cache.accumulated_attention)
+        )
     last = jnp.argmax(jnp.where(chunk.valid, rank, -1), axis=1)
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     # This also orders the write behind every layer's read of the cache: where nothing does, XLA copies the whole cache
@@ -182,11 +184,11 @@ def compress(
     # Positions and order of what is written follow the chunk's last token.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
     begin = jnp.min(jnp.where(selected, slots.index, last), axis=1, keepdims=True)
-    if method.keep is not None:
-        k, v, received, slots, lost = writing.best(cache, method, selected, closing)
+    if method.eviction is not None:
+        k, v, attention, slots, lost = writing.best(cache, method, selected, closing)
         lost = lost if cache.overflow == "error" else 0
         cache = dataclasses.replace(cache, lost=cache.lost + lost)
-        return writing.write(cache, method, k, v, slots, closing, received, whole=whole)
+        return writing.write(cache, method, k, v, slots, closing, attention, whole=whole)
     count = len(method.closes)
     if not count:
         return writing.write(cache, method, *writing.pooled(cache, method, closing), closing, whole=whole)
@@ -197,10 +199,12 @@ def compress(
     position = jnp.where(row([token.from_begin for token in method.closes]) > 0, begin, last + 1) + offsets
     # The tokens themselves come after everything raw; the segment hides what is not selected.
     comp = Slots(kind, segment, cache.tokens[:, None] + row(range(count)), jnp.maximum(position, 0))
-    places = None
+    positions = None
     if method.rope == "cache":
-        places = jnp.sum(slots.live & ~rest, axis=1, keepdims=True) + offsets
-    tokens = jnp.broadcast_to(model.config.vocab_size + row([token.row for token in method.closes]), kind.shape)
+        positions = jnp.sum(slots.live & ~rest, axis=1, keepdims=True) + offsets
+    tokens = jnp.broadcast_to(
+        model.config.vocab_size + row([token.embedding_index for token in method.closes]), kind.shape
+    )
     written = jnp.asarray([i for i, token in enumerate(method.closes) if token.kind in method.writes], jnp.int32)
     pick = lambda x: jnp.take(x, written, axis=1)
     entry = Slots(
@@ -216,7 +220,7 @@ def compress(
         gate(method, comp),
         rule=method.rule,
         memory=cache,
-        places=places,
+        positions=positions,
         store=lambda own, new: store(own, tuple(map(pick, new))),
         implementation=implementation,
     )
@@ -260,7 +264,7 @@ def repeat(
     position = begin[:, None] + place
     whole = lambda value: jnp.broadcast_to(jnp.asarray(value, jnp.int32), position.shape)
     slots = Slots(whole(Kind.REPEAT), whole((cache.chunks - back)[:, None]), cache.tokens[:, None] + place, position)
-    tokens = whole(model.config.vocab_size + method.repeat.row)
+    tokens = whole(model.config.vocab_size + method.repeat.embedding_index)
     hidden, _, _ = model(
         tokens, slots, gate(method, slots), rule=method.rule, memory=cache, implementation=implementation
     )

@@ -15,7 +15,7 @@ from jax_ccm.rules.visibility import is_in, reachable
 
 
 def best(cache: MemoryCache, method: Method, selected, closing):
-    """What a selection (`Method.keep`) writes: the worthiest of the memory and the raw text that is being closed.
+    """What an eviction policy writes: the best of the memory and of the raw text that is being closed, by score.
 
     Each head of each layer chooses for itself; the entries keep the rotation that they had. Index and position of a
     slot are those of what the first head of the first layer keeps there.
@@ -27,21 +27,23 @@ def best(cache: MemoryCache, method: Method, selected, closing):
       closing: ``bool [B]``, rows that close one.
 
     Returns:
-      k, v ``[L, B, n, K, H]`` and received ``[L, B, n, K]`` or None, with n = `MemoryCache.memory_capacity`; `Slots` of
-      ``[B, n]``, kind MEMORY or PAD; and ``int32 [B]``, how many more would have been kept with more capacity.
+      k, v ``[L, B, n, K, H]`` and attention ``[L, B, n, K]`` or None, with n = `MemoryCache.memory_capacity`; `Slots`
+      of ``[B, n]``, kind MEMORY or PAD; and ``int32 [B]``, how many more would have been kept with more capacity.
     """
-    keep = method.keep
-    assert keep is not None
+    policy = method.eviction
+    assert policy is not None
     old = cache.slots
     candidates = (selected | (old.kind == Kind.MEMORY)) & (old.kind != Kind.SINK) & closing[:, None]
-    worth = keep.worth(cache.k, cache.received, old.index, candidates)
-    worth = jnp.where(candidates[None, :, :, None], worth.astype(jnp.float32), -jnp.inf)
+    scores = policy.score(cache.k, cache.accumulated_attention, old.index, candidates)
+    scores = jnp.where(candidates[None, :, :, None], scores.astype(jnp.float32), -jnp.inf)
     size = min(cache.memory_capacity, old.kind.shape[1])
-    order = jnp.moveaxis(jax.lax.top_k(jnp.moveaxis(worth, 2, 3), size)[1], 3, 2)  # [L, B, n, K]
-    wanted = jnp.minimum(keep.slots * (1 if keep.constant else cache.chunks + 1), jnp.sum(candidates, axis=1))
+    order = jnp.moveaxis(jax.lax.top_k(jnp.moveaxis(scores, 2, 3), size)[1], 3, 2)  # [L, B, n, K]
+    wanted = jnp.minimum(policy.slots * (1 if policy.constant else cache.chunks + 1), jnp.sum(candidates, axis=1))
     live = jnp.arange(size) < wanted[:, None]
     take = lambda x: jnp.take_along_axis(x, order[..., None], axis=2)
-    received = None if cache.received is None else jnp.take_along_axis(cache.received, order, axis=2)
+    attention = (
+        None if cache.accumulated_attention is None else jnp.take_along_axis(cache.accumulated_attention, order, axis=2)
+    )
     slot = lambda x: jnp.take_along_axis(x, order[0, :, :, 0], axis=1)
     slots = Slots(
         jnp.where(live, Kind.MEMORY, Kind.PAD),
@@ -49,11 +51,11 @@ def best(cache: MemoryCache, method: Method, selected, closing):
         slot(old.index),
         slot(old.position),
     )
-    return take(cache.k), take(cache.v), received, slots, jnp.maximum(wanted - size, 0)
+    return take(cache.k), take(cache.v), attention, slots, jnp.maximum(wanted - size, 0)
 
 
 def write(
-    cache: MemoryCache, method: Method, k, v, slots: Slots, closing, received=None, *, whole: bool
+    cache: MemoryCache, method: Method, k, v, slots: Slots, closing, attention=None, *, whole: bool
 ) -> MemoryCache:
     """Closes a chunk in some rows: enters its memory and removes what the rule hides from now on.
 
@@ -63,17 +65,17 @@ def write(
       k, v: ``[L, B, n, K, H]`` keys and values of the closing tokens that write memory; n may be 0.
       slots: `Slots` of ``[B, n]`` for them, kind MEMORY.
       closing: ``bool [B]``, rows that close a chunk; the others keep their memory.
-      received: ``float32 [L, B, n, K]`` for `MemoryCache.received`.
+      attention: ``float32 [L, B, n, K]`` for `MemoryCache.accumulated_attention`.
       whole: as for `closed`.
     """
     after, store = closed(cache, method, slots, closing, whole=whole)
     live = slots.live[None, :, :, None, None]
     finite = [jnp.all(jnp.isfinite(x) | ~live, axis=(0, 2, 3, 4)) for x in (k, v)]
     after = dataclasses.replace(after, spoiled=after.spoiled | ~(finite[0] & finite[1]))
-    # What is received goes with the keys; only methods without a mixture ask for it.
+    # The accumulated attention goes with the keys; only methods without a mixture ask for it.
     old, new = cache.stored, (k, v)
-    if cache.received is not None:
-        old, new = (*old, cache.received), (*new, received)
+    if cache.accumulated_attention is not None:
+        old, new = (*old, cache.accumulated_attention), (*new, attention)
 
     def layer(number, whole):
         # In place: a copy of the whole cache would halve the sessions that fit.
@@ -84,8 +86,8 @@ def write(
     done = jax.lax.fori_loop(0, k.shape[0], layer, old)
     return (
         after.storing(done)
-        if cache.received is None
-        else dataclasses.replace(after.storing(done[:2]), received=done[2])
+        if cache.accumulated_attention is None
+        else dataclasses.replace(after.storing(done[:2]), accumulated_attention=done[2])
     )
 
 

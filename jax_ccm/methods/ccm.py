@@ -32,7 +32,7 @@ def concat(
     conditional: bool = True,
     streaming: bool = False,
     repeat: bool = False,
-    fewest: int | None = None,
+    min_comp_tokens: int | None = None,
 ) -> Method:
     """CCM-concat: memory grows by ``comp_tokens`` slots a chunk (section 3.1).
 
@@ -45,13 +45,13 @@ def concat(
         recurrent only.
       repeat: in training, each chunk must also be said again, token by token, from the memory just after it: LoMA's
         repetition loss; in no paper.
-      fewest: in training, each session is compressed into a random number of tokens a chunk, from this to
+      min_comp_tokens: in training, each session is compressed into a random number of tokens a chunk, from this to
         ``comp_tokens``: one adapter then serves every such ``comp_tokens``; in no paper.
     """
     if comp_tokens < 1:
         raise UserError(f"comp_tokens is {comp_tokens}; a chunk is compressed into at least 1 token")
-    if fewest is not None and not 1 <= fewest <= comp_tokens:
-        raise UserError(f"fewest is {fewest}; it must lie between 1 and comp_tokens={comp_tokens}")
+    if min_comp_tokens is not None and not 1 <= min_comp_tokens <= comp_tokens:
+        raise UserError(f"min_comp_tokens is {min_comp_tokens}; it must lie between 1 and comp_tokens={comp_tokens}")
     clauses = [
         see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
         see(COMP, COMP, 0, 0),
@@ -68,12 +68,12 @@ def concat(
         name="ccm_concat",
         rule=Rule(tuple(clauses)),
         # Compression tokens are not counted: they share positions with the text that follows.
-        closes=tuple(Token(COMP, row=k, offset=k) for k in range(comp_tokens)),
+        closes=tuple(Token(COMP, embedding_index=k, offset=k) for k in range(comp_tokens)),
         gate=gate,
         sink=sink,
         rope="cache" if streaming else "running",
-        repeat=Token(REPEAT, row=comp_tokens) if repeat else None,
-        fewest=fewest,
+        repeat=Token(REPEAT, embedding_index=comp_tokens) if repeat else None,
+        min_comp_tokens=min_comp_tokens,
     )
 
 
@@ -84,10 +84,10 @@ def merge(
     conditional: bool = True,
     streaming: bool = False,
     repeat: bool = False,
-    fewest: int | None = None,
+    min_comp_tokens: int | None = None,
 ) -> Method:
     """CCM-merge: the running mean of all chunks' states in ``comp_tokens`` slots. Arguments as for `concat`."""
-    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, fewest)
+    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens)
     return dataclasses.replace(appending.mixing(Mean()), name="ccm_merge")
 
 
@@ -99,15 +99,15 @@ def ema(
     decay: float = 0.5,
     streaming: bool = False,
     repeat: bool = False,
-    fewest: int | None = None,
+    min_comp_tokens: int | None = None,
 ) -> Method:
     """CCM-merge by an exponential moving average (table 16).
 
     Args:
-      comp_tokens, sink, independent, conditional, streaming, repeat, fewest: as for `concat`.
+      comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens: as for `concat`.
       decay: weight of the newest chunk.
     """
-    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, fewest)
+    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens)
     return dataclasses.replace(appending.mixing(Ema(decay)), name="ccm_ema")
 
 

@@ -1,4 +1,4 @@
-"""Compression without training: of all that a session has read, each head keeps the few keys that look worthiest.
+"""Compression without training: of all that a session has read, each head keeps the few keys of the highest score.
 
 Nothing is run to close a chunk. Memory and the chunk's own text compete for as many slots as a trained method would
 have. What stays keeps the rotation of its position. These answer "why train at all?" at equal bytes. For the chunks
@@ -27,7 +27,7 @@ TEXT, QUERY, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.SINK, Kind.MEMORY
 
 @dataclasses.dataclass(frozen=True)
 class ByAttention:
-    """Worth is the attention received so far: H2O (Zhang et al. 2023) sums it over all queries, ``decay`` 1; TOVA
+    """The score is the attention received so far: H2O (Zhang et al. 2023) sums it over all queries, ``decay`` 1; TOVA
     (Oren et al. 2024) takes the last query's, ``decay`` 0; between them the newest queries count most, as in the
     observation window of SnapKV (Li et al. 2024), whatever will be asked."""
 
@@ -35,9 +35,9 @@ class ByAttention:
     constant: bool
     decay: float | None
 
-    def worth(self, k: Array, received: Array | None, index: Array, candidates: Array) -> Array:
-        assert received is not None
-        return received
+    def score(self, k: Array, attention: Array | None, index: Array, candidates: Array) -> Array:
+        assert attention is not None
+        return attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ByNorm:
     constant: bool
     decay: float | None = None
 
-    def worth(self, k: Array, received: Array | None, index: Array, candidates: Array) -> Array:
+    def score(self, k: Array, attention: Array | None, index: Array, candidates: Array) -> Array:
         return -(k.astype("float32") ** 2).sum(-1)
 
 
@@ -60,7 +60,7 @@ class BySimilarity:
     constant: bool
     decay: float | None = None
 
-    def worth(self, k: Array, received: Array | None, index: Array, candidates: Array) -> Array:
+    def score(self, k: Array, attention: Array | None, index: Array, candidates: Array) -> Array:
         k = k.astype("float32")
         k = k / ((k**2).sum(-1, keepdims=True) + 1e-12) ** 0.5
         mean = (k * candidates[None, :, :, None, None]).sum(2, keepdims=True)
@@ -76,7 +76,7 @@ class ByChance:
     seed: int
     decay: float | None = None
 
-    def worth(self, k: Array, received: Array | None, index: Array, candidates: Array) -> Array:
+    def score(self, k: Array, attention: Array | None, index: Array, candidates: Array) -> Array:
         # A hash of the token's place (the finalizer of MurmurHash3), which the token keeps from chunk to chunk.
         x = index.astype("uint32") + np.uint32(self.seed * 0x9E3779B9 % 2**32)
         x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
@@ -97,7 +97,7 @@ def evict(
     """Training-free eviction.
 
     Args:
-      score: what makes an entry worth keeping: "attention" received, small "norm" of the key, least "similarity" to
+      score: by what an entry is kept: the accumulated "attention", small "norm" of the key, least "similarity" to
         the mean key, or "random".
       slots: entries that stay for each closed chunk.
       constant: slots is the number for the whole session.
@@ -114,15 +114,15 @@ def evict(
         raise UserError(f"discount is {discount}; it must lie between 0 and 1")
     if seed and score != "random":
         raise UserError(f"seed is {seed}, but score is {score!r}; only score 'random' draws")
-    keep = {
+    policies = {
         "attention": lambda: ByAttention(slots, constant, 1.0 if discount is None else discount),
         "norm": lambda: ByNorm(slots, constant),
         "similarity": lambda: BySimilarity(slots, constant),
         "random": lambda: ByChance(slots, constant, seed),
     }
-    if score not in keep:
-        raise UserError(f"score is {score!r}; allowed: {', '.join(keep)}")
+    if score not in policies:
+        raise UserError(f"score is {score!r}; allowed: {', '.join(policies)}")
     clauses = [see((TEXT, QUERY), (TEXT, QUERY), 0, 0), see((TEXT, QUERY), MEMORY, 1, 1)]
     if sink:
         clauses.append(see((TEXT, QUERY, SINK), SINK, 0, INF))
-    return Method(name="evict", rule=Rule(tuple(clauses)), sink=sink, keep=keep[score]())
+    return Method(name="evict", rule=Rule(tuple(clauses)), sink=sink, eviction=policies[score]())

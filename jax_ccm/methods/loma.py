@@ -87,11 +87,11 @@ def loma(
     appending = Method(
         name="loma",
         rule=Rule(tuple(clauses), both_ways=both),
-        closes=tuple(Token(COMP, row=0, offset=place(k)) for k in range(memory_tokens)),
+        closes=tuple(Token(COMP, embedding_index=0, offset=place(k)) for k in range(memory_tokens)),
         gate=(COMP, REPEAT) if conditional else EVERY,
         sink=sink,
         chunk=size,
-        repeat=Token(REPEAT, row=1) if repeat else None,
+        repeat=Token(REPEAT, embedding_index=1) if repeat else None,
         repeat_weight=repeat_weight,
     )
     return appending.mixing(mix)

@@ -38,6 +38,8 @@ def sentinel(history: bool = False, opener: bool = True, conditional: bool = Fal
     if history:
         clauses += [see(COMP, QUERY, 0, INF), see(COMP, MEMORY, 1, INF)]
     # Sentinels are not counted: <CR> shares the position of the last token of the span, <CL> of the one before it.
-    closes = ((Token(OPEN, row=1, offset=-1, from_begin=True),) if opener else ()) + (Token(COMP, row=0, offset=-1),)
+    closes = ((Token(OPEN, embedding_index=1, offset=-1, from_begin=True),) if opener else ()) + (
+        Token(COMP, embedding_index=0, offset=-1),
+    )
     gate = (OPEN, COMP) if conditional else (TEXT, QUERY, OPEN, COMP)
     return Method(name="sentinel", rule=Rule(tuple(clauses)), closes=closes, gate=gate)

@@ -21,11 +21,11 @@ class Gate(NamedTuple):
 
     Attributes:
       values: ``float32 [B, P]``.
-      places: ``int32 [B, P]``, the tokens that have them; a place that stands twice counts twice.
+      indices: ``int32 [B, P]``, the tokens that have them; one that stands twice counts twice.
     """
 
     values: Array
-    places: Array
+    indices: Array
 
 
 class Linear(nnx.Module):
@@ -38,7 +38,7 @@ class Linear(nnx.Module):
     where the gate is one number per token. Gate 0 leaves ``x W + b`` bit for bit as it was.
 
     Attributes:
-      kernel: ``[in, out]``; ``[out, in]`` if `turned`; None if `joined` with others.
+      kernel: ``[in, out]``; ``[out, in]`` if `transposed`; None if `fused` with others.
       bias: ``[out]`` or None.
       lora_a, lora_b: float32 ``[in, r]`` and ``[r, out]``, or None.
     """
@@ -56,7 +56,7 @@ class Linear(nnx.Module):
         key, key_a = jax.random.split(key)
         init = jax.random.normal(key, (in_features, out_features), jnp.float32) * in_features**-0.5
         self.kernel = nnx.Param(init.astype(precision.params))
-        self.precision, self.turned = precision, False
+        self.precision, self.transposed = precision, False
         self.bias = nnx.Param(jnp.zeros((out_features,), precision.params)) if bias else None
         if adapter is not None and adapter.rank:
             # Kaiming-uniform with a = sqrt(5), as in the LoRA and CCM code: U(-1/sqrt(in), 1/sqrt(in)).
@@ -87,7 +87,7 @@ class Linear(nnx.Module):
     def product(self, x):
         """``x W``."""
         assert self.kernel is not None
-        return _product(self.precision, x, self.kernel[...], "oi" if self.turned else "io")
+        return _product(self.precision, x, self.kernel[...], "oi" if self.transposed else "io")
 
     def complete(self, y, x, gate=None, dropout_key=None):
         """The layer's output for ``y = x W``: with bias and branch."""
@@ -97,9 +97,9 @@ class Linear(nnx.Module):
             return y
         if isinstance(gate, Gate):
             # Row by row: with row numbers as indices the compiler would gather the rows of all devices.
-            delta = self._branch(jax.vmap(lambda x, place: x[place])(x, gate.places), gate.values, dropout_key)
+            delta = self._branch(jax.vmap(lambda x, place: x[place])(x, gate.indices), gate.values, dropout_key)
             add = jax.vmap(lambda y, place, delta: y.at[place].add(delta))
-            return add(y, gate.places, delta.astype(y.dtype))
+            return add(y, gate.indices, delta.astype(y.dtype))
         return y + self._branch(x, gate, dropout_key).astype(y.dtype)
 
     def _branch(self, x, gate, dropout_key):
@@ -119,15 +119,15 @@ def _product(precision: Precision, x, kernel, axes: str):
     return einsum(f"{front}i,{axes}->{front}o", x, kernel, compute=precision.compute, output=precision.output)
 
 
-def turned(layer: Linear) -> Linear:
+def transposed(layer: Linear) -> Linear:
     """The same layer, its kernel with outputs in front: each is then one run through memory."""
     assert layer.kernel is not None
     made = copy.copy(layer)
-    made.kernel, made.turned = nnx.Param(layer.kernel[...].T), not layer.turned
+    made.kernel, made.transposed = nnx.Param(layer.kernel[...].T), not layer.transposed
     return made
 
 
-class Joined(nnx.Module):
+class Fused(nnx.Module):
     """Layers that read the same input, their products done as one: for one token, few large ones are faster.
 
     Attributes:

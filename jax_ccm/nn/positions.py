@@ -10,23 +10,23 @@ from jax_ccm.rules.types import Method
 _told: set[ModelConfig] = set()
 
 
-def warn_beyond(config: ModelConfig, method: Method, *, tokens: int, places: int = 0) -> None:
+def warn_beyond(config: ModelConfig, method: Method, *, tokens: int, slots: int = 0) -> None:
     """Warns, once for a model, of positions that it was not trained for (`ModelConfig.positions`).
 
     Args:
       config: the base model.
       method: says what a position is: how many text tokens were read before, or the place in the cache.
       tokens: text tokens of the longest session.
-      places: of a session in the cache, memory and raw text together.
+      slots: of a session in the cache, memory and raw text together.
     """
     most = config.positions
     in_cache = method.rope == "cache"
-    reach = places if in_cache else tokens
+    reach = slots if in_cache else tokens
     if reach <= most or config in _told:
         return
     _told.add(config)
     if in_cache:
-        what = f"a cache of {places:,} places"
+        what = f"a cache of {slots:,} slots"
         advice = "make cache.memory_capacity + cache.raw_capacity smaller, or take a base of longer context"
     else:
         what = f"a session of {tokens:,} tokens"

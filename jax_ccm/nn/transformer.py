@@ -18,7 +18,7 @@ from jax_ccm.attention.dispatch import memory_attention
 from jax_ccm.distributed.sharding import constrain, in_order
 from jax_ccm.nn import rope
 from jax_ccm.nn.config import AdapterConfig, ModelConfig
-from jax_ccm.nn.linear import Joined, Linear, turned
+from jax_ccm.nn.linear import Fused, Linear, transposed
 from jax_ccm.numerics import Precision
 from jax_ccm.rules.types import MemoryCache, Packed, Rule, Slots
 from jax_ccm.rules.visibility import with_window
@@ -62,13 +62,13 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(size, config, precision.params) if config.qk_norm else None
         self.k_norm = RMSNorm(size, config, precision.params) if config.qk_norm else None
         self.head_dim = size
-        self.joined: Joined | None = None
+        self.fused: Fused | None = None
 
     def project(self, x, gate, keys):
         """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``, not yet rotated."""
         heads = lambda y: constrain(y.reshape(*y.shape[:-1], -1, self.head_dim), "rows", "tokens", "heads")
-        if self.joined is not None:
-            q, k, v = map(heads, self.joined(x, gate, keys[:3]))
+        if self.fused is not None:
+            q, k, v = map(heads, self.fused(x, gate, keys[:3]))
         else:
             layers = self.q_proj, self.k_proj, self.v_proj
             q, k, v = (heads(layer(x, gate, key)) for layer, key in zip(layers, keys[:3], strict=True))
@@ -91,12 +91,12 @@ class MLP(nnx.Module):
         self.up_proj = make("up_proj", keys[1], d, f, bias)
         self.down_proj = make("down_proj", keys[2], f, d, bias)
         self.activation = config.activation
-        self.joined: Joined | None = None
+        self.fused: Fused | None = None
 
     def __call__(self, x, gate, keys):
         """``[B, T, D]``; ``gate`` and a dropout key for each of the three projections as for `Linear`."""
-        if self.joined is not None:
-            open, up = self.joined(x, gate, keys[:2])
+        if self.fused is not None:
+            open, up = self.fused(x, gate, keys[:2])
         else:
             open, up = self.gate_proj(x, gate, keys[0]), self.up_proj(x, gate, keys[1])
         return self.down_proj(constrain(self.gated(open, up), "rows", "tokens", "inner"), gate, keys[2])
@@ -175,7 +175,7 @@ def initial_comp_embeddings(table, rows: int):
 
 
 class Transformer(nnx.Module):
-    """The decoder. Layers are stacked along a leading axis and run by one `jax.lax.scan`, or `apart`."""
+    """The decoder. Layers are stacked along a leading axis and run by one `jax.lax.scan`, or `unstacked`."""
 
     def __init__(
         self, key, config: ModelConfig, adapter: AdapterConfig | None = None, precision: str | Precision = "float32"
@@ -188,7 +188,7 @@ class Transformer(nnx.Module):
         make = lambda key: Block(key, config, adapter, precision)
         self.layers = jax.vmap(make)(jax.random.split(key_layers, config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config, precision.params)
-        self.turned_embedding: nnx.Param | None = None
+        self.transposed_embedding: nnx.Param | None = None
         if not config.tie_embeddings:
             self.lm_head = Linear(key_head, config.hidden_size, config.vocab_size, precision=precision)
 
@@ -200,10 +200,10 @@ class Transformer(nnx.Module):
         *,
         rule: Rule,
         memory: Packed | MemoryCache | None = None,
-        places=None,
+        positions=None,
         dropout_key=None,
         remat: Remat = "none",
-        collect: bool = False,
+        output_hidden_states: bool = False,
         observe=None,
         store=None,
         implementation: str | None = None,
@@ -216,12 +216,13 @@ class Transformer(nnx.Module):
           gate: ``float32 [B, T]``, 1 where the adapter's LoRA acts; a `Gate` of few tokens; None for nowhere.
           rule: who sees whom.
           memory: keys and values besides the tokens' own.
-          places: ``int32 [B, T]`` or None. If given, RoPE goes by the place in the cache and not by `Slots.position`:
-            the tokens take these, the entries of a `MemoryCache` their index, and keys are returned unrotated.
+          positions: ``int32 [B, T]`` or None. If given, RoPE goes by the index in the cache and not by
+            `Slots.position`: the tokens take these, the entries of a `MemoryCache` their index, and keys are returned
+            unrotated.
           dropout_key: PRNG key, or None to run without dropout.
           remat: what the backward pass recomputes of each layer: "none" of it; all but the products with weights
             ("dots"), which are most of the work; or "all" of it, which keeps one activation a layer.
-          collect: also return the hidden state before each layer and after the final norm.
+          output_hidden_states: also return the hidden state before each layer and after the final norm.
           observe: ``float32 [B, T]`` or None. If given, also return the attention that every key receives, each query
             counting so much. Needs a `MemoryCache`.
           store: ``(own, new) -> own`` or None. If given, it replaces what a `MemoryCache` keeps of a layer
@@ -241,12 +242,12 @@ class Transformer(nnx.Module):
         windowed = jnp.asarray(config.windowed)
         kinds = [config.as_seen(kind) for kind in sorted(set(config.windowed))]
         rules = [with_window(rule, kind.sliding_window) for kind in kinds]
-        turns = lambda places: [rope.angles(kind, places) for kind in kinds]
-        by_place = places is not None
-        own_angles = turns(places if by_place else slots.position)
+        turns = lambda positions: [rope.angles(kind, positions) for kind in kinds]
+        by_index = positions is not None
+        own_angles = turns(positions if by_index else slots.position)
         past = (memory.k, memory.v) if isinstance(memory, MemoryCache) else None
         memory_slots = memory.slots if memory is not None else None
-        past_places = jnp.arange(past[0].shape[2])[None] if by_place and past is not None else None
+        past_places = jnp.arange(past[0].shape[2])[None] if by_index and past is not None else None
         past_angles = None if past_places is None else turns(past_places)
         seen = dict(slots=slots, memory_slots=memory_slots, in_order=True, implementation=implementation)
         seen |= dict(scale=config.query_scalar and config.query_scalar**-0.5, cap=config.score_cap)
@@ -285,15 +286,17 @@ class Transformer(nnx.Module):
             if observe is None:
                 y = attended(operand(v), operand(mk), operand(mv))
             else:
-                y, more = received(lambda v, mv: attended(v, operand(mk), mv), operand(v), operand(mv), observe)
+                y, more = accumulated_attention(
+                    lambda v, mv: attended(v, operand(mk), mv), operand(v), operand(mv), observe
+                )
             x = x + block.after_attention(block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), gate, keys[3]))
             out = constrain(x + block.feed_forward(x, gate, keys[4:]), "rows", "tokens")
-            new = (k if by_place else rotated, v)
+            new = (k if by_index else rotated, v)
             if whole is not None and held is not None:
                 replaced = (in_order(layer, "rows", None, "heads") for layer in store(held, new))
                 update = lambda each, layer: jax.lax.dynamic_update_index_in_dim(each, layer, number, 0)
                 whole, new = tuple(map(update, whole, replaced)), ()
-            return (out, whole), (new, out if collect else more)
+            return (out, whole), (new, out if output_hidden_states else more)
 
         if remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
@@ -307,40 +310,40 @@ class Transformer(nnx.Module):
         (hidden, whole), (new, more) = _over_layers(body, (x, whole), (self.layers, past, numbers, keys))
         kept: Any = new if whole is None else whole
         hidden = self.norm(hidden)
-        if collect:
+        if output_hidden_states:
             # The last entry is taken after the final norm, as Hugging Face does.
             more = jnp.concatenate([x[None], more[:-1], hidden[None]])
         return hidden, kept, more
 
-    def apart(self) -> Transformer:
+    def unstacked(self) -> Transformer:
         """The same decoder in the form that reads one token fastest on a CPU: each layer has arrays of its own.
 
         A layer taken out of the stack is copied, so that decoding moves its weights three times; from here they are
-        read once. Kernels with the same input are joined, and those with many inputs turned, as are embeddings that
+        read once. Kernels with the same input are fused, and those with many inputs transposed, as are embeddings that
         serve as the head. Weights are kept in the type of the activations: a matrix of another type is turned into it
         for every vector, which takes longer than to read it. Programs take several times as long to compile. Files are
         written from the stack alone.
         """
-        apart, kept, output = copy.copy(self), jnp.dtype(self.precision.params), self.precision.output
-        apart.precision = Precision.of(output)
+        unstacked, kept, output = copy.copy(self), jnp.dtype(self.precision.params), self.precision.output
+        unstacked.precision = Precision.of(output)
         read = lambda x: x.astype(output) if x.dtype == kept else x
         layer = lambda number: jax.tree.map(lambda x: read(x[number]), self.layers)
-        apart.layers = nnx.List([layer(number) for number in range(self.config.num_layers)])
+        unstacked.layers = nnx.List([layer(number) for number in range(self.config.num_layers)])
         if self.config.tie_embeddings:
-            apart.turned_embedding = nnx.data(nnx.Param(read(self.embed_tokens.embedding[...]).T))
+            unstacked.transposed_embedding = nnx.data(nnx.Param(read(self.embed_tokens.embedding[...]).T))
         else:
-            apart.lm_head = jax.tree.map(read, self.lm_head)
-            apart.lm_head.precision = apart.precision
-        for block in apart.layers:
+            unstacked.lm_head = jax.tree.map(read, self.lm_head)
+            unstacked.lm_head.precision = unstacked.precision
+        for block in unstacked.layers:
             attention, mlp = block.self_attn, block.mlp
             for module in (attention, mlp):
                 for linear in (x for x in vars(module).values() if isinstance(x, Linear)):
-                    linear.precision = apart.precision
-            attention.joined = nnx.data(Joined([attention.q_proj, attention.k_proj, attention.v_proj]))
-            mlp.joined = nnx.data(Joined([mlp.gate_proj, mlp.up_proj]))
-            attention.o_proj, mlp.down_proj = turned(attention.o_proj), turned(mlp.down_proj)
+                    linear.precision = unstacked.precision
+            attention.fused = nnx.data(Fused([attention.q_proj, attention.k_proj, attention.v_proj]))
+            mlp.fused = nnx.data(Fused([mlp.gate_proj, mlp.up_proj]))
+            attention.o_proj, mlp.down_proj = transposed(attention.o_proj), transposed(mlp.down_proj)
             del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
-        return apart
+        return unstacked
 
     def logits(self, hidden):
         """``float32 [..., V]`` for hidden states ``[..., D]``. Compression tokens have no column."""
@@ -361,8 +364,8 @@ class Transformer(nnx.Module):
 
         Its products are logits before `ModelConfig.logit_cap`.
         """
-        if self.turned_embedding is not None:
-            return self.turned_embedding[...], "dv"
+        if self.transposed_embedding is not None:
+            return self.transposed_embedding[...], "dv"
         if self.config.tie_embeddings:
             return self.embed_tokens.embedding[...], "vd"
         return self.lm_head.kernel[...], "dv"
@@ -374,7 +377,7 @@ def capped(logits, cap: float | None):
 
 
 def _over_layers(body, carry, scanned):
-    """`jax.lax.scan` over layers, which come first in what is scanned, or the same over layers that are `apart`."""
+    """`jax.lax.scan` over layers, which come first in what is scanned, or the same over layers that are `unstacked`."""
     layers, *rest = scanned
     if not isinstance(layers, nnx.List):
         return jax.lax.scan(body, carry, scanned)
@@ -386,7 +389,7 @@ def _over_layers(body, carry, scanned):
     return carry, jax.tree.map(lambda *x: jnp.stack(x), *outs)
 
 
-def received(attend, v, memory_v, weights):
+def accumulated_attention(attend, v, memory_v, weights):
     """Runs attention and measures what each key receives, whatever computes the attention.
 
     The output is linear in the values, ``o_q = sum_s p_qs v_s``: pulled back through it, a cotangent of w_q for each

@@ -141,8 +141,8 @@ def call(
     wide = lambda n, count: jax.ShapeDtypeStruct((batch, n, count * heads.size), dtype)
     arrays = [wide(length, n) for n in (heads.heads, heads.kv_heads, heads.kv_heads)]
     arrays += [wide(memory, heads.kv_heads)] * 2 if memory else []
-    places = lambda n: Slots(*[jax.ShapeDtypeStruct((batch, n), jnp.int32)] * 4)
-    slots = (places(length), places(memory) if memory else None)
+    slots_of = lambda n: Slots(*[jax.ShapeDtypeStruct((batch, n), jnp.int32)] * 4)
+    slots = (slots_of(length), slots_of(memory) if memory else None)
 
     def forward(arrays, slots):
         apart = [x.reshape(*x.shape[:2], -1, heads.size) for x in arrays]
@@ -187,10 +187,10 @@ def layer(rule: Rule, batch: int, length: int, memory: int, *, attention: bool =
     def gradients(x, weights, slots, packed, d_out):
         return jax.vjp(lambda x, weights: forward(x, weights, slots, packed), x, weights)[1](d_out)
 
-    places = lambda n: Slots(*[jax.ShapeDtypeStruct((batch, n), jnp.int32)] * 4)
-    packed = Packed(jax.ShapeDtypeStruct((batch, memory), jnp.int32), places(memory), None)
+    slots_of = lambda n: Slots(*[jax.ShapeDtypeStruct((batch, n), jnp.int32)] * 4)
+    packed = Packed(jax.ShapeDtypeStruct((batch, memory), jnp.int32), slots_of(memory), None)
     x = jax.ShapeDtypeStruct((batch, length, LLAMA_8B.hidden_size), jnp.bfloat16)
-    return gradients, (x, weights, places(length), packed, x)
+    return gradients, (x, weights, slots_of(length), packed, x)
 
 
 def training_step(mesh: Mesh, config: Config = TRAINING, shape: ModelConfig = SMOLLM2_135M) -> Compiled:

@@ -51,7 +51,7 @@ def training_cost(config: Config, shape: ModelConfig, batch: Batch, accumulation
     layers = passes * shape.forward_flops(rows * length, 0, 0)
     # What the rule hides is computed nonetheless.
     attention = (4 + again) * shape.forward_flops(0, rows * length * (length + memory), 0)
-    head = (4 if trained else 2) * shape.forward_flops(0, 0, rows * batch.places.shape[1])
+    head = (4 if trained else 2) * shape.forward_flops(0, 0, rows * batch.indices.shape[1])
     itemsize = jnp.dtype(Precision.of(config.model.precision).params).itemsize
     read = accumulation * passes * (shape.layer_weights + shape.hidden_size * shape.vocab_size) * itemsize / tensor
     return Cost(accumulation * (layers + attention + head), read)

@@ -59,9 +59,9 @@ def device_bytes(tree: Tree) -> int:
 
 
 def abstract_model(config: Config, shape: ModelConfig, method: Method, mesh: jax.sharding.Mesh) -> Transformer:
-    """The model of a config, base and adapter, with the shardings that it is born with."""
+    """The model of a config, base and adapter, with the shardings that it is initialised with."""
     given = config.adapter
-    adapter = AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=method.rows)
+    adapter = AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=method.num_embeddings)
     model = abstract_transformer(shape, adapter, config.model.precision)
     return on(sharding.parameter_shardings(mesh, model, shape), model)
 
@@ -82,14 +82,14 @@ def training_step(
     graphdef, params, frozen = split(model, config.train.trainable)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.steps))
     state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
-    places = sharding.parameter_shardings(mesh, state, shape)
-    state = on(places, state)
+    shardings = sharding.parameter_shardings(mesh, state, shape)
+    state = on(shardings, state)
     batch = abstract_batch(config, shape, method, rows)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((accumulation, *x.shape), x.dtype), batch)
     batch = on(sharding.batch_shardings(mesh, batch, leading=1), batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
-    step = make_step(config, graphdef, method, optimizer, (places, sharding.replicated(mesh)))
+    step = make_step(config, graphdef, method, optimizer, (shardings, sharding.replicated(mesh)))
     kinds = {"weights": frozen, "adapter": state["params"], "optimizer": state["optimizer"], "batch": batch}
     return Program(step, (state, frozen, batch, key), kinds, mesh)
 
@@ -136,7 +136,7 @@ def compress_step(
 
 def _serving(config, shape, method, mesh, cache: MemoryCache, step: Callable) -> Program:
     model = abstract_model(config, shape, method, mesh)
-    places = jax.tree.map(lambda x: x.sharding, cache)
-    function = jax.jit(step, donate_argnums=1, out_shardings=(places, None))
+    shardings = jax.tree.map(lambda x: x.sharding, cache)
+    function = jax.jit(step, donate_argnums=1, out_shardings=(shardings, None))
     _, adapter, base = split(model, "adapter")
     return Program(function, (model, cache), {"weights": base, "adapter": adapter, "cache": cache}, mesh)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jax_ccm import methods
-from jax_ccm.benchmarks import rivals
+from jax_ccm.benchmarks import baselines
 from jax_ccm.config.loading import build_method
 from jax_ccm.config.schema import Config
 from jax_ccm.distributed import sharding
@@ -43,18 +43,18 @@ def systems(config: Config) -> dict[str, Method]:
     Raises:
       UserError: for a method that has no sessions between turns to count.
     """
-    rivals.require_turns(build_method(config))
+    baselines.require_turns(build_method(config))
     return {"full": methods.build("full")} | methods.beside(config.method.name, **config.method.options())
 
 
-def places(method: Method, setting: Setting) -> tuple[int, int]:
+def room(method: Method, setting: Setting) -> tuple[int, int]:
     """Memory slots and places for raw text of a session."""
-    rival = rivals.Rival(method.name, method, "")
-    slots, raw = rival.room(setting.chunks, setting.chunk_tokens)
+    baseline = baselines.Baseline(method.name, method, "")
+    slots, raw = baseline.room(setting.chunks, setting.chunk_tokens)
     if method.chunk:
         # The open chunk is the raw text in flight.
         return slots, raw
-    text = rivals.kept_text(method, setting.chunks, setting.chunk_tokens)
+    text = baselines.kept_text(method, setting.chunks, setting.chunk_tokens)
     return method.memory_slots(setting.chunks, setting.chunk_tokens), text + setting.raw
 
 
@@ -78,7 +78,7 @@ def most_sessions(
     The steps are closing a chunk in all sessions at once (where that changes them, not with full context) and reading a
     token in all of them.
     """
-    slots, raw = places(method, setting)
+    slots, raw = room(method, setting)
     step = sharding.row_shares(mesh)
     one = programs.abstract_cache(config, shape, method, mesh, step, slots, raw)
     each = programs.device_bytes(one) / step
@@ -98,7 +98,9 @@ def most_sessions(
 
     # Compilers keep about 2 % of a chip's memory for themselves.
     limit = int(0.98 * chip.usable_bytes)
-    kinds = (programs.compress_step, programs.decode_step) if rivals.closes_turns(method) else (programs.decode_step,)
+    kinds = (
+        (programs.compress_step, programs.decode_step) if baselines.closes_turns(method) else (programs.decode_step,)
+    )
     most, steps, refused = guess, {}, []
     for number, kind in enumerate(kinds):
         if not most:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+import sys
 from typing import Any
 
 from jax_ccm.rules.types import INF, Method
@@ -33,6 +34,34 @@ def describe_method(method: Method) -> dict[str, Any]:
     return out | {"writes": sorted(out["writes"]), "gate": sorted(out["gate"])}
 
 
+# What fields of a description, and of its tokens, were called before.
+_RENAMED = {"keep": "eviction", "fewest": "min_comp_tokens"}
+_RENAMED_OF_TOKENS = {"row": "embedding_index"}
+
+
+def upgraded(stored: dict[str, Any], where: str) -> dict[str, Any]:
+    """A description from a file of any version under the names of this one, said in a line if that changes it.
+
+    Args:
+      stored: what `describe_method` of that version returned.
+      where: the file, for the line.
+    """
+    changed = {old: new for old, new in _RENAMED.items() if old in stored}
+    found = {changed.get(name, name): value for name, value in stored.items()}
+    tokens = [token for token in (*(found.get("closes") or ()), found.get("repeat")) if isinstance(token, dict)]
+    changed |= {old: new for old, new in _RENAMED_OF_TOKENS.items() if any(old in token for token in tokens)}
+    if not changed:
+        return stored
+    said = ", ".join(f"{old} as {new}" for old, new in changed.items())
+    print(f"note: the method in {where} is of an earlier version; {said} is read", file=sys.stderr)
+    new_token = lambda token: (
+        {_RENAMED_OF_TOKENS.get(name, name): value for name, value in token.items()}
+        if isinstance(token, dict)
+        else token
+    )
+    return found | {"closes": [new_token(token) for token in found["closes"]], "repeat": new_token(found["repeat"])}
+
+
 def _merged(spans: list[list[int]]) -> list[list[int | None]]:
     merged: list[list[int]] = []
     for nearest, farthest in sorted(spans):
@@ -59,10 +88,12 @@ def label(method: dict[str, Any]) -> str:
     closes, words = len(method.get("closes", ())), []
     if closes:
         words.append(f"{closes} token{'s' * (closes != 1)}")
-    if keep := method.get("keep"):
+    if policy := method.get("eviction"):
         # ByAttention -> by attention
-        words.append(re.sub("(?<=.)([A-Z])", r" \1", keep["kind"]).lower())
-        words.append(f"{keep['slots']} slot{'s' * (keep['slots'] != 1)} {'in all' if keep['constant'] else 'a chunk'}")
+        words.append(re.sub("(?<=.)([A-Z])", r" \1", policy["kind"]).lower())
+        words.append(
+            f"{policy['slots']} slot{'s' * (policy['slots'] != 1)} {'in all' if policy['constant'] else 'a chunk'}"
+        )
     if method.get("sink"):
         words.append("sink")
     if closes and "TEXT sees MEMORY" not in method.get("sees", {}) and method.get("context") == "chunks":

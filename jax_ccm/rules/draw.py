@@ -38,10 +38,10 @@ def draw(method: Method, lengths: Sequence[int], kept: Sequence[int] = ()) -> st
         segments.append(Segment(tokens, np.zeros(count, bool), keep))
     none = np.zeros(0, np.int32)
     example = Example(none, none, tuple(segments))
-    laid_out = dataclasses.replace(method, rope="running", keep=None)
+    laid_out = dataclasses.replace(method, rope="running", eviction=None)
     batch = rows.batch(laid_out, [example], rows.measure(laid_out, example), _LETTERS)
     memory = None if batch.memory is None else batch.memory.slots
-    if method.keep is not None:
+    if method.eviction is not None:
         chunks = range(len(lengths) - 1)
         owner = np.repeat(chunks, [method.memory_slots(1 + chunk) for chunk in chunks])[None]
         memory = Slots(np.full_like(owner, Kind.MEMORY), owner, 0 * owner, 0 * owner)

@@ -32,17 +32,17 @@ class Example:
       separator: int32, tokens that open every segment but the first.
       segments: the context chunks, and last the tail: the input and what follows it.
       id: names the record in error messages.
-      closing: how many of the method's tokens close its chunks, the first ones; None for all.
+      num_comp_tokens: how many of the method's tokens close its chunks, the first ones; None for all.
     """
 
     start: np.ndarray
     separator: np.ndarray
     segments: tuple[Segment, ...]
     id: str = ""
-    closing: int | None = None
+    num_comp_tokens: int | None = None
 
 
-def glued(*segments: Segment) -> Segment:
+def concat(*segments: Segment) -> Segment:
     """One segment of several."""
     kept = None
     if any(segment.kept is not None for segment in segments):
@@ -54,12 +54,12 @@ def glued(*segments: Segment) -> Segment:
     )
 
 
-def opened(opening: np.ndarray, segment: Segment) -> Segment:
-    """The segment with unscored opening tokens in front, kept if its first token is."""
-    if not len(opening):
+def with_prefix(prefix: np.ndarray, segment: Segment) -> Segment:
+    """The segment with unscored tokens in front, kept if its first token is."""
+    if not len(prefix):
         return segment
-    kept = None if segment.kept is None else np.repeat(segment.kept[:1], len(opening))
-    return glued(Segment(opening, np.zeros(len(opening), bool), kept), segment)
+    kept = None if segment.kept is None else np.repeat(segment.kept[:1], len(prefix))
+    return concat(Segment(prefix, np.zeros(len(prefix), bool), kept), segment)
 
 
 def join(example: Example, groups: Sequence[int]) -> Example:
@@ -75,13 +75,13 @@ def join(example: Example, groups: Sequence[int]) -> Example:
     joined, first = [], 0
     for size in groups:
         head, *rest = example.segments[first : first + size]
-        joined.append(glued(head, *(opened(example.separator, piece) for piece in rest)))
+        joined.append(concat(head, *(with_prefix(example.separator, piece) for piece in rest)))
         first += size
     return dataclasses.replace(example, segments=tuple(joined))
 
 
 def cut(segment: Segment, size: int) -> tuple[Segment, ...]:
-    """The segment in pieces of ``size`` tokens; the last has the rest, from 1 to ``size``."""
-    places = [slice(first, first + size) for first in range(0, len(segment.tokens), size)]
-    kept = lambda place: None if segment.kept is None else segment.kept[place]
-    return tuple(Segment(segment.tokens[place], segment.scored[place], kept(place)) for place in places)
+    """The segment in parts of ``size`` tokens; the last has the rest, from 1 to ``size``."""
+    parts = [slice(first, first + size) for first in range(0, len(segment.tokens), size)]
+    kept = lambda part: None if segment.kept is None else segment.kept[part]
+    return tuple(Segment(segment.tokens[part], segment.scored[part], kept(part)) for part in parts)

@@ -38,8 +38,8 @@ class Ema:
         return 1.0 * (step <= 1) + self.decay * (step > 1)
 
 
-class Keep(Protocol):
-    """A memory that is a selection: of all that a session holds when a chunk is closed, the worthiest entries stay.
+class EvictionPolicy(Protocol):
+    """A memory that is a selection: of all that a session holds when a chunk is closed, the best by score stay.
 
     Each head of each layer keeps its own. Nothing is trained; recurrent only.
 
@@ -47,19 +47,19 @@ class Keep(Protocol):
       slots: entries that stay for each closed chunk.
       constant: ``slots`` is the number for the whole session instead.
       decay: if set, the cache adds up the attention that each entry receives, and each token that is read multiplies
-        what was received before it by this.
+        what was added up before it by this.
     """
 
     slots: int
     constant: bool
     decay: float | None
 
-    def worth(self, k: Array, received: Array | None, index: Array, candidates: Array) -> Array:
-        """How much each entry is worth keeping.
+    def score(self, k: Array, attention: Array | None, index: Array, candidates: Array) -> Array:
+        """The score of each entry; the highest stay.
 
         Args:
           k: ``[L, B, S, K, H]`` keys.
-          received: ``float32 [L, B, S, K]``, attention received, or None without ``decay``.
+          attention: ``float32 [L, B, S, K]``, attention received, or None without ``decay``.
           index: ``int32 [B, S]``.
           candidates: ``bool [B, S]``, the entries that are chosen from.
 

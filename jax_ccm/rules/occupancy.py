@@ -21,7 +21,7 @@ def occupancy(
 ) -> Slots:
     """The live slots of a session, numpy ``int32 [S]`` each, in order of their index.
 
-    Which tokens an eviction policy (`Method.keep`) has kept depends on the text: here they are the newest.
+    Which tokens an eviction policy (`Method.eviction`) has kept depends on the text: here they are the newest.
 
     Args:
       method: the compression method.
@@ -54,7 +54,7 @@ def occupancy(
         # The last token of each share: so many tokens on from the first of its chunk, or the last of the chunk.
         last = np.append((np.diff(share) != 0) | (np.diff(chunk) != 0), True)[: len(hidden)]
         parts.append(memory(chunk[last], hidden[last], hidden[last]))
-    if method.keep is not None and closed:
+    if method.eviction is not None and closed:
         count = 0
         for number, (begin, size) in enumerate(zip(begins, sizes, strict=True), 1):
             # A chunk may have fewer tokens than slots.

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_ccm.errors import UserError
-from jax_ccm.rules.examples import Example, Segment, cut, glued, join, opened
+from jax_ccm.rules.examples import Example, Segment, concat, cut, join, with_prefix
 from jax_ccm.rules.mixtures import Mix
 from jax_ccm.rules.types import TEXT, Batch, Chunk, Kind, Method, Packed, Slots
 
@@ -27,12 +27,12 @@ def arrange(method: Method, example: Example) -> tuple[Segment, ...]:
     """The segments as the method is fed them, openings included; the last is the tail."""
     count = len(example.segments)
     if method.context == "dropped":
-        return (opened(example.start, example.segments[-1]),)
+        return (with_prefix(example.start, example.segments[-1]),)
     if method.context == "joined" and count > 2:
         example = join(example, [count - 1, 1])
     first, *rest = example.segments
-    segments = (opened(example.start, first), *(opened(example.separator, segment) for segment in rest))
-    return segments if method.chunk is None else cut(glued(*segments), method.chunk)
+    segments = (with_prefix(example.start, first), *(with_prefix(example.separator, segment) for segment in rest))
+    return segments if method.chunk is None else cut(concat(*segments), method.chunk)
 
 
 def chunk(rows: Sequence[Sequence[int]], size: int, vocab_size: int) -> Chunk:
@@ -74,7 +74,7 @@ def measure(method: Method, example: Example) -> Sizes:
       method: what it is laid out for.
       example: the session.
     """
-    method = method.closed_by(example.closing)
+    method = method.closed_by(example.num_comp_tokens)
     segments = arrange(method, example)
     chunks = len(closed(method, segments))
     text = sum(len(segment.tokens) for segment in segments)
@@ -119,7 +119,7 @@ def require_parallel(method: Method) -> None:
             f"method {method.name!r} rotates keys by their place in the cache and so has no parallel form; what is "
             "trained without (method.streaming: false, where a method has it) serves it"
         )
-    if method.keep is not None:
+    if method.eviction is not None:
         raise UserError(
             f"method {method.name!r} selects what it keeps from what was read before and so has no parallel form; "
             "there is nothing to train, use it in evaluate, chat and generate"
@@ -148,7 +148,7 @@ def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size:
     """
     require_parallel(method)
     rows = [
-        _row(method.closed_by(example.closing), arrange(method, example), sizes, vocab_size, example.id)
+        _row(method.closed_by(example.num_comp_tokens), arrange(method, example), sizes, vocab_size, example.id)
         for example in examples
     ]
     if pad == "left":
@@ -160,7 +160,7 @@ def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size:
         memory = Packed(stacked["source"], slots, stacked.get("mix"), stacked.get("share"))
     slots = Slots(*(stacked[name] for name in ("kind", "segment", "index", "position")))
     return Batch(
-        stacked["tokens"], slots, memory, *(stacked[name] for name in ("places", "targets", "weights", "steps"))
+        stacked["tokens"], slots, memory, *(stacked[name] for name in ("indices", "targets", "weights", "steps"))
     )
 
 
@@ -196,8 +196,8 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
         begin = text + (int(np.argmin(kept)) if not kept.all() else count)
         place = [(begin if token.from_begin else text + count) + token.offset for token in closing]
         repeats = np.arange(count if method.repeat and not tail else 0)
-        row = method.repeat.row if method.repeat else 0
-        tokens += [piece.tokens, [vocab + token.row for token in closing], vocab + row + 0 * repeats]
+        row = method.repeat.embedding_index if method.repeat else 0
+        tokens += [piece.tokens, [vocab + token.embedding_index for token in closing], vocab + row + 0 * repeats]
         kind += [
             np.where(kept, Kind.QUERY, Kind.TEXT),
             [token.kind for token in closing],
@@ -223,22 +223,20 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
     before = np.maximum.accumulate(np.where(closes, -1, np.arange(length)))
     answers = np.concatenate(answers)
     again = np.flatnonzero(answers >= 0)
-    row["places"] = np.concatenate([before[scored - 1], again])
+    row["indices"] = np.concatenate([before[scored - 1], again])
     row["targets"] = np.concatenate([row["tokens"][scored], answers[again]])
     row["steps"] = row["segment"][np.concatenate([scored, again])]
-    row["weights"] = np.ones(len(row["places"]))
+    row["weights"] = np.ones(len(row["indices"]))
     if method.pool is not None:
         context = np.isin(row["kind"], TEXT) & (row["segment"] < len(segments) - 1)
         row["source"], row["share"], last = _pools(np.flatnonzero(context), row["segment"], method.pool)
     else:
         row["source"] = last = np.flatnonzero(np.isin(row["kind"], method.writes))
-    needs = Sizes(length, len(last), len(row["places"]))
+    needs = Sizes(length, len(last), len(row["indices"]))
     for field in dataclasses.fields(Sizes):
         need, cap = getattr(needs, field.name), getattr(sizes, field.name)
         if need > cap:
-            raise UserError(
-                f"{where} needs {field.name}={need} places, the batch has {cap}; raise the cap or filter the data"
-            )
+            raise UserError(f"{where} needs {field.name}={need}, the batch has {cap}; raise the cap or filter the data")
     memory = {f: row[f][last] for f in ("segment", "index", "position")}
     memory["kind"] = np.full(len(last), Kind.MEMORY)
     if method.mix is not None:
@@ -249,7 +247,7 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
         )
     row |= {f"memory_{f}": x for f, x in memory.items()}
     caps: dict[str, int] = dict.fromkeys(("tokens", "kind", "segment", "position", "index"), sizes.tokens)
-    caps |= dict.fromkeys(("places", "targets", "steps", "weights"), sizes.scored)
+    caps |= dict.fromkeys(("indices", "targets", "steps", "weights"), sizes.scored)
     caps |= dict.fromkeys(("source", "share"), sizes.memory * (method.pool or 1))
     pad = lambda x, size: np.concatenate([x, np.zeros(size - len(x), x.dtype)])  # np.pad is ten times slower
     return {
@@ -260,24 +258,24 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
     }
 
 
-def _pools(places: np.ndarray, segment: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pools(indices: np.ndarray, segment: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which text each pooled slot is the mean of: ``size`` neighbours of one segment, or the fewer that remain.
 
     Args:
-      places: of the text, in order.
+      indices: of the text, in order.
       segment: of each place of the row.
       size: tokens for a slot.
 
     Returns:
       Sources and their shares, both ``[slots * size]`` and 0 where a slot has fewer; the last place of each slot.
     """
-    own = segment[places]
-    rank = np.arange(len(places)) - np.searchsorted(own, own)
+    own = segment[indices]
+    rank = np.arange(len(indices)) - np.searchsorted(own, own)
     slot = np.cumsum(rank % size == 0) - 1
     count = np.bincount(slot, minlength=1 if len(slot) else 0)
     source, share = np.zeros((len(count), size), np.int64), np.zeros((len(count), size))
-    source[slot, rank % size], share[slot, rank % size] = places, 1 / count[slot]
-    return source.reshape(-1), share.reshape(-1), places[np.cumsum(count) - 1]
+    source[slot, rank % size], share[slot, rank % size] = indices, 1 / count[slot]
+    return source.reshape(-1), share.reshape(-1), indices[np.cumsum(count) - 1]
 
 
 def _mix_matrix(mix: Mix, sources: int, per_chunk: int, size: int) -> np.ndarray:
@@ -302,6 +300,6 @@ def _shift(row: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
         row[name] = np.roll(row[name], empty)
     slots = row["memory_kind"] == Kind.MEMORY
     slots = np.repeat(slots, len(row["source"]) // max(len(slots), 1))
-    for name, used in (("places", row["weights"] > 0), ("source", slots)):
+    for name, used in (("indices", row["weights"] > 0), ("source", slots)):
         row[name] = np.where(used, row[name] + empty, 0).astype(np.int32)
     return row

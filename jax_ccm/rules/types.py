@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jax_ccm.rules.mixtures import Keep, Mix
+from jax_ccm.rules.mixtures import EvictionPolicy, Mix
 
 Array = Any  # a numpy array on the host, a jax array under jit
 INF = int(np.iinfo(np.int32).max)
@@ -131,17 +131,17 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A token that a method runs besides the text. Its id is ``V + row``, beyond the vocabulary.
+    """A token that a method runs besides the text. Its id is ``V + embedding_index``, beyond the vocabulary.
 
     Attributes:
       kind: a `Kind`.
-      row: its embedding, in the adapter's own table. It has no row in the head.
+      embedding_index: its embedding, in the adapter's own table. It has no row in the head.
       offset: its position, relative to that of the text token that will follow the chunk.
       from_begin: the offset counts from the chunk's first text token instead. No position is below 0.
     """
 
     kind: Kind
-    row: int = 0
+    embedding_index: int = 0
     offset: int = 0
     from_begin: bool = False
 
@@ -169,9 +169,10 @@ class Method:
       repeat: in training, the token that stands for each text token of a closed chunk once more, behind it and at the
         same position, and is to be answered with that text token; None for none. Only training lays these out.
       repeat_weight: weight of their mean loss beside that of the text.
-      fewest: if set, each training example closes its chunks with a random number of the tokens in `closes`, the first
-        ones, from this many to all; the adapter then serves any such number.
-      keep: if set, closing a chunk runs no token and writes the entries that it selects; excludes `closes` and `mix`.
+      min_comp_tokens: if set, each training example closes its chunks with a random number of the tokens in `closes`,
+        the first ones, from this many to all; the adapter then serves any such number.
+      eviction: if set, closing a chunk runs no token and writes the entries that this policy selects; excludes
+        `closes` and `mix`.
     """
 
     name: str
@@ -187,20 +188,23 @@ class Method:
     chunk: int | None = None
     repeat: Token | None = None
     repeat_weight: float = 1.0
-    fewest: int | None = None
-    keep: Keep | None = None
+    min_comp_tokens: int | None = None
+    eviction: EvictionPolicy | None = None
 
     def __post_init__(self):
-        if self.keep is not None and (self.closes or self.mix is not None):
-            raise ValueError(f"method {self.name!r}: a selection (keep) has neither closing tokens nor a mix")
+        if self.eviction is not None and (self.closes or self.mix is not None):
+            raise ValueError(f"method {self.name!r}: an eviction policy has neither closing tokens nor a mix")
         if self.rope == "cache" and any(token.from_begin for token in self.closes):
             raise ValueError(
                 f"method {self.name!r}: places in the cache (rope='cache') have no chunk's begin to count from"
             )
 
-        if self.pool is not None and (self.pool < 1 or self.closes or self.mix is not None or self.keep is not None):
+        if self.pool is not None and (
+            self.pool < 1 or self.closes or self.mix is not None or self.eviction is not None
+        ):
             raise ValueError(
-                f"method {self.name!r}: pool={self.pool} must be at least 1, and goes with none of closes, mix and keep"
+                f"method {self.name!r}: pool={self.pool} must be at least 1, and goes with none of closes, mix and "
+                "eviction"
             )
 
     def closed_by(self, count: int | None) -> Method:
@@ -218,12 +222,12 @@ class Method:
     @property
     def recurrent_only(self) -> bool:
         """Whether there is no parallel form: places in the cache and selections follow from what was read before."""
-        return self.rope == "cache" or self.keep is not None
+        return self.rope == "cache" or self.eviction is not None
 
     @property
     def remembers(self) -> bool:
         """Whether anything becomes memory."""
-        return bool(self.slots_per_chunk or self.pool or self.keep)
+        return bool(self.slots_per_chunk or self.pool or self.eviction)
 
     @property
     def slots_per_chunk(self) -> int:
@@ -236,9 +240,11 @@ class Method:
         return self.slots_per_chunk if self.mix is not None else 0
 
     @property
-    def rows(self) -> int:
+    def num_embeddings(self) -> int:
         """Rows of the adapter's table of embeddings."""
-        return max((token.row + 1 for token in (*self.closes, *([self.repeat] if self.repeat else []))), default=0)
+        return max(
+            (token.embedding_index + 1 for token in (*self.closes, *([self.repeat] if self.repeat else []))), default=0
+        )
 
     @property
     def compresses(self) -> tuple[Kind, ...]:
@@ -270,7 +276,7 @@ class Method:
         """
         text = any(set(RAW) & set(clause.key) and clause.farthest > 0 for clause in self.rule.sees)
         memory = all(clause.farthest in (0, INF) for clause in self.rule.sees if Kind.MEMORY in clause.key)
-        return not text and (memory or ((self.mix or self.keep) is not None and self.sink <= 1))
+        return not text and (memory or ((self.mix or self.eviction) is not None and self.sink <= 1))
 
     @property
     def sees_memory_in_context(self) -> bool:
@@ -282,8 +288,8 @@ class Method:
 
         The tokens matter only where text is pooled.
         """
-        if self.keep is not None:
-            return self.keep.slots * (1 if self.keep.constant else chunks)
+        if self.eviction is not None:
+            return self.eviction.slots * (1 if self.eviction.constant else chunks)
         farthest = max((c.farthest for c in self.rule.sees if Kind.MEMORY in c.key), default=0)
         pooled = -(-tokens // self.pool) if self.pool else 0
         return (self.slots_per_chunk + pooled) * min(chunks, farthest)
@@ -295,7 +301,7 @@ class Packed:
     """The memory of a parallel forward: which tokens write it, how, and its slots.
 
     Attributes:
-      source: ``int32 [B, P]``, places in the row of the tokens that write memory; unused entries are 0
+      source: ``int32 [B, P]``, indices in the row of the tokens that write memory; unused entries are 0
         and reach only slots of kind PAD, or have no share.
       slots: `Slots` of ``[B, M]``, kind MEMORY or PAD.
       mix: ``float32 [B, M, P]``, weights of the sources in each memory slot, or None where memory slot
@@ -319,7 +325,7 @@ class Batch:
       tokens: ``int32 [B, T]``; ids of compression tokens are V, V + 1, ...; 0 on padding.
       slots: `Slots` of ``[B, T]``.
       memory: `Packed`, or None for a method that writes no memory.
-      places: ``int32 [B, Q]``, place of the token whose hidden state predicts each scored token.
+      indices: ``int32 [B, Q]``, index in the row of the token whose hidden state predicts each scored token.
       targets: ``int32 [B, Q]``, the scored tokens.
       weights: ``float32 [B, Q]``, 1 where scored, 0 on padding.
       steps: ``int32 [B, Q]``, number of chunks that were closed before each scored token.
@@ -328,7 +334,7 @@ class Batch:
     tokens: Array
     slots: Slots
     memory: Packed | None
-    places: Array
+    indices: Array
     targets: Array
     weights: Array
     steps: Array
@@ -365,8 +371,8 @@ class MemoryCache:
       tokens: ``int32 [B]``, text tokens read so far: the next one's position and index.
       chunks: ``int32 [B]``, chunks closed so far: the segment of text that is read next.
       logits: ``float32 [B, V]``, pending: they predict the token after the last text token.
-      received: ``float32 [L, B, S, K]``, attention that each entry has received (`Keep.decay`), summed over the query
-        heads of a group; None for methods that do not ask for it.
+      accumulated_attention: ``float32 [L, B, S, K]``, attention that each entry has received, summed over the query
+        heads of a group (`EvictionPolicy.decay`); None for methods that do not ask for it.
       mixed_k, mixed_v: ``float32 [L, B, M, K, H]``, the memory of a method that mixes, of which `k` and `v` hold the
         rounded values: each chunk is blended into these. None for other methods.
       lost: ``int32 [B]``, slots for which there was no room. Not zero means that the session is
@@ -383,7 +389,7 @@ class MemoryCache:
     tokens: Array
     chunks: Array
     logits: Array
-    received: Array | None
+    accumulated_attention: Array | None
     mixed_k: Array | None
     mixed_v: Array | None
     lost: Array

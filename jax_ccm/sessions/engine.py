@@ -36,7 +36,7 @@ class Engine:
     Attributes:
       experiment: model, adapter, method and tokenizer.
       rows: B, sessions of a cache.
-      pieces: what turns are put together with.
+      template: what turns are put together with.
       stops: ids of tokens that end an answer.
     """
 
@@ -61,7 +61,7 @@ class Engine:
             )
         policy(experiment.method, closing, query=True)  # refuses what cannot be
         assert experiment.template is not None
-        self.experiment, self.rows, self.pieces = experiment, rows, experiment.template
+        self.experiment, self.rows, self.template = experiment, rows, experiment.template
         self.sampling, self.closing, self.stop = sampling, closing, tuple(stop)
         self.key = jax.random.key(seed)
         self.decoder = for_decoding(experiment.model, self.empty())
@@ -87,12 +87,12 @@ class Engine:
         """
         begins = first or self.experiment.method.context == "dropped"
         tokens = self.encode(text, first=first, what="the turn")
-        opening = self.pieces.start if begins else self.pieces.separator
-        return np.concatenate([opening, self.pieces.heads["user"], tokens])
+        opening = self.template.start if begins else self.template.separator
+        return np.concatenate([opening, self.template.heads["user"], tokens])
 
     def encode(self, text: str, *, first: bool, what: str) -> np.ndarray:
         require_text(text, what)
-        (tokens,) = (self.pieces.first if first else self.pieces.later)([text])
+        (tokens,) = (self.template.first if first else self.template.later)([text])
         if not text.strip() or not len(tokens):
             raise UserError("a turn is empty; say something" if what == "the turn" else f"{what} is empty")
         return tokens
@@ -104,14 +104,14 @@ class Engine:
           question: int32 tokens, opened.
           answer: int32 tokens, not opened; none if the model had nothing to say, which is no turn.
         """
-        pieces = self.pieces
-        asked = np.concatenate([question, pieces.tails["user"]])
+        template = self.template
+        asked = np.concatenate([question, template.tails["user"]])
         if not len(answer):
             return [asked]
-        said = np.concatenate([answer, pieces.tails["assistant"]])
+        said = np.concatenate([answer, template.tails["assistant"]])
         if turns_a_chunk(self.experiment.config.data) == 1:
-            return [asked, np.concatenate([pieces.separator, pieces.heads["assistant"], said])]
-        return [np.concatenate([question, pieces.answer, said])]
+            return [asked, np.concatenate([template.separator, template.heads["assistant"], said])]
+        return [np.concatenate([question, template.answer, said])]
 
     def document(self, text: str, *, first: bool) -> list[np.ndarray]:
         """int32 chunks of a text, each as a turn of the user's, and at most as long as one of the data may be.
@@ -119,17 +119,23 @@ class Engine:
         Raises:
           UserError: for an empty text, or a method that keeps nothing of it.
         """
-        method, pieces = self.experiment.method, self.pieces
+        method, template = self.experiment.method, self.template
         if method.context == "dropped":
             raise UserError(f"method {method.name!r} keeps nothing of what is read before a turn")
         tokens = self.encode(text, first=first, what="the text")
-        around = len(pieces.heads["user"]) + len(pieces.tails["user"]) + max(len(pieces.start), len(pieces.separator))
+        around = (
+            len(template.heads["user"])
+            + len(template.tails["user"])
+            + max(len(template.start), len(template.separator))
+        )
         room = self.experiment.config.cache.raw_capacity - around
         size = max(min(self.experiment.config.data.option("max_turn_tokens"), room), 1)
         chunks = []
         for at in range(0, len(tokens), size):
-            opening = pieces.start if first and not at else pieces.separator
-            chunks.append(np.concatenate([opening, pieces.heads["user"], tokens[at : at + size], pieces.tails["user"]]))
+            opening = template.start if first and not at else template.separator
+            chunks.append(
+                np.concatenate([opening, template.heads["user"], tokens[at : at + size], template.tails["user"]])
+            )
         return chunks
 
     def before(self, cache: MemoryCache, questions: Texts, said: Texts, max_tokens: int) -> MemoryCache:
@@ -140,7 +146,7 @@ class Engine:
         """
         if self.experiment.method.context == "joined":
             for row, question in questions.items():
-                self.require_room(len(said[row]) + len(question) + len(self.pieces.answer) + max_tokens)
+                self.require_room(len(said[row]) + len(question) + len(self.template.answer) + max_tokens)
         return self.choose(questions, self.empty(), cache) if self.experiment.method.context == "dropped" else cache
 
     def answers(
@@ -155,7 +161,7 @@ class Engine:
           at_a_time: most tokens between two results. The cache of the last one counts.
           number: of the call, so that each draws other tokens.
         """
-        opened = {row: np.concatenate([question, self.pieces.answer]) for row, question in questions.items()}
+        opened = {row: np.concatenate([question, self.template.answer]) for row, question in questions.items()}
         before, cache = cache, self.read(cache, opened, query=True, room=max_tokens)
         made, running, cut = dict.fromkeys(questions, NOTHING), set(questions), set()
         key = jax.random.fold_in(self.key, number)
@@ -240,7 +246,7 @@ class Engine:
         """
         method = self.experiment.method
         alike = method.sees_memory_in_context and Kind.QUERY in method.compresses
-        read, whole = np.concatenate([question, self.pieces.answer, answer]), np.concatenate(chunks)
+        read, whole = np.concatenate([question, self.template.answer, answer]), np.concatenate(chunks)
         apart = len(chunks) > 1 and method.chunk is None and self.closing is None
         if not alike or apart or not np.array_equal(read, whole[: len(read)]):
             return None
@@ -300,7 +306,7 @@ class Engine:
         size, most = -(-longest // MULTIPLE) * MULTIPLE, raw_capacity(cache)
         if self.experiment.method.chunk or self.closing:
             most = size  # it is closed as it is read
-        elif longest + (room and room + len(self.pieces.tails["assistant"])) > most:
+        elif longest + (room and room + len(self.template.tails["assistant"])) > most:
             raise UserError(
                 f"a turn of {longest} tokens and an answer of up to {room} do not fit "
                 f"cache.raw_capacity={self.experiment.config.cache.raw_capacity}; say it in several turns, or raise "
@@ -318,7 +324,7 @@ class Engine:
     def _turn_ends(self) -> tuple[int, ...]:
         """Tokens with which a turn ends: of a message, or, with dialogues as lines, those that hold a line break."""
         if self.experiment.config.data.option("chat_template"):
-            return tuple(self.pieces.end[:1].tolist())
+            return tuple(self.template.end[:1].tolist())
         if "\n" not in self.experiment.config.data.option("separator"):
             return ()
         texts = self.experiment.tokenizer.batch_decode([[i] for i in range(self.experiment.model_config.vocab_size)])

@@ -113,10 +113,10 @@ class Run:
         method = self.experiment.method
         init = lambda params: init_state(params, optimizer)
         mesh, shape = self.experiment.mesh, self.experiment.model_config
-        places = sharding.parameter_shardings(mesh, jax.eval_shape(init, params), shape)
+        state_shardings = sharding.parameter_shardings(mesh, jax.eval_shape(init, params), shape)
         # The model's own arrays become those of the state.
-        self.state = jax.jit(init, donate_argnums=0, out_shardings=places)(params)
-        shardings = (places, sharding.replicated(mesh))
+        self.state = jax.jit(init, donate_argnums=0, out_shardings=state_shardings)(params)
+        shardings = (state_shardings, sharding.replicated(mesh))
         self._step = make_step(config, self.graphdef, method, optimizer, shardings)
         self._validation_loss = make_validation(config, self.graphdef, method)
         self._count(params)

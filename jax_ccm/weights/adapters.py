@@ -28,7 +28,7 @@ from jax_ccm.errors import UserError, unknown
 from jax_ccm.nn import AdapterConfig, Transformer
 from jax_ccm.records import paths
 from jax_ccm.records.parsing import read_json
-from jax_ccm.rules.describe import describe_method, label
+from jax_ccm.rules.describe import describe_method, label, upgraded
 from jax_ccm.rules.types import Method
 from jax_ccm.weights import lora, peft, reference
 from jax_ccm.weights.folders import read_tensors, safetensors_bytes, write_folder
@@ -262,7 +262,7 @@ def _read_own(folder: Path) -> Adapter:
     try:
         fields = about["adapter"]
         config = AdapterConfig(**(fields | {"targets": tuple(fields["targets"])}))
-        method, base, extra, digest = about["method"], about["base"], about["extra"], about["sha256"]
+        method, base, extra, digest = _method(about, path), about["base"], about["extra"], about["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from error
     tensors, _ = read_tensors(folder / TENSOR_FILE)
@@ -270,6 +270,10 @@ def _read_own(folder: Path) -> Adapter:
         raise UserError(f"{folder / TENSOR_FILE} is not the file that {path} describes; get both again")
     partial = about.get("partial") is True  # older files do not say
     return Adapter(config, tensors, method, base, extra, partial, source=str(folder))
+
+
+def _method(about: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    return None if about["method"] is None else upgraded(about["method"], str(path))
 
 
 def _check_fits(adapter: Adapter, method: Method) -> None:
@@ -280,14 +284,16 @@ def _check_fits(adapter: Adapter, method: Method) -> None:
 
 def _with_rows(adapter: Adapter, method: Method) -> Adapter:
     """The adapter with only the rows that a method that it fits uses: the first; it may have been trained with more."""
-    if adapter.method is None or adapter.config.tokens <= method.rows:
+    if adapter.method is None or adapter.config.tokens <= method.num_embeddings:
         return adapter
-    arrays = {path: x[: method.rows] if path == COMP else x for path, x in adapter.arrays.items()}
-    return dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, tokens=method.rows), arrays=arrays)
+    arrays = {path: x[: method.num_embeddings] if path == COMP else x for path, x in adapter.arrays.items()}
+    return dataclasses.replace(
+        adapter, config=dataclasses.replace(adapter.config, tokens=method.num_embeddings), arrays=arrays
+    )
 
 
 def _check_tokens(adapter: Adapter, method: Method, source: str) -> None:
-    have, need = adapter.config.tokens, method.rows
+    have, need = adapter.config.tokens, method.num_embeddings
     if have == need:
         return
     if not have:

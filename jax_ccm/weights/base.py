@@ -92,14 +92,14 @@ def load_model(
     if reason:
         logger.info(f"{source}: precision {precision} ({reason})")
     target = abstract_transformer(config, adapter, precision)
-    places = _shardings(target, shardings)
+    sharding_of = _shardings(target, shardings)
     _check(target, config, tensors)
     arrays = {
-        name: _place(leaf, places[name], functools.partial(_read_parameter, tensors, name))
+        name: _place(leaf, sharding_of[name], functools.partial(_read_parameter, tensors, name))
         for name, leaf in base_parameters(target).items()
     }
     if adapter is not None:
-        arrays |= _fresh_adapter(key, config, adapter, places, arrays["embed_tokens.embedding"])
+        arrays |= _fresh_adapter(key, config, adapter, sharding_of, arrays["embed_tokens.embedding"])
     leaves = [arrays[name] for name in parameters(target)]
     return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
@@ -110,11 +110,11 @@ def _shardings(target: Transformer, shardings) -> dict[str, jax.sharding.Shardin
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(names, shardings)
-    places = parameters(shardings)
-    if set(places) != set(names):
-        odd = sorted(set(places) ^ set(names))
+    sharding_of = parameters(shardings)
+    if set(sharding_of) != set(names):
+        odd = sorted(set(sharding_of) ^ set(names))
         raise ValueError(f"the shardings do not have the structure of the model; they differ in {', '.join(odd[:5])}")
-    return places
+    return sharding_of
 
 
 def _check(target: Transformer, config: ModelConfig, tensors: Tensors) -> None:
@@ -198,7 +198,7 @@ def _place(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, read: Ca
     return jax.make_array_from_callback(leaf.shape, sharding, piece)
 
 
-def _fresh_adapter(key, config: ModelConfig, adapter: AdapterConfig, places: dict, table: jax.Array) -> dict:
+def _fresh_adapter(key, config: ModelConfig, adapter: AdapterConfig, sharding_of: dict, table: jax.Array) -> dict:
     """The adapter as `Transformer` initialises it, except that its embeddings come from the real table."""
 
     def lora(key):
@@ -207,8 +207,8 @@ def _fresh_adapter(key, config: ModelConfig, adapter: AdapterConfig, places: dic
         return {path: leaf for path, leaf in parameters(state).items() if path != "embed_tokens.comp"}
 
     shapes = jax.eval_shape(lora, key)
-    arrays = jax.jit(lora, out_shardings={path: places[path] for path in shapes})(key)
+    arrays = jax.jit(lora, out_shardings={path: sharding_of[path] for path in shapes})(key)
     if adapter.tokens:
         comp = functools.partial(initial_comp_embeddings, rows=adapter.tokens)
-        arrays["embed_tokens.comp"] = jax.jit(comp, out_shardings=places["embed_tokens.comp"])(table)
+        arrays["embed_tokens.comp"] = jax.jit(comp, out_shardings=sharding_of["embed_tokens.comp"])(table)
     return arrays

@@ -22,7 +22,7 @@ from jax_ccm.weights.hf import base_parameters
 # How a method is called, and where its keys are rotated, is not what the adapter has learned: streaming with an adapter
 # that was trained without is the paper's own use (CCM, section 4.3), and gisting-online is gisting's adapter with the
 # context in chunks. The weight of a loss matters in training only.
-_IRRELEVANT = ("name", "rope", "context", "repeat_weight", "fewest")
+_IRRELEVANT = ("name", "rope", "context", "repeat_weight", "min_comp_tokens")
 # Numbers sampled of each array, and at least so many of each layer: a LoRA may have changed a single one.
 _SAMPLES, _OF_A_LAYER = 64, 4
 # Share of unequal samples that is no difference: merging a LoRA elsewhere rounds a few the other way, and of weights
@@ -39,10 +39,10 @@ FARTHEST_QUANTISED = 0.5
 def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     """Compares the method that an adapter was trained for with the one it is to serve.
 
-    Streaming is no difference, an adapter that was trained with a random number of closing tokens (`Method.fewest`)
-    serves any of these numbers, and one that was trained to repeat chunks also serves the method without it. Among
-    methods that compress nothing only whether the LoRA acts counts: a plain LoRA serves full context, a window and no
-    context alike, and text that is pooled.
+    Streaming is no difference, an adapter that was trained with a random number of closing tokens
+    (`Method.min_comp_tokens`) serves any of these numbers, and one that was trained to repeat chunks also serves the
+    method without it. Among methods that compress nothing only whether the LoRA acts counts: a plain LoRA serves full
+    context, a window and no context alike, and text that is pooled.
 
     Raises:
       UserError: with both names and what differs.
@@ -68,8 +68,8 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
 
 def serves_fewer(stored: dict[str, Any], method: Method) -> bool:
     """Whether an adapter was trained to serve a method that closes chunks with fewer of its tokens, and this is one."""
-    fewest, closes = stored.get("fewest"), describe_method(method)["closes"]
-    return bool(fewest) and len(closes) >= fewest and stored["closes"][: len(closes)] == closes
+    min_comp_tokens, closes = stored.get("min_comp_tokens"), describe_method(method)["closes"]
+    return bool(min_comp_tokens) and len(closes) >= min_comp_tokens and stored["closes"][: len(closes)] == closes
 
 
 def _without_repetition(method: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _layers(path: str, x: Any) -> int:
     return x.shape[0] if path.startswith("layers.") else 1
 
 
-def _places(size: int, count: int) -> np.ndarray:
+def _sample_indices(size: int, count: int) -> np.ndarray:
     """Where a sample of so many is taken in an array, laid out flat: the number of samples says the places."""
     return np.linspace(0, size - 1, count).astype(np.int64)
 
@@ -112,7 +112,7 @@ def _places(size: int, count: int) -> np.ndarray:
 def _samples(arrays: dict[str, Any], counts: dict[str, int]) -> dict[str, np.ndarray]:
     """So many numbers of each array, bfloat16, on the host."""
     arrays = {path: arrays[path] for path in counts}
-    where = {path: np.unravel_index(_places(x.size, counts[path]), x.shape) for path, x in arrays.items()}
+    where = {path: np.unravel_index(_sample_indices(x.size, counts[path]), x.shape) for path, x in arrays.items()}
     return {path: processes.whole(x).astype(ml_dtypes.bfloat16) for path, x in _take(arrays, where).items()}
 
 
@@ -213,7 +213,7 @@ def _compare(there: dict[str, str], model: Transformer) -> tuple[str, float] | N
     for path, a in stored.items():
         x, b = arrays[path], here[path]
         unequal, far = a != b, np.abs(_order(a) - _order(b)) > 1
-        layer = _places(x.size, a.size) * _layers(path, x) // x.size
+        layer = _sample_indices(x.size, a.size) * _layers(path, x) // x.size
         counts, wrong = np.bincount(layer), np.bincount(layer, far)
         if unequal.mean() > _ROUNDED or (wrong > np.maximum(_ROUNDED * counts, 1)).any():
             changed.append(path)

@@ -22,6 +22,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig
 from jax_ccm.nn.config import PROJECTIONS
 from jax_ccm.records.parsing import parse_json, read_json
+from jax_ccm.rules.describe import upgraded
 from jax_ccm.weights.folders import read_tensors, safetensors_bytes
 from jax_ccm.weights.lora import COMP, Adapter, depth, stem
 from jax_ccm.weights.peft_modules import NOTE, Modules, read_modules
@@ -225,6 +226,7 @@ def known(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         return {}
     try:
         found = parse_json(metadata[METADATA], f"{path}: its metadata {METADATA!r}")
-        return {"method": found["method"], "base": found["base"], "extra": found["extra"]}
+        method = None if found["method"] is None else upgraded(found["method"], str(path))
+        return {"method": method, "base": found["base"], "extra": found["extra"]}
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: its metadata {METADATA!r} is damaged ({error!r})") from error

@@ -80,7 +80,7 @@ def reference_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
                 f"{adapter.source} does not say for which method it is, and the reference's format has other rows for "
                 "merge than for concat; give the method"
             )
-        if [token["row"] for token in adapter.method["closes"] if token["kind"] == "COMP"] != [
+        if [token["embedding_index"] for token in adapter.method["closes"] if token["kind"] == "COMP"] != [
             *range(len(tensors[COMP_KEY]))
         ]:
             raise UserError(

@@ -96,7 +96,7 @@ def test_dead_places_hold_anything():
 def test_parallel_is_recurrent(name):
     """The whole model with the kernel: training's forward and the recurrence agree, and agree with plain products."""
     method = cases.METHODS[name]
-    model, sessions = cases.model(method.rows), cases.sessions_for(method)
+    model, sessions = cases.model(method.num_embeddings), cases.sessions_for(method)
     ours = parity.parallel_logits(model, method, sessions, implementation="pallas")
     plain = parity.parallel_logits(model, method, sessions, implementation="xla")
     recurrent = parity.recurrent_logits(model, method, sessions, implementation="pallas")

@@ -33,7 +33,7 @@ def recent(comp_tokens: int = 1, chunks: int = 3) -> Method:
     """
     text, comp = (Kind.TEXT, Kind.QUERY), Kind.COMP
     clauses = see((*text, comp), text, 0, 0), see(comp, comp, 0, 0), see((*text, comp), Kind.MEMORY, 1, chunks)
-    closes = tuple(Token(comp, row=k, offset=k) for k in range(comp_tokens))
+    closes = tuple(Token(comp, embedding_index=k, offset=k) for k in range(comp_tokens))
     return Method(name="recent", rule=Rule(clauses), closes=closes, gate=(comp,))
 
 

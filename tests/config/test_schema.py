@@ -195,13 +195,19 @@ def test_shipped_config(path):
 
     loaded = load_config(path)
     method = build_method(loaded)
-    AdapterConfig(loaded.adapter.rank, loaded.adapter.alpha, targets=loaded.adapter.targets, tokens=method.rows)
+    AdapterConfig(
+        loaded.adapter.rank, loaded.adapter.alpha, targets=loaded.adapter.targets, tokens=method.num_embeddings
+    )
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in ("Paper:", "Command:", "Expected:", "Hardware:"):
         assert word in header, f"{path.name} says nothing of {word}"
 
 
-def test_the_old_name_of_the_precision_is_read_and_said(tmp_path, capsys):
-    config = load_config(write(tmp_path, "model: {dtype: bfloat16}"))
-    assert config.model.precision == "bfloat16"
-    assert "model.dtype: bfloat16 of an earlier version is read as model.precision" in capsys.readouterr().err
+def test_old_names_are_read_and_said(tmp_path, capsys):
+    config = load_config(write(tmp_path, "model: {dtype: bfloat16}\nmethod: {name: ccm_concat, fewest: 1}"))
+    assert config.model.precision == "bfloat16" and config.method.options() == {"min_comp_tokens": 1}
+    said = capsys.readouterr().err
+    assert "model.dtype: bfloat16 of an earlier version is read as model.precision" in said
+    assert "method.fewest: 1 of an earlier version is read as method.min_comp_tokens" in said
+    assert load_config(write(tmp_path, "method: {fewest: null}")).method.options() == {}
+    assert not capsys.readouterr().err, "nothing changed"

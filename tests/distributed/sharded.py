@@ -66,7 +66,7 @@ def compute(method: Method, sizes: dict[str, int] | None):
     examples = cases.sessions_for(method, lengths=ROWS)
     caps = recurrent.caps_for(method, examples)
     caps = type(caps)(-(-caps.tokens // 8) * 8, caps.memory, caps.scored)
-    model = cases.model(tokens=max(method.rows, 1), num_layers=2, targets=cases.ALL)
+    model = cases.model(tokens=max(method.num_embeddings, 1), num_layers=2, targets=cases.ALL)
     sessions = recurrent.stream(method, examples)
     with sharding.use(mesh):
         model = jax.device_put(model, sharding.parameter_shardings(mesh, model, model.config))
@@ -111,8 +111,8 @@ def read_in_slices() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         save_hf(model, folder)
         Safetensors.read = read
-        places = sharding.parameter_shardings(mesh, abstract_transformer(model.config), model.config)
-        loaded = load_model(folder, precision="float32", shardings=places)
+        shardings = sharding.parameter_shardings(mesh, abstract_transformer(model.config), model.config)
+        loaded = load_model(folder, precision="float32", shardings=shardings)
     return {"share": max(shares), "gap": difference(base_parameters(loaded), base_parameters(model))}
 
 

@@ -59,7 +59,7 @@ def test_greedy_is_step_by_step():
 
 def test_layers_apart_make_the_same_tokens():
     """And close and are read with gates as before; the decoder itself stays as it was."""
-    decoder = MODEL.apart()
+    decoder = MODEL.unstacked()
     assert len(decoder.layers) == cases.CONFIG.num_layers and not hasattr(MODEL.layers, "__len__")
     cache, tokens, _ = generate(MODEL, prompt(), method=METHOD, max_tokens=6)
     ours, same, _ = generate(decoder, prompt(), method=METHOD, max_tokens=6)
@@ -87,7 +87,7 @@ def test_no_copy_of_the_cache_for_a_token():
     cache = init_cache(MODEL, METHOD, 2, memory_capacity=2000, raw_capacity=3000)
     sampling = jax.random.key(0), jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.asarray([-1]), jnp.ones(2, bool)
     static = dict(method=METHOD, max_tokens=4, closing=None, query=True, vocabulary=None)
-    program = _loop.lower(MODEL.apart(), cache, *sampling, **static).compile()
+    program = _loop.lower(MODEL.unstacked(), cache, *sampling, **static).compile()
     assert program.memory_analysis().temp_size_in_bytes < cache.k.nbytes
 
 
@@ -97,7 +97,7 @@ def test_layers_are_taken_apart_where_that_pays(monkeypatch):
     small, large = (init_cache(MODEL, METHOD, batch, **sizes) for batch in (1, 500))
     assert len(for_decoding(MODEL, small).layers) == cases.CONFIG.num_layers
     assert for_decoding(MODEL, large) is MODEL
-    monkeypatch.setattr(sys.modules[generate.__module__], "APART_BYTES", 1000)
+    monkeypatch.setattr(sys.modules[generate.__module__], "UNSTACKED_BYTES", 1000)
     assert for_decoding(MODEL, small) is MODEL
 
 
@@ -189,7 +189,7 @@ def test_positions_beyond_the_trained_ones_are_warned_of_once(monkeypatch):
     generate(model, cache, method=METHOD, max_tokens=8)
     # Where positions are places in the cache, its size is what counts.
     streaming = build("ccm_concat", comp_tokens=2, streaming=True)
-    positions.warn_beyond(model.config, streaming, tokens=1000, places=18)
+    positions.warn_beyond(model.config, streaming, tokens=1000, slots=18)
     monkeypatch.setattr(positions, "_told", set())
-    with pytest.warns(UserWarning, match="a cache of 32 places goes beyond"):
-        positions.warn_beyond(model.config, streaming, tokens=1000, places=32)
+    with pytest.warns(UserWarning, match="a cache of 32 slots goes beyond"):
+        positions.warn_beyond(model.config, streaming, tokens=1000, slots=32)

@@ -24,7 +24,7 @@ SMALL = dict(num_layers=1, hidden_size=16, intermediate_size=16, num_heads=2, nu
 
 def prefill(chunk: int):
     """A jitted scan over chunks ``[time, 1, chunk]``, a model, and an empty cache."""
-    model = cases.model(tokens=METHOD.rows, **SMALL)
+    model = cases.model(tokens=METHOD.num_embeddings, **SMALL)
     cache = init_cache(model, METHOD, 1, memory_capacity=2, raw_capacity=chunk)
     return jax.jit(functools.partial(compress_scan, method=METHOD), donate_argnums=1), model, cache
 
@@ -59,7 +59,7 @@ def test_a_million_tokens():
 
 def test_activations_grow_linearly():
     """Temporaries of a training step with recomputed layers, for rows of 1,024, 2,048 and 4,096 tokens."""
-    model = cases.model(tokens=METHOD.rows, **SMALL)
+    model = cases.model(tokens=METHOD.num_embeddings, **SMALL)
     token = Segment(np.zeros(1, np.int32), np.ones(1, bool))
     example = Example(np.zeros(1, np.int32), np.zeros(0, np.int32), (token,))
 

@@ -56,7 +56,7 @@ def test_a_read_that_is_not_finite_spoils_its_session(name):
         check(bad)
     assert "capacity" not in str(said.value)
     chex.assert_trees_all_equal(rows(bad, 1), rows(good, 1))
-    for field in ("k", "v", "slots", "received"):
+    for field in ("k", "v", "slots", "accumulated_attention"):
         chex.assert_trees_all_equal(getattr(rows(bad, 0, 2), field), getattr(rows(before, 0, 2), field))
     assert np.isnan(bad.logits).any(axis=1).tolist()[2]
     later = COMPRESS(model, read(model, method, cache=bad), method=method)

@@ -25,8 +25,8 @@ from tests.data.support import VOCAB, dialogues, tokenizer, write
 def test_rows_of_different_ratios(name):
     """Rows of one batch that close chunks with 1, 2 and 3 tokens compute what the methods of 1, 2 and 3 tokens do."""
     model, sessions = cases.model(tokens=3), cases.sessions()
-    mixed = [dataclasses.replace(session, closing=1 + i) for i, session in enumerate(sessions)]
-    together = parity.parallel_logits(model, build(name, comp_tokens=3, fewest=1), mixed)
+    mixed = [dataclasses.replace(session, num_comp_tokens=1 + i) for i, session in enumerate(sessions)]
+    together = parity.parallel_logits(model, build(name, comp_tokens=3, min_comp_tokens=1), mixed)
     for i, session in enumerate(sessions):
         alone = parity.recurrent_logits(model, build(name, comp_tokens=1 + i), [session])[0]
         np.testing.assert_allclose(together[i], alone, atol=1e-5)
@@ -34,7 +34,7 @@ def test_rows_of_different_ratios(name):
 
 def test_training_draws_ratios(tmp_path):
     """Every number from the fewest to all is drawn, in shapes that do not change."""
-    method = build("ccm_concat", comp_tokens=4, fewest=2)
+    method = build("ccm_concat", comp_tokens=4, min_comp_tokens=2)
     path = write(tmp_path / "d.jsonl", dialogues(6, 5, 7))
     data = prepare(DataConfig(train=(str(path),), tokens=256, max_chunks=6, loss="every"), method, tokenizer(), VOCAB)
     counts, shapes = set(), set()
@@ -47,7 +47,7 @@ def test_training_draws_ratios(tmp_path):
 
 def test_one_adapter_serves_them(tmp_path):
     """Loaded for fewer tokens an adapter has their rows only; for fewer than it was trained for it is refused."""
-    trained, model = build("ccm_merge", comp_tokens=3, fewest=2), cases.model(tokens=3)
+    trained, model = build("ccm_merge", comp_tokens=3, min_comp_tokens=2), cases.model(tokens=3)
     path = save_adapter(tmp_path / "a", model, method=trained, base="tiny")
     base = Transformer(jax.random.key(0), cases.CONFIG)
     sessions = cases.sessions()
@@ -63,14 +63,16 @@ def test_one_adapter_serves_them(tmp_path):
             load_adapter(path, base, method=build("ccm_merge", **options), base="tiny")
 
 
-@pytest.mark.parametrize("fewest", [0, 3])
-def test_fewest_out_of_range(fewest):
-    with pytest.raises(UserError, match=f"fewest is {fewest}; it must lie between 1 and comp_tokens=2"):
-        build("ccm_concat", comp_tokens=2, fewest=fewest)
+@pytest.mark.parametrize("min_comp_tokens", [0, 3])
+def test_min_comp_tokens_out_of_range(min_comp_tokens):
+    with pytest.raises(
+        UserError, match=f"min_comp_tokens is {min_comp_tokens}; it must lie between 1 and comp_tokens=2"
+    ):
+        build("ccm_concat", comp_tokens=2, min_comp_tokens=min_comp_tokens)
 
 
 def test_sizes_follow():
     (session,) = cases.sessions(((3, 3, 1),))
-    method = build("ccm_concat", comp_tokens=4, fewest=1)
-    sizes = [rows.measure(method, dataclasses.replace(session, closing=count)) for count in (1, 4, None)]
+    method = build("ccm_concat", comp_tokens=4, min_comp_tokens=1)
+    sizes = [rows.measure(method, dataclasses.replace(session, num_comp_tokens=count)) for count in (1, 4, None)]
     assert [s.memory for s in sizes] == [2, 8, 8] and sizes[0].tokens + 6 == sizes[1].tokens == sizes[2].tokens

@@ -119,7 +119,7 @@ def test_bad_options(options, message):
 
 
 def test_pooling_excludes_what_runs_tokens():
-    with pytest.raises(ValueError, match="pool=2 .* none of closes, mix and keep"):
+    with pytest.raises(ValueError, match="pool=2 .* none of closes, mix and eviction"):
         dataclasses.replace(build("ccm_concat"), pool=2)
     with pytest.raises(ValueError, match="pool=0"):
         Method(name="m", rule=Rule(()), pool=0)

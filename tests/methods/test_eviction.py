@@ -17,7 +17,7 @@ from jax_ccm.evals.scoring import base_only
 from jax_ccm.memory import files, steps
 from jax_ccm.memory.cache import check, init_cache, reset, select
 from jax_ccm.methods import build
-from jax_ccm.nn.transformer import received
+from jax_ccm.nn.transformer import accumulated_attention
 from jax_ccm.rules.rows import Sizes, arrange, batch
 from jax_ccm.rules.types import Chunk, Kind, Slots
 from jax_ccm.rules.visibility import visible
@@ -45,7 +45,7 @@ def cache(method, **options):
     return init_cache(MODEL, method, 2, **options)
 
 
-def test_received_is_the_column_sum_of_the_softmax():
+def test_accumulated_attention_is_the_column_sum_of_the_softmax():
     """For grouped queries, a ragged memory and weights of the queries, against softmax written out in float64."""
     rng = np.random.default_rng(0)
     method = METHODS["h2o"]
@@ -57,7 +57,7 @@ def test_received_is_the_column_sum_of_the_softmax():
     past = Slots(np.array([[7, 7, 0], [6, 7, 7]], np.int32), whole(0, 3), whole(0, 3), whole(0, 3))
     weights = rng.uniform(size=(2, 5)).astype(np.float32)
     attend = lambda v, mv: memory_attention(q, k, v, mk, mv, rule=method.rule, slots=slots, memory_slots=past)
-    y, (own, old) = received(attend, v, mv, weights)
+    y, (own, old) = accumulated_attention(attend, v, mv, weights)
     np.testing.assert_array_equal(y, attend(v, mv))
     keys = np.repeat(np.concatenate([mk, k], axis=1), 2, axis=2).astype(np.float64)
     scores = np.einsum("btnh,bsnh->bnts", q.astype(np.float64), keys) / np.sqrt(8)
@@ -69,22 +69,22 @@ def test_received_is_the_column_sum_of_the_softmax():
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.7, 0.0])
-def test_received_does_not_depend_on_how_text_is_cut(decay):
+def test_accumulated_attention_does_not_depend_on_how_text_is_cut(decay):
     method = build("evict", slots=2, discount=decay)
     text = chunk(0, size=8)
     whole, _ = READ(MODEL, cache(method), text, method=method)
     pieces = cache(method)
     for part in (slice(0, 3), slice(3, 4), slice(4, 8)):
         pieces, _ = READ(MODEL, pieces, Chunk(text.tokens[:, part], text.valid[:, part]), method=method)
-    np.testing.assert_allclose(whole.received, pieces.received, atol=1e-5)
+    np.testing.assert_allclose(whole.accumulated_attention, pieces.accumulated_attention, atol=1e-5)
     # Each head of each query gives away 1 in all; the last token's share is not discounted.
     heads = cases.CONFIG.num_heads
     given = heads * sum(decay**i for i in range(8))
-    np.testing.assert_allclose(np.asarray(whole.received).sum((2, 3)), given, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(whole.accumulated_attention).sum((2, 3)), given, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_each_head_keeps_its_worthiest(name):
+def test_each_head_keeps_those_of_the_highest_score(name):
     """Three chunks, against a selection written out: sets of keys and values of each layer, row and head."""
     method = METHODS[name]
     state = cache(method)
@@ -92,15 +92,17 @@ def test_each_head_keeps_its_worthiest(name):
         state, _ = READ(MODEL, state, chunk(time), method=method)
         slots = state.slots
         candidates = np.asarray(slots.live & (slots.kind != Kind.SINK))
-        worth = np.asarray(method.keep.worth(state.k, state.received, slots.index, jnp.asarray(candidates)))
-        count = 3 if method.keep.constant else 2 * (time + 1)
+        scores = np.asarray(
+            method.eviction.score(state.k, state.accumulated_attention, slots.index, jnp.asarray(candidates))
+        )
+        count = 3 if method.eviction.constant else 2 * (time + 1)
         after = COMPRESS(MODEL, state, method=method)
         is_memory = np.asarray(after.slots.kind == Kind.MEMORY)
         assert is_memory.sum(1).tolist() == [count, count]
         assert (np.asarray(after.slots.live).sum(1) == count + method.sink).all()
         for layer, row, head in np.ndindex(3, 2, 2):
             places = np.flatnonzero(candidates[row])
-            top = places[np.argsort(-worth[layer, row, places, head], kind="stable")[:count]]
+            top = places[np.argsort(-scores[layer, row, places, head], kind="stable")[:count]]
             for old, new in ((state.k, after.k), (state.v, after.v)):
                 want = np.asarray(old)[layer, row, top, head]
                 have = np.asarray(new)[layer, row, is_memory[row], head]
@@ -113,8 +115,8 @@ def test_each_head_keeps_its_worthiest(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_keeping_everything_is_full_context(name):
-    keep = dataclasses.replace(METHODS[name].keep, slots=40)
-    method = dataclasses.replace(METHODS[name], keep=keep)
+    policy = dataclasses.replace(METHODS[name].eviction, slots=40)
+    method = dataclasses.replace(METHODS[name], eviction=policy)
     examples = cases.sessions()
     roomy = dataclasses.replace(cache_for(MODEL, method, examples), overflow="evict")
     ours = recurrent_logits(MODEL, method, examples, cache=roomy)
@@ -125,15 +127,15 @@ def test_keeping_everything_is_full_context(name):
 
 def test_a_chance_sample_is_uniform():
     """Of 4,000 tokens 400 are drawn: from each tenth of the text about 40 (within five standard deviations)."""
-    keep = build("evict", score="random", slots=1).keep
+    policy = build("evict", score="random", slots=1).eviction
     index = np.arange(4000, dtype=np.int32)[None]
-    worth = keep.worth(np.zeros((1, 1, 4000, 1, 2), np.float32), None, index, np.ones((1, 4000), bool))[0, 0, :, 0]
-    assert len(set(worth.tolist())) > 3990
-    drawn = np.bincount(np.argsort(-worth)[:400] // 400, minlength=10)
+    scores = policy.score(np.zeros((1, 1, 4000, 1, 2), np.float32), None, index, np.ones((1, 4000), bool))[0, 0, :, 0]
+    assert len(set(scores.tolist())) > 3990
+    drawn = np.bincount(np.argsort(-scores)[:400] // 400, minlength=10)
     assert np.abs(drawn - 40).max() < 5 * 6
-    other = build("evict", score="random", slots=1, seed=1).keep
-    again = other.worth(np.zeros((1, 1, 4000, 1, 2), np.float32), None, index, np.ones((1, 4000), bool))[0, 0, :, 0]
-    assert len(set(np.argsort(-worth)[:400]) & set(np.argsort(-again)[:400])) < 80
+    other = build("evict", score="random", slots=1, seed=1).eviction
+    again = other.score(np.zeros((1, 1, 4000, 1, 2), np.float32), None, index, np.ones((1, 4000), bool))[0, 0, :, 0]
+    assert len(set(np.argsort(-scores)[:400]) & set(np.argsort(-again)[:400])) < 80
 
 
 def test_room():
@@ -156,16 +158,16 @@ def test_rows_that_do_not_close_pass_through():
     other = lambda cache: jax.tree.leaves(select(cache, np.array([1])))
     for a, b in zip(other(state), other(after), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert not np.asarray(reset(after, np.array([True, True])).received).any()
+    assert not np.asarray(reset(after, np.array([True, True])).accumulated_attention).any()
 
 
-def test_files_hold_what_was_received(tmp_path):
+def test_files_hold_the_accumulated_attention(tmp_path):
     method = METHODS["h2o"]
     state, _ = READ(MODEL, cache(method), chunk(0), method=method)
     files.save(state, tmp_path / "m", fingerprint="x", method=method)
     loaded = files.load(tmp_path / "m", MODEL, fingerprint="x", method=method)
-    np.testing.assert_array_equal(loaded.received, state.received)
-    with pytest.raises(UserError, match="keep"):
+    np.testing.assert_array_equal(loaded.accumulated_attention, state.accumulated_attention)
+    with pytest.raises(UserError, match="differ in eviction"):
         files.load(tmp_path / "m", MODEL, fingerprint="x", method=METHODS["norm"])
 
 
@@ -173,7 +175,7 @@ def test_files_hold_what_was_received(tmp_path):
 def test_scores_by_the_recurrence(name):
     """In batches of padded rows: what the parallel forward says, or the plain recurrence where there is none."""
     method = METHODS.get(name) or cases.METHODS[name]
-    model = cases.model(tokens=method.rows)
+    model = cases.model(tokens=method.num_embeddings)
     examples = [*cases.sessions(), *cases.sessions(((3, 2, 2), (9, 4)), seed=4)]
     ours = score_recurrently(model, method, examples, rows=2)
     logits = (recurrent_logits if method.recurrent_only else parallel_logits)(model, method, examples)

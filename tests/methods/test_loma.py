@@ -85,11 +85,11 @@ def test_targets():
     example = text(9)
     made = laid_out([example])
     tokens = example.segments[0].tokens
-    kinds = made.slots.kind[0][made.places[0]]
+    kinds = made.slots.kind[0][made.indices[0]]
     read = kinds != Kind.REPEAT
     assert made.targets[0][read].tolist() == tokens[1:].tolist()
     assert made.targets[0][~read].tolist() == tokens[:8].tolist()
-    assert (made.slots.position[0][made.places[0]][~read] == np.arange(8)).all()
+    assert (made.slots.position[0][made.indices[0]][~read] == np.arange(8)).all()
     assert not np.isin(kinds, [Kind.COMP, Kind.PAD]).any()
     ids = made.tokens[0][made.tokens[0] >= cases.VOCAB]
     assert set(ids) == {cases.VOCAB, cases.VOCAB + 1}, "one memory token and one repetition token serve all places"

@@ -77,7 +77,7 @@ def test_labels_skip_sentinels():
     made = laid_out(example())
     tokens = np.concatenate([segment.tokens for segment in example().segments])
     assert made.targets[0].tolist() == tokens[1:].tolist()
-    assert [PLACES.index(place) for place in made.places[0]] == [0, 2, 3, 5, 7, 8]
+    assert [PLACES.index(place) for place in made.indices[0]] == [0, 2, 3, 5, 7, 8]
 
 
 @pytest.mark.parametrize("shift, sure", [(-1, False), (0, True), (1, False)])
@@ -88,7 +88,7 @@ def test_an_oracle_loses_nothing(shift, sure):
     text = np.flatnonzero(made.tokens[0] < cases.VOCAB)
     following[text] = np.roll(made.tokens[0, text], -1 + shift)
     table = np.eye(cases.VOCAB, dtype=np.float32)
-    hidden = 40.0 * table[following][made.places]
+    hidden = 40.0 * table[following][made.indices]
     found = jax.jit(losses.token_losses, static_argnums=0)("vd", hidden, table, made.targets)
     assert (found.max() < 1e-6) == sure and (found.min() > 1) == (not sure)
 
@@ -148,7 +148,7 @@ def test_only_attention_is_adapted():
     """Four kernels a layer, and two rows (S9)."""
     adapter = nnx.to_pure_dict(nnx.state(MODEL, nnx.LoRAParam))
     assert set(adapter["layers"]) == {"self_attn"}
-    assert sum(x.shape[0] for x in jax.tree.leaves(adapter["embed_tokens"])) == METHOD.rows == 2
+    assert sum(x.shape[0] for x in jax.tree.leaves(adapter["embed_tokens"])) == METHOD.num_embeddings == 2
 
 
 def test_weight_decay_leaves_the_vocabulary_alone():

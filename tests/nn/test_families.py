@@ -73,4 +73,4 @@ def test_layers_apart():
     sessions = cases.sessions(((5, 3, 4),))
     made = rows.batch(method, sessions, recurrent.caps_for(method, sessions), cases.VOCAB)
     run = jax.jit(lambda model: losses.scored_logits(model, steps.parallel_forward(model, made, method=method), made))
-    np.testing.assert_allclose(run(MODELS["gemma"].apart()), run(MODELS["gemma"]), atol=1e-5)
+    np.testing.assert_allclose(run(MODELS["gemma"].unstacked()), run(MODELS["gemma"]), atol=1e-5)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax_ccm.evals import parity, recurrent
 from jax_ccm.memory import losses, steps
 from jax_ccm.memory.cache import init_cache
-from jax_ccm.memory.generation import pays_apart
+from jax_ccm.memory.generation import pays_unstacked
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, ModelConfig, RopeScaling, Transformer, abstract_transformer, rope
 from jax_ccm.nn.linear import Linear
@@ -69,7 +69,7 @@ def test_layers_apart(options):
     examples = cases.sessions()
     made = rows.batch(method, examples, recurrent.caps_for(method, examples), cases.VOCAB)
     run = jax.jit(lambda model: model.logits(steps.parallel_forward(model, made, method=method)))
-    np.testing.assert_allclose(run(model.apart()), run(model), atol=1e-5)
+    np.testing.assert_allclose(run(model.unstacked()), run(model), atol=1e-5)
 
 
 def test_rope_half_split():
@@ -252,10 +252,10 @@ def test_one_token_is_made_by_weights_of_the_type_of_activations(tied):
     """A matrix of another type is turned into that of the vector each time; a decoder of one token turns it once."""
     config = dataclasses.replace(cases.CONFIG, tie_embeddings=tied)
     mixed = Transformer(jax.random.key(0), config, AdapterConfig(rank=4, tokens=2), "mixed")
-    apart = mixed.apart()
-    assert str(apart.precision) == "float32"
-    assert {str(x.dtype) for x in jax.tree.leaves([apart.layers, apart.head[0]])} == {"float32"}
+    unstacked = mixed.unstacked()
+    assert str(unstacked.precision) == "float32"
+    assert {str(x.dtype) for x in jax.tree.leaves([unstacked.layers, unstacked.head[0]])} == {"float32"}
     cache = init_cache(mixed, build("full"), 1, memory_capacity=1, raw_capacity=4)
-    assert pays_apart(mixed, cache)
+    assert pays_unstacked(mixed, cache)
     run = lambda model: steps.read(model, cache, rows.chunk([[3, 5, 4]], 3, config.vocab_size), method=build("full"))
-    np.testing.assert_allclose(run(apart)[1], run(mixed)[1], atol=2**-5)
+    np.testing.assert_allclose(run(unstacked)[1], run(mixed)[1], atol=2**-5)

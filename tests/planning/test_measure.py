@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 
-from jax_ccm.benchmarks import rivals
+from jax_ccm.benchmarks import baselines
 from jax_ccm.config.loading import build_method, scratch_model
 from jax_ccm.config.schema import from_mapping
 from jax_ccm.errors import UserError
@@ -13,7 +13,7 @@ from jax_ccm.nn import abstract_transformer
 from jax_ccm.planning import chips, costs, measure, programs, sessions
 from jax_ccm.rules.types import Kind
 from jax_ccm.weights.hf import base_parameters
-from tests.evals.test_rivals import GIVEN, REFUSED
+from tests.benchmarks.test_baselines import GIVEN, REFUSED
 
 
 def needing(size: int, fixed: int, each: float, limit: int, cliff: int = 10**9) -> measure.Need:
@@ -90,7 +90,9 @@ def test_training_cost():
         rows, length, memory = 6, 16, batch.memory.source.shape[1]
         passes = 4 + (config.train.remat == "all")
         attention = passes * shape.forward_flops(0, rows * length * (length + memory), 0)
-        head = 2 * (4 if config.train.trainable == "all" else 2) * shape.hidden_size * 50 * rows * batch.places.shape[1]
+        head = (
+            2 * (4 if config.train.trainable == "all" else 2) * shape.hidden_size * 50 * rows * batch.indices.shape[1]
+        )
         return (cost.flops - attention - head) / (rows * length * weights)
 
     assert per_token(config) == pytest.approx(4)
@@ -101,7 +103,7 @@ def test_sessions_of_each_system():
     """Slots of a session: 16 chunks of 50 tokens with n = 8, and 32 raw tokens."""
     config = from_mapping({"method": {"name": "ccm_merge", "comp_tokens": 8, "independent": True}})
     setting = sessions.Setting(16, 50, 32)
-    found = {name: sum(sessions.places(m, setting)) for name, m in sessions.systems(config).items()}
+    found = {name: sum(sessions.room(m, setting)) for name, m in sessions.systems(config).items()}
     assert found == {"full": 832, "concat": 160, "merge": 40}
 
 
@@ -117,11 +119,11 @@ def test_sessions_are_counted_for_the_method_of_the_config(name, options):
         return
     method = build_method(config)
     assert method in sessions.systems(config).values() and "full" in sessions.systems(config)
-    slots, raw = sessions.places(method, sessions.Setting(16, 12, 8))
+    slots, raw = sessions.room(method, sessions.Setting(16, 12, 8))
     shape = scratch_model(config.model.scratch, 0)
     mesh = programs.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     cache = programs.abstract_cache(config, shape, method, mesh, 3, slots, raw)
-    live = rivals.slots_after(method, 16, 12).kind
+    live = baselines.slots_after(method, 16, 12).kind
     assert (live == Kind.MEMORY).sum() <= slots and (live != Kind.MEMORY).sum() <= raw + method.sink
     assert cache.nbytes == programs.device_bytes(cache) > 3 * slots * shape.kv_bytes_per_slot(4)
 

@@ -163,7 +163,7 @@ def test_targets_skip_compression_tokens():
     session = example([10, 11], [12], [13, 14])
     made = batch(method, [session], Sizes(12, 6, 6), V)
     assert made.targets[0].tolist() == [11, 12, 13, 14, 0, 0]
-    assert made.places[0].tolist() == [0, 1, 4, 7, 0, 0]
+    assert made.indices[0].tolist() == [0, 1, 4, 7, 0, 0]
     assert made.weights[0].tolist() == [1, 1, 1, 1, 0, 0]
     assert made.steps[0].tolist() == [0, 1, 2, 2, 0, 0]
     assert measure(method, session) == Sizes(9, 4, 4)
@@ -192,7 +192,7 @@ def test_padding_sides():
     live = left.slots.live[0]
     assert live.tolist() == [False] * 3 + [True] * 9
     assert left.tokens[0][live].tolist() == right.tokens[0][:9].tolist()
-    assert left.places[0].tolist() == [3, 4, 7, 10, 0, 0]
+    assert left.indices[0].tolist() == [3, 4, 7, 10, 0, 0]
     assert left.memory.source[0].tolist() == [5, 6, 8, 9, 0, 0]
     for name in ("kind", "segment", "index", "position"):
         assert np.array_equal(getattr(left.slots, name)[0][live], getattr(right.slots, name)[0][:9])
@@ -201,9 +201,9 @@ def test_padding_sides():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (Sizes(8, 4, 4), "tokens=9 places, the batch has 8"),
-        (Sizes(9, 3, 4), "memory=4 places, the batch has 3"),
-        (Sizes(9, 4, 3), "scored=4 places, the batch has 3"),
+        (Sizes(8, 4, 4), "tokens=9, the batch has 8"),
+        (Sizes(9, 3, 4), "memory=4, the batch has 3"),
+        (Sizes(9, 4, 3), "scored=4, the batch has 3"),
     ],
 )
 def test_caps(sizes, message):

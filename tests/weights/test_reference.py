@@ -187,10 +187,10 @@ def test_damaged_bin(tmp_path):
 @pytest.mark.parametrize("name, options", [("loma", {}), ("sentinel", {}), ("ccm_merge", {"repeat": True})])
 def test_methods_that_the_reference_does_not_have(tmp_path, name, options):
     method = build(name, **options)
-    model = cases.model(tokens=method.rows)
+    model = cases.model(tokens=method.num_embeddings)
     with pytest.raises(UserError, match="not that of the reference's methods"):
         save_adapter(tmp_path / "a", model, method=method, base="tiny", format="reference")
     saved = save_adapter(tmp_path / "b", model, method=method, base="tiny")
-    assert read_adapter(saved, method=method).config.tokens == method.rows
+    assert read_adapter(saved, method=method).config.tokens == method.num_embeddings
     with pytest.raises(UserError, match="was trained for the method"):
-        read_adapter(saved, method=build("ccm_concat", comp_tokens=method.rows))
+        read_adapter(saved, method=build("ccm_concat", comp_tokens=method.num_embeddings))

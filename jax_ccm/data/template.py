@@ -36,7 +36,7 @@ from jax_ccm.data.encoding import Encoder
 from jax_ccm.errors import UserError
 
 
-class Pieces:
+class Template:
     """Encodes the pieces of a session.
 
     Attributes:
@@ -56,7 +56,7 @@ class Pieces:
         opening: str = "",
         separator: str = "\nA:",
         answer: str = "\nA:",
-        template: ChatTemplate | None = None,
+        chat_template: ChatTemplate | None = None,
     ):
         """Prepares the fixed pieces.
 
@@ -67,14 +67,14 @@ class Pieces:
           opening: text before the first segment.
           separator: text that opens every other segment.
           answer: text between query and target.
-          template: writes turns as messages; the other arguments then have no effect.
+          chat_template: writes turns as messages; the other arguments then have no effect.
 
         Raises:
           UserError: if the tokenizer lacks a token that is asked for.
         """
         self._tokenizer, self._encoder = tokenizer, Encoder(tokenizer)
-        if template is not None:
-            self._write(template)
+        if chat_template is not None:
+            self._write(chat_template)
             return
         nothing = np.zeros(0, np.int32)
         self.heads, self.tails = dict.fromkeys(ROLES, nothing), dict.fromkeys(ROLES, nothing)
@@ -86,10 +86,10 @@ class Pieces:
         self.answer = self._behind("a", [self._encoder.template(answer)], space=False)[0]
 
     @classmethod
-    def of(cls, config: DataConfig, tokenizer: Any) -> Pieces:
+    def of(cls, config: DataConfig, tokenizer: Any) -> Template:
         """The pieces of a config's format."""
         if "chat_template" in FORMAT_OPTIONS[config.format] and config.option("chat_template"):
-            return cls(tokenizer, template=ChatTemplate.of(tokenizer))
+            return cls(tokenizer, chat_template=ChatTemplate.of(tokenizer))
         given = {name: config.option(name) for name in ("bos", "eos", "opening", "separator", "answer")}
         return cls(tokenizer, **{name: value for name, value in given.items() if value is not None})
 

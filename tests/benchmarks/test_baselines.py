@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_ccm.benchmarks import rivals
+from jax_ccm.benchmarks import baselines
 from jax_ccm.errors import UserError
 from jax_ccm.memory import steps
 from jax_ccm.memory.closing import prefill
@@ -45,29 +45,29 @@ def test_what_is_measured_is_the_method_of_the_config(name, options):
     assert own in beside(name, **options).values()
     if name in REFUSED and not options.get("online"):
         with pytest.raises(UserError, match=REFUSED[name]):
-            rivals.rivals(name, options, capacity=5, window=8)
+            baselines.compared(name, options, capacity=5, window=8)
         return
-    found = rivals.rivals(name, options, capacity=5, window=8)
-    assert found[0].name == "full" and len({rival.name for rival in found}) == len(found)
-    rival = rivals.of(found, own)
-    assert rival.method == own
-    assert (rival.memory is None) == (own.memory_slots(99, 99) == own.memory_slots(9, 99))
-    model = cases.model(tokens=max(own.rows, 1), num_layers=1)
-    cache = empty = rival.cache(model, 1, turns=5, turn=TURN)
+    found = baselines.compared(name, options, capacity=5, window=8)
+    assert found[0].name == "full" and len({baseline.name for baseline in found}) == len(found)
+    baseline = baselines.of(found, own)
+    assert baseline.method == own
+    assert (baseline.memory is None) == (own.memory_slots(99, 99) == own.memory_slots(9, 99))
+    model = cases.model(tokens=max(own.num_embeddings, 1), num_layers=1)
+    cache = empty = baseline.cache(model, 1, turns=5, turn=TURN)
     chunk = Chunk(np.ones((1, TURN), np.int32), np.ones((1, TURN), bool))
     for number in range(1, 6):
         cache = turn(model, cache, chunk, method=own)
-        filled = rivals.fill(empty, own, turns=number, turn=TURN)
+        filled = baselines.fill(empty, own, turns=number, turn=TURN)
         assert (int(filled.tokens[0]), int(filled.chunks[0])) == (int(cache.tokens[0]), int(cache.chunks[0]))
         assert int(cache.lost[0]) == 0
         for field in ("kind", "segment", "index", "position"):
             # Which tokens a selection keeps depends on the text.
-            if own.keep is None or field in ("kind", "segment"):
+            if own.eviction is None or field in ("kind", "segment"):
                 ours, real = (getattr(x.slots, field) for x in (filled, cache))
                 np.testing.assert_array_equal(ours, real, err_msg=f"{field} after {number}")
         raw = np.isin(np.asarray(filled.slots.kind), (Kind.TEXT, Kind.QUERY, Kind.SINK)).sum()
         assert own.chunk or raw + TURN <= filled.k.shape[2] - filled.memory_capacity
-    assert rivals.closes_turns(own) == (name != "full")
+    assert baselines.closes_turns(own) == (name != "full")
 
 
 def test_every_method_is_tried():
@@ -76,13 +76,17 @@ def test_every_method_is_tried():
 
 def test_ways_to_keep_one_conversation():
     """What is measured beside a method has its options, and CCM's ways to write stand side by side."""
-    named = lambda name, **options: [rival.name for rival in rivals.rivals(name, options, capacity=5, window=8)]
+    named = lambda name, **options: [
+        baseline.name for baseline in baselines.compared(name, options, capacity=5, window=8)
+    ]
     assert named("ccm_concat") == ["full", "window", "concat", "concat, evicting", "merge"] == named("ccm_merge")
     assert named("ccm_ema", decay=0.2)[-2:] == ["merge", "ema"]
     assert named("window", size=4) == named("window", size=4, sink=True) == ["full", "window"]
     assert named("sentinel") == ["full", "window", "sentinel", "sentinel, evicting"]
     assert named("evict", constant=True) == ["full", "window", "evict"]
     given = dict(comp_tokens=2, sink=True, independent=True, streaming=True)
-    found = {rival.name: rival.method for rival in rivals.rivals("ccm_merge", given, capacity=5, window=8)}
+    found = {
+        baseline.name: baseline.method for baseline in baselines.compared("ccm_merge", given, capacity=5, window=8)
+    }
     assert found["merge"] == build("ccm_merge", **given) and found["concat"] == build("ccm_concat", **given)
     assert found["window"].rope == "cache" and found["window"].sink == 1

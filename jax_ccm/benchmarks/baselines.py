@@ -21,7 +21,7 @@ MANY = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Rival:
+class Baseline:
     """A way to keep a conversation.
 
     Attributes:
@@ -54,7 +54,7 @@ class Rival:
         return slots, -(-text // size) * size + size if self.method.chunk else text + turn
 
 
-def rivals(name: str, options: Mapping[str, Any], *, capacity: int, window: int) -> list[Rival]:
+def compared(name: str, options: Mapping[str, Any], *, capacity: int, window: int) -> list[Baseline]:
     """Full context, a window, and the method of a config with its options, with those that differ from it only in how
     a chunk enters the memory.
 
@@ -74,23 +74,23 @@ def rivals(name: str, options: Mapping[str, Any], *, capacity: int, window: int)
     streaming = own.rope == "cache"
     newest = build("window", size=max(window, own.sink), streaming=streaming, **sinks)
     found = {
-        "full": Rival("full", build("full"), "all text"),
-        "window": Rival("window", newest, f"the newest {window} tokens of text", text=max(window, own.sink)),
+        "full": Baseline("full", build("full"), "all text"),
+        "window": Baseline("window", newest, f"the newest {window} tokens of text", text=max(window, own.sink)),
     }
     for label, method in beside(name, **options).items():
         note, grows = _note(method), _memory(method, MANY) > _memory(method, MANY // 2)
-        found[label] = Rival(label, method, f"{note}, all kept" if grows else note, text=_newest(method))
+        found[label] = Baseline(label, method, f"{note}, all kept" if grows else note, text=_newest(method))
         if grows:
             # As many at least as a chunk writes.
             room = max(capacity, method.memory_slots(1))
-            forgetting = Rival(f"{label}, evicting", method, f"{note}, the newest {room} slots", memory=room)
+            forgetting = Baseline(f"{label}, evicting", method, f"{note}, the newest {room} slots", memory=room)
             found[forgetting.name] = forgetting
     return list(found.values())
 
 
-def of(ways: list[Rival], method: Method) -> Rival:
+def of(ways: list[Baseline], method: Method) -> Baseline:
     """The one that keeps a conversation by a method; with a bounded memory, if there are two."""
-    return next(rival for rival in reversed(ways) if rival.method == method)
+    return next(baseline for baseline in reversed(ways) if baseline.method == method)
 
 
 def require_turns(method: Method) -> None:
@@ -178,8 +178,8 @@ def _note(method: Method) -> str:
     slots = lambda count: f"{count} slot{'s' * (count != 1)}"
     if method.pool:
         return f"a slot for every {method.pool} tokens of text"
-    if method.keep is not None:
-        return f"the worthiest {slots(method.keep.slots)} {'in all' if method.keep.constant else of}"
+    if method.eviction is not None:
+        return f"the best {slots(method.eviction.slots)} {'in all' if method.eviction.constant else of}"
     if method.slots_per_chunk:
         grows = _memory(method, MANY) > _memory(method, MANY // 2)
         return f"{slots(method.slots_per_chunk)} {of}" if grows else f"{slots(_memory(method, MANY))} in all"
