@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from jax_ccm.config.schema import Config, to_yaml
     from jax_ccm.evals import card
     from jax_ccm.rules.describe import describe_method, label
-    from jax_ccm.weights.adapters import read_adapter, write_adapter
+    from jax_ccm.weights.adapters import Adapter
     from jax_ccm.weights.peft import is_conditional
 
     names = ("comp_tokens", "sink", "independent", "conditional")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.source.resolve() == options.target.resolve():
         raise UserError(f"source and target are both {options.source}; give another folder to write")
     results = [card.read_results(path) for path in options.results]
-    adapter, config = read_adapter(options.source, method=method), config_beside(options.source)
+    adapter, config = Adapter.read(options.source, method=method), config_beside(options.source)
     if options.base and config is None:
         raise UserError(f"--base is for the config of an adapter, and {options.source} lies there without one")
     said = open_config(str(options.card)).card if options.card is not None else (config or Config()).card
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.target.name, adapter, recipe=None if config is None else chosen(config), said=said, results=results
     )
     beside = {card.FILE: text.encode()} | ({} if config is None else {FILE: to_yaml(config).encode()})
-    path = write_adapter(options.target, adapter, format=options.format, stored=options.stored, beside=beside)
+    path = adapter.write(options.target, format=options.format, stored=options.stored, beside=beside)
     shape = adapter.config
     trained = label(adapter.method) if adapter.method else "unknown"
     base = (adapter.base or {}).get("name") or "unknown"

@@ -27,13 +27,11 @@ from jax_ccm.memory.generation import generate
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
 from jax_ccm.rules import rows, visibility
-from jax_ccm.rules.describe import describe_method
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import Sizes
 from jax_ccm.rules.types import Batch, Chunk, Kind, Method
 from jax_ccm.weights import load_model
-from jax_ccm.weights.adapters import load_adapter, merge_adapter
-from jax_ccm.weights.lora import extract
+from jax_ccm.weights.adapters import Adapter, load_adapter
 from jax_ccm.weights.reference import reference_tensors
 
 TOLERANCE = 1e-4
@@ -101,7 +99,7 @@ def load(folder: Path, case: Case) -> Transformer:
         if not found:
             raise ValueError(f"adapter {name!r} is not in {folder}/adapters")
         if name == case.merged:
-            model = merge_adapter(found[0], model)
+            model = Adapter.read(found[0]).merged_into(model)
         else:
             model = load_adapter(found[0], model, method=case.method)
     return model
@@ -181,8 +179,7 @@ def check_parallel(model: Transformer, method: Method, data: dict) -> dict[str, 
     batch = rows.batch(dataclasses.replace(method, context="chunks"), examples, sizes, vocab, pad="left")
     states, logits, loss, gradients = jax.device_get(forward(model, batch, method))
     graphdef, _, base = nnx.split(model, nnx.LoRAParam, ...)
-    described = dict(method=describe_method(method))
-    as_adapter = dataclasses.replace(extract(nnx.merge(graphdef, gradients, base)), **described)
+    as_adapter = Adapter.of(nnx.merge(graphdef, gradients, base), method=method, base="")
 
     valid = data["attention_mask"] > 0
     own = visibility.visible(method.rule, batch.slots, batch.slots)

@@ -19,7 +19,7 @@ from jax_ccm.memory import steps
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.methods import build
 from jax_ccm.rules.rows import arrange, chunk, closed
-from jax_ccm.weights.adapters import save_adapter
+from jax_ccm.weights.adapters import Adapter
 from tests.data import support as data
 from tests.test_evaluate import SCRATCH, run, with_random_b, write
 
@@ -85,7 +85,7 @@ def test_what_is_repeated(tmp_path, monkeypatch, capsys):
     config = text_config(tmp_path, method=method)
     experiment = load_experiment(load_config(config))
     model = with_random_b(experiment.model)
-    adapter = save_adapter(tmp_path / "adapter", model, method=experiment.method, base="from scratch")
+    adapter = Adapter.of(model, method=experiment.method, base="from scratch").write(tmp_path / "adapter")
     code, printed, err = run(monkeypatch, capsys, config, "--workdir", tmp_path / "out", "--adapter", adapter)
     assert code == 0 and "repeated" in printed, err
     said = json.loads((tmp_path / "out" / "results.json").read_text())["steps"][0]["systems"]["memory"]["repetition"]

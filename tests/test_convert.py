@@ -11,7 +11,7 @@ import pytest
 from jax_ccm import convert
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
-from jax_ccm.weights.adapters import detect_format, read_adapter
+from jax_ccm.weights.adapters import Adapter, format_of
 from jax_ccm.weights.peft_modules import NOTE
 
 GOLDEN = Path(__file__).parent / "golden" / "ccm" / "adapters"
@@ -19,15 +19,15 @@ MERGE = ["--method", "ccm_merge", "--comp_tokens", "2"]
 
 
 def test_through_all_formats_and_back(tmp_path, capsys):
-    start = read_adapter(GOLDEN / "merge_n2", method=build("ccm_merge", comp_tokens=2))
+    start = Adapter.read(GOLDEN / "merge_n2", method=build("ccm_merge", comp_tokens=2))
     source, arguments = GOLDEN / "merge_n2", MERGE
     for i, format in enumerate(["own", "peft", "reference", "own"]):
         target = tmp_path / f"{i}"
         convert.main([str(source), str(target), "--format", format, *arguments])
         assert "method ccm_merge (2 tokens); base model unknown" in capsys.readouterr().out
-        assert detect_format(target) == format
+        assert format_of(target) == format
         source, arguments = target, []
-    end = read_adapter(source)
+    end = Adapter.read(source)
     assert end.config == start.config and end.method == start.method
     for name, x in start.arrays.items():
         np.testing.assert_array_equal(end.arrays[name], x, err_msg=name)
@@ -75,7 +75,7 @@ def test_a_conditional_lora_for_peft_says_what_peft_would_do(tmp_path, capsys):
         convert.main([str(GOLDEN / "merge_n2"), *arguments])
         assert said in capsys.readouterr().out
         assert (NOTE in fields(tmp_path / name)) == (conditional == "True")
-        assert read_adapter(tmp_path / name).method["gate"]
+        assert Adapter.read(tmp_path / name).method["gate"]
     convert.main([str(tmp_path / "conditional"), str(tmp_path / "own")])
     convert.main([str(tmp_path / "conditional"), str(tmp_path / "reference"), "--format", "reference"])
     assert "note" not in capsys.readouterr().out and NOTE not in fields(tmp_path / "reference")

@@ -17,7 +17,7 @@ from jax_ccm.config.schema import load_config
 from jax_ccm.evals import report
 from jax_ccm.evaluate import Options
 from jax_ccm.methods import build
-from jax_ccm.weights.adapters import save_adapter
+from jax_ccm.weights.adapters import Adapter
 from tests.data import support as data
 
 SCRATCH = {"layers": 1, "hidden": 16, "intermediate": 16, "heads": 2, "kv_heads": 1}
@@ -54,11 +54,11 @@ def run(monkeypatch, capsys, *argv) -> tuple[int, str, str]:
 def test_everything_is_written(tmp_path, monkeypatch, capsys):
     config = load_config(write(tmp_path / "c.yaml"))
     experiment = load_experiment(config)
-    adapter = save_adapter(
-        tmp_path / "adapter", with_random_b(experiment.model), method=experiment.method, base="from scratch"
+    adapter = Adapter.of(with_random_b(experiment.model), method=experiment.method, base="from scratch").write(
+        tmp_path / "adapter"
     )
     plain = load_experiment(load_config(write(tmp_path / "full.yaml", method={"name": "full"})))
-    full = save_adapter(tmp_path / "full", with_random_b(plain.model), method=build("full"), base="from scratch")
+    full = Adapter.of(with_random_b(plain.model), method=build("full"), base="from scratch").write(tmp_path / "full")
     out = tmp_path / "out"
     code, printed, err = run(monkeypatch, capsys, tmp_path / "c.yaml", "--workdir", out,
                              "--adapter", adapter, "--full_adapter", full, "--eval.max_examples", 4,
@@ -161,6 +161,6 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
 def test_an_adapter_of_another_method_is_refused(tmp_path):
     config = load_config(write(tmp_path / "c.yaml"))
     plain = load_experiment(load_config(write(tmp_path / "full.yaml", method={"name": "full"})))
-    path = save_adapter(tmp_path / "full", plain.model, method=build("full"), base="from scratch")
+    path = Adapter.of(plain.model, method=build("full"), base="from scratch").write(tmp_path / "full")
     with pytest.raises(ValueError, match="full"):
         evaluate.evaluate(config, Options(tmp_path / "out", adapter=path))

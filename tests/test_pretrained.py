@@ -21,8 +21,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.evals import report
 from jax_ccm.training.run import Run
 from jax_ccm.weights import sources
-from jax_ccm.weights.adapters import read_adapter, save_adapter
-from jax_ccm.weights.lora import extract
+from jax_ccm.weights.adapters import Adapter
 from tests import pretrained
 
 ROOT = Path(__file__).parents[1]
@@ -64,8 +63,8 @@ def test_an_adapter_alone_says_base_method_and_template(trained, shipped):
         assert ccm.template.separator.tolist() == ccm.tokenizer("\nA:")["input_ids"]
         assert ccm.config.cache.memory_capacity == 16 and ccm.config.adapter.load == str(name)
         assert set(ccm.conversations(rows=2).say({1: "hi"}, max_tokens=1)) == {1}
-        there = read_adapter(name)
-        for path, x in extract(ccm.model).arrays.items():
+        there = Adapter.read(name)
+        for path, x in Adapter.of(ccm.model, method=ccm.method, base="").arrays.items():
             np.testing.assert_array_equal(x, there.arrays[path], err_msg=path)
     low = jax_ccm.from_pretrained("tiny", precision="bfloat16", mesh={"data": 1})
     assert low.model.dtype == "bfloat16" and low.config.mesh.data == 1
@@ -84,10 +83,8 @@ def test_names_and_bases_that_are_not_there(trained, shipped, tmp_path, monkeypa
     """Each error says which names there are, or how the base is had; nothing is loaded before."""
     with pytest.raises(UserError, match=r"'tinny' .*name of one that comes with jax_ccm \(tiny\)"):
         jax_ccm.from_pretrained("tinny")
-    bare = save_adapter(
-        tmp_path / "bare", jax_ccm.from_pretrained("tiny").model, method=jax_ccm.build("ccm_concat", comp_tokens=2),
-        base="tiny",
-    )  # fmt: skip
+    tiny = jax_ccm.from_pretrained("tiny")
+    bare = Adapter.of(tiny.model, method=tiny.method, base="tiny").write(tmp_path / "bare")
     with pytest.raises(UserError, match="bare' lies there without a config.yaml.*CONFIG.yaml --adapter"):
         jax_ccm.from_pretrained(bare)
     with pytest.raises(UserError, match="unknown config key 'mesh.fsd'"):
@@ -148,13 +145,13 @@ def test_every_command_takes_the_name(trained, shipped, tmp_path, monkeypatch, c
 
 def test_a_run_goes_on_from_an_adapter_and_knows_its_past(trained, tmp_path):
     """Tokens, time and seeds of all runs stay with the adapter; the card adds them up."""
-    first = read_adapter(trained / "run" / "adapter").extra["runs"]
+    first = Adapter.read(trained / "run" / "adapter").extra["runs"]
     (one,) = first
     summary = json.loads((trained / "run" / "summary.json").read_text())
     assert (one["tokens"], one["scored_tokens"], one["seed"]) == (summary["tokens"], summary["scored_tokens"], 42)
     more = open_config(str(trained / "run" / "adapter"))
     Run(more, tmp_path / "more").train()
-    runs = read_adapter(tmp_path / "more" / "adapter").extra["runs"]
+    runs = Adapter.read(tmp_path / "more" / "adapter").extra["runs"]
     assert runs[:1] == first and len(runs) == 2 and runs[1]["started_from"] == str(trained / "run" / "adapter")
     card = (tmp_path / "more" / "adapter" / "README.md").read_text()
     assert f"| all | 2 | {sum(run['tokens'] for run in runs):,} |" in card
@@ -179,7 +176,7 @@ def test_bfloat16_and_the_card_of_an_adapter_to_give_away(trained, tmp_path, mon
         target = tmp_path / f"tiny-{format}"
         convert.main([str(x) for x in (source, target, *arguments, "--format", format)])
         size = lambda folder: sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        ours, there = read_adapter(target), read_adapter(source)
+        ours, there = Adapter.read(target), Adapter.read(source)
         assert {x.dtype.name for x in ours.arrays.values()} == {"float32"}
         for path, x in there.arrays.items():
             np.testing.assert_array_equal(ours.arrays[path], x.astype("bfloat16").astype(np.float32), err_msg=path)

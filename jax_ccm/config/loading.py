@@ -22,7 +22,7 @@ from jax_ccm.rules.types import Method
 
 if TYPE_CHECKING:
     from jax_ccm.data.template import Template
-    from jax_ccm.weights.lora import Adapter
+    from jax_ccm.weights.adapters import Adapter
 
 # Where an adapter that was trained together with its base says where that base is, relative to its own folder.
 TRAINED_BASE = "trained_base"
@@ -147,14 +147,14 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
     Raises:
       UserError: for anything that is missing, damaged or does not fit.
     """
-    from jax_ccm.weights.adapters import load_adapter, merge_adapter, read_adapter
+    from jax_ccm.weights.adapters import Adapter
 
     config = with_precision(config)
     method = build_method(config)
     shape = _adapter_config(config, method)
     stored = None
     if adapter or config.adapter.load:
-        stored = read_adapter(adapter or config.adapter.load, method=method)
+        stored = Adapter.read(adapter or config.adapter.load, method=method)
         if not adapter:
             _require_shape(stored.config, shape, config.adapter.load)
         shape = dataclasses.replace(stored.config, dropout=config.adapter.dropout)
@@ -165,10 +165,10 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         _require_base(source, stored.source)
     tokenizer = _tokenizer(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
-    model = _base(config, source, shape, tokenizer, mesh)
+    model = _base(config, source, shape if stored is None else None, tokenizer, mesh)
     on = {"base": base_source(config), "accept_quantised_base": config.adapter.accept_quantised_base}
     if config.adapter.merge:
-        model = merge_adapter(config.adapter.merge, model, **on)
+        model = Adapter.read(config.adapter.merge).merged_into(model, **on)
     if config.model.source and config.data.tokens > model.config.positions:
         warnings.warn(
             f"rows of data.tokens={config.data.tokens} reach beyond the {model.config.positions} positions that "
@@ -176,7 +176,9 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
             stacklevel=2,
         )
     if stored is not None:
-        model = load_adapter(stored, model, method=method, **on)
+        trained = dataclasses.replace(stored, config=shape)
+        shardings = _shardings(mesh, model.config, shape, config.model.precision)
+        model = trained.onto(model.with_adapter(None), method=method, shardings=shardings, **on)
     return Experiment(config, model, method, tokenizer, mesh, source, stored)
 
 
@@ -230,8 +232,10 @@ def _tokenizer(config: Config) -> Any:
     )
 
 
-def _base(config: Config, source: str, adapter: AdapterConfig, tokenizer: Any, mesh: jax.sharding.Mesh) -> Transformer:
-    """The base with a fresh adapter, each array initialised where it belongs."""
+def _base(
+    config: Config, source: str, adapter: AdapterConfig | None, tokenizer: Any, mesh: jax.sharding.Mesh
+) -> Transformer:
+    """The base with a fresh adapter of this shape if there is one, each array initialised where it belongs."""
     precision = config.model.precision
     key = jax.random.key(config.train.seed)
     if source:
@@ -250,7 +254,7 @@ def _base(config: Config, source: str, adapter: AdapterConfig, tokenizer: Any, m
     return jax.jit(lambda key: _scratch(key, shape, adapter, precision), out_shardings=shardings)(key)
 
 
-def _shardings(mesh: jax.sharding.Mesh, shape: ModelConfig, adapter: AdapterConfig, precision: str) -> Any:
+def _shardings(mesh: jax.sharding.Mesh, shape: ModelConfig, adapter: AdapterConfig | None, precision: str) -> Any:
     """Where each array of the model goes.
 
     Raises:
@@ -260,7 +264,7 @@ def _shardings(mesh: jax.sharding.Mesh, shape: ModelConfig, adapter: AdapterConf
     return sharding.parameter_shardings(mesh, abstract_transformer(shape, adapter, precision), shape)
 
 
-def _scratch(key, shape: ModelConfig, adapter: AdapterConfig, precision: str) -> Transformer:
+def _scratch(key, shape: ModelConfig, adapter: AdapterConfig | None, precision: str) -> Transformer:
     """A fresh model whose embeddings have standard deviation 0.3.
 
     The table of a `Transformer` is as small as a pretrained one's (0.02); the first layers' outputs would drown it. On

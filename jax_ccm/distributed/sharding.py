@@ -333,6 +333,5 @@ def lookup(table: Sequence[tuple[str, P]], path: str) -> P:
 
 
 def path_of(keys: Sequence[Any]) -> str:
-    """A path of a pytree as text, such as "layers.self_attn.q_proj.kernel"."""
-    part = lambda key: str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
-    return ".".join(part(key) for key in keys).removesuffix(".value")
+    """Such as "layers.self_attn.q_proj.kernel", for keys of a module, a state of it or a pure dict alike."""
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator=".").removesuffix(".value")

@@ -13,7 +13,7 @@ from jax_ccm.records import output
 from jax_ccm.records.card import CardConfig
 from jax_ccm.records.parsing import read_json
 from jax_ccm.rules.describe import label
-from jax_ccm.weights.lora import Adapter
+from jax_ccm.weights.lora import Lora
 
 FILE = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -34,7 +34,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def model_card(
     name: str,
-    adapter: Adapter,
+    adapter: Lora,
     *,
     recipe: Mapping[str, Any] | None,
     said: CardConfig,
@@ -76,7 +76,7 @@ def _base_model(recipe: Mapping[str, Any], said: CardConfig) -> str:
     return said.base_model or (source if _HUB_ID.fullmatch(source) and not Path(source).exists() else "")
 
 
-def _front_matter(adapter: Adapter, recipe: Mapping[str, Any], said: CardConfig) -> str:
+def _front_matter(adapter: Lora, recipe: Mapping[str, Any], said: CardConfig) -> str:
     from huggingface_hub import ModelCardData
 
     base, method = _base_model(recipe, said), (adapter.method or {}).get("name")
@@ -90,7 +90,7 @@ def _front_matter(adapter: Adapter, recipe: Mapping[str, Any], said: CardConfig)
     ).to_yaml()
 
 
-def _details(adapter: Adapter, recipe: Mapping[str, Any], said: CardConfig) -> str:
+def _details(adapter: Lora, recipe: Mapping[str, Any], said: CardConfig) -> str:
     base, shape = adapter.base or {}, adapter.config
     lora = (
         f"LoRA of rank {shape.rank}, alpha {shape.alpha:g}, on {', '.join(shape.targets)}" if shape.rank else "no LoRA"
@@ -118,7 +118,7 @@ def _start(name: str, recipe: Mapping[str, Any]) -> str:
     )
 
 
-def _training(adapter: Adapter, recipe: Mapping[str, Any], said: CardConfig) -> list[str]:
+def _training(adapter: Lora, recipe: Mapping[str, Any], said: CardConfig) -> list[str]:
     import yaml
 
     parts = ["### Training Data"]

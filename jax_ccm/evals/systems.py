@@ -15,11 +15,11 @@ from jax_ccm.evals import perplexity, texts
 from jax_ccm.evals.perplexity import Stage, System
 from jax_ccm.evals.scoring import base_only
 from jax_ccm.methods import build
-from jax_ccm.nn import Transformer, abstract_transformer
+from jax_ccm.nn import Transformer
 from jax_ccm.rules.describe import describe_method, label
 from jax_ccm.rules.types import Method
 from jax_ccm.weights.adapters import load_adapter
-from jax_ccm.weights.hf import base_parameters, is_adapter, parameters
+from jax_ccm.weights.hf import is_adapter, parameters
 
 SYSTEMS = {"step": ("none", "full", "uncompressed", "memory"), "text": ("full", "uncompressed", "memory")}
 DEFAULT = {"step": ("none", "full", "memory"), "text": ("full", "uncompressed", "memory")}
@@ -60,7 +60,7 @@ def make_system(
         assert full_adapter is not None
         model = load_adapter(
             full_adapter,
-            bare_model(model),
+            model.with_adapter(None),
             method=build("full"),
             base=source,
             accept_quantised_base=accept_quantised_base,
@@ -69,19 +69,12 @@ def make_system(
         return System(name, model, build("full"), text, f"{identity}|{fingerprint(model)}")
     if method.eviction is not None:
         text = f"{base['name']} with {label(describe_method(method))}, nothing trained"
-        return System(name, bare_model(model), method, text, identity)
+        return System(name, model.with_adapter(None), method, text, identity)
     if not adapter:
         print("note: no --adapter and no adapter.load: the memory is that of an untrained adapter")
     trained = f"the adapter of {adapter}" if adapter else "an untrained adapter"
     text = f"{base['name']} with {label(describe_method(method))}, {trained}"
     return System(name, model, method, text, f"{identity}|{fingerprint(model)}")
-
-
-def bare_model(model: Transformer) -> Transformer:
-    """The base model alone, sharing its arrays."""
-    target = abstract_transformer(model.config, None, model.precision)
-    arrays = base_parameters(model)
-    return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in parameters(target)])
 
 
 def fingerprint(model: Transformer) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_ccm.attention.dispatch import memory_attention
-from jax_ccm.distributed.sharding import constrain, in_order
+from jax_ccm.distributed.sharding import constrain, in_order, path_of
 from jax_ccm.nn import rope
 from jax_ccm.nn.config import AdapterConfig, ModelConfig
 from jax_ccm.nn.linear import Fused, Linear, transposed
@@ -314,6 +315,18 @@ class Transformer(nnx.Module):
             # The last entry is taken after the final norm, as Hugging Face does.
             more = jnp.concatenate([x[None], more[:-1], hidden[None]])
         return hidden, kept, more
+
+    def with_adapter(self, adapter: AdapterConfig | None, arrays: Mapping[str, jax.Array] = {}) -> Transformer:
+        """The decoder with another adapter beside the same base arrays. This one stays as it is.
+
+        Args:
+          adapter: its shape; None for the base alone.
+          arrays: by path, such as "layers.self_attn.q_proj.lora_a" and "embed_tokens.comp".
+        """
+        target = abstract_transformer(self.config, adapter, self.precision)
+        graphdef, slots, _ = nnx.split(target, nnx.LoRAParam, ...)
+        found = jax.tree_util.tree_map_with_path(lambda keys, _: arrays[path_of(keys)], slots)
+        return nnx.merge(graphdef, found, nnx.split(self, nnx.LoRAParam, ...)[2])
 
     def unstacked(self) -> Transformer:
         """The same decoder in the form that reads one token fastest on a CPU: each layer has arrays of its own.

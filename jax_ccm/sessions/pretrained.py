@@ -13,7 +13,7 @@ from jax_ccm.config.schema import MeshConfig, check
 from jax_ccm.config.yaml import convert
 from jax_ccm.errors import UserError
 from jax_ccm.sessions.conversations import Conversations
-from jax_ccm.weights.adapters import read_adapter
+from jax_ccm.weights.adapters import Adapter
 
 
 class Pretrained(Experiment):
@@ -51,7 +51,7 @@ def from_pretrained(
     config = open_config(str(name))
     model = dataclasses.replace(config.model, precision=precision)
     if base is not None:
-        if TRAINED_BASE in read_adapter(name).extra:
+        if TRAINED_BASE in Adapter.read(name).extra:
             raise UserError(f"{name} was trained together with its base, which lies beside it; leave out base={base!r}")
         model = dataclasses.replace(model, source=str(base), revision="")
     sizes = convert(MeshConfig, dict(mesh or {}), "mesh")

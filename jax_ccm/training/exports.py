@@ -39,7 +39,7 @@ def export(
       The folder of the adapter; None if the model has none.
     """
     from jax_ccm.weights import save_hf
-    from jax_ccm.weights.adapters import adapter_of, write_adapter
+    from jax_ccm.weights.adapters import Adapter
 
     config, loaded = experiment.config, experiment.loaded
     earlier = [] if loaded is None else loaded.extra.get("runs", [])
@@ -57,11 +57,11 @@ def export(
     if not (shape.rank or shape.tokens):
         return None
     path = workdir / f"adapter{suffix}"
-    adapter = adapter_of(model, method=experiment.method, base=experiment.base_name, extra=extra)
+    adapter = Adapter.of(model, method=experiment.method, base=experiment.base_name, extra=extra)
     kept = adapters.portable(config)
     card = model_card(str(path), adapter, recipe=adapters.chosen(kept), said=kept.card)
     beside = {adapters.FILE: to_yaml(kept).encode(), FILE: card.encode()}
-    return write_adapter(path, adapter, beside=beside) if processes.is_first() else path
+    return adapter.write(path, beside=beside)
 
 
 def _replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:

@@ -5,10 +5,9 @@ Our own format is a folder with ``adapter.safetensors`` (arrays by parameter pat
 model. Loading it for another method or another base is an error. Of foreign formats as much is checked as they tell.
 Beside these files may lie ``config.yaml``, the experiment that it was trained in, and ``README.md``, its model card.
 
-    adapter = read_adapter(path, method=method)                          # any format
-    model = load_model(source, adapter=adapter.config, key=key)
-    model = load_adapter(adapter, model, method=method, base=source)
-    save_adapter(path, model, method=method, base=source)
+    adapter = Adapter.read(path, method=method)                          # any format
+    model = adapter.onto(load_model(source), method=method, base=source)
+    Adapter.of(model, method=method, base=source).write(path)
 """
 
 from __future__ import annotations
@@ -20,20 +19,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
+import numpy as np
+from flax import nnx
 
 import jax_ccm
 from jax_ccm.distributed import processes
 from jax_ccm.errors import UserError, unknown
-from jax_ccm.nn import AdapterConfig, Transformer
+from jax_ccm.nn import AdapterConfig, Transformer, abstract_transformer
 from jax_ccm.records import paths
 from jax_ccm.records.parsing import read_json
 from jax_ccm.rules.describe import describe_method, label, upgraded
 from jax_ccm.rules.types import Method
-from jax_ccm.weights import lora, peft, reference
+from jax_ccm.weights import peft, reference
 from jax_ccm.weights.folders import read_tensors, safetensors_bytes, write_folder
+from jax_ccm.weights.hf import parameters
 from jax_ccm.weights.identity import check_base, check_method, describe_base
-from jax_ccm.weights.lora import COMP, Adapter
+from jax_ccm.weights.lora import COMP, Lora, depth, stem
 from jax_ccm.weights.sources import locate_adapter
 
 Format = Literal["own", "peft", "reference"]
@@ -53,123 +57,215 @@ _FILES = {
 }
 
 
-def save_adapter(
-    path: str | Path,
-    model: Transformer,
-    *,
-    method: Method,
-    base: str,
-    extra: dict[str, Any] | None = None,
-    format: Format = "own",
-) -> Path:
-    """Writes the adapter of a model in float32, as a whole or not at all.
+class Adapter(Lora):
+    """A trained adapter: read from files of any format or taken out of a model, written, and put onto a model."""
 
-    In a run of several processes all call it, and the first writes.
+    @classmethod
+    def read(cls, path: str | Path, *, method: Method | None = None, format: Format | None = None) -> Adapter:
+        """Reads an adapter of any format, without a model.
 
-    Args:
-      path: the folder; an adapter of the same format that is there is replaced.
-      model: the model.
-      method: the method it was trained for.
-      base: what a person calls the base model, usually its source.
-      extra: JSON values to keep with it.
-      format: "own", "peft" or "reference".
+        Args:
+          path: the folder, the name of an adapter that comes with the library, or a hub id, ``ORG/NAME`` or
+            ``ORG/NAME@REVISION``.
+          method: the method it is to serve. It is compared with what the files say, if they do; the reference's format
+            cannot be read without it.
+          format: None to tell from the files in the folder.
 
-    Returns:
-      The folder.
+        Raises:
+          UserError: for missing, damaged or unknown files, another method, or a feature that is not implemented.
+        """
+        given, path = str(path), locate_adapter(path)
+        format = format or format_of(path)
+        if format == "own":
+            found = _read_own(path)
+        elif format == "peft":
+            found = peft.read_peft(path)
+        elif format == "reference":
+            found = reference.read_reference(path, method)
+        else:
+            raise unknown("adapter format", format, FORMATS)
+        adapter = cls(**vars(found))
+        if paths.is_remote(given):
+            adapter = dataclasses.replace(adapter, source=given)
+        if method is not None:
+            adapter.check(method)
+        return adapter
 
-    Raises:
-      UserError: if the model has no adapter, the method another number of tokens, or the folder holds other files.
-    """
-    adapter = adapter_of(model, method=method, base=base, extra=extra)
-    return write_adapter(path, adapter, format=format) if processes.is_first() else paths.of(path)
+    @classmethod
+    def of(cls, model: Transformer, *, method: Method, base: str, extra: dict[str, Any] | None = None) -> Adapter:
+        """The adapter of a model, on the host, with what it belongs to.
 
+        Args:
+          model: the model.
+          method: the method it was trained for.
+          base: what a person calls the base model, usually its source.
+          extra: JSON values to keep with it.
 
-def adapter_of(model: Transformer, *, method: Method, base: str, extra: dict[str, Any] | None = None) -> Adapter:
-    """The adapter of a model, with what it belongs to. Arguments and errors as `save_adapter`."""
-    adapter = lora.extract(model)
-    _check_tokens(adapter, method, "the model's adapter")
-    about = {"method": describe_method(method), "base": describe_base(model, base), "extra": extra or {}}
-    return dataclasses.replace(adapter, **about)
+        Raises:
+          UserError: if the model has no adapter, or the method another number of tokens.
+        """
+        trained = parameters(nnx.state(model, nnx.LoRAParam))
+        if model.adapter is None or not trained:
+            raise UserError("this model has no adapter; build it with an AdapterConfig")
+        arrays = {path: processes.whole(x).astype(np.float32) for path, x in trained.items()}
+        about = {"method": describe_method(method), "base": describe_base(model, base), "extra": extra or {}}
+        adapter = cls(model.adapter, arrays, **about)
+        _check_tokens(adapter, method, "the model's adapter")
+        return adapter
 
+    def write(
+        self,
+        path: str | Path,
+        *,
+        format: Format = "own",
+        stored: Stored = "float32",
+        beside: Mapping[str, bytes] | None = None,
+    ) -> Path:
+        """Writes the adapter as a whole or not at all.
 
-def write_adapter(
-    path: str | Path,
-    adapter: Adapter,
-    *,
-    format: Format = "own",
-    stored: Stored = "float32",
-    beside: Mapping[str, bytes] | None = None,
-) -> Path:
-    """Writes an adapter without its model, as a whole or not at all.
+        In a run of several processes all call it, and the first writes.
 
-    Args:
-      path: the folder; an adapter of the same format that is there is replaced.
-      adapter: the adapter.
-      format: "own", "peft" or "reference".
-      stored: type of the numbers in the file. Rounded to bfloat16 it is half as large; in memory it is float32 again.
-      beside: content of other files that go with it, by name (`BESIDE`).
+        Args:
+          path: the folder; an adapter of the same format that is there is replaced.
+          format: "own", "peft" or "reference".
+          stored: type of the numbers in the file. Rounded to bfloat16 it is half as large; in memory it is float32
+            again.
+          beside: content of other files that go with it, by name (`BESIDE`).
 
-    Raises:
-      UserError: if the folder holds other files, or the format cannot express the adapter.
-    """
-    writers = {"own": _own_files, "peft": peft.peft_files, "reference": reference.reference_files}
-    if format not in writers:
-        raise unknown("adapter format", format, FORMATS)
-    path = paths.of(path)
-    if stored == "bfloat16":
-        rounded = {name: x.astype(ml_dtypes.bfloat16) for name, x in adapter.arrays.items()}
-        adapter = dataclasses.replace(adapter, arrays=rounded)
-    write_folder(path, {**writers[format](adapter), **(beside or {})}, _FILES[format] | BESIDE)
-    return path
+        Returns:
+          The folder.
 
+        Raises:
+          UserError: if the folder holds other files, or the format cannot express the adapter.
+        """
+        writers = {"own": _own_files, "peft": peft.peft_files, "reference": reference.reference_files}
+        if format not in writers:
+            raise unknown("adapter format", format, FORMATS)
+        path = paths.of(path)
+        if not processes.is_first():
+            return path
+        adapter = self
+        if stored == "bfloat16":
+            rounded = {name: x.astype(ml_dtypes.bfloat16) for name, x in self.arrays.items()}
+            adapter = dataclasses.replace(self, arrays=rounded)
+        write_folder(path, {**writers[format](adapter), **(beside or {})}, _FILES[format] | BESIDE)
+        return path
 
-def read_adapter(path: str | Path, *, method: Method | None = None, format: Format | None = None) -> Adapter:
-    """Reads an adapter of any format, without a model.
+    def check(self, method: Method) -> None:
+        """Raises `UserError` if the adapter cannot serve a method."""
+        if self.method is not None:
+            check_method(self.method, method, self.source)
+        _check_tokens(self._for(method), method, self.source)
 
-    Args:
-      path: the folder, the name of an adapter that comes with the library, or a hub id, ``ORG/NAME`` or
-        ``ORG/NAME@REVISION``.
-      method: the method it is to serve. It is compared with what the files say, if they do; the reference's format
-        cannot be read without it.
-      format: None to tell from the files in the folder.
+    def onto(
+        self,
+        model: Transformer,
+        *,
+        method: Method,
+        base: str = "",
+        accept_quantised_base: bool = False,
+        shardings: Any = None,
+    ) -> Transformer:
+        """The model with this adapter.
 
-    Raises:
-      UserError: for missing, damaged or unknown files, another method, or a feature that is not implemented.
-    """
-    given, path = str(path), locate_adapter(path)
-    format = format or detect_format(path)
-    if format == "own":
-        adapter = _read_own(path)
-    elif format == "peft":
-        adapter = peft.read_peft(path)
-    elif format == "reference":
-        adapter = reference.read_reference(path, method)
-    else:
-        raise unknown("adapter format", format, FORMATS)
-    if paths.is_remote(given):
-        adapter = dataclasses.replace(adapter, source=given)
-    if method is not None:
-        _check_fits(adapter, method)
-    return adapter
+        Args:
+          model: with an adapter of the same shape, which is replaced (its dropout is kept), or without one. Not
+            changed.
+          method: the method that it is to serve.
+          base: what a person calls the model's base, for messages.
+          accept_quantised_base: also where the weights of the base are those of another quantisation of the same model,
+            such as the original of a GGUF file that the adapter was trained on; a warning says how far they are apart.
+          shardings: where its arrays go, a tree of the structure of the resulting model; None for where those lie that
+            it replaces, or the default device.
+
+        Returns:
+          A new model that shares the base arrays.
+
+        Raises:
+          UserError: if the adapter is for another method or base model (both named), or does not fit.
+        """
+        self.check(method)
+        adapter = self._for(method)
+        if adapter.base is not None:
+            check_base(adapter.base, model, base, adapter.source, accept_quantised=accept_quantised_base)
+        adapter = adapter._with_depth(model.config.num_layers)
+        if model.adapter is not None:
+            _require_shape(adapter, model.adapter)
+        config = model.adapter or adapter.config
+        _require_arrays(adapter, model, config)
+        there = parameters(nnx.state(model, nnx.LoRAParam) if shardings is None else shardings)
+        sharding_of = lambda path: there[path].sharding if shardings is None and path in there else there.get(path)
+        arrays = {path: jax.device_put(x, sharding_of(path)) for path, x in adapter.arrays.items()}
+        return model.with_adapter(config, arrays)
+
+    def merged_into(self, model: Transformer, *, base: str = "", accept_quantised_base: bool = False) -> Transformer:
+        """The model with a plain LoRA in its base weights, ``W + (alpha / r) A B``: stage 1 of the paper's recipe.
+
+        Computed in float32, then rounded to the dtype of the weights.
+
+        Args:
+          model: the base model; an adapter that it has stays as it is. Not changed.
+          base: what a person calls it, for messages.
+          accept_quantised_base: as for `onto`.
+
+        Raises:
+          UserError: for an adapter with compression tokens, for another base model, or that does not fit.
+        """
+        if self.base is not None:
+            check_base(self.base, model, base, self.source, accept_quantised=accept_quantised_base)
+        if self.config.tokens:
+            raise UserError(
+                f"{self.source} is a compression adapter with {self.config.tokens} compression tokens. Its LoRA acts "
+                "on those tokens only and cannot be merged; only a plain LoRA (stage 1) can"
+            )
+        adapter = self._with_depth(model.config.num_layers)
+        graphdef, state = nnx.split(model)
+        leaves = parameters(state)
+        for target in adapter.config.targets if adapter.config.rank else ():
+            path = stem(target)
+            kernel, a, b = leaves[f"{path}.kernel"], adapter.arrays[f"{path}.lora_a"], adapter.arrays[f"{path}.lora_b"]
+            if kernel.shape != (a.shape[0], a.shape[1], b.shape[2]):
+                raise UserError(
+                    f"{adapter.source} does not fit this model: tensors {path + '.lora_a'!r} {list(a.shape)} and "
+                    f"lora_b {list(b.shape)} against a weight of {list(kernel.shape)}"
+                )
+            merge = jax.jit(_add_low_rank, static_argnames="scale", out_shardings=kernel.sharding)
+            leaves[f"{path}.kernel"] = merge(kernel, a, b, scale=adapter.config.scale)
+        return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), list(leaves.values())))
+
+    def _for(self, method: Method) -> Adapter:
+        """With only the rows that a method that it fits uses: the first; it may have been trained with more."""
+        rows = method.num_embeddings
+        if self.method is None or self.config.tokens <= rows:
+            return self
+        arrays = {path: x[:rows] if path == COMP else x for path, x in self.arrays.items()}
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, tokens=rows), arrays=arrays)
+
+    def _with_depth(self, layers: int) -> Adapter:
+        """A `partial` adapter with zeros for the layers behind its last; others as they are."""
+        more = layers - depth(self.arrays)
+        if not self.partial or more < 0:
+            return self
+        pad = lambda path, x: x if path == COMP else np.pad(x, ((0, more), (0, 0), (0, 0)))
+        return dataclasses.replace(self, arrays={path: pad(path, x) for path, x in self.arrays.items()})
 
 
 def load_adapter(
-    source: str | Path | Adapter,
+    source: str | Path,
     model: Transformer,
     *,
     method: Method,
     base: str = "",
     accept_quantised_base: bool = False,
 ) -> Transformer:
-    """The model with an adapter that was saved.
+    """The model with an adapter that was saved: `Adapter.read` and `Adapter.onto`, whose arguments and errors it has.
 
     Args:
-      source: a folder of any format, or what `read_adapter` returned.
-      model: with an adapter of the same shape, which is replaced (its dropout is kept), or without one. Not changed.
+      source: a folder of any format, a name, or a hub id.
+      model: with an adapter of the same shape, which is replaced, or without one. Not changed.
       method: the method that it is to serve.
       base: what a person calls the model's base, for messages.
-      accept_quantised_base: also where the weights of the base are those of another quantisation of the same model,
-        such as the original of a GGUF file that the adapter was trained on; a warning says how far they are apart.
+      accept_quantised_base: also onto another quantisation of the same base.
 
     Returns:
       A new model that shares the base arrays.
@@ -177,35 +273,11 @@ def load_adapter(
     Raises:
       UserError: if the adapter is for another method or base model (both named), does not fit, or cannot be read.
     """
-    adapter = source if isinstance(source, Adapter) else read_adapter(source, method=method)
-    _check_fits(adapter, method)
-    adapter = _with_rows(adapter, method)
-    if adapter.base is not None:
-        check_base(adapter.base, model, base, adapter.source, accept_quantised=accept_quantised_base)
-    return lora.attach(model, adapter)
+    adapter = Adapter.read(source, method=method)
+    return adapter.onto(model, method=method, base=base, accept_quantised_base=accept_quantised_base)
 
 
-def merge_adapter(
-    source: str | Path | Adapter, model: Transformer, *, base: str = "", accept_quantised_base: bool = False
-) -> Transformer:
-    """The model with a plain LoRA merged into its base weights, ``W + (alpha / r) A B``: stage 1 of the paper's recipe.
-
-    Args:
-      source: a folder of any format, or what `read_adapter` returned.
-      model: the base model; an adapter that it has stays as it is. Not changed.
-      base: what a person calls it, for messages.
-      accept_quantised_base: as for `load_adapter`.
-
-    Raises:
-      UserError: for an adapter with compression tokens, for another base model, that does not fit or cannot be read.
-    """
-    adapter = source if isinstance(source, Adapter) else read_adapter(source)
-    if adapter.base is not None:
-        check_base(adapter.base, model, base, adapter.source, accept_quantised=accept_quantised_base)
-    return lora.merge_into_base(model, adapter)
-
-
-def detect_format(path: str | Path) -> Format:
+def format_of(path: str | Path) -> Format:
     """The format of an adapter's folder, by the files in it.
 
     Raises:
@@ -233,7 +305,7 @@ def detect_format(path: str | Path) -> Format:
     )
 
 
-def _own_files(adapter: Adapter) -> dict[str, bytes]:
+def _own_files(adapter: Lora) -> dict[str, bytes]:
     tensors = safetensors_bytes(adapter.arrays)
     about = {
         "format": _NAME,
@@ -249,7 +321,7 @@ def _own_files(adapter: Adapter) -> dict[str, bytes]:
     return {CONFIG_FILE: (json.dumps(about, indent=2) + "\n").encode(), TENSOR_FILE: tensors}
 
 
-def _read_own(folder: Path) -> Adapter:
+def _read_own(folder: Path) -> Lora:
     path = folder / CONFIG_FILE
     about = read_json(path)
     if about.get("format") != _NAME:
@@ -269,27 +341,43 @@ def _read_own(folder: Path) -> Adapter:
     if hashlib.sha256((folder / TENSOR_FILE).read_bytes()).hexdigest() != digest:
         raise UserError(f"{folder / TENSOR_FILE} is not the file that {path} describes; get both again")
     partial = about.get("partial") is True  # older files do not say
-    return Adapter(config, tensors, method, base, extra, partial, source=str(folder))
+    return Lora(config, tensors, method, base, extra, partial, source=str(folder))
 
 
 def _method(about: dict[str, Any], path: Path) -> dict[str, Any] | None:
     return None if about["method"] is None else upgraded(about["method"], str(path))
 
 
-def _check_fits(adapter: Adapter, method: Method) -> None:
-    if adapter.method is not None:
-        check_method(adapter.method, method, adapter.source)
-    _check_tokens(_with_rows(adapter, method), method, adapter.source)
+def _require_shape(adapter: Adapter, here: AdapterConfig) -> None:
+    """The adapter that a model was built with, and another one that is to take its place, are of one shape."""
+    for field in ("rank", "alpha", "tokens", "targets"):
+        mine, theirs = getattr(here, field), getattr(adapter.config, field)
+        if mine != theirs and not (field == "targets" and set(mine) == set(theirs)):
+            raise UserError(
+                f"{adapter.source} has {field} {theirs}, but the model was built for {field} {mine}; set the "
+                "adapter's values in the config, or build the model with the adapter's own config"
+            )
 
 
-def _with_rows(adapter: Adapter, method: Method) -> Adapter:
-    """The adapter with only the rows that a method that it fits uses: the first; it may have been trained with more."""
-    if adapter.method is None or adapter.config.tokens <= method.num_embeddings:
-        return adapter
-    arrays = {path: x[: method.num_embeddings] if path == COMP else x for path, x in adapter.arrays.items()}
-    return dataclasses.replace(
-        adapter, config=dataclasses.replace(adapter.config, tokens=method.num_embeddings), arrays=arrays
-    )
+def _require_arrays(adapter: Adapter, model: Transformer, config: AdapterConfig) -> None:
+    """The adapter's arrays have the shapes that the model needs."""
+    needed = parameters(nnx.state(abstract_transformer(model.config, config, model.precision), nnx.LoRAParam))
+    for path, slot in needed.items():
+        if slot.shape != adapter.arrays[path].shape:
+            owner = (adapter.base or {}).get("name") or "another base model"
+            raise UserError(
+                f"{adapter.source} is for {owner}: tensor {path!r} is {list(adapter.arrays[path].shape)}, but this "
+                f"model needs {list(slot.shape)}"
+            )
+
+
+def _add_low_rank(kernel, a, b, scale: float):
+    # Layer by layer: a float32 copy of a whole stack would not fit beside a large model.
+    def layer(args):
+        w, a, b = args
+        return (w.astype(jnp.float32) + scale * jnp.matmul(a, b, precision="highest")).astype(w.dtype)
+
+    return jax.lax.map(layer, (kernel, a, b))
 
 
 def _check_tokens(adapter: Adapter, method: Method, source: str) -> None:

@@ -24,7 +24,7 @@ from jax_ccm.nn.config import PROJECTIONS
 from jax_ccm.records.parsing import parse_json, read_json
 from jax_ccm.rules.describe import upgraded
 from jax_ccm.weights.folders import read_tensors, safetensors_bytes
-from jax_ccm.weights.lora import COMP, Adapter, depth, stem
+from jax_ccm.weights.lora import COMP, Lora, depth, stem
 from jax_ccm.weights.peft_modules import NOTE, Modules, read_modules
 
 CONFIG_FILE = "adapter_config.json"
@@ -49,7 +49,7 @@ _OTHERS = {
 }
 
 
-def read_peft(folder: Path) -> Adapter:
+def read_peft(folder: Path) -> Lora:
     """Reads an adapter in PEFT's layout: one of ours, or a plain LoRA of PEFT (which has no compression tokens).
 
     Raises:
@@ -63,7 +63,7 @@ def read_peft(folder: Path) -> Adapter:
     return dataclasses.replace(unpack(tensors, modules, path), **known(metadata, path), source=str(folder))
 
 
-def peft_files(adapter: Adapter) -> dict[str, bytes]:
+def peft_files(adapter: Lora) -> dict[str, bytes]:
     """The files of an adapter in PEFT's layout.
 
     Raises:
@@ -75,7 +75,7 @@ def peft_files(adapter: Adapter) -> dict[str, bytes]:
     }
 
 
-def unpack(tensors: dict[str, np.ndarray], modules: Modules, path: Path) -> Adapter:
+def unpack(tensors: dict[str, np.ndarray], modules: Modules, path: Path) -> Lora:
     """An adapter from tensors with PEFT's keys, its arrays stacked over layers.
 
     All modules get the largest rank of any, padded with zeros, and the scale that most of them have; B takes what
@@ -132,7 +132,7 @@ def unpack(tensors: dict[str, np.ndarray], modules: Modules, path: Path) -> Adap
         arrays[f"{stem(target)}.lora_a"], arrays[f"{stem(target)}.lora_b"] = a, b
     # Only names that tell layers apart can have no module in any deeper layer.
     partial = not any(of_layer(layer) for layer in range(layers, layers + DEEPEST))
-    return Adapter(config, arrays, partial=partial, source=str(path.parent))
+    return Lora(config, arrays, partial=partial, source=str(path.parent))
 
 
 def _module(layer: int, target: str) -> str:
@@ -164,7 +164,7 @@ def _check(found: dict, wanted: list[tuple[int, str]], modules: Modules, path: P
         raise UserError(f"{path}: {CONFIG_FILE} gives none of {', '.join(PROJECTIONS)} of a layer a LoRA")
 
 
-def pack(adapter: Adapter) -> dict[str, np.ndarray]:
+def pack(adapter: Lora) -> dict[str, np.ndarray]:
     """Tensors with PEFT's keys and shapes; the inverse of `unpack`."""
     tensors = {}
     for name, x in adapter.arrays.items():
@@ -177,12 +177,12 @@ def pack(adapter: Adapter) -> dict[str, np.ndarray]:
     return tensors
 
 
-def is_conditional(adapter: Adapter) -> bool:
+def is_conditional(adapter: Lora) -> bool:
     """Whether the LoRA is known to act on some tokens only, and PEFT would run it on all."""
     return adapter.method is not None and bool(adapter.method["gate"]) and "TEXT" not in adapter.method["gate"]
 
 
-def config_bytes(adapter: Adapter, **more: Any) -> bytes:
+def config_bytes(adapter: Lora, **more: Any) -> bytes:
     """``adapter_config.json``, with the fields of PEFT 0.4 (which newer ones read), and ``more``.
 
     Raises:
@@ -212,7 +212,7 @@ def config_bytes(adapter: Adapter, **more: Any) -> bytes:
     return (json.dumps(fields | more, indent=2) + "\n").encode()
 
 
-def tensor_bytes(tensors: dict[str, np.ndarray], adapter: Adapter) -> bytes:
+def tensor_bytes(tensors: dict[str, np.ndarray], adapter: Lora) -> bytes:
     """A safetensors file that carries what the config file has no field for."""
     about = {"method": adapter.method, "base": adapter.base, "extra": adapter.extra}
     # Transformers refuses a file whose metadata does not name its framework.

@@ -23,7 +23,7 @@ from jax_ccm.records.parsing import read_json
 from jax_ccm.rules.describe import describe_method, label
 from jax_ccm.rules.types import Method
 from jax_ccm.weights.folders import read_tensors
-from jax_ccm.weights.lora import COMP, Adapter
+from jax_ccm.weights.lora import COMP, Lora
 from jax_ccm.weights.peft import COMP_KEY, CONFIG_FILE, config_bytes, known, pack, tensor_bytes, unpack
 from jax_ccm.weights.peft_modules import read_modules
 
@@ -34,7 +34,7 @@ TENSOR_FILE = "model.safetensors"
 _RUN_NAME = re.compile(r"-online-(concat|merge)(_recur)?(?:-ntok(\d+))?(-sink)?(?![a-z])")
 
 
-def read_reference(folder: Path, method: Method | None) -> Adapter:
+def read_reference(folder: Path, method: Method | None) -> Lora:
     """Reads an adapter of the reference implementation, without executing anything that is in its ``.bin``.
 
     Args:
@@ -63,10 +63,10 @@ def read_reference(folder: Path, method: Method | None) -> Adapter:
             about["method"] = describe_method(method)
         arrays[COMP] = _comp_rows(arrays[COMP], about["method"], path)
         config = dataclasses.replace(config, tokens=len(arrays[COMP]))
-    return Adapter(config, arrays, **about, partial=found.partial, source=str(folder))
+    return Lora(config, arrays, **about, partial=found.partial, source=str(folder))
 
 
-def reference_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
+def reference_tensors(adapter: Lora) -> dict[str, np.ndarray]:
     """An adapter's tensors with the reference's keys and shapes; rows of SUM tokens, which nothing reads, are zero.
 
     Raises:
@@ -93,7 +93,7 @@ def reference_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     return tensors
 
 
-def reference_files(adapter: Adapter) -> dict[str, bytes]:
+def reference_files(adapter: Lora) -> dict[str, bytes]:
     """The files of an adapter in the reference's format, which its loader accepts."""
     return {CONFIG_FILE: config_bytes(adapter), TENSOR_FILE: tensor_bytes(reference_tensors(adapter), adapter)}
 

@@ -16,7 +16,7 @@ from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
 from jax_ccm.rules import rows
 from jax_ccm.rules.types import Kind
-from jax_ccm.weights.adapters import load_adapter, save_adapter
+from jax_ccm.weights.adapters import Adapter, load_adapter
 from tests import cases
 from tests.data.support import VOCAB, dialogues, tokenizer, write
 
@@ -48,7 +48,7 @@ def test_training_draws_ratios(tmp_path):
 def test_one_adapter_serves_them(tmp_path):
     """Loaded for fewer tokens an adapter has their rows only; for fewer than it was trained for it is refused."""
     trained, model = build("ccm_merge", comp_tokens=3, min_comp_tokens=2), cases.model(tokens=3)
-    path = save_adapter(tmp_path / "a", model, method=trained, base="tiny")
+    path = Adapter.of(model, method=trained, base="tiny").write(tmp_path / "a")
     base = Transformer(jax.random.key(0), cases.CONFIG)
     sessions = cases.sessions()
     for count in (2, 3):

@@ -11,7 +11,7 @@ from jax_ccm.methods import build
 from jax_ccm.planning.report import write_overview
 from jax_ccm.records.parsing import parse_json, require_text
 from jax_ccm.weights import read_config
-from jax_ccm.weights.adapters import read_adapter
+from jax_ccm.weights.adapters import Adapter
 from jax_ccm.weights.hf import Safetensors
 
 BAD = {
@@ -25,8 +25,8 @@ BAD = {
 }
 READERS = {
     "config.json": read_config,
-    "adapter_config.json": lambda path: read_adapter(path, method=build("ccm_concat")),
-    "adapter.json": lambda path: read_adapter(path, method=build("ccm_concat")),
+    "adapter_config.json": lambda path: Adapter.read(path, method=build("ccm_concat")),
+    "adapter.json": lambda path: Adapter.read(path, method=build("ccm_concat")),
     "results.json": comparison.load,
     "plan.json": write_overview,
     "model.safetensors.index.json": Safetensors,

@@ -16,13 +16,11 @@ from jax_ccm.data.batches import prepare
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, Transformer
-from jax_ccm.rules.describe import describe_method
 from jax_ccm.training import inputs
 from jax_ccm.training.checkpoints import Checkpoints
 from jax_ccm.training.run import Run
 from jax_ccm.weights import load_tokenizer, save_hf
-from jax_ccm.weights.adapters import write_adapter
-from jax_ccm.weights.lora import extract
+from jax_ccm.weights.adapters import Adapter
 from tests.data import support as data
 
 METHOD = {"name": "ccm_concat", "comp_tokens": 1}
@@ -41,9 +39,9 @@ def model(seed: int, tokens: int = 0) -> Transformer:
 
 def adapter(path: Path, seed: int, tokens: int) -> None:
     """An adapter, plain without tokens, that fits any base of the shape."""
-    made = extract(model(seed, tokens))
     method = build("ccm_concat", comp_tokens=tokens) if tokens else build("full")
-    write_adapter(path, dataclasses.replace(made, method=describe_method(method)))
+    made = Adapter.of(model(seed, tokens), method=method, base="")
+    dataclasses.replace(made, base=None).write(path)
 
 
 def lines(path: Path, *texts: str) -> None:

@@ -15,9 +15,8 @@ from jax_ccm.evals import parity
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, RopeScaling, Transformer, abstract_transformer
 from jax_ccm.weights import adapters
-from jax_ccm.weights.adapters import detect_format, load_adapter, merge_adapter, read_adapter, save_adapter
+from jax_ccm.weights.adapters import Adapter, format_of, load_adapter
 from jax_ccm.weights.hf import parameters
-from jax_ccm.weights.lora import merge_into_base
 from tests import cases
 
 CONCAT = build("ccm_concat", comp_tokens=2)
@@ -47,16 +46,16 @@ def base_only(model, dtype=None):
 
 @pytest.fixture
 def saved(tmp_path):
-    return save_adapter(tmp_path / "saved", MODEL, method=CONCAT, base="tiny", extra={"step": 7})
+    return Adapter.of(MODEL, method=CONCAT, base="tiny", extra={"step": 7}).write(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("format", adapters.FORMATS)
 @pytest.mark.parametrize("name", ["ccm_concat", "ccm_merge", "ccm_ema", "gist"])
 def test_round_trip_is_bit_exact(tmp_path, format, name):
     method = build(name, comp_tokens=2)
-    path = save_adapter(tmp_path / "a", MODEL, method=method, base="tiny", extra={"step": 7}, format=format)
-    assert detect_format(path) == format
-    read = read_adapter(path, method=method)
+    path = Adapter.of(MODEL, method=method, base="tiny", extra={"step": 7}).write(tmp_path / "a", format=format)
+    assert format_of(path) == format
+    read = Adapter.read(path, method=method)
     assert read.config == dataclasses.replace(MODEL.adapter, dropout=read.config.dropout)
     assert read.config.dropout == MODEL.adapter.dropout
     assert read.base["name"] == "tiny" and read.extra == {"step": 7} and read.method["name"] == name
@@ -76,11 +75,11 @@ def merge_adapter_zero(model):
 
 
 def test_arrays_may_lie_in_memory_in_any_order(tmp_path):
-    adapter = read_adapter(save_adapter(tmp_path / "a", MODEL, method=CONCAT, base="tiny"))
+    adapter = Adapter.read(Adapter.of(MODEL, method=CONCAT, base="tiny").write(tmp_path / "a"))
     turned = {name: np.asfortranarray(x) for name, x in adapter.arrays.items()}
     for format in adapters.FORMATS:
-        path = adapters.write_adapter(tmp_path / format, dataclasses.replace(adapter, arrays=turned), format=format)
-        assert_same(read_adapter(path, method=CONCAT).arrays, adapter.arrays)
+        path = dataclasses.replace(adapter, arrays=turned).write(tmp_path / format, format=format)
+        assert_same(Adapter.read(path, method=CONCAT).arrays, adapter.arrays)
 
 
 def test_loading_changes_no_argument_and_gives_the_same_function(saved):
@@ -114,11 +113,11 @@ def test_loaded_structure_equals_the_models(saved):
 )
 def test_another_method_is_refused_with_both_names(saved, method, named):
     with pytest.raises(UserError, match=named):
-        read_adapter(saved, method=method)
+        Adapter.read(saved, method=method)
     with pytest.raises(UserError, match=named):
         load_adapter(saved, MODEL, method=method)
     with pytest.raises(UserError, match=named):
-        load_adapter(read_adapter(saved), MODEL, method=method)
+        Adapter.read(saved).onto(MODEL, method=method)
 
 
 def test_streaming_takes_the_adapter(saved):
@@ -126,7 +125,7 @@ def test_streaming_takes_the_adapter(saved):
 
 
 def test_gisting_online_takes_the_adapter_of_gisting(tmp_path):
-    save_adapter(tmp_path / "a", MODEL, method=build("gist", comp_tokens=2), base="tiny")
+    Adapter.of(MODEL, method=build("gist", comp_tokens=2), base="tiny").write(tmp_path / "a")
     load_adapter(tmp_path / "a", MODEL, method=build("gist", comp_tokens=2, online=True))
 
 
@@ -139,7 +138,7 @@ def test_gisting_online_takes_the_adapter_of_gisting(tmp_path):
 )
 def test_repetition_is_a_matter_of_training(tmp_path, trained, plain):
     """An adapter that was trained with repetition tokens serves the method without them, too; not in reverse."""
-    path = save_adapter(tmp_path / "a", MODEL, method=trained, base="tiny")
+    path = Adapter.of(MODEL, method=trained, base="tiny").write(tmp_path / "a")
     served = load_adapter(path, base_only(MODEL), method=plain, base="tiny")
     assert served.embed_tokens.comp[...].shape[0] == 1
     examples = cases.sessions()
@@ -148,7 +147,7 @@ def test_repetition_is_a_matter_of_training(tmp_path, trained, plain):
     ):
         # The LoRA's products take rows of another number, which rounds otherwise.
         np.testing.assert_allclose(a, b, atol=1e-5)
-    path = save_adapter(tmp_path / "b", served, method=plain, base="tiny")
+    path = Adapter.of(served, method=plain, base="tiny").write(tmp_path / "b")
     with pytest.raises(UserError, match="repeat: null there"):
         load_adapter(path, MODEL, method=trained, base="tiny")
 
@@ -156,27 +155,27 @@ def test_repetition_is_a_matter_of_training(tmp_path, trained, plain):
 def test_pooling_is_part_of_the_method(tmp_path):
     """A plain LoRA serves text that is pooled, but one that was trained on pooled text serves no other."""
     plain = cases.model()
-    path = save_adapter(tmp_path / "a", plain, method=build("full"), base="tiny")
+    path = Adapter.of(plain, method=build("full"), base="tiny").write(tmp_path / "a")
     load_adapter(path, plain, method=build("compressive"))
-    path = save_adapter(tmp_path / "b", plain, method=build("compressive", ratio=4), base="tiny")
+    path = Adapter.of(plain, method=build("compressive", ratio=4), base="tiny").write(tmp_path / "b")
     for method in (build("compressive", ratio=8), build("full")):
         with pytest.raises(UserError, match="pool: 4 there"):
             load_adapter(path, plain, method=method)
 
 
 def test_decay_is_part_of_the_method(tmp_path):
-    save_adapter(tmp_path / "a", MODEL, method=build("ccm_ema", comp_tokens=2, decay=0.5), base="tiny")
+    Adapter.of(MODEL, method=build("ccm_ema", comp_tokens=2, decay=0.5), base="tiny").write(tmp_path / "a")
     with pytest.raises(UserError, match=r'mix: .*"decay": 0.5.* there.*"decay": 0.25.* here'):
-        read_adapter(tmp_path / "a", method=build("ccm_ema", comp_tokens=2, decay=0.25))
+        Adapter.read(tmp_path / "a", method=build("ccm_ema", comp_tokens=2, decay=0.25))
 
 
 def test_a_plain_lora_serves_every_method_that_compresses_nothing(tmp_path):
     plain = cases.model()
-    path = save_adapter(tmp_path / "a", plain, method=build("full"), base="tiny")
+    path = Adapter.of(plain, method=build("full"), base="tiny").write(tmp_path / "a")
     for method in (build("full"), build("none"), build("window", size=9, sink=True)):
         load_adapter(path, plain, method=method)
     with pytest.raises(UserError, match=r"method full, but the method here is ccm_concat \(2 tokens\)"):
-        read_adapter(path, method=CONCAT)
+        Adapter.read(path, method=CONCAT)
 
 
 def test_another_base_is_refused_with_both_names(saved):
@@ -207,8 +206,8 @@ def test_the_base_is_the_same_in_bfloat16(saved, tmp_path):
     half = base_only(MODEL, jnp.bfloat16)
     loaded = load_adapter(saved, half, method=CONCAT)
     assert_same(adapter_arrays(loaded), adapter_arrays(MODEL))
-    save_adapter(tmp_path / "half", loaded, method=CONCAT, base="tiny")
-    assert read_adapter(tmp_path / "half").base == read_adapter(saved).base
+    Adapter.of(loaded, method=CONCAT, base="tiny").write(tmp_path / "half")
+    assert Adapter.read(tmp_path / "half").base == Adapter.read(saved).base
     load_adapter(tmp_path / "half", MODEL, method=CONCAT)
 
 
@@ -261,20 +260,20 @@ def test_a_run_may_set_its_own_dropout(saved):
 
 def test_save_checks_the_method_and_the_model(tmp_path):
     with pytest.raises(UserError, match="has 2 compression tokens, but method ccm_concat"):
-        save_adapter(tmp_path / "a", MODEL, method=build("ccm_concat", comp_tokens=3), base="tiny")
+        Adapter.of(MODEL, method=build("ccm_concat", comp_tokens=3), base="tiny").write(tmp_path / "a")
     with pytest.raises(UserError, match="no adapter"):
-        save_adapter(tmp_path / "a", base_only(MODEL), method=CONCAT, base="tiny")
+        Adapter.of(base_only(MODEL), method=CONCAT, base="tiny").write(tmp_path / "a")
     with pytest.raises(UserError, match="unknown adapter format 'pefd'; did you mean 'peft'"):
-        save_adapter(tmp_path / "a", MODEL, method=CONCAT, base="tiny", format="pefd")
+        Adapter.of(MODEL, method=CONCAT, base="tiny").write(tmp_path / "a", format="pefd")
     assert not (tmp_path / "a").exists()
 
 
 def test_rank_zero_trains_embeddings_only(tmp_path):
     model = Transformer(jax.random.key(0), cases.CONFIG, AdapterConfig(rank=0, tokens=2))
-    path = save_adapter(tmp_path / "a", model, method=CONCAT, base="tiny")
+    path = Adapter.of(model, method=CONCAT, base="tiny").write(tmp_path / "a")
     assert_same(adapter_arrays(load_adapter(path, base_only(model), method=CONCAT)), adapter_arrays(model))
     with pytest.raises(UserError, match="rank 0"):
-        save_adapter(tmp_path / "b", model, method=CONCAT, base="tiny", format="peft")
+        Adapter.of(model, method=CONCAT, base="tiny").write(tmp_path / "b", format="peft")
 
 
 def test_truncated_files(saved):
@@ -283,27 +282,27 @@ def test_truncated_files(saved):
         for size in (0, 5, len(whole) // 2, len(whole) - 3):
             (saved / name).write_bytes(whole[:size])
             with pytest.raises(UserError, match=name):
-                read_adapter(saved)
+                Adapter.read(saved)
         (saved / name).unlink()
         with pytest.raises(UserError, match=f"there is no file .*{name}"):
-            read_adapter(saved)
+            Adapter.read(saved)
         (saved / name).write_bytes(whole)
     flipped = bytearray((saved / "adapter.safetensors").read_bytes())
     flipped[-2] ^= 1
     (saved / "adapter.safetensors").write_bytes(flipped)
     with pytest.raises(UserError, match="not the file that .*adapter.json describes"):
-        read_adapter(saved)
+        Adapter.read(saved)
 
 
 def rewrite(folder, change):
     """Rewrites the arrays of our own format, with a digest that fits."""
-    adapter = read_adapter(folder)
+    adapter = Adapter.read(folder)
     arrays = dict(adapter.arrays)
     change(arrays)
     broken = object.__new__(adapters.Adapter)
     for field in dataclasses.fields(adapter):
         object.__setattr__(broken, field.name, arrays if field.name == "arrays" else getattr(adapter, field.name))
-    adapters.write_adapter(folder, broken)
+    broken.write(folder)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +322,7 @@ def rewrite(folder, change):
 def test_tensors_that_do_not_fit_their_description(saved, change, message):
     rewrite(saved, change)
     with pytest.raises(UserError, match=message):
-        read_adapter(saved)
+        Adapter.read(saved)
 
 
 def test_tensors_that_do_not_fit_the_model(saved):
@@ -349,59 +348,59 @@ def test_damaged_description(saved, change, message):
     change(about)
     (saved / "adapter.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=message):
-        read_adapter(saved)
+        Adapter.read(saved)
 
 
 def test_an_older_description_lacks_newer_fields(saved):
     about = json.loads((saved / "adapter.json").read_text())
     del about["method"]["repeat"], about["method"]["mix"]
     (saved / "adapter.json").write_text(json.dumps(about))
-    read_adapter(saved, method=CONCAT)
+    Adapter.read(saved, method=CONCAT)
     with pytest.raises(UserError, match="mix: null there"):
-        read_adapter(saved, method=MERGE)
+        Adapter.read(saved, method=MERGE)
 
 
 def test_folders(tmp_path, saved):
     with pytest.raises(UserError, match="is not there"):
-        read_adapter(tmp_path / "nowhere")
+        Adapter.read(tmp_path / "nowhere")
     with pytest.raises(UserError, match="a file, not a folder"):
-        read_adapter(saved / "adapter.json")
+        Adapter.read(saved / "adapter.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no adapter.*There: nothing"):
-        read_adapter(tmp_path / "empty")
-    peft = save_adapter(tmp_path / "peft", MODEL, method=CONCAT, base="tiny", format="peft")
+        Adapter.read(tmp_path / "empty")
+    peft = Adapter.of(MODEL, method=CONCAT, base="tiny").write(tmp_path / "peft", format="peft")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(peft / name, saved / name)
     with pytest.raises(UserError, match=r"several formats \(own, peft\)"):
-        read_adapter(saved)
-    assert_same(read_adapter(saved, format="peft").arrays, read_adapter(saved, format="own").arrays)
+        Adapter.read(saved)
+    assert_same(Adapter.read(saved, format="peft").arrays, Adapter.read(saved, format="own").arrays)
 
 
 def test_writing_replaces_an_adapter_but_nothing_else(saved, monkeypatch):
     other = cases.model(tokens=2, seed=5)
-    save_adapter(saved, other, method=CONCAT, base="tiny")
-    assert_same(read_adapter(saved).arrays, adapter_arrays(other))
+    Adapter.of(other, method=CONCAT, base="tiny").write(saved)
+    assert_same(Adapter.read(saved).arrays, adapter_arrays(other))
     (saved / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"other files \(thesis.tex\)"):
-        save_adapter(saved, MODEL, method=CONCAT, base="tiny")
+        Adapter.of(MODEL, method=CONCAT, base="tiny").write(saved)
     (saved / "thesis.tex").unlink()
     with pytest.raises(UserError, match="is a file"):
-        save_adapter(saved / "adapter.json", MODEL, method=CONCAT, base="tiny")
+        Adapter.of(MODEL, method=CONCAT, base="tiny").write(saved / "adapter.json")
 
     real = type(saved).rename
     monkeypatch.setattr(
         type(saved), "rename", lambda a, b: (_ for _ in ()).throw(OSError("disk")) if "new" in a.name else real(a, b)
     )
     with pytest.raises(OSError, match="disk"):
-        save_adapter(saved, MODEL, method=CONCAT, base="tiny")
-    assert_same(read_adapter(saved).arrays, adapter_arrays(other))
+        Adapter.of(MODEL, method=CONCAT, base="tiny").write(saved)
+    assert_same(Adapter.read(saved).arrays, adapter_arrays(other))
     assert [p.name for p in saved.parent.iterdir()] == ["saved"], "temporary folders are left behind"
 
 
 def test_merging_a_plain_lora_equals_applying_it(tmp_path):
     plain = cases.model()
-    path = save_adapter(tmp_path / "a", plain, method=build("full"), base="tiny")
-    merged = merge_adapter(path, base_only(plain), base="tiny")
+    path = Adapter.of(plain, method=build("full"), base="tiny").write(tmp_path / "a")
+    merged = Adapter.read(path).merged_into(base_only(plain), base="tiny")
     examples, method = cases.sessions(), build("full")
     for a, b in zip(
         parity.parallel_logits(merged, method, examples), parity.parallel_logits(plain, method, examples), strict=True
@@ -415,24 +414,24 @@ def test_merging_a_plain_lora_equals_applying_it(tmp_path):
 
 
 def test_merging_keeps_the_models_own_adapter_and_dtype(tmp_path):
-    plain = read_adapter(save_adapter(tmp_path / "a", cases.model(), method=build("full"), base="tiny"))
+    plain = Adapter.read(Adapter.of(cases.model(), method=build("full"), base="tiny").write(tmp_path / "a"))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), MODEL)
-    merged = merge_into_base(half, plain)
+    merged = plain.merged_into(half)
     assert_same(adapter_arrays(merged), adapter_arrays(half))
     assert merged.layers.self_attn.q_proj.kernel[...].dtype == jnp.bfloat16
     assert jax.tree.structure(merged) == jax.tree.structure(half)
     with pytest.raises(UserError, match=r"does not fit this model.*\[3, 64, 4\].*weight of \[3, 32, 32\]"):
         wide = {name: np.repeat(x, 2, axis=1 if name.endswith("a") else 2) for name, x in plain.arrays.items()}
-        merge_into_base(MODEL, dataclasses.replace(plain, arrays=wide))
+        dataclasses.replace(plain, arrays=wide).merged_into(MODEL)
 
 
 def test_a_compression_adapter_cannot_be_merged(saved):
     with pytest.raises(UserError, match="cannot be merged"):
-        merge_adapter(saved, MODEL, base="tiny")
+        Adapter.read(saved).merged_into(MODEL, base="tiny")
 
 
 def test_after_merging_it_is_another_base(tmp_path, saved):
-    plain = save_adapter(tmp_path / "a", cases.model(), method=build("full"), base="tiny")
-    merged = merge_adapter(plain, MODEL, base="tiny")
+    plain = Adapter.of(cases.model(), method=build("full"), base="tiny").write(tmp_path / "a")
+    merged = Adapter.read(plain).merged_into(MODEL, base="tiny")
     with pytest.raises(UserError, match="stage-1 LoRA"):
         load_adapter(saved, merged, method=CONCAT)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
 from jax_ccm.weights import load_model
-from jax_ccm.weights.adapters import load_adapter, merge_adapter, save_adapter
+from jax_ccm.weights.adapters import Adapter, load_adapter
 from jax_ccm.weights.hf import parameters
 from jax_ccm.weights.identity import FARTHEST_QUANTISED
 from tests import cases
@@ -28,7 +28,7 @@ BASE = [path for path in parameters(MODEL) if not path.endswith(("lora_a", "lora
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return save_adapter(tmp_path_factory.mktemp("identity") / "a", MODEL, method=CONCAT, base="tiny")
+    return Adapter.of(MODEL, method=CONCAT, base="tiny").write(tmp_path_factory.mktemp("identity") / "a")
 
 
 def changed(change, *paths, model=MODEL):
@@ -59,7 +59,7 @@ def test_a_change_of_any_array_is_another_base(saved, path):
 def test_a_change_of_one_layer_is_another_base(tmp_path):
     """And into a single layer of many."""
     model = cases.model(num_layers=80, tokens=2, hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1)
-    saved = save_adapter(tmp_path / "a", model, method=CONCAT, base="deep")
+    saved = Adapter.of(model, method=CONCAT, base="deep").write(tmp_path / "a")
     for layer, path in ((0, "self_attn.k_proj"), (41, "mlp.up_proj"), (79, "self_attn.o_proj")):
         with pytest.raises(UserError, match=f"not those of layers.{path}.kernel"):
             load_adapter(saved, changed(noise(0.1, layer), f"layers.{path}.kernel", model=model), method=CONCAT)
@@ -74,11 +74,11 @@ def test_merging_a_lora_of_any_projection_is_seen(saved, tmp_path):
         }
         graphdef, lora, base = nnx.split(plain, nnx.LoRAParam, ...)
         plain = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(lora), list(arrays.values())), base)
-        stage1 = save_adapter(tmp_path / target, plain, method=build("full"), base="tiny")
+        stage1 = Adapter.of(plain, method=build("full"), base="tiny").write(tmp_path / target)
         model = cases.model(tokens=2)
-        mine = save_adapter(tmp_path / f"mine_{target}", model, method=CONCAT, base="tiny")
+        mine = Adapter.of(model, method=CONCAT, base="tiny").write(tmp_path / f"mine_{target}")
         with pytest.raises(UserError, match=f"not those of layers.self_attn.{target}.kernel"):
-            load_adapter(mine, merge_adapter(stage1, model), method=CONCAT)
+            load_adapter(mine, Adapter.read(stage1).merged_into(model), method=CONCAT)
 
 
 def test_rounding_is_no_difference(saved):
@@ -142,9 +142,9 @@ def test_another_quantisation_is_accepted_if_asked_for(saved, tmp_path):
 
 def test_another_quantisation_of_the_base_of_stage_1(tmp_path):
     plain = cases.model()
-    path = save_adapter(tmp_path / "a", plain, method=build("full"), base="tiny")
+    path = Adapter.of(plain, method=build("full"), base="tiny").write(tmp_path / "a")
     near = changed(noise(0.02), *(p for p in parameters(plain) if p.endswith("kernel")), model=plain)
     with pytest.raises(UserError, match="accept_quantised_base"):
-        merge_adapter(path, near)
+        Adapter.read(path).merged_into(near)
     with pytest.warns(UserWarning, match="accepted as another quantisation"):
-        merge_adapter(path, near, accept_quantised_base=True)
+        Adapter.read(path).merged_into(near, accept_quantised_base=True)

@@ -13,7 +13,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.methods import build
 from jax_ccm.nn.config import PROJECTIONS
 from jax_ccm.weights import load_model, peft
-from jax_ccm.weights.adapters import load_adapter, merge_adapter, read_adapter, save_adapter, write_adapter
+from jax_ccm.weights.adapters import Adapter
 from jax_ccm.weights.peft_modules import NOTE
 from tests import cases
 from tests.weights.common import logits
@@ -43,7 +43,7 @@ def edit_tensors(folder, change):
 
 
 def test_a_plain_lora_of_peft(plain):
-    adapter = read_adapter(plain, method=build("full"))
+    adapter = Adapter.read(plain, method=build("full"))
     assert (adapter.config.rank, adapter.config.scale, adapter.config.tokens) == (8, 2.0, 0)
     assert adapter.config.targets == ("q_proj", "k_proj", "v_proj", "o_proj")
     tensors = load_file(plain / "adapter_model.safetensors")
@@ -56,20 +56,20 @@ def test_a_plain_lora_of_peft(plain):
             adapter.arrays["layers.self_attn.v_proj.lora_b"][layer].T, tensors[f"{key}B.weight"]
         )
     with pytest.raises(UserError, match=r"plain LoRA without compression tokens, but method ccm_merge \(2 tokens\)"):
-        read_adapter(plain, method=build("ccm_merge", comp_tokens=2))
+        Adapter.read(plain, method=build("ccm_merge", comp_tokens=2))
 
 
 def test_a_bin_file_of_peft(plain):
     (plain / "adapter_model.safetensors").unlink()
     shutil.copy(GOLDEN.with_name("adapters") / "full_lora" / "pytorch_model.bin", plain / "adapter_model.bin")
-    assert read_adapter(plain).config.rank == 8
+    assert Adapter.read(plain).config.rank == 8
 
 
 def test_narrow_floats_widen_exactly(plain):
-    whole = read_adapter(plain)
+    whole = Adapter.read(plain)
     for dtype in (ml_dtypes.bfloat16, np.float16):
         edit_tensors(plain, lambda t, dtype=dtype: t.update({k: x.astype(dtype) for k, x in t.items()}))
-        narrow = read_adapter(plain)
+        narrow = Adapter.read(plain)
         for name, x in narrow.arrays.items():
             assert x.dtype == np.float32
             np.testing.assert_array_equal(x.astype(dtype), whole.arrays[name].astype(ml_dtypes.bfloat16).astype(dtype))
@@ -77,7 +77,9 @@ def test_narrow_floats_widen_exactly(plain):
 
 def test_export_has_pefts_keys_and_shapes(tmp_path):
     model = cases.model(tokens=2)
-    path = save_adapter(tmp_path / "a", model, method=build("ccm_merge", comp_tokens=2), base="org/tiny", format="peft")
+    path = Adapter.of(model, method=build("ccm_merge", comp_tokens=2), base="org/tiny").write(
+        tmp_path / "a", format="peft"
+    )
     tensors = load_file(path / "adapter_model.safetensors")
     sizes = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32)}
     expected = {peft.COMP_KEY: (2, 32)}
@@ -136,14 +138,14 @@ def test_export_has_pefts_keys_and_shapes(tmp_path):
 def test_what_is_not_implemented_is_refused_with_a_reason(plain, fields, message):
     edit(plain, **fields)
     with pytest.raises(UserError, match=message):
-        read_adapter(plain)
+        Adapter.read(plain)
 
 
 def test_settings_without_effect_are_accepted(plain):
     edit(plain, revision="main", use_rslora=False, rank_pattern={}, megatron_core="megatron.core", qalora_group_size=16)
     edit(plain, loftq_config={"loftq_bits": 4}, eva_config={"rho": 2.0})
     edit(plain, peft_version="0.18.0", layers_pattern="layers", init_lora_weights="gaussian", inference_mode=True)
-    read_adapter(plain)
+    Adapter.read(plain)
 
 
 def set_shape(name, shape):
@@ -170,7 +172,7 @@ LORA_A = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
 def test_tensors_that_are_wrong(plain, change, message):
     edit_tensors(plain, change)
     with pytest.raises(UserError, match=message):
-        read_adapter(plain)
+        Adapter.read(plain)
 
 
 def test_damaged_files(plain):
@@ -178,14 +180,14 @@ def test_damaged_files(plain):
         whole = (plain / name).read_bytes()
         (plain / name).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UserError, match=name):
-            read_adapter(plain)
+            Adapter.read(plain)
         (plain / name).write_bytes(whole)
     (plain / "adapter_config.json").write_text("[]")
     with pytest.raises(UserError, match="holds a JSON list"):
-        read_adapter(plain)
+        Adapter.read(plain)
     (plain / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="holds no adapter"):
-        read_adapter(plain)
+        Adapter.read(plain)
 
 
 @pytest.fixture(scope="module")
@@ -213,15 +215,15 @@ def base():
 def test_adapters_as_peft_writes_them(base, tmp_path, name, rank, targets):
     """PEFT's logits beside the base, merged into it, and after a way through every format."""
     golden = np.load(REAL / "expected.npz")
-    adapter = read_adapter(REAL / name, method=build("full"))
+    adapter = Adapter.read(REAL / name, method=build("full"))
     assert (adapter.config.rank, [*adapter.config.targets]) == (rank, targets)
-    beside = load_adapter(adapter, base, method=build("full"))
+    beside = adapter.onto(base, method=build("full"))
     assert np.abs(golden[name] - golden["base"]).max() > 0.1
     np.testing.assert_allclose(logits(base, golden["ids"]), golden["base"], atol=2e-5)
     np.testing.assert_allclose(logits(beside, golden["ids"], gate=1.0), golden[name], atol=2e-5)
-    np.testing.assert_allclose(logits(merge_adapter(adapter, base), golden["ids"]), golden[name], atol=2e-5)
+    np.testing.assert_allclose(logits(adapter.merged_into(base), golden["ids"]), golden[name], atol=2e-5)
     for format in ("own", "peft", "reference"):
-        again = read_adapter(write_adapter(tmp_path / format, adapter, format=format))
+        again = Adapter.read(adapter.write(tmp_path / format, format=format))
         assert (again.config, again.partial) == (adapter.config, adapter.partial)
         for path, x in adapter.arrays.items():
             np.testing.assert_array_equal(again.arrays[path], x, err_msg=path)
@@ -240,22 +242,22 @@ def test_adapters_as_peft_writes_them(base, tmp_path, name, rank, targets):
 def test_what_is_refused_is_refused_for_its_own_reason(name, message):
     """Not for a tensor that the reader does not know."""
     with pytest.raises(UserError, match=message):
-        read_adapter(REAL / name)
+        Adapter.read(REAL / name)
 
 
 def test_a_lora_on_some_layers_fits_any_depth_that_has_them(base, tmp_path):
     """What names layers says nothing of those behind; what names none must have them all."""
-    adapter = read_adapter(REAL / "layers")
+    adapter = Adapter.read(REAL / "layers")
     assert adapter.partial and adapter.arrays["layers.mlp.up_proj.lora_a"].shape[0] == 2
-    assert not load_adapter(adapter, base, method=build("full")).layers.mlp.up_proj.lora_b[...][2].any()
+    assert not adapter.onto(base, method=build("full")).layers.mlp.up_proj.lora_b[...][2].any()
     for name in ("mlp", "regex_all", "excluded"):
         shutil.copytree(REAL / name, tmp_path / name)
         edit_tensors(tmp_path / name, lambda t: [t.pop(key) for key in [*t] if "layers.2." in key])
-        short = read_adapter(tmp_path / name)
+        short = Adapter.read(tmp_path / name)
         assert not short.partial
         with pytest.raises(UserError, match="this model needs"):
-            load_adapter(short, base, method=build("full"))
+            short.onto(base, method=build("full"))
     shutil.copytree(REAL / "layers", tmp_path / "layers")
     edit_tensors(tmp_path / "layers", lambda t: [t.pop(key) for key in [*t] if "layers.1.mlp" in key])
     with pytest.raises(UserError, match="lacks tensor '.*layers.1.mlp.up_proj.lora_A.weight'"):
-        read_adapter(tmp_path / "layers")
+        Adapter.read(tmp_path / "layers")

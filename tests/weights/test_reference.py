@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer
-from jax_ccm.weights.adapters import load_adapter, merge_adapter, read_adapter, save_adapter
+from jax_ccm.weights.adapters import Adapter, load_adapter
 from jax_ccm.weights.hf import parameters
 from jax_ccm.weights.peft import COMP_KEY
 from tests import cases
@@ -45,7 +45,7 @@ def tiny():
 @pytest.mark.parametrize("kind", ["adapters", "adapters_safetensors"])
 @pytest.mark.parametrize("name", METHODS)
 def test_recorded_adapters(kind, name):
-    adapter = read_adapter(GOLDEN / kind / name, method=METHODS[name])
+    adapter = Adapter.read(GOLDEN / kind / name, method=METHODS[name])
     assert adapter.config == AdapterConfig(rank=8, alpha=16.0, dropout=0.05, tokens=0 if name == "full_lora" else 2)
     assert adapter.config.scale == 2.0
     tensors = load_file(GOLDEN / "adapters_safetensors" / name / "model.safetensors")
@@ -66,7 +66,7 @@ def test_recorded_adapters(kind, name):
 def test_export_has_the_references_keys_and_shapes(tmp_path, tiny, name):
     method = METHODS[name]
     model = load_adapter(GOLDEN / "adapters" / name, tiny, method=method)
-    path = save_adapter(tmp_path / name, model, method=method, base="tiny-llama", format="reference")
+    path = Adapter.of(model, method=method, base="tiny-llama").write(tmp_path / name, format="reference")
     ours, theirs = (load_file(p / name / "model.safetensors") for p in (tmp_path, GOLDEN / "adapters_safetensors"))
     assert {k: (x.shape, x.dtype) for k, x in ours.items()} == {k: (x.shape, x.dtype) for k, x in theirs.items()}
     for key, x in theirs.items():
@@ -91,10 +91,10 @@ def test_old_spelling_of_the_table(tmp_path):
     tensors = load_file(path / "model.safetensors")
     tensors[COMP_KEY.replace("comp_", "gist_")] = table = tensors.pop(COMP_KEY)
     save_file(tensors, path / "model.safetensors")
-    np.testing.assert_array_equal(read_adapter(path, method=METHODS["concat_n2"]).arrays["embed_tokens.comp"], table)
+    np.testing.assert_array_equal(Adapter.read(path, method=METHODS["concat_n2"]).arrays["embed_tokens.comp"], table)
     save_file(tensors | {COMP_KEY: table}, path / "model.safetensors")
     with pytest.raises(UserError, match="_embeddings.weight' .* is not known"):
-        read_adapter(path, method=METHODS["concat_n2"])
+        Adapter.read(path, method=METHODS["concat_n2"])
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_old_spelling_of_the_table(tmp_path):
 )  # fmt: skip
 def test_another_number_of_rows_is_refused(name, method, message):
     with pytest.raises(UserError, match=message):
-        read_adapter(GOLDEN / "adapters" / name, method=method)
+        Adapter.read(GOLDEN / "adapters" / name, method=method)
 
 
 @pytest.mark.parametrize("options", [{}, {"independent": True}, {"sink": True}, {"streaming": True}])
 def test_names_that_say_no_method_serve_any_of_that_size(options):
-    read_adapter(GOLDEN / "adapters" / "concat_n2", method=build("ccm_concat", comp_tokens=2, **options))
-    read_adapter(GOLDEN / "adapters" / "merge_n2", method=build("ccm_merge", comp_tokens=2, **options))
+    Adapter.read(GOLDEN / "adapters" / "concat_n2", method=build("ccm_concat", comp_tokens=2, **options))
+    Adapter.read(GOLDEN / "adapters" / "merge_n2", method=build("ccm_merge", comp_tokens=2, **options))
 
 
 @pytest.mark.parametrize(
@@ -134,11 +134,11 @@ def test_names_that_say_no_method_serve_any_of_that_size(options):
 )
 def test_the_published_names_of_runs_say_the_method(tmp_path, run, name, right, wrong):
     path, kind = copy(name, tmp_path / run), f"ccm_{name.removesuffix('_n2')}"
-    read_adapter(path, method=build(kind, comp_tokens=2, **right))
-    read_adapter(path, method=build(kind, comp_tokens=2, streaming=True, **right))
-    assert read_adapter(path).config.tokens == 2
+    Adapter.read(path, method=build(kind, comp_tokens=2, **right))
+    Adapter.read(path, method=build(kind, comp_tokens=2, streaming=True, **right))
+    assert Adapter.read(path).config.tokens == 2
     with pytest.raises(UserError, match=rf"trained for the method {kind}.* but the method here is {kind}"):
-        read_adapter(path, method=build(kind, comp_tokens=2, **wrong))
+        Adapter.read(path, method=build(kind, comp_tokens=2, **wrong))
 
 
 def test_scale_is_read_per_stage(tmp_path, tiny):
@@ -151,10 +151,10 @@ def test_scale_is_read_per_stage(tmp_path, tiny):
     save_file(tensors, path / "model.safetensors")
     config = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps(config | {"r": 16}))
-    assert read_adapter(path).config.scale == 1.0
-    merged = merge_adapter(path, tiny)
+    assert Adapter.read(path).config.scale == 1.0
+    merged = Adapter.read(path).merged_into(tiny)
     # Both halves of rank 16 are the rank 8 adapter: 1.0 * (BA + BA) == 2.0 * BA.
-    same = merge_adapter(GOLDEN / "adapters" / "full_lora", tiny)
+    same = Adapter.read(GOLDEN / "adapters" / "full_lora").merged_into(tiny)
     for name, x in parameters(merged).items():
         np.testing.assert_allclose(x, parameters(same)[name], atol=1e-6, err_msg=name)
     key = "base_model.model.model.layers.1.self_attn.o_proj.lora_"
@@ -178,10 +178,10 @@ def test_damaged_bin(tmp_path):
     path = tmp_path / "a" / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:40000])
     with pytest.raises(UserError, match="pytorch_model.bin is damaged or cut short after 40000 bytes"):
-        read_adapter(tmp_path / "a", method=METHODS["concat_n2"])
+        Adapter.read(tmp_path / "a", method=METHODS["concat_n2"])
     shutil.copy(GOLDEN / "adapters_safetensors" / "concat_n2" / "model.safetensors", tmp_path / "a")
     with pytest.raises(UserError, match="holds both"):
-        read_adapter(tmp_path / "a", method=METHODS["concat_n2"])
+        Adapter.read(tmp_path / "a", method=METHODS["concat_n2"])
 
 
 @pytest.mark.parametrize("name, options", [("loma", {}), ("sentinel", {}), ("ccm_merge", {"repeat": True})])
@@ -189,8 +189,8 @@ def test_methods_that_the_reference_does_not_have(tmp_path, name, options):
     method = build(name, **options)
     model = cases.model(tokens=method.num_embeddings)
     with pytest.raises(UserError, match="not that of the reference's methods"):
-        save_adapter(tmp_path / "a", model, method=method, base="tiny", format="reference")
-    saved = save_adapter(tmp_path / "b", model, method=method, base="tiny")
-    assert read_adapter(saved, method=method).config.tokens == method.num_embeddings
+        Adapter.of(model, method=method, base="tiny").write(tmp_path / "a", format="reference")
+    saved = Adapter.of(model, method=method, base="tiny").write(tmp_path / "b")
+    assert Adapter.read(saved, method=method).config.tokens == method.num_embeddings
     with pytest.raises(UserError, match="was trained for the method"):
-        read_adapter(saved, method=build("ccm_concat", comp_tokens=method.num_embeddings))
+        Adapter.read(saved, method=build("ccm_concat", comp_tokens=method.num_embeddings))

@@ -13,7 +13,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.methods import build
 from jax_ccm.training.inputs import of_files
 from jax_ccm.weights import load_model, read_config
-from jax_ccm.weights.adapters import load_adapter, read_adapter
+from jax_ccm.weights.adapters import Adapter, load_adapter
 from jax_ccm.weights.sources import locate, locate_adapter
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -63,14 +63,14 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
 
 
 def test_adapters_of_the_hub(hub):
-    own, there = (read_adapter(x) for x in ("org/adapter", GOLDEN / "formats" / "adapter_four_samples"))
+    own, there = (Adapter.read(x) for x in ("org/adapter", GOLDEN / "formats" / "adapter_four_samples"))
     assert own.config == there.config
     for path, x in there.arrays.items():
         np.testing.assert_array_equal(own.arrays[path], x)
     load_adapter("org/adapter@v1.0", load_model("org/model@v1.0"), method=build("ccm_concat", comp_tokens=1))
-    assert read_adapter(f"org/lora@{NEW}").config.targets == ("gate_proj", "up_proj", "down_proj")
+    assert Adapter.read(f"org/lora@{NEW}").config.targets == ("gate_proj", "up_proj", "down_proj")
     with pytest.raises(UserError, match="'org/lora' is no local folder, .* at revision 'v1.0'"):
-        read_adapter("org/lora@v1.0")
+        Adapter.read("org/lora@v1.0")
     for wrong in ("org", "nowhere/at/all", "org/lora@"):
         with pytest.raises(UserError, match=f"adapter '{wrong}' is not there; give the folder .* ORG/NAME@REVISION"):
             locate_adapter(wrong)
