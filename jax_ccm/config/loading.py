@@ -13,6 +13,7 @@ from flax import nnx
 
 from jax_ccm import methods
 from jax_ccm.config.schema import Config, ScratchConfig
+from jax_ccm.data.documents import FORMATS
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
@@ -219,8 +220,8 @@ def _require_shape(stored: AdapterConfig, wanted: AdapterConfig, path: str) -> N
 
 
 def _tokenizer(config: Config) -> Any:
-    if config.data.format == "recall":
-        return None  # made of token ids
+    if not FORMATS[config.data.format].tokenized:
+        return None
     source = config.model.tokenizer or base_source(config)
     if source:
         from jax_ccm.weights import load_tokenizer

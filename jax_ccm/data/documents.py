@@ -10,7 +10,8 @@ import numpy as np
 
 from jax_ccm.data import recall, spans
 from jax_ccm.data.config import DataConfig
-from jax_ccm.data.formats import Dialogue, FewShot, Format, Online, Report, Unit, segment, used
+from jax_ccm.data.fewshot import FewShot
+from jax_ccm.data.formats import Askable, Dialogue, NoChoices, Online, Report, Unit, segment, used
 from jax_ccm.data.sources import Source
 from jax_ccm.data.template import Template
 from jax_ccm.rules.examples import Example, concat
@@ -29,7 +30,7 @@ class TextUnit(Unit):
     begins: np.ndarray
 
 
-class Text:
+class Text(NoChoices):
     """``{"text"}``: a text is cut into windows of ``max_chunks + 1`` chunks of ``chunk`` tokens; the last is the tail.
 
     What remains at the end of a text is a shorter window, used if it has at least two chunks. With ``ratio`` a window
@@ -90,6 +91,13 @@ class Text:
                 segments = spans.scattered(whole.tokens, whole.scored, self.config.ratio, rng)
         return Example(self.template.start, self.template.separator[:0], segments, unit.id)
 
+    def chunks(self, unit: Unit) -> int:
+        return len(unit.pieces) - 1
+
+    def ask(self, unit: Unit, step: int, target: np.ndarray | None = None) -> Example:
+        """The tail is the same at all steps, and the ``step`` chunks before it are its context."""
+        return self.build(Unit(unit.id, unit.pieces[-step - 1 :]), "last")
+
     def needs(self, unit: Unit, method: Method) -> Sizes:
         example = self.build(unit, self.config.loss, np.random.default_rng(0))
         sizes = measure(method, example)
@@ -110,8 +118,10 @@ class RecallUnit(Unit):
     record: dict[str, Any]
 
 
-class RecallTask:
+class RecallTask(NoChoices):
     """The generated recall task of `jax_ccm.data.recall`; needs no tokenizer."""
+
+    tokenized = False
 
     def __init__(self, config: DataConfig, template: Template | None = None):
         self.config = config
@@ -130,20 +140,34 @@ class RecallTask:
         assert isinstance(unit, RecallUnit)
         return recall.example(unit.record, unit.id)
 
+    def chunks(self, unit: Unit) -> int:
+        assert isinstance(unit, RecallUnit)
+        return len(unit.record["facts"])
+
+    def ask(self, unit: Unit, step: int, target: np.ndarray | None = None) -> Example:
+        assert isinstance(unit, RecallUnit)
+        return recall.example(unit.record, unit.id, step)
+
     def needs(self, unit: Unit, method: Method) -> Sizes:
         assert isinstance(unit, RecallUnit)
         return measure(method, recall.example(unit.record))
 
 
-FORMATS = {"dialogue": Dialogue, "online": Online, "fewshot": FewShot, "text": Text, "recall": RecallTask}
+FORMATS: dict[str, Any] = {
+    "dialogue": Dialogue,
+    "online": Online,
+    "fewshot": FewShot,
+    "text": Text,
+    "recall": RecallTask,
+}
 
 
-def build(config: DataConfig, tokenizer: Any) -> Format:
+def build(config: DataConfig, tokenizer: Any) -> Askable:
     """The format of a config.
 
     Args:
       config: the data of the experiment.
       tokenizer: a fast tokenizer of transformers; the recall task needs none and ignores it.
     """
-    template = None if config.format == "recall" else Template.of(config, tokenizer)
-    return FORMATS[config.format](config, template)
+    kind = FORMATS[config.format]
+    return kind(config, Template.of(config, tokenizer) if kind.tokenized else None)

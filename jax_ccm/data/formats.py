@@ -21,7 +21,7 @@ from jax_ccm.data.sources import Record, Source, blank
 from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
 from jax_ccm.rules.examples import Example, Segment, concat, with_prefix
-from jax_ccm.rules.rows import Sizes, bound, measure
+from jax_ccm.rules.rows import Sizes, measure
 from jax_ccm.rules.types import Method
 
 
@@ -94,11 +94,13 @@ class Unit:
       id: names the record.
       pieces: read-only int32 tokens of its turns, contexts or chunks, in order; the last is the target (or tail).
       marked: numbers of the turns that the record names for the loss; None for all.
+      task: what the record is an example of, "" where there are no tasks; accuracies are averaged over tasks.
     """
 
     id: str
     pieces: tuple[np.ndarray, ...]
     marked: frozenset[int] | None = dataclasses.field(default=None, kw_only=True)
+    task: str = dataclasses.field(default="", kw_only=True)
 
     def __post_init__(self):
         for piece in self.pieces:
@@ -119,6 +121,44 @@ class Format(Protocol):
     def needs(self, unit: Unit, method: Method) -> Sizes:
         """The largest sizes that any draw of the unit needs."""
         ...
+
+
+class Askable(Format, Protocol):
+    """What an evaluation asks of a format besides.
+
+    Attributes:
+      tokenized: whether records are texts, so that a tokenizer is needed.
+      has_choices: whether questions have several answers.
+    """
+
+    tokenized: bool
+    has_choices: bool
+
+    def chunks(self, unit: Unit) -> int:
+        """The largest time step of a unit: context chunks before its tail."""
+        ...
+
+    def ask(self, unit: Unit, step: int, target: np.ndarray | None = None) -> Example:
+        """The session behind ``step`` context chunks, its target, or this one, scored, but no end of sequence."""
+        ...
+
+    def answers(self, unit: Unit) -> tuple[Sequence[np.ndarray], int]:
+        """Tokens of the answers that a question has, and which of them is right; where `has_choices`.
+
+        Raises:
+          UserError: for a record without.
+        """
+        ...
+
+
+class NoChoices:
+    """Questions with one answer."""
+
+    tokenized = True
+    has_choices = False
+
+    def answers(self, unit: Unit) -> tuple[Sequence[np.ndarray], int]:
+        raise UserError(f"{unit.id}: the record has no choices")
 
 
 def segment(tokens: np.ndarray, scored: bool = False) -> Segment:
@@ -192,12 +232,17 @@ def turns_a_chunk(config: DataConfig) -> int:
     return 2 if config.option("unit_of_memory") == "exchange" else 1
 
 
+def chunks_of(config: DataConfig, turns: int) -> int:
+    """Chunks of memory that so many turns or contexts make; the first may be of fewer than the others."""
+    return -(-turns // turns_a_chunk(config))
+
+
 def most_tokens(config: DataConfig, evaluation: bool) -> int:
     """The limit on a session's tokens."""
     return config.option("max_tokens_evaluation" if evaluation else "max_tokens")
 
 
-class Dialogue:
+class Dialogue(NoChoices):
     """``{"turns", "scored"?}``: every turn is a time step (CCM, section 4.1; the reference's DailyDialog protocol).
 
     With ``loss="last"`` a draw takes the first k turns, k uniform from ``min_turns`` to all, and scores the last of
@@ -235,6 +280,14 @@ class Dialogue:
         if not every:
             count = int(rng.integers(self.config.option("min_turns"), count + 1))
         return self._session(unit, count, every)
+
+    def chunks(self, unit: Unit) -> int:
+        return chunks_of(self.config, len(unit.pieces) - 2)
+
+    def ask(self, unit: Unit, step: int, target: np.ndarray | None = None) -> Example:
+        size = turns_a_chunk(self.config)
+        turns = unit.pieces[: step * size + 2]
+        return session(self.template, turns, every=False, score_end=False, unit=size, id=unit.id)
 
     def _session(self, unit: Unit, count: int, every: bool) -> Example:
         size, roles = turns_a_chunk(self.config), self.config.option("roles")
@@ -274,14 +327,22 @@ def _marked(record: Record, where: str) -> frozenset[int] | None:
 class Online:
     """``{"contexts", "query", "target"}``: contexts are time steps; the whole record is always used."""
 
+    tokenized = True
+
     def __init__(self, config: DataConfig, template: Template):
         self.config, self.template = config, template
+        self._records: dict[str, Record] = {}
+
+    @property
+    def has_choices(self) -> bool:
+        return any("choices" in record for record in self._records.values())
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
         report, ids, records = Report("records"), [], []
         for where, record in used(sources, "online", report, "with one of their pieces empty"):
             ids.append(where)
             records.append(record)
+            self._records[where] = record
         inputs = [[*record["contexts"], record["query"]] for record in records]
         first = self.template.first([texts[0] for texts in inputs])
         later = iter(self.template.later([text for texts in inputs for text in texts[1:]]))
@@ -298,6 +359,21 @@ class Online:
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         return measure(method, self.draw(unit, np.random.default_rng(0)))
+
+    def chunks(self, unit: Unit) -> int:
+        return chunks_of(self.config, len(unit.pieces) - 2)
+
+    def ask(self, unit: Unit, step: int, target: np.ndarray | None = None) -> Example:
+        *contexts, query, own = unit.pieces
+        size = turns_a_chunk(self.config)
+        turns = (*contexts[: step * size], query, own if target is None else target)
+        return session(self.template, turns, every=False, score_end=False, unit=size, id=unit.id)
+
+    def answers(self, unit: Unit) -> tuple[Sequence[np.ndarray], int]:
+        record = self._records[unit.id]
+        if "choices" not in record:
+            raise UserError(f"{unit.id}: the record has no choices; accuracy by likelihood needs them in every record")
+        return self.template.target(record["choices"]), record["choices"].index(record["target"])
 
 
 def limited(
@@ -328,115 +404,3 @@ def limited(
             units.append(Unit(id, pieces, marked=named))
     report.kept = len(units)
     return units
-
-
-@dataclasses.dataclass(frozen=True)
-class Shot(Unit):
-    """An example of a few-shot task, ``(text, label)``.
-
-    Attributes:
-      task: the task's source.
-      place: its number in the task.
-      label: the label as text.
-    """
-
-    task: str
-    place: int
-    label: str
-
-
-class FewShot:
-    """``{"text", "label"}``, each source a task: demonstrations are the context (MetaICL's format and budget).
-
-    ``Input: text Output: label`` for each of up to ``shots`` demonstrations, then ``Input: text Output:``.
-    Demonstrations are other examples of the task, drawn without repetition; they are added up to the first that would
-    exceed ``max_tokens``, none is skipped. Compression tokens do not count towards the limit.
-    """
-
-    def __init__(self, config: DataConfig, template: Template):
-        self.config, self.template = config, template
-        self._tasks: dict[str, list[Shot]] = {}
-        self._longest_label: dict[str, int] = {}
-
-    def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
-        report = Report("examples")
-        shots, units = self.config.option("shots"), []
-        for source in sources:
-            task = self.read(source, report)
-            if len(task) <= shots:
-                raise UserError(
-                    f"task {source.name!r} has {len(task)} usable examples; {shots} demonstrations and a query need "
-                    f"{shots + 1}. Lower data.shots or leave the task out"
-                )
-            self._tasks[source.name] = task
-            self._longest_label[source.name] = max(len(unit.pieces[1]) for unit in task)
-            units += task
-        return units, report
-
-    def read(self, source: Source, report: Report) -> list[Shot]:
-        """The examples of a task within the limits."""
-        found = list(used([source], "fewshot", report, "without text or label"))
-        texts = self.template.later([record["text"] for _, record in found])
-        known = {record["label"]: None for _, record in found}
-        labels = dict(zip(known, self.template.target(list(known)), strict=True))
-        longest = self.config.option("max_turn_tokens")
-        around = len(self.template.separator) + len(self.template.answer)
-        units = []
-        for (where, record), text in zip(found, texts, strict=True):
-            label = labels[record["label"]]
-            if not len(text) or not len(label):
-                report.drop("without text or label", where)
-            elif len(text) + len(label) + around > longest:
-                report.drop(f"of more than {longest} tokens")
-            else:
-                units.append(Shot(where, (text, label), source.name, len(units), record["label"]))
-        report.units, report.kept = report.units + len(found), report.kept + len(units)
-        return units
-
-    def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
-        assert isinstance(unit, Shot)
-        task = self._tasks[unit.task]
-        # An offset of 1..n-1 behind the query, modulo n, never hits the query itself.
-        offsets = 1 + rng.permutation(len(task) - 1)[: self.config.option("shots")]
-        demonstrations = [task[(unit.place + offset) % len(task)] for offset in offsets]
-        return self.build(
-            unit, demonstrations, unit.pieces[1], self.config.option("max_tokens"), self.config.loss == "every"
-        )
-
-    def build(
-        self,
-        unit: Unit,
-        demonstrations: Sequence[Unit],
-        target: np.ndarray,
-        most: int,
-        every: bool,
-        score_end: bool = True,
-    ) -> Example:
-        """An example with the demonstrations that fit into ``most`` tokens beside the query and its own label."""
-        template = self.template
-        own = concat(
-            segment(unit.pieces[0]), segment(template.answer), segment(target, True), segment(template.end, score_end)
-        )
-        room = (
-            most - len(template.start) - len(template.separator) - len(own.tokens) + len(target) - len(unit.pieces[1])
-        )
-        shown = []
-        for number, (text, label) in enumerate(unit.pieces for unit in demonstrations):
-            shot = concat(segment(text), segment(template.answer), segment(label, every and number > 0))
-            room -= len(shot.tokens) + (len(template.separator) if number else 0)
-            if room < 0:
-                break
-            shown.append(shot)
-        return Example(template.start, template.separator, (*shown, own), unit.id)
-
-    def needs(self, unit: Unit, method: Method) -> Sizes:
-        assert isinstance(unit, Shot)
-        shots = {"chunks": self.config.option("shots"), "joined": 1, "dropped": 0}[method.context]
-        alone = measure(method, self.build(unit, (), unit.pieces[1], 0, every=False))
-        if not shots:
-            return alone
-        scored = alone.scored
-        if self.config.loss == "every":
-            scored += (self.config.option("shots") - 1) * self._longest_label[unit.task]
-        tokens = max(alone.tokens, self.config.option("max_tokens"))
-        return bound(method, tokens, shots, scored)

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm.data import documents, recall
+from jax_ccm.data import documents
 from jax_ccm.data.config import DataConfig
-from jax_ccm.data.documents import RecallUnit, Text
-from jax_ccm.data.formats import Dialogue, FewShot, Online, Report, Shot, Unit, session, turns_a_chunk
+from jax_ccm.data.documents import Text
+from jax_ccm.data.formats import Unit
 from jax_ccm.data.sources import Record, Records, Source, open_sources
 from jax_ccm.errors import UserError
 from jax_ccm.rules.examples import Example
@@ -63,18 +63,8 @@ class Evaluation:
         """
         self.config = config
         self.format = documents.build(config, tokenizer)
-        self._choices: dict[str, Record] = {}
-        self._shots: dict[str, list[Shot]] = {}
-        self._labels: dict[str, dict[str, np.ndarray]] = {}
-        self.units: list[Unit] = []
-        if isinstance(self.format, FewShot):
-            self.report = Report("examples")
-            self._load_tasks(self.format, sources, demonstrations)
-        else:
-            self.units, self.report = self.format.load(sources, evaluation=True)
-        if config.format == "online":
-            for source in sources:
-                self._choices |= {source.where(index): source[index] for index in range(len(source))}
+        shown = {"demonstrations": demonstrations} if demonstrations else {}
+        self.units, self.report = self.format.load(sources, evaluation=True, **shown)
         if not self.units:
             raise UserError(f"no evaluation data is left: {self.report}. Raise the limits that are named")
 
@@ -88,28 +78,13 @@ class Evaluation:
     @property
     def has_choices(self) -> bool:
         """Whether its questions have several answers: few-shot tasks, and online records with ``choices``."""
-        return self.config.format == "fewshot" or any("choices" in record for record in self._choices.values())
+        return self.format.has_choices
 
     @property
     def answer(self) -> np.ndarray:
         """int32 tokens between query and target, for formats with choices."""
-        assert isinstance(self.format, Online | FewShot)
+        assert self.has_choices
         return self.format.template.answer
-
-    def _load_tasks(self, format: FewShot, sources: Sequence[Source], demonstrations: Sequence[Source]) -> None:
-        if len(demonstrations) != len(sources):
-            raise UserError(
-                f"few-shot evaluation has {len(sources)} tasks but {len(demonstrations)} sources of demonstrations; "
-                "give data.demonstrations one source for each task, in the same order"
-            )
-        for source, shown in zip(sources, demonstrations, strict=True):
-            task, self._shots[source.name] = (
-                format.read(source, self.report),
-                format.read(shown, Report("demonstrations")),
-            )
-            known = {shot.label: shot.pieces[1] for shot in (*self._shots[source.name], *task)}
-            self._labels[source.name] = dict(sorted(known.items()))
-            self.units += task
 
     def examples(self, step: int) -> list[Example]:
         """The sessions at a time step: every record that is long enough, cut to ``step`` chunks.
@@ -124,7 +99,7 @@ class Evaluation:
           Examples with ``step`` context chunks, the target scored; possibly none.
         """
         self._check(step)
-        return [self._example(unit, step) for unit in self._long_enough(step)]
+        return [self.format.ask(unit, step) for unit in self._long_enough(step)]
 
     def texts(self, *, marked: bool = True) -> list[Example]:
         """Every window of plain text, all of its tokens scored but the first.
@@ -147,9 +122,10 @@ class Evaluation:
           UserError: for another format, or an online record without choices.
         """
         self._check(step)
-        if self.config.format not in ("online", "fewshot"):
+        if not self.has_choices:
             raise UserError(
-                f"format {self.config.format!r} has no choices to be accurate about; use 'online' or 'fewshot'"
+                f"format {self.config.format!r} has no choices to be accurate about; use 'online' with choices in the "
+                "records, or 'fewshot'"
             )
         return [self._choice(unit, step) for unit in self._long_enough(step)]
 
@@ -164,57 +140,12 @@ class Evaluation:
 
     def _long_enough(self, step: int) -> list[Unit]:
         exact = self.config.option("truncate") is False
-        kept = []
-        for unit in self.units:
-            if isinstance(unit, Shot):
-                length = len(self._shots[unit.task])
-            elif isinstance(unit, RecallUnit):
-                length = len(unit.record["facts"])
-            else:
-                length = len(unit.pieces) - 1
-                if self.config.format != "text":
-                    length = -(-(length - 1) // turns_a_chunk(self.config))
-            if length == step or (length > step and not exact):
-                kept.append(unit)
-        return kept
-
-    def _example(self, unit: Unit, step: int, target: np.ndarray | None = None) -> Example:
-        format = self.format
-        if isinstance(format, FewShot):
-            assert isinstance(unit, Shot)
-            target = unit.pieces[1] if target is None else target
-            shown = self._shots[unit.task][:step]
-            return format.build(
-                unit, shown, target, self.config.option("max_tokens_evaluation"), every=False, score_end=False
-            )
-        if isinstance(format, Dialogue):
-            size = turns_a_chunk(self.config)
-            turns = unit.pieces[: step * size + 2]
-            return session(format.template, turns, every=False, score_end=False, unit=size, id=unit.id)
-        if isinstance(format, Online):
-            *contexts, query, own = unit.pieces
-            size = turns_a_chunk(self.config)
-            turns = (*contexts[: step * size], query, own if target is None else target)
-            return session(format.template, turns, every=False, score_end=False, unit=size, id=unit.id)
-        if isinstance(format, Text):
-            return format.build(Unit(unit.id, unit.pieces[-step - 1 :]), "last")
-        assert isinstance(unit, RecallUnit)
-        return recall.example(unit.record, unit.id, step)
+        lengths = ((unit, self.format.chunks(unit)) for unit in self.units)
+        return [unit for unit, length in lengths if length == step or (length > step and not exact)]
 
     def _choice(self, unit: Unit, step: int) -> Choice:
-        format = self.format
-        assert isinstance(format, Online | FewShot)
-        if isinstance(unit, Shot):
-            labels = self._labels[unit.task]
-            examples = tuple(self._example(unit, step, target) for target in labels.values())
-            return Choice(examples, list(labels).index(unit.label), unit.task)
-        record = self._choices[unit.id]
-        if "choices" not in record:
-            raise UserError(f"{unit.id}: the record has no choices; accuracy by likelihood needs them in every record")
-        targets = format.template.target(record["choices"])
-        return Choice(
-            tuple(self._example(unit, step, target) for target in targets), record["choices"].index(record["target"])
-        )
+        targets, right = self.format.answers(unit)
+        return Choice(tuple(self.format.ask(unit, step, target) for target in targets), right, unit.task)
 
 
 def evaluation_examples(

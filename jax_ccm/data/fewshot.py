@@ -1,0 +1,164 @@
+"""Few-shot tasks: demonstrations are the context of a query, and the labels of a task its answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_ccm.data.config import DataConfig
+from jax_ccm.data.formats import Report, Unit, segment, used
+from jax_ccm.data.sources import Source
+from jax_ccm.data.template import Template
+from jax_ccm.errors import UserError
+from jax_ccm.rules.examples import Example, concat
+from jax_ccm.rules.rows import Sizes, bound, measure
+from jax_ccm.rules.types import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot(Unit):
+    """An example of a few-shot task, ``(text, label)``.
+
+    Attributes:
+      place: its number in the task.
+      label: the label as text.
+    """
+
+    place: int
+    label: str
+
+
+class FewShot:
+    """``{"text", "label"}``, each source a task: demonstrations are the context (MetaICL's format and budget).
+
+    ``Input: text Output: label`` for each of up to ``shots`` demonstrations, then ``Input: text Output:``.
+    Demonstrations are other examples of the task, drawn without repetition; they are added up to the first that would
+    exceed ``max_tokens``, none is skipped. Compression tokens do not count towards the limit.
+    """
+
+    tokenized = True
+    has_choices = True
+
+    def __init__(self, config: DataConfig, template: Template):
+        self.config, self.template = config, template
+        self._tasks: dict[str, list[Shot]] = {}
+        self._longest_label: dict[str, int] = {}
+        # Of an evaluation: the demonstrations of each task, and the tokens of its labels in their order.
+        self._shown: dict[str, list[Shot]] = {}
+        self._labels: dict[str, dict[str, np.ndarray]] = {}
+
+    def load(
+        self, sources: Sequence[Source], evaluation: bool = False, demonstrations: Sequence[Source] = ()
+    ) -> tuple[list[Unit], Report]:
+        """As of every format; in evaluation the demonstrations of each source, a task, are those of another source."""
+        report = Report("examples")
+        if evaluation:
+            return self._load_tasks(sources, demonstrations, report), report
+        shots, units = self.config.option("shots"), []
+        for source in sources:
+            task = self.read(source, report)
+            if len(task) <= shots:
+                raise UserError(
+                    f"task {source.name!r} has {len(task)} usable examples; {shots} demonstrations and a query need "
+                    f"{shots + 1}. Lower data.shots or leave the task out"
+                )
+            self._tasks[source.name] = task
+            self._longest_label[source.name] = max(len(unit.pieces[1]) for unit in task)
+            units += task
+        return units, report
+
+    def _load_tasks(self, sources: Sequence[Source], demonstrations: Sequence[Source], report: Report) -> list[Unit]:
+        if len(demonstrations) != len(sources):
+            raise UserError(
+                f"few-shot evaluation has {len(sources)} tasks but {len(demonstrations)} sources of demonstrations; "
+                "give data.demonstrations one source for each task, in the same order"
+            )
+        units: list[Unit] = []
+        for source, shown in zip(sources, demonstrations, strict=True):
+            task, self._shown[source.name] = self.read(source, report), self.read(shown, Report("demonstrations"))
+            known = {shot.label: shot.pieces[1] for shot in (*self._shown[source.name], *task)}
+            self._labels[source.name] = dict(sorted(known.items()))
+            units += task
+        return units
+
+    def read(self, source: Source, report: Report) -> list[Shot]:
+        """The examples of a task within the limits."""
+        found = list(used([source], "fewshot", report, "without text or label"))
+        texts = self.template.later([record["text"] for _, record in found])
+        known = {record["label"]: None for _, record in found}
+        labels = dict(zip(known, self.template.target(list(known)), strict=True))
+        longest = self.config.option("max_turn_tokens")
+        around = len(self.template.separator) + len(self.template.answer)
+        units = []
+        for (where, record), text in zip(found, texts, strict=True):
+            label = labels[record["label"]]
+            if not len(text) or not len(label):
+                report.drop("without text or label", where)
+            elif len(text) + len(label) + around > longest:
+                report.drop(f"of more than {longest} tokens")
+            else:
+                units.append(Shot(where, (text, label), len(units), record["label"], task=source.name))
+        report.units, report.kept = report.units + len(found), report.kept + len(units)
+        return units
+
+    def chunks(self, unit: Unit) -> int:
+        return len(self._shown[unit.task])
+
+    def ask(self, unit: Unit, step: int, target: np.ndarray | None = None) -> Example:
+        target, most = unit.pieces[1] if target is None else target, self.config.option("max_tokens_evaluation")
+        return self.build(unit, self._shown[unit.task][:step], target, most, every=False, score_end=False)
+
+    def answers(self, unit: Unit) -> tuple[Sequence[np.ndarray], int]:
+        assert isinstance(unit, Shot)
+        labels = self._labels[unit.task]
+        return list(labels.values()), list(labels).index(unit.label)
+
+    def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
+        assert isinstance(unit, Shot)
+        task = self._tasks[unit.task]
+        # An offset of 1..n-1 behind the query, modulo n, never hits the query itself.
+        offsets = 1 + rng.permutation(len(task) - 1)[: self.config.option("shots")]
+        demonstrations = [task[(unit.place + offset) % len(task)] for offset in offsets]
+        return self.build(
+            unit, demonstrations, unit.pieces[1], self.config.option("max_tokens"), self.config.loss == "every"
+        )
+
+    def build(
+        self,
+        unit: Unit,
+        demonstrations: Sequence[Unit],
+        target: np.ndarray,
+        most: int,
+        every: bool,
+        score_end: bool = True,
+    ) -> Example:
+        """An example with the demonstrations that fit into ``most`` tokens beside the query and its own label."""
+        template = self.template
+        own = concat(
+            segment(unit.pieces[0]), segment(template.answer), segment(target, True), segment(template.end, score_end)
+        )
+        room = (
+            most - len(template.start) - len(template.separator) - len(own.tokens) + len(target) - len(unit.pieces[1])
+        )
+        shown = []
+        for number, (text, label) in enumerate(unit.pieces for unit in demonstrations):
+            shot = concat(segment(text), segment(template.answer), segment(label, every and number > 0))
+            room -= len(shot.tokens) + (len(template.separator) if number else 0)
+            if room < 0:
+                break
+            shown.append(shot)
+        return Example(template.start, template.separator, (*shown, own), unit.id)
+
+    def needs(self, unit: Unit, method: Method) -> Sizes:
+        assert isinstance(unit, Shot)
+        shots = {"chunks": self.config.option("shots"), "joined": 1, "dropped": 0}[method.context]
+        alone = measure(method, self.build(unit, (), unit.pieces[1], 0, every=False))
+        if not shots:
+            return alone
+        scored = alone.scored
+        if self.config.loss == "every":
+            scored += (self.config.option("shots") - 1) * self._longest_label[unit.task]
+        tokens = max(alone.tokens, self.config.option("max_tokens"))
+        return bound(method, tokens, shots, scored)
