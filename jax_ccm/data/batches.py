@@ -151,12 +151,7 @@ class TrainingSet:
           examples: of a whole batch, or, where there is one size only, of some of its rows.
           rows: which of the examples to lay out; None for all.
         """
-        needs = [layout.measure(self.method, example) for example in examples]
-        tokens, scored = max(need.tokens for need in needs), max(need.scored for need in needs)
-        allowed = buckets(self.config, self.method)
-        sizes = next((b for b in allowed if b.tokens >= tokens and b.scored >= scored), allowed[-1])
-        chosen = examples if rows is None else [examples[row] for row in rows]
-        return layout.batch(self.method, chosen, sizes, self.vocab_size)
+        return layout.batch(self.method, examples, buckets(self.config, self.method), self.vocab_size, rows=rows)
 
 
 def prepare(

@@ -74,8 +74,11 @@ def measure(method: Method, example: Example) -> Sizes:
       method: what it is laid out for.
       example: the session.
     """
-    method = method.closed_by(example.num_comp_tokens)
-    segments = arrange(method, example)
+    return _measure(method.closed_by(example.num_comp_tokens), arrange(method, example))
+
+
+def _measure(method: Method, segments: Sequence[Segment]) -> Sizes:
+    """The sizes that arranged segments need."""
     chunks = len(closed(method, segments))
     text = sum(len(segment.tokens) for segment in segments)
     scored = sum(int(segment.scored.sum()) for segment in segments) - int(segments[0].scored[:1].sum())
@@ -126,7 +129,14 @@ def require_parallel(method: Method) -> None:
         )
 
 
-def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size: int, pad: str = "right") -> Batch:
+def batch(
+    method: Method,
+    examples: Sequence[Example],
+    sizes: Sizes | Sequence[Sizes],
+    vocab_size: int,
+    pad: str = "right",
+    rows: Sequence[int] | None = None,
+) -> Batch:
     """Lays examples out for a parallel forward.
 
     A token is predicted from the text token before it, whatever compression tokens stand between. The first token
@@ -135,9 +145,11 @@ def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size:
     Args:
       method: the compression method.
       examples: the rows.
-      sizes: static caps; every mixture of lengths within them gives arrays of the same shape.
+      sizes: static caps; every mixture of lengths within them gives arrays of the same shape. Of several, from small to
+        large, the first is taken that holds all examples.
       vocab_size: V.
       pad: side of the padding, "right" or "left".
+      rows: which of the examples to lay out, though all of them choose the sizes; None for all.
 
     Returns:
       A `Batch` of numpy arrays.
@@ -147,13 +159,16 @@ def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size:
         no parallel form.
     """
     require_parallel(method)
-    rows = [
-        _row(method.closed_by(example.num_comp_tokens), arrange(method, example), sizes, vocab_size, example.id)
-        for example in examples
+    arranged = [
+        (method.closed_by(example.num_comp_tokens), arrange(method, example), example.id) for example in examples
     ]
+    if not isinstance(sizes, Sizes):
+        sizes = _smallest(sizes, [_measure(method, segments) for method, segments, _ in arranged])
+    chosen = arranged if rows is None else [arranged[row] for row in rows]
+    made = [_row(method, segments, sizes, vocab_size, id) for method, segments, id in chosen]
     if pad == "left":
-        rows = [_shift(row, sizes.tokens) for row in rows]
-    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        made = [_shift(row, sizes.tokens) for row in made]
+    stacked = {name: np.stack([row[name] for row in made]) for name in made[0]}
     memory = None
     if method.remembers and sizes.memory:
         slots = Slots(*(stacked[f"memory_{name}"] for name in ("kind", "segment", "index", "position")))
@@ -162,6 +177,12 @@ def batch(method: Method, examples: Sequence[Example], sizes: Sizes, vocab_size:
     return Batch(
         stacked["tokens"], slots, memory, *(stacked[name] for name in ("indices", "targets", "weights", "steps"))
     )
+
+
+def _smallest(allowed: Sequence[Sizes], needs: Sequence[Sizes]) -> Sizes:
+    """The first sizes that hold all rows in tokens and scored tokens; the last if none do."""
+    tokens, scored = max(need.tokens for need in needs), max(need.scored for need in needs)
+    return next((sizes for sizes in allowed if sizes.tokens >= tokens and sizes.scored >= scored), allowed[-1])
 
 
 def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, name: str) -> dict[str, np.ndarray]:
