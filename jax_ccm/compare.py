@@ -58,7 +58,7 @@ def compare(runs: Sequence[str], workdir: Path, *, command: str = "") -> None:
         named.setdefault(name, []).append(comparison.load(folder))
     if not named:
         raise UserError("there is nothing to compare; give NAME=DIR for each evaluation")
-    result = comparison.compare(named, command)
+    result = comparison.side_by_side(named, command)
     workdir = paths.usable(workdir)
     output.write_json(workdir / "comparison.json", result)
     table = comparison.markdown(result)

@@ -110,7 +110,7 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     )  # fmt: skip
     results["data"] |= {"report": str(evaluation.report), "steps_without_records": missing}
     results["kv_bytes_per_slot"] = slot_bytes
-    results["steps"] = perplexity.to_json(perplexity.compare(questions, measured, slot_bytes))
+    results["steps"] = perplexity.to_json(perplexity.summarise(questions, measured, slot_bytes))
     if again is not None:
         results["steps"][0]["systems"]["memory"]["repetition"] = again
     results["seconds"] = round(time.perf_counter() - start, 1)

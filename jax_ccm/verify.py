@@ -102,7 +102,7 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
         parallel = parity.parallel_logits(model, method, examples)
         recurrent = parity.recurrent_logits(model, method, examples)
         bare = parity.parallel_logits(model, method, examples, with_memory=False)
-    steps = parity.compare(parallel, recurrent, bare, parity.target_steps(method, examples))
+    steps = parity.differences(parallel, recurrent, bare, parity.target_steps(method, examples))
     result = {"command": command, "method": method.name, "adapter": adapter, "sessions": source, "steps": steps}
     passed = all(row["passed"] for row in steps)
     if options.gradients and jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):

@@ -13,7 +13,7 @@ from jax_ccm.config.loading import load_experiment
 from jax_ccm.config.schema import load_config
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
-from jax_ccm.evals.parity import compare, print_table, sessions
+from jax_ccm.evals.parity import differences, print_table, sessions
 from jax_ccm.verify import Options
 from tests.test_compare import text_config
 from tests.test_evaluate import write
@@ -73,8 +73,8 @@ def test_nothing_to_see_is_said(tmp_path, capsys, monkeypatch):
     logits = [np.ones((3, 4), np.float32)]
     broken = [np.full((3, 4), np.nan, np.float32)]
     steps = [np.array([0, 1, 1])]
-    assert [row["passed"] for row in compare(logits, broken, logits, steps)] == [False, False]
-    fine = compare(logits, logits, logits, steps)
+    assert [row["passed"] for row in differences(logits, broken, logits, steps)] == [False, False]
+    fine = differences(logits, logits, logits, steps)
     assert [(row["step"], row["tokens"], row["memory"], row["passed"]) for row in fine] == [
         (0, 1, 0, True),
         (1, 2, 0, True),

@@ -71,10 +71,10 @@ class Options:
 
 def main() -> None:
     options, config, _ = cli.parse(Options, command=COMMAND)
-    compare(config, options, command=output.command_line(COMMAND))
+    benchmark(config, options, command=output.command_line(COMMAND))
 
 
-def compare(config: Config, options: Options, *, command: str = "") -> dict[str, Any]:
+def benchmark(config: Config, options: Options, *, command: str = "") -> dict[str, Any]:
     """Runs the comparisons and writes their files.
 
     Args:

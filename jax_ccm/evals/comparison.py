@@ -33,7 +33,7 @@ def load(path: str | Path) -> dict[str, Any]:
     return results
 
 
-def compare(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "") -> dict[str, Any]:
+def side_by_side(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "") -> dict[str, Any]:
     """Joins evaluations of the same questions.
 
     Args:
@@ -132,7 +132,7 @@ def plot(comparison: Mapping[str, Any], path: str | Path) -> None:
     """Draws perplexity against bytes at the last step.
 
     Args:
-      comparison: of `compare`.
+      comparison: of `side_by_side`.
       path: the PNG file.
     """
     last = str(comparison["steps"][-1]["step"])

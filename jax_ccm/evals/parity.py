@@ -206,7 +206,7 @@ def _total_loss(logits, targets, weights):
     return jnp.sum(cross_entropy(logits, targets) * weights)
 
 
-def compare(
+def differences(
     parallel: Sequence[np.ndarray],
     recurrent: Sequence[np.ndarray],
     bare: Sequence[np.ndarray],

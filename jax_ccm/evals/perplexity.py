@@ -169,7 +169,7 @@ def measure(
     ]
 
 
-def compare(questions: Sequence[Stage], measured: dict[str, list[Measured]], slot_bytes: int) -> list[dict[str, Any]]:
+def summarise(questions: Sequence[Stage], measured: dict[str, list[Measured]], slot_bytes: int) -> list[dict[str, Any]]:
     """The numbers of each time step, and of all together if there are several.
 
     Args:
@@ -181,20 +181,20 @@ def compare(questions: Sequence[Stage], measured: dict[str, list[Measured]], slo
       A nested dict for each time step, "step" being the number or "all"; leaves that are uncertain are `Estimate`.
     """
     rows = [
-        _compare(stage.step, [stage], {name: [steps[i]] for name, steps in measured.items()}, slot_bytes)
+        _summary(stage.step, [stage], {name: [steps[i]] for name, steps in measured.items()}, slot_bytes)
         for i, stage in enumerate(questions)
     ]
     if len(rows) > 1:
-        rows.append(_compare("all", questions, measured, slot_bytes))
+        rows.append(_summary("all", questions, measured, slot_bytes))
     return rows
 
 
 def to_json(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `compare` returned, as plain values for JSON."""
+    """What `summarise` returned, as plain values for JSON."""
     return tree_to_json(list(rows))
 
 
-def _compare(
+def _summary(
     step: int | str, questions: Sequence[Stage], measured: dict[str, list[Measured]], slot_bytes: int
 ) -> dict[str, Any]:
     right = [question for stage in questions for question in stage.right]

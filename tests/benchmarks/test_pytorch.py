@@ -64,7 +64,7 @@ def test_both_sides_take_turns_and_what_fails_is_said(tmp_path, monkeypatch, cap
     peer.chmod(0o755)
     config = load_config(write(tmp_path / "c.yaml"))
     options = pytorch.Options(tmp_path / "out", peer=str(peer), comparisons=("memory",), **TINY)
-    pytorch.compare(config, options, command="the command")
+    pytorch.benchmark(config, options, command="the command")
     found = json.loads((tmp_path / "out" / "pytorch.json").read_text())["comparisons"]["memory"]
     ours, theirs = (found["sides"][name]["steps"] for name in ("jax_ccm", "pytorch"))
     assert ours["float32"]["gradient"] > 0 and len(ours["float32"]["all_seconds"]) == 1
@@ -85,7 +85,7 @@ def test_both_sides_take_turns_and_what_fails_is_said(tmp_path, monkeypatch, cap
 def test_what_cannot_be_is_refused(changes, method, message, tmp_path):
     config = load_config(write(tmp_path / "c.yaml", method={"name": "ccm_concat", "comp_tokens": 1} | method))
     with pytest.raises(UserError, match=message):
-        pytorch.compare(config, pytorch.Options(tmp_path / "out", **TINY | changes))
+        pytorch.benchmark(config, pytorch.Options(tmp_path / "out", **TINY | changes))
 
 
 @pytest.mark.skipif(
@@ -95,7 +95,7 @@ def test_what_cannot_be_is_refused(changes, method, message, tmp_path):
 def test_pytorch_computes_the_same_loss_and_gradients(tmp_path):
     config = load_config(write(tmp_path / "c.yaml"))
     options = pytorch.Options(tmp_path / "out", compiled=False, peer_precisions=("float32",), **TINY)
-    for kind, found in pytorch.compare(config, options)["comparisons"].items():
+    for kind, found in pytorch.benchmark(config, options)["comparisons"].items():
         ours, theirs = (found["sides"][name]["steps"] for name in ("jax_ccm", "pytorch"))
         ours, theirs = ours["float32"], theirs["float32, eager"]
         assert abs(ours["loss"] - theirs["loss"]) < 1e-5, kind

@@ -46,7 +46,7 @@ def test_perplexity_is_weighted_by_tokens_and_leaves_the_end_out():
     model = bigram(table)
     stages = perplexity.stages(evaluation, [1])
     measured = perplexity.measure(System("full", model, build("full"), ""), stages, rows=2)
-    (row,) = perplexity.compare(stages, {"full": measured}, 4)
+    (row,) = perplexity.summarise(stages, {"full": measured}, 4)
     log_p = table - np.log(np.exp(table).sum(1, keepdims=True))
     losses = []
     for text in (" abc", " c"):
@@ -71,7 +71,7 @@ def test_shares_by_hand():
         "memory": [rigged([[1.3, 1.3], [1.3, 1.3]], [[1.6, 1.6], [1.6, 1.6]])] * 2,
         "full_lora": [rigged([[0.6, 0.6], [0.6, 0.6]], [[2.1, 2.1], [2.1, 2.1]])] * 2,
     }
-    *_, row = perplexity.compare(stages, measured, 8)
+    *_, row = perplexity.summarise(stages, measured, 8)
     assert row["step"] == "all" and row["examples"] == 4 and row["tokens"] == 8
     assert row["gap_closed"].value == pytest.approx(0.7)
     assert row["content_share"].value == pytest.approx(0.25)
@@ -88,7 +88,7 @@ def test_a_memory_that_is_only_a_soft_prompt_has_no_content():
         "full": [rigged([[1.0], [1.0]], [[2.0], [2.0]])],
         "memory": [rigged([[1.2], [1.2]], [[1.2], [1.2]])],
     }
-    (row,) = perplexity.compare(stages, measured, 1)
+    (row,) = perplexity.summarise(stages, measured, 1)
     assert row["gap_closed"].value == pytest.approx(0.8)
     assert row["content_share"].value == 0
 
@@ -126,6 +126,6 @@ def test_stages_of_few_records():
     uniform = bigram(np.zeros((data.VOCAB, data.VOCAB)))
     run = lambda name: perplexity.measure(System(name, uniform, build(name), ""), [only], rows=1)
     measured = {name: run(name) for name in ("none", "full")}
-    (row,) = perplexity.compare([only], measured, 4)
+    (row,) = perplexity.summarise([only], measured, 4)
     assert "wrong" not in row["systems"]["full"] and "at least 2 sessions" in row["note"]
     assert row["systems"]["full"]["perplexity"].value == pytest.approx(data.VOCAB, rel=1e-4)

@@ -27,7 +27,7 @@ def test_rules_of_decision_on_a_rigged_model():
     measured = perplexity.measure(
         System("full", model, build("full"), ""), [stage], rows=4, answer=np.array([3], np.int32)
     )
-    (row,) = perplexity.compare([stage], {"full": measured}, 1)
+    (row,) = perplexity.summarise([stage], {"full": measured}, 1)
     found = row["systems"]["full"]["accuracy"]
     # By the sum [7] beats [4, 5, 6]; by the mean it is the other way round.
     assert (found["sum"].value, found["mean"].value) == (pytest.approx(2 / 3), pytest.approx(2 / 3))

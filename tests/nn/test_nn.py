@@ -19,6 +19,7 @@ from jax_ccm.nn import AdapterConfig, ModelConfig, RopeScaling, Transformer, abs
 from jax_ccm.nn.linear import Linear
 from jax_ccm.nn.transformer import initial_comp_embeddings
 from jax_ccm.rules import rows
+from jax_ccm.weights.hf import is_adapter, parameters
 from tests import cases
 
 
@@ -259,3 +260,16 @@ def test_one_token_is_made_by_weights_of_the_type_of_activations(tied):
     assert pays_unstacked(mixed, cache)
     run = lambda model: steps.read(model, cache, rows.chunk([[3, 5, 4]], 3, config.vocab_size), method=build("full"))
     np.testing.assert_allclose(run(unstacked)[1], run(mixed)[1], atol=2**-5)
+
+
+def test_another_adapter_beside_the_same_base():
+    """Its arrays are taken as they are, those of the base are shared, and the decoder before stays as it is."""
+    model = cases.model(tokens=2)
+    wanted = AdapterConfig(rank=3, tokens=1, targets=("q_proj", "down_proj"))
+    other = Transformer(jax.random.key(7), model.config, wanted)
+    arrays = {path: x for path, x in parameters(other).items() if is_adapter(path)}
+    made, bare = model.with_adapter(wanted, arrays), model.with_adapter(None)
+    assert made.adapter == wanted and bare.adapter is None and model.adapter is not None
+    assert {path for path in parameters(bare) if is_adapter(path)} == set()
+    for path, x in parameters(made).items():
+        assert x is (arrays[path] if path in arrays else parameters(model)[path]), path
