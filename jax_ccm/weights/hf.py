@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +13,14 @@ import numpy as np
 from jax_ccm.distributed.sharding import path_of
 from jax_ccm.errors import UserError
 from jax_ccm.nn import ModelConfig, Transformer
+from jax_ccm.records import output
 from jax_ccm.records.parsing import parse_json, read_json
 from jax_ccm.weights import hf_config
 
 Index = tuple[slice, ...]
 _READABLE = ("F32", "BF16", "F16", "F64")
 # Projections that some families (`hf_config.FUSED`) keep as the rows of one, in this order.
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED_ROWS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Tensors(Protocol):
@@ -141,7 +141,7 @@ def hf_name(path: str) -> str:
 
 
 def split(tensors: Tensors, config: ModelConfig) -> Tensors:
-    """The tensors with a name of its own for each projection, also where the file joins several (`JOINED`)."""
+    """The tensors with a name of its own for each projection, also where the file fuses several (`FUSED_ROWS`)."""
     heads = config.num_heads * config.head_dim
     kv_heads = config.num_kv_heads * config.head_dim
     rows = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
@@ -149,10 +149,10 @@ def split(tensors: Tensors, config: ModelConfig) -> Tensors:
     parts = {}
     for name, shape in tensors.shapes.items():
         part = name.split(".")[-2] if "." in name else ""
-        sizes = [rows[each] for each in JOINED.get(part, ())]
+        sizes = [rows[each] for each in FUSED_ROWS.get(part, ())]
         if sizes and shape[0] == sum(sizes):
             first = 0
-            for each, size in zip(JOINED[part], sizes, strict=True):
+            for each, size in zip(FUSED_ROWS[part], sizes, strict=True):
                 parts[name.replace(part, each)] = (name, first, size)
                 first += size
     return _Split(tensors, parts) if parts else tensors
@@ -224,7 +224,7 @@ def save_hf(model: Transformer, folder: str | Path, *, max_file_bytes: int = 5_0
     params = base_parameters(model)
     dtype = next(iter(params.values())).dtype
     config = hf_config.to_dict(model.config, dtype.name)
-    groups = _groups(params, joined=model.config.family in hf_config.FUSED)
+    groups = _groups(params, fused=model.config.family in hf_config.FUSED)
     plan = _plan(groups, max_file_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     files = ["model.safetensors"]
@@ -237,22 +237,22 @@ def save_hf(model: Transformer, folder: str | Path, *, max_file_bytes: int = 5_0
         total = sum(leaf.nbytes for leaf in params.values())
         weight_map = {name: file for file, names in zip(files, plan, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        output.write_json(folder / "model.safetensors.index.json", index)
+    output.write_json(folder / "config.json", config)
     return folder
 
 
-def _groups(params: dict[str, Any], joined: bool) -> dict[str, list[Any]]:
+def _groups(params: dict[str, Any], fused: bool) -> dict[str, list[Any]]:
     """Parameters by the path that `hf_name` takes: one each, or those that are rows of one tensor."""
     groups: dict[str, list[Any]] = {}
     for path in params:
         stem, leaf = path.rsplit(".", 1)
         before, _, part = stem.rpartition(".")
-        whole = next((name for name, parts in JOINED.items() if part in parts), None) if joined else None
+        whole = next((name for name, parts in FUSED_ROWS.items() if part in parts), None) if fused else None
         if whole is None:
             groups[path] = [params[path]]
         else:
-            groups[f"{before}.{whole}.{leaf}"] = [params[f"{before}.{each}.{leaf}"] for each in JOINED[whole]]
+            groups[f"{before}.{whole}.{leaf}"] = [params[f"{before}.{each}.{leaf}"] for each in FUSED_ROWS[whole]]
     return groups
 
 
