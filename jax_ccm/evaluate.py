@@ -81,7 +81,7 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     config = experiment.config
     evaluation = Evaluation.open(config.data, experiment.tokenizer, options.split)
     print(f"{options.split} data: {evaluation.report}")
-    choices = config.eval.by == "step" and evaluation.has_choices
+    choices = config.eval.by == "age" or (config.eval.by == "step" and evaluation.has_choices)
     rest = dict(most=config.eval.max_examples, choices=choices, split=options.split)
     questions, missing = ask(evaluation, experiment.method, config.eval.by, config.eval.steps, **rest)
     store = Store(options.store) if options.store else None
@@ -131,7 +131,7 @@ def _check(config: Config, options: Options) -> None:
         if name not in SYSTEMS[config.eval.by]:
             raise unknown(f"entry of eval.methods (by {config.eval.by})", name, SYSTEMS[config.eval.by])
     steps = config.eval.steps
-    if config.eval.by == "step" and (not steps or min(steps) < 1 or len(set(steps)) < len(steps)):
+    if config.eval.by != "text" and (not steps or min(steps) < 1 or len(set(steps)) < len(steps)):
         raise UserError(f"eval.steps is {list(steps)}; give different numbers from 1, such as [1, 2, 4]")
     if not getattr(config.data, options.split):
         raise UserError(f"data.{options.split} is empty; name at least one source to evaluate on")

@@ -131,6 +131,24 @@ def test_choices(tmp_path, monkeypatch, capsys):
     assert "gap_closed" not in row and "content_share" in row
 
 
+def test_questions_by_age(tmp_path, monkeypatch, capsys):
+    questions = {
+        "format": "online", "test": ["generated:chat_questions?split=test&size=8&turns=8,10&age=1,3"],
+        "max_turn_tokens": 999, "max_tokens_evaluation": 9999, "train": [], "validation": [],
+    }  # fmt: skip
+    data.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model = {"precision": "float32", "scratch": SCRATCH, "tokenizer": str(tmp_path / "tokenizer")}
+    config = write(tmp_path / "c.yaml", model=model, data=questions, eval={"by": "age", "steps": [1, 3, 5]})
+    code, out, _ = run(monkeypatch, capsys, config, "--workdir", str(tmp_path / "out"))
+    assert code == 0 and "age 3: 4 of test" in out and "no record is of age 5, which is left out" in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["step"] for row in results["steps"]] == [1, 3, "all"]
+    assert all("accuracy" in row["systems"]["memory"] for row in results["steps"])
+    assert (tmp_path / "out" / "table.md").read_text().startswith("| age |")
+    code, _, err = run(monkeypatch, capsys, config, "--workdir", str(tmp_path / "none"), "--eval.steps", "7")
+    assert code == 2 and "no record is of an age among eval.steps [7]" in err
+
+
 def test_bad_input(tmp_path, monkeypatch, capsys):
     config = write(tmp_path / "c.yaml")
     out = tmp_path / "out"

@@ -208,17 +208,18 @@ class TrainConfig:
 class EvalConfig:
     """Quality by time step, or of whole texts."""
 
-    by: Literal["step", "text"] = "step"
-    """Score a target behind so many chunks of context ("step"), or every token of a plain "text"."""
+    by: Literal["step", "age", "text"] = "step"
+    """Score a target behind so many chunks of context ("step"); questions by how long ago what they ask for was told
+    ("age"; online records with a field of that name); or every token of a plain "text"."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 12)
-    """By step: time steps (closed chunks before the target) to report."""
+    """By step: time steps (closed chunks before the target) to report. By age: the ages."""
     batch_size: int = 4
     """Rows of a batch."""
     max_examples: int = 0
     """Examples for each time step, or windows of text; 0 for all."""
     methods: tuple[str, ...] = ()
     """What stands side by side: "none" and "full" context, "memory" (the config's method), and "uncompressed" (full
-    context, the adapter on all text). Empty: by step none, full, memory; by text full, uncompressed, memory."""
+    context, the adapter on all text). Empty: by step or age none, full, memory; by text full, uncompressed, memory."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,28 @@ the base nor the training data give them away: only what was said does. Facts, t
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax_ccm.data.conversations import Fact, Talk, second_person, sentence, wordlist
+from jax_ccm.data.conversations import Fact, Talk, second_person, sentence, split_of, wordlist
 
 USER = 0
 # The longest conversations.
 MOST_TURNS = 400
+# The most facts that are kept for last questions: each is of another kind.
+MOST_AGES = 32
 # Proper names, of which half are invented.
 NAMES = frozenset(["first_name", "surname", "city", "pet_name", "street", "code_word"])
+# Values that may be arbitrary words instead, and how these are written; numbers, times and codes are arbitrary anyway.
+PROPER = NAMES | {"full_name", "doctor", "restaurant", "film", "language"}
+WORDS = {
+    **dict.fromkeys((*NAMES, "full_name", "language"), "{}"),
+    **dict.fromkeys(("dish", "drink", "color", "hobby", "allergen", "sport", "subject", "plant", "lost"), "{}"),
+    "doctor": "Dr. {}", "restaurant": "the {}", "film": "The {}", "job": "a {}", "gift": "a {}",
+    "instrument": "the {}", "hiding": "in the {}",
+}  # fmt: skip
 ONSETS = ("b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh sk st t tr v w y z").split()
 VOWELS = ("a e i o u a e i o ai ea io ou").split()
 ENDINGS = {
@@ -28,22 +39,39 @@ ENDINGS = {
 }
 
 
+@functools.cache
+def words(split: str) -> tuple[str, ...]:
+    """English words of a split, any of which may be the value of a fact."""
+    return tuple(word for n, word in enumerate(wordlist("words")["words"]) if split_of(n) == split)
+
+
 class _Chat(Talk):
     """One conversation in the making: the user tells and asks, the assistant answers."""
 
-    def __init__(self, split: str, rng: random.Random):
+    def __init__(self, split: str, rng: random.Random, arbitrary: float = 0.0):
         super().__init__(split, rng)
+        self.arbitrary = arbitrary
         own = wordlist("chats")[self.templates]
         self.questions, self.sayings, self.small_talk, self.short = (own[k] for k in ("ask", "say", "chat", "short"))
-        self.kept_for_last: Fact | None = None
+        self.kept_for_last: dict[int, Fact] = {}
         self.answers: list[int] = []
+        # How many facts must still be told for last questions.
+        self.due = 0
 
     def value(self, name: str) -> str:
+        if name in WORDS and self.rng.random() < self.arbitrary:
+            text = self.word() if self.rng.random() < 0.7 else self.invented().lower()
+            return WORDS[name].format(text.capitalize() if name in PROPER else text)
         if name == "full_name" and self.rng.random() < 0.6:
             return self.value("first_name")
         if name in NAMES and self.rng.random() < 0.5:
             return self.invented()
         return super().value(name)
+
+    def word(self) -> str:
+        """Any English word, now and then two."""
+        count = 2 if self.rng.random() < 0.2 else 1
+        return " ".join(self.pick(words(self.split)) for _ in range(count))
 
     def invented(self) -> str:
         """A word of two or three syllables."""
@@ -61,7 +89,7 @@ class _Chat(Talk):
     def tell(self) -> tuple[str, str]:
         """A turn that tells one to three facts, and the response to the last of them."""
         count = 1 + (self.rng.random() < 0.4) + (self.rng.random() < 0.15)
-        facts = [self.new_fact(USER) for _ in range(min(count, len(wordlist("facts")) - len(self.facts)))]
+        facts = [self.new_fact(USER) for _ in range(min(count, self.room))]
         lead = self.phrase("lead") if self.rng.random() < 0.3 else ""
         clauses = [self.clause(fact) for fact in facts]
         if len(clauses) > 1 and self.rng.random() < 0.5:
@@ -70,6 +98,11 @@ class _Chat(Talk):
         else:
             said = " ".join([sentence(lead + clauses[0]), *map(sentence, clauses[1:])])
         return said, self.react(facts[-1])
+
+    @property
+    def room(self) -> int:
+        """How many more facts may be told."""
+        return len(wordlist("facts")) - len(self.facts) - self.due
 
     def react(self, fact: Fact) -> str:
         """What the assistant says to a fact; sometimes it says it back."""
@@ -115,7 +148,7 @@ class _Chat(Talk):
 
     def known(self) -> list[Fact]:
         """The facts that may be asked for and changed."""
-        return [fact for fact in self.facts if fact is not self.kept_for_last]
+        return [fact for fact in self.facts if not any(fact is kept for kept in self.kept_for_last.values())]
 
     def exchange(self) -> tuple[str, str]:
         """A turn of the user, and the answer to it."""
@@ -127,39 +160,51 @@ class _Chat(Talk):
             return said, answer()
         if draw < 0.53 and (corrected := self.correct()):
             return corrected
-        if draw < 0.62 or len(self.facts) == len(wordlist("facts")):
+        if (0.53 <= draw < 0.62) or (not known and draw < 0.2) or not self.room:
             return self.pick(self.small_talk) if self.rng.random() < 0.5 else self.phrase("chat")
         return self.tell()
 
-    def hold_exchanges(self, count: int, age: int | None = None) -> tuple[Fact, Callable[..., str]]:
-        """Writes ``count`` exchanges; gives the fact that the last one asks for, and its answer for any value.
+    def hold_exchanges(self, count: int, ages: Sequence[int] = ()) -> None:
+        """Writes ``count`` exchanges that leave a fact of each age to be asked for; it is not spoken of in between.
 
         Args:
-          count: at least 2.
-          age: how many exchanges before its question that fact is told, and not spoken of in between; None for any.
+          count: at least 1, and as many as the largest age.
+          ages: how many exchanges before the question that will follow; () for any.
         """
-        for left in range(count - 1, 0, -1):
-            due = left == age or (left == 1 and not self.facts)
+        self.due = len(ages)
+        for left in range(count, 0, -1):
+            self.due -= left in ages
+            due = left in ages or (left == 1 and not self.facts)
             said, reply = self.tell() if due else self.exchange()
-            if left == age:
-                self.kept_for_last = self.pick([fact for fact in self.facts if fact.told == len(self.turns)])
+            if left in ages:
+                self.kept_for_last[left] = self.pick([fact for fact in self.facts if fact.told == len(self.turns)])
             if not self.turns and self.rng.random() < 0.4:
                 said = f"{self.phrase('greet')} {said}"
             self.turns += [said, reply]
-        fact = self.kept_for_last or self.pick(self.facts)
+
+    def ask_last(self, age: int | None) -> tuple[Fact, Callable[..., str]]:
+        """Writes the last exchange; gives the fact that it asks for, and its answer for any value."""
+        fact = self.pick(self.facts) if age is None else self.kept_for_last[age]
         said, answer = self.inquire(fact)
         self.turns += [said, answer()]
         return fact, answer
 
 
-def _hold(split: str, seed: int, index: int, turns: Sequence[int], age: int | None) -> tuple[Any, ...]:
-    chat = _Chat(split, random.Random(f"chats/{split}/{seed}/{index}"))
-    fewest = 2 if age is None else age + 1
-    exchanges = [count // 2 for count in turns if count // 2 >= fewest]
-    return chat, *chat.hold_exchanges(chat.pick(exchanges), age)
+def _hold(
+    split: str, seed: int, index: int, turns: Sequence[int], ages: Sequence[int] = (), arbitrary: float = 0.0
+) -> tuple[_Chat, Fact, Callable[..., str]]:
+    """The conversation, the fact that its last question asks for, and the answer."""
+    number, own = divmod(index, max(len(ages), 1))
+    chat = _Chat(split, random.Random(f"chats/{split}/{seed}/{number}"), arbitrary)
+    fewest = max(ages, default=1)
+    exchanges = [count // 2 - 1 for count in turns if count // 2 - 1 >= fewest]
+    chat.hold_exchanges(chat.pick(exchanges), ages)
+    return chat, *chat.ask_last(ages[own] if ages else None)
 
 
-def chat(split: str, seed: int, index: int, turns: Sequence[int], age: int | None = None) -> dict[str, Any]:
+def chat(
+    split: str, seed: int, index: int, turns: Sequence[int], ages: Sequence[int] = (), arbitrary: float = 0.0
+) -> dict[str, Any]:
     """Conversation number ``index``: ``{"turns": [str, …], "scored": [int, …]}``.
 
     There is an even number of turns, and the last answers a question. ``scored`` are the turns that answer one: what
@@ -169,19 +214,25 @@ def chat(split: str, seed: int, index: int, turns: Sequence[int], age: int | Non
       split: "train", "validation" or "test".
       seed: another seed gives other conversations.
       index: any whole number from 0.
-      turns: the lengths to draw from; odd ones are one turn shorter, and those too short for ``age`` are left out.
-      age: how many exchanges ago the last question's fact was told; None for any.
+      turns: the lengths to draw from; odd ones are one turn shorter, and those too short for ``ages`` are left out.
+      ages: how many exchanges ago the last question's fact was told; () for any. Of several, conversation after
+        conversation is given once for each age, with another last question.
+      arbitrary: share of the values that are any English or invented word in place of one that fits, so that they
+        cannot be guessed ("my favorite dish is cobblestones"). A memory learns from these to hold what was said.
     """
-    made = _hold(split, seed, index, turns, age)[0]
+    made = _hold(split, seed, index, turns, ages, arbitrary)[0]
     return {"turns": made.turns, "scored": made.answers}
 
 
-def question(split: str, seed: int, index: int, turns: Sequence[int], age: int | None = None) -> dict[str, Any]:
-    """The same conversation as an online example: ``{"contexts", "query", "target", "choices"}``.
+def question(
+    split: str, seed: int, index: int, turns: Sequence[int], ages: Sequence[int] = (), arbitrary: float = 0.0
+) -> dict[str, Any]:
+    """The same conversation as an online example: ``{"contexts", "query", "target", "choices", "age"}``.
 
     The choices are the answer with other values: superseded ones and others from the conversation first. Arguments as
     for `chat`.
     """
-    made, fact, answer = _hold(split, seed, index, turns, age)
+    made, fact, answer = _hold(split, seed, index, turns, ages, arbitrary)
     *contexts, query, target = made.turns
-    return {"contexts": contexts, "query": query, "target": target, "choices": made.choices(fact, answer)}
+    age = (len(contexts) - fact.told) // 2
+    return {"contexts": contexts, "query": query, "target": target, "choices": made.choices(fact, answer), "age": age}

@@ -42,7 +42,8 @@ class DataConfig:
     * ``python:PACKAGE.MODULE:FUNCTION?name=value``, a function of your own that returns `jax_ccm.data.sources.Records`;
     * ``generated:conversations?split=train&size=2000&seed=0``, ``generated:questions?…``, ``generated:recall?…``;
       of a user who tells and asks and an assistant who answers, ``generated:chats?…&turns=6-24&age=4`` and
-      ``generated:chat_questions?…``, where ``age`` is how many exchanges ago the last answer was told.
+      ``generated:chat_questions?…``, where ``age`` is how many exchanges ago the last answer was told, and
+      ``arbitrary=0.5`` the share of values that are any word instead of one that fits.
 
     Fields that only some formats read are None unless set; one that the chosen format does not read is an error.
 

@@ -115,6 +115,9 @@ class FewShot:
         labels = self._labels[unit.task]
         return list(labels.values()), list(labels).index(unit.label)
 
+    def age(self, unit: Unit) -> int | None:
+        return None
+
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         assert isinstance(unit, Shot)
         task = self._tasks[unit.task]

@@ -150,6 +150,10 @@ class Askable(Format, Protocol):
         """
         ...
 
+    def age(self, unit: Unit) -> int | None:
+        """How long ago what a question asks for was told, where its record says so."""
+        ...
+
 
 class NoChoices:
     """Questions with one answer."""
@@ -159,6 +163,9 @@ class NoChoices:
 
     def answers(self, unit: Unit) -> tuple[Sequence[np.ndarray], int]:
         raise UserError(f"{unit.id}: the record has no choices")
+
+    def age(self, unit: Unit) -> int | None:
+        return None
 
 
 def segment(tokens: np.ndarray, scored: bool = False) -> Segment:
@@ -374,6 +381,12 @@ class Online:
         if "choices" not in record:
             raise UserError(f"{unit.id}: the record has no choices; accuracy by likelihood needs them in every record")
         return self.template.target(record["choices"]), record["choices"].index(record["target"])
+
+    def age(self, unit: Unit) -> int | None:
+        age = self._records[unit.id].get("age")
+        if age is not None and (type(age) is not int or age < 1):
+            raise UserError(f"{unit.id}: field 'age' must be a whole number, at least 1; it is {age!r}")
+        return age
 
 
 def limited(

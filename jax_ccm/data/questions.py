@@ -129,6 +129,25 @@ class Evaluation:
             )
         return [self._choice(unit, step) for unit in self._long_enough(step)]
 
+    def choices_by_age(self, age: int) -> list[Choice]:
+        """The questions whose records say that what they ask for was told so long ago, behind their whole contexts.
+
+        Args:
+          age: the field ``age`` of an online record: exchanges (or whatever the data count) since it was told.
+
+        Raises:
+          UserError: for another format, records without ages or choices.
+        """
+        self._check(age)
+        ages = [self.format.age(unit) for unit in self.units]
+        if not any(ages):
+            raise UserError(
+                "eval.by 'age' needs records of format 'online' that say how long ago the answer was told, "
+                '{"contexts", "query", "target", "choices", "age": 4}, as generated:chat_questions?age=1,4,8 makes them'
+            )
+        asked = [unit for unit, own in zip(self.units, ages, strict=True) if own == age]
+        return [self._choice(unit, self.format.chunks(unit)) for unit in asked]
+
     def _check(self, step: int) -> None:
         if step < 1:
             raise UserError(f"time step {step}: evaluation starts at 1, the first chunk")

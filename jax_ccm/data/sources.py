@@ -243,6 +243,30 @@ def _number(source: str, options: dict[str, str], name: str, default: int, least
     return int(text)
 
 
+CHAT_OPTIONS = ("turns", "age", "arbitrary")
+
+
+def _ages(source: str, text: str, most: int) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts) or len(parts) > min(most, len(set(parts))):
+        raise UserError(
+            f"data source {source!r}: age={text!r} must be a whole number, at least 1, or up to {most} "
+            "different ones: 1,4,8"
+        )
+    return tuple(map(int, parts))
+
+
+def _share(source: str, options: dict[str, str], name: str) -> float:
+    text = options.pop(name, "0")
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise UserError(f"data source {source!r}: {name}={text!r} must be a number from 0 to 1")
+    return share
+
+
 def _generated(source: str, address: str, options: dict[str, str], fields: dict[str, bool], format: str) -> Source:
     from jax_ccm.data import chats, conversations, recall
 
@@ -270,18 +294,19 @@ def _generated(source: str, address: str, options: dict[str, str], fields: dict[
         record = lambda index: task.record(split, seed, index)
     elif address in ("chats", "chat_questions"):
         turns = conversations.parse_turns(options.pop("turns", "4-16"), most=chats.MOST_TURNS)
-        age = _number(source, options, "age", 0, 1) if "age" in options else None
-        least = 2 * ((age or 1) + 1)
+        ages = _ages(source, options.pop("age"), chats.MOST_AGES) if "age" in options else ()
+        least = 2 * (max(ages, default=1) + 1)
         if max(turns) < least:
             raise UserError(f"data source {source!r}: to tell something and ask for it takes turns of at least {least}")
+        arbitrary = _share(source, options, "arbitrary")
         hold = chats.chat if address == "chats" else chats.question
-        record = lambda index: hold(split, seed, index, turns, age)
+        record = lambda index: hold(split, seed, index, turns, ages, arbitrary)
     else:
         turns = conversations.parse_turns(options.pop("turns", "4-16"))
         make = conversations.dialogue if address == "conversations" else conversations.question
         record = lambda index: make(split, seed, index, turns)
     if options:
-        own = {"recall": ("facts", "names", "things"), "chats": ("turns", "age"), "chat_questions": ("turns", "age")}
+        own = {"recall": ("facts", "names", "things")} | dict.fromkeys(("chats", "chat_questions"), CHAT_OPTIONS)
         allowed = ("split", "size", "seed", *own.get(address, ("turns",)))
         raise unknown(f"option of {source!r}:", next(iter(options)), allowed)
     return Computed(source, size, record)

@@ -54,7 +54,7 @@ class Stage:
     """The questions of one time step.
 
     Attributes:
-      step: the time step: context chunks before the tail; or "text" for whole texts.
+      step: the time step: context chunks before the tail; the age of what is asked for; or "text" for whole texts.
       right: sessions; one without choices is a question with one answer.
       wrong: the same tails after the contexts of other sessions, or None where there are too few.
       note: why there are none, if so.
@@ -85,7 +85,9 @@ class Measured:
     beside: int = 0
 
 
-def stages(evaluation: Evaluation, steps: Sequence[int], *, most: int = 0, choices: bool = False) -> list[Stage]:
+def stages(
+    evaluation: Evaluation, steps: Sequence[int], *, most: int = 0, choices: bool = False, ages: bool = False
+) -> list[Stage]:
     """The questions of each time step that has any.
 
     Args:
@@ -93,13 +95,16 @@ def stages(evaluation: Evaluation, steps: Sequence[int], *, most: int = 0, choic
       steps: time steps.
       most: questions of a time step, taken at equal distances from all; 0 for all.
       choices: whether the questions have several answers.
+      ages: whether ``steps`` are ages of what is asked for instead.
 
     Raises:
-      UserError: if no record is long enough for any of the time steps.
+      UserError: if no record is of any of the ages, or long enough for any of the time steps.
     """
     found = []
     for step in steps:
-        if choices:
+        if ages:
+            right = evaluation.choices_by_age(step)
+        elif choices:
             right = evaluation.choices(step)
         else:
             right = [Choice((example,), 0) for example in evaluation.examples(step)]
@@ -111,6 +116,8 @@ def stages(evaluation: Evaluation, steps: Sequence[int], *, most: int = 0, choic
             found.append(Stage(step, right, wrong_memory_choices(right)))
         except UserError as error:
             found.append(Stage(step, right, None, str(error)))
+    if not found and ages:
+        raise UserError(f"no record is of an age among eval.steps {list(steps)} ({evaluation.report})")
     if not found:
         raise UserError(
             f"no record has as many as {min(steps)} context chunks, the smallest of eval.steps {list(steps)}; evaluate "

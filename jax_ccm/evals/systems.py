@@ -23,6 +23,7 @@ from jax_ccm.weights.hf import is_adapter, parameters
 
 SYSTEMS = {"step": ("none", "full", "uncompressed", "memory"), "text": ("full", "uncompressed", "memory")}
 DEFAULT = {"step": ("none", "full", "memory"), "text": ("full", "uncompressed", "memory")}
+SYSTEMS["age"], DEFAULT["age"] = SYSTEMS["step"], DEFAULT["step"]
 
 
 def make_system(
@@ -94,8 +95,8 @@ def ask(
     Args:
       evaluation: the records.
       method: the compression method.
-      by: "step" or "text".
-      steps: chunks of context before the question.
+      by: "step", "age" or "text".
+      steps: chunks of context before the question, or ages of what it asks for.
       most: questions of a step, or windows; 0 for all.
       choices: whether candidates are scored, too.
       split: which records they are, for the lines.
@@ -104,11 +105,12 @@ def ask(
         questions = texts.windows(evaluation, method, most)
         print(f"{len(questions[0].right):,} windows of {split}")
     else:
-        questions = perplexity.stages(evaluation, steps, most=most, choices=choices)
+        questions = perplexity.stages(evaluation, steps, most=most, choices=choices, ages=by == "age")
         for stage in questions:
             control = f"no wrong-memory control ({stage.note})" if stage.note else "with wrong-memory control"
-            print(f"t={stage.step}: {len(stage.right):,} of {split}, {control}")
-    missing = sorted(set(steps) - {stage.step for stage in questions}) if by == "step" else []
+            print(f"{'age ' if by == 'age' else 't='}{stage.step}: {len(stage.right):,} of {split}, {control}")
+    missing = sorted(set(steps) - {stage.step for stage in questions}) if by != "text" else []
     for step in missing:
-        print(f"no record has {step} chunks of context: time step {step} is left out")
+        what = "is of" if by == "age" else "has so many chunks of context as"
+        print(f"no record {what} {'age' if by == 'age' else 'time step'} {step}, which is left out")
     return questions, missing

@@ -37,7 +37,7 @@ def test_invented_words_of_a_split_are_not_those_of_another():
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_the_last_answer_was_told_before(split):
     for index in range(60):
-        made, fact, answer = chats._hold(split, 0, index, LENGTHS, None)
+        made, fact, answer = chats._hold(split, 0, index, LENGTHS)
         assert len(made.turns) % 2 == 0 and 6 <= len(made.turns) <= 24 and all(turn.strip() for turn in made.turns)
         value = fact.slots["v"]
         assert value.lower() in made.turns[-1].lower() and value.lower() in made.turns[fact.told].lower()
@@ -51,7 +51,7 @@ def test_the_last_answer_was_told_before(split):
 @pytest.mark.parametrize("age", [1, 3, 8])
 def test_the_age_of_the_fact_that_is_asked_for(age):
     for index in range(40):
-        made, fact, _ = chats._hold("test", 1, index, (18, 20), age)
+        made, fact, _ = chats._hold("test", 1, index, (18, 20), (age,))
         assert (len(made.turns) - 2 - fact.told) // 2 == age
         between = " ".join(made.turns[fact.told + 2 : -2]).lower()
         if len(fact.slots["v"]) > 4:  # a short number may stand in another
@@ -60,23 +60,54 @@ def test_the_age_of_the_fact_that_is_asked_for(age):
 
 def test_choices_and_long_conversations():
     for index in range(40):
-        record = chats.question("validation", 0, index, (12,), age=2)
+        record = chats.question("validation", 0, index, (12,), (2,))
         assert record["target"] in record["choices"] and len(set(record["choices"])) == conversations.CHOICES
         assert len(record["contexts"]) == 10
-        assert [*record["contexts"], record["query"], record["target"]] == chats.chat("validation", 0, index, (12,), 2)[
-            "turns"
-        ]
-    long = chats.chat("test", 0, 0, (400,), age=199)["turns"]
+        assert [*record["contexts"], record["query"], record["target"]] == chats.chat(
+            "validation", 0, index, (12,), (2,)
+        )["turns"]
+    long = chats.chat("test", 0, 0, (400,), (199,))["turns"]
     assert len(long) == 400
+
+
+def test_one_conversation_is_asked_for_facts_of_several_ages():
+    ages = (1, 4, 16, 30)
+    for number in range(6):
+        asked = [chats.question("test", 0, 4 * number + own, (64,), ages) for own in range(4)]
+        assert tuple(record["age"] for record in asked) == ages
+        contexts = [record["contexts"] for record in asked]
+        assert all(context == contexts[0] for context in contexts) and len(contexts[0]) == 62
+        assert len({record["query"] for record in asked}) == 4
+        for record in asked:
+            assert record["target"] in record["choices"]
+    # There are fewer kinds of facts than ages to come and turns to fill.
+    everything = chats.question("test", 0, 31, (400,), tuple(range(1, 1 + chats.MOST_AGES)))
+    assert everything["age"] == chats.MOST_AGES
+
+
+def test_arbitrary_values_are_words_of_their_split():
+    values = {
+        split: {chats.chat(split, 0, index, (4,), (), 1.0)["turns"][-1] for index in range(50)}
+        for split in ("train", "validation", "test")
+    }
+    assert not values["train"] & values["test"]
+    words = {split: set(chats.words(split)) for split in values}
+    assert not words["train"] & words["test"] and not words["train"] & words["validation"]
+    said = " ".join(values["train"]).lower().replace(".", "").split()
+    assert len(words["train"].intersection(said)) > 20
+    assert all(text.isprintable() for those in values.values() for text in those)
 
 
 def test_as_a_source():
     (source,) = open_sources(["generated:chats?split=test&size=3&seed=2&turns=8-10&age=2"], "dialogue")
-    assert len(source) == 3 and source[1] == chats.chat("test", 2, 1, (8, 9, 10), 2)
+    assert len(source) == 3 and source[1] == chats.chat("test", 2, 1, (8, 9, 10), (2,))
     (asked,) = open_sources(["generated:chat_questions?split=test&size=3&seed=2&turns=8,10"], "online")
     assert asked[2] == chats.question("test", 2, 2, (8, 10))
     for wrong, says in {
         "generated:chats?age=0": "age='0' must be a whole number, at least 1",
+        "generated:chats?age=4,4": "age='4,4' must be a whole number, at least 1, or up to 32 different ones",
+        "generated:chats?arbitrary=half": "arbitrary='half' must be a number from 0 to 1",
+        "generated:chats?arbitrary=1.5": "arbitrary='1.5' must be a number from 0 to 1",
         "generated:chats?turns=4-8&age=4": "takes turns of at least 10",
         "generated:chats?turns=3": "takes turns of at least 4",
         "generated:chats?facts=3": "option of",

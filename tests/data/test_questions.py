@@ -5,7 +5,7 @@ import pytest
 
 from jax_ccm.data.config import DataConfig
 from jax_ccm.data.questions import Evaluation, evaluation_examples, wrong_memory, wrong_memory_choices
-from jax_ccm.data.sources import Records
+from jax_ccm.data.sources import Records, open_sources
 from jax_ccm.errors import UserError
 from jax_ccm.methods import ccm
 from jax_ccm.rules import rows
@@ -164,3 +164,24 @@ def test_wrong_memory_that_cannot_be():
         wrong_memory(same)
     with pytest.raises(UserError, match="at least 2 sessions"):
         wrong_memory(same[:1])
+
+
+def test_questions_by_the_age_of_what_they_ask_for():
+    """Each age has the questions that its records name, behind whole contexts, whatever number of chunks that is."""
+    config = DataConfig(format="online", unit_of_memory="exchange", max_turn_tokens=999, max_tokens_evaluation=9999)
+    sources = open_sources(["generated:chat_questions?split=test&size=12&turns=14-20&age=1,6"], "online")
+    evaluation = Evaluation(config, tokenizer(), sources)
+    (source,) = sources
+    for place, age in enumerate((1, 6)):
+        asked = evaluation.choices_by_age(age)
+        assert len(asked) == 6
+        for number, choice in enumerate(asked):
+            record = source[2 * number + place]
+            assert record["age"] == age and choice.answer == record["choices"].index(record["target"])
+            assert all(len(example.segments) == 1 + len(record["contexts"]) // 2 for example in choice.examples)
+    assert evaluation.choices_by_age(3) == []
+    with pytest.raises(UserError, match="needs records of format 'online' that say how long ago"):
+        Evaluation(DataConfig(), tokenizer(), [Records("d", dialogues(3))]).choices_by_age(1)
+    record = {"contexts": ["a", "b"], "query": "c", "target": "d", "choices": ["d", "e"], "age": True}
+    with pytest.raises(UserError, match="field 'age' must be a whole number, at least 1; it is True"):
+        Evaluation(config, tokenizer(), [Records("r", [record])]).choices_by_age(1)

@@ -406,3 +406,11 @@ def test_command_stops_on_sigterm_with_code_0(tmp_path):
     assert "stopped by SIGTERM at step" in out and "Traceback" not in err
     with Checkpoints(workdir / "checkpoints") as store:
         assert store.latest() == json.loads((workdir / "summary.json").read_text())["step"] > 0
+
+
+def test_validation_has_no_weights_of_training_sources(tmp_path):
+    sources = [f"generated:recall?split=train&facts=3&names=10&things=10&size=9&seed={seed}" for seed in (1, 2)]
+    steps = {"steps": 2, "eval_every": 2, "checkpoint_every": 2}
+    with Run(tiny(data={"train": sources, "weights": [3, 1]}, train=steps), tmp_path / "run") as run:
+        run.train()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["validation_loss"] > 0
