@@ -52,8 +52,8 @@ def upgraded(stored: dict[str, Any], where: str) -> dict[str, Any]:
     changed |= {old: new for old, new in _RENAMED_OF_TOKENS.items() if any(old in token for token in tokens)}
     if not changed:
         return stored
-    said = ", ".join(f"{old} as {new}" for old, new in changed.items())
-    print(f"note: the method in {where} is of an earlier version; {said} is read", file=sys.stderr)
+    old, new = ", ".join(changed), ", ".join(changed.values())
+    print(f"note: the method in {where} is of an earlier version; its {old} are read as {new}", file=sys.stderr)
     new_token = lambda token: (
         {_RENAMED_OF_TOKENS.get(name, name): value for name, value in token.items()}
         if isinstance(token, dict)
