@@ -7,22 +7,25 @@ import inspect
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from docs.make import reference
+from docs.make import pictures, reference
 from jax_ccm.benchmarks import pytorch
 from jax_ccm.benchmarks import report as speed
+from jax_ccm.config.schema import save_config
 from jax_ccm.evals import comparison, parity, report, slots
 from jax_ccm.methods import METHODS, build
 from jax_ccm.planning import ahead
 from jax_ccm.planning import report as plan_report
 from jax_ccm.rules.draw import draw
 from jax_ccm.rules.examples import Example, Segment
-from tests import cases
+from jax_ccm.training.run import Run
+from tests import cases, pretrained
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -34,10 +37,39 @@ BESIDE_PYTORCH = sorted((ROOT / "results" / "pytorch").rglob("*.json"))
 COMPILED = sorted((ROOT / "results" / "kernels").glob("*.json"))
 
 
-@pytest.mark.parametrize("page", ["index", "library"])
+@pytest.mark.parametrize("page", ["index", "tour", "library"])
 def test_examples(page):
-    result = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False)
+    known = {"tokenizer": pretrained.tokenizer()}
+    result = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False, extraglobs=known)
     assert result.attempted > 6 and result.failed == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the pages name: an adapter in two places, a config and a text; the base of both is tiny."""
+    folder = tmp_path_factory.mktemp("pages")
+    pretrained.make_base(folder / "base")
+    config = pretrained.config(folder, cache={"memory_capacity": 64, "raw_capacity": 160})
+    with Run(config, folder / "run") as run:
+        run.train()
+    for name in ("chat", "quickstart/smollm2"):
+        shutil.copytree(folder / "run" / "adapter", folder / "runs" / name / "adapter")
+    save_config(config, folder / "mine.yaml")
+    (folder / "notes.txt").write_text("Clara lives in Lisbon. " * 20)
+    return folder
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "library.md"], ids=lambda page: page.stem)
+def test_scripts(page, folder, monkeypatch):
+    """Python that is no dialogue with the prompt, block after block."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    blocks = [block for block in blocks if ">>>" not in block]
+    assert blocks
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert (folder / "clara.ccm").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
@@ -174,6 +206,15 @@ def test_pages_show_the_tables():
     assert {page.stem for page, _, _ in shown} >= {"README", "kernels", "planning", "results", "speed"}
     for page, name, table in shown:
         assert rows(table) == rows((ROOT / name).read_text()), f"the copy of {name} in {page} is old"
+
+
+def test_pictures_are_made_of_the_numbers(tmp_path):
+    """Their words and numbers; how lines are drawn is a matter of matplotlib's version."""
+    pictures.main(tmp_path)
+    words = lambda folder, name: re.findall(r"<text[^>]*>(.*?)</text>", (folder / name).read_text())
+    for name in pictures.PICTURES:
+        made = words(tmp_path, name)
+        assert len(made) > 8 and made == words(ROOT / "docs" / "pictures", name), "python -m docs.make.pictures"
 
 
 @pytest.mark.parametrize("name", reference.PAGES)

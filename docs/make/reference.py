@@ -45,8 +45,8 @@ data:
   train: [mine.jsonl]
 ```
 
-`configs/` in the repository holds the papers' recipes and those of the results. Each method is drawn
-on [its page](methods/README.md).
+`configs/` in the repository holds the papers' recipes and those of the results. What a record of data is, is told in
+[data](data.md), and each method on [its page](methods/README.md).
 """
 
 COMMANDS = f"""# Commands
