@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from jax_ccm.memory.generation import Sampling
 from jax_ccm.records.parsing import read_text
 from jax_ccm.records.paths import Folder
 from jax_ccm.sessions.conversations import Conversations
+from jax_ccm.sessions.terminal import Terminal
 from jax_ccm.sessions.transcript import Record
 
 
@@ -27,7 +27,8 @@ class Options:
 
     After each turn what was said, question and answer, becomes memory, and its text is dropped: as two chunks, or with
     data.unit_of_memory: exchange as one. An empty line or Ctrl-D ends the conversation; Ctrl-C stops an answer. Give
-    --say to put the turns on the command line instead.
+    --say to put the turns on the command line instead. /memory shows what is remembered, /save, /load, /fork, /forget
+    and /reset handle it, /compare answers the last turn from other memories, too; /help lists them.
 
     A turn that cannot be answered (too long, or no room in memory) is refused: the memory stays as it was and the
     conversation goes on. Unless it is held at a terminal, the command then exits with 2 in the end, else with 0.
@@ -45,6 +46,8 @@ class Options:
     """Texts that end an answer, and are left out of it."""
     context: Folder | None = None
     """A text file that is read into the memory first, in chunks as long as a turn of the data may be."""
+    load: Folder | None = None
+    """A memory file (.ccm) to go on from."""
     temperature: float = 0.0
     """0 takes the most likely token each time."""
     top_p: float = 1.0
@@ -79,16 +82,21 @@ def _talk(experiment: Experiment, options: Options) -> int:
     elif options.sentences:
         raise UserError("--sentences needs --span, the most tokens of a span")
     talk = Conversations(experiment, sampling=sampling, seed=options.seed, closing=closing, stop=options.stop)
+    if options.load is not None:
+        talk.load(0, options.load)
     if options.context is not None:
         talk.read({0: read_text(options.context)})
     record = Record(options.workdir)
-    print(f"{experiment.method.name} on {experiment.base_name}; an empty line ends the conversation")
+    terminal = Terminal(talk, max_tokens=options.max_tokens, alone=options.compare)
+    print(
+        f"{experiment.method.name} on {experiment.base_name}; /help lists commands, an empty line ends the conversation"
+    )
     for text in options.say or _lines():
         if options.say:
             print(f"you      {text}")
         entry: dict[str, Any] = {"you": text}
         try:
-            _exchange(talk, entry, options)
+            _exchange(terminal, entry)
         except UserError as error:
             entry["refused"] = str(error)
             print(f"refused  {error}; the memory is as it was")
@@ -96,24 +104,19 @@ def _talk(experiment: Experiment, options: Options) -> int:
             if options.say:
                 raise
             entry["refused"] = "interrupted"
-            print("\nstopped  the memory is as it was before this turn")
+            print("stopped  the memory is as it was before this turn")
         record.add(entry)
     held = not options.say and sys.stdin.isatty()
     return 2 if record.refused and not held else 0
 
 
-def _exchange(talk: Conversations, entry: dict[str, Any], options: Options) -> None:
-    """Has a turn answered; the answers go to the terminal and into its entry of the record."""
-    began, text = time.perf_counter(), entry["you"]
-    if options.compare:
-        entry["without_memory"] = talk.say_alone({0: text}, max_tokens=options.max_tokens)[0]
-        print(f"without  {entry['without_memory']}")
-    entry["memory"] = talk.say({0: text}, max_tokens=options.max_tokens)[0]
-    print(f"{'memory ' if options.compare else 'model  '}  {entry['memory']}")
-    slots, ours, full = talk.memory_bytes()
-    entry |= {"slots": slots, "memory_bytes": ours, "full_context_bytes": full}
-    seconds = time.perf_counter() - began
-    print(f"         [{slots} slots, {ours / 2**20:.2f} MiB; full context {full / 2**20:.2f} MiB; {seconds:.1f} s]")
+def _exchange(terminal: Terminal, entry: dict[str, Any]) -> None:
+    """Has a turn answered, or a command done."""
+    text = entry["you"]
+    if text.startswith("/") and not text.startswith("//"):
+        terminal.command(text)
+    else:
+        terminal.say(text.removeprefix("/"), entry)
 
 
 def _lines() -> Iterator[str]:

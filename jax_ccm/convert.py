@@ -1,4 +1,4 @@
-"""``python -m jax_ccm.convert FROM TO --format peft``: an adapter from one format to another."""
+"""``python -m jax_ccm.convert FROM TO --format peft``: an adapter from one format to another; two memories as one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ class Options:
     for them give --method and what it was trained with. No base model is loaded: what the source says of its base is
     kept, and a source that says nothing stays without. The config that lies beside the source goes along, and a model
     card is written of all that is recorded: with --results that of an adapter to give away.
+
+    FIRST.ccm BOTH.ccm --merge SECOND.ccm makes one memory of two, the second conversation behind the first, where the
+    method has a meaning for it: appended slots, and means.
     """
 
     source: Annotated[Folder, tyro.conf.Positional]
-    """Folder of the adapter."""
+    """Folder of the adapter; or a memory file."""
     target: Annotated[Folder, tyro.conf.Positional]
-    """Folder to write."""
+    """Folder to write; or the memory file."""
     format: Literal["own", "peft", "reference"] = "own"
     """Format to write."""
+    merge: Folder | None = None
+    """A memory file that is put behind the source, which is one, too."""
     stored: Literal["float32", "bfloat16"] = "float32"
     """Type of the numbers in the file; bfloat16 rounds them, and halves its size. In memory they are float32."""
     base: str = ""
@@ -59,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from jax_ccm.weights.adapters import Adapter
     from jax_ccm.weights.peft import is_conditional
 
+    if options.merge is not None:
+        from jax_ccm.memory import files
+        from jax_ccm.memory.merging import merge
+
+        files.write(merge(files.read(options.source), files.read(options.merge)), options.target)
+        print(f"wrote {options.target}: {options.source}, and {options.merge} behind it")
+        return
     names = ("comp_tokens", "sink", "independent", "conditional")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if given and options.method is None:

@@ -64,7 +64,7 @@ class Conversation(Conversations):
         return self.say_alone({0: text}, max_tokens=self.max_tokens)[0]
 
     cache = property(lambda self: self.state.cache)
-    turns = property(lambda self: self.state.turns[0])
+    turns = property(lambda self: len(self.state.turns[0]))
 
 
 LAID_OUT = {
@@ -255,16 +255,19 @@ import tests.conftest  # quick to compile
 from jax_ccm import chat
 from jax_ccm.config import cli
 from jax_ccm.sessions import engine
+from jax_ccm.sessions.terminal import Terminal
 from tests.test_chat import experiment
 sys.stdout.reconfigure(encoding="ascii")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
-generate, calls = engine.generate, []
+generate, say, said = engine.generate, Terminal.say, []
+def noted(self, text, entry):
+    said.append(text)
+    say(self, text, entry)
 def interrupted(*args, **options):
-    calls.append(options)
-    if len(calls) == 2:
+    if said[-1] == "interrupted":
         os.kill(os.getpid(), signal.SIGINT)
     return generate(*args, **options)
-engine.generate = interrupted
+Terminal.say, engine.generate = noted, interrupted
 options = chat.Options(adapter=Path("none"), max_tokens=6, workdir=Path(sys.argv[1]))
 cli.run(lambda: chat._talk(experiment("ccm_concat", comp_tokens=2), options))
 """

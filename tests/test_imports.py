@@ -23,9 +23,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("memory/", "weights/"),
     ("evals/", "config/"),
     ("benchmarks/",),
-    ("evaluate", "verify", "compare", "convert", "training/", "sessions/"),
-    ("bench", "chat", "train", "planning/"),
-    ("plan",),
+    ("evaluate", "verify", "compare", "convert", "inspect", "training/", "sessions/"),
+    ("bench", "chat", "train", "planning/", "serving/"),
+    ("plan", "serve"),
     ("__init__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, 1) for room in rooms}

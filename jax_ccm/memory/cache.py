@@ -203,6 +203,28 @@ def reset(cache: MemoryCache, rows) -> MemoryCache:
     return choose(rows, _zeros(cache), cache)
 
 
+def remove(cache: MemoryCache, gone) -> MemoryCache:
+    """The cache without some of its slots (bool ``[B, S]``); those behind them move up."""
+    slots = cache.slots
+    live = slots.live & ~jnp.asarray(gone)
+    order = jnp.argsort(~live, axis=1, stable=True)
+    live = jnp.take_along_axis(live, order, axis=1)
+
+    def entries(x):
+        """Of ``[L, B, S, ...]``; what is dropped leaves no number behind."""
+        front = lambda y: y.reshape(1, *y.shape, *(1,) * (x.ndim - 3))
+        return jnp.where(front(live), jnp.take_along_axis(x, front(order), axis=2), 0)
+
+    place = lambda x: jnp.where(live, jnp.take_along_axis(x, order, axis=1), 0)
+    return dataclasses.replace(
+        cache,
+        k=entries(cache.k),
+        v=entries(cache.v),
+        slots=Slots(*map(place, fields(slots))),
+        accumulated_attention=None if cache.accumulated_attention is None else entries(cache.accumulated_attention),
+    )
+
+
 def choose(rows, here: MemoryCache, there: MemoryCache) -> MemoryCache:
     """The sessions ``rows`` (bool ``[B]``) of one cache, and the others of another of the same sizes."""
 

@@ -1,12 +1,24 @@
-"""Sessions in files: what a conversation remembers, to go on from later."""
+"""Sessions in files: what a conversation remembers, to go on from later, here or elsewhere.
+
+A ``.ccm`` file is safetensors with a JSON header and a digest over every byte (`jax_ccm.records.sealed`). It holds the
+live slots of its sessions, one behind the other, whatever the capacity of the cache that they were in, and they go on
+in any cache that has room for them::
+
+    k, v             [L, N, K, H]           keys as the cache holds them, N live slots of all sessions
+    kind, segment, index, position  int32 [N]
+    received         float32 [L, N, K]      `MemoryCache.accumulated_attention`, for methods that ask for it
+    live             int32 [B]              how many of the slots are those of each session
+    tokens, chunks   int32 [B]
+    logits           float32 [B, V]         pending
+    mixed_k, mixed_v float32 [L, B, M, K, H]  for methods that mix
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
+import datetime
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,175 +26,407 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jax_ccm
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.nn import ModelConfig, Transformer
-from jax_ccm.records.parsing import parse_json
+from jax_ccm.records import sealed
 from jax_ccm.rules.describe import describe_method, label, upgraded
 from jax_ccm.rules.types import Kind, MemoryCache, Method, Slots
 
-FORMAT = "jax_ccm.memory/2"
-# The format before, and what it lacks.
-OLDER = "jax_ccm.memory/1"
-# Arrays that a file calls otherwise.
-IN_FILES = {"accumulated_attention": "received"}
-NEW = ("mixed_k", "mixed_v", "spoiled")
+FORMAT = "jax_ccm.memory/3"
+# Formats before: arrays of the whole cache, and no digest. The first rounded mixed memory to the type of the keys.
+OLDER = ("jax_ccm.memory/1", "jax_ccm.memory/2")
+NAME = "jax_ccm"
+SIZES = ("num_layers", "num_kv_heads", "head_dim", "vocab_size")
+_SLOTS = ("kind", "segment", "index", "position")
+# What an older file calls base and adapter.
+_MODEL = ("base", "adapter")
+_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def save(cache: MemoryCache, path: str | Path, *, fingerprint: str, method: Method) -> None:
-    """Writes sessions to a safetensors file. One that was there stays until the new one is whole.
+class Foreign(UserError):
+    """A memory of another model, adapter, tokenizer, template or method."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What a memory file holds, in the form of today.
+
+    Attributes:
+      path: the file.
+      header: what it says of itself (`save`).
+      digest: of the file; empty for an older format.
+      arrays: as at the head of this module.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    digest: str
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def turns(self) -> tuple[tuple[int, int], ...]:
+        """Where the turns of a conversation lie, ``(first, end)`` of their chunks, as far as the file says."""
+        said = self.header["about"].get("turns", [])
+        is_span = lambda x: isinstance(x, list) and len(x) == 2 and all(type(n) is int and n >= 0 for n in x)
+        return tuple((x[0], x[1]) for x in said) if isinstance(said, list) and all(map(is_span, said)) else ()
+
+    def of(self, number: int) -> slice:
+        """Where the slots of a session lie."""
+        ends = np.cumsum(self.arrays["live"])
+        return slice(int(ends[number] - self.arrays["live"][number]), int(ends[number]))
+
+
+def save(
+    cache: MemoryCache,
+    path: str | Path,
+    model: Transformer | ModelConfig,
+    *,
+    fingerprints: Mapping[str, str],
+    method: Method,
+    about: Mapping[str, Any] | None = None,
+) -> str:
+    """Writes sessions to a file. One that was there stays until the new one is whole.
 
     Args:
       cache: the sessions; valid ones (`cache.check`).
       path: the file.
-      fingerprint: names the base model and the adapter; `load` compares it.
+      model: the decoder that read them; of its config sizes and RoPE are written down.
+      fingerprints: of all that a session can go on with only: "base", "adapter", and what else there is to tell apart;
+        `load` compares each.
       method: the method that wrote the memory.
+      about: JSON values for people and callers, which are not compared.
+
+    Returns:
+      The digest of the file.
 
     Raises:
       UserError: for sessions that are invalid, or spread over several processes, or a file that cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.flax import save_file
-
     if not cache.k.is_fully_addressable:
         raise UserError("these sessions are spread over several processes; save them where one process holds them all")
     check(cache)
-    meta = {
+    config = model if isinstance(model, ModelConfig) else model.config
+    header = {
         "format": FORMAT,
-        "fingerprint": fingerprint,
+        "version": jax_ccm.__version__,
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "fingerprints": dict(fingerprints),
         "method": describe_method(method),
+        "model": {name: x for name, x in dataclasses.asdict(config).items() if name != "max_position"},
+        "sessions": len(cache.tokens),
         "memory_capacity": cache.memory_capacity,
+        "raw_capacity": cache.k.shape[2] - cache.memory_capacity - int(method.sink),
         "overflow": cache.overflow,
+        "about": dict(about or {}),
     }
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(_arrays(cache), str(part), metadata={"jax_ccm": json.dumps(meta)})
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path} cannot be written: {e}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+    return sealed.write(path, _packed(cache), header, NAME)
+
+
+def write(held: Held, path: str | Path) -> str:
+    """Writes what was read from files; as `save`."""
+    header = held.header | {
+        "format": FORMAT,
+        "version": jax_ccm.__version__,
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    return sealed.write(path, {name: np.ascontiguousarray(x) for name, x in held.arrays.items()}, header, NAME)
+
+
+def read(path: str | Path) -> Held:
+    """What a file holds, for any model: nothing in it is believed before it is checked.
+
+    Raises:
+      UserError: if it cannot be read, is no memory file, or is not what was written.
+    """
+    file = sealed.Sealed(path, NAME)
+    form = file.header.get("format")
+    if form not in (FORMAT, *OLDER):
+        raise UserError(f"{path} is not a memory file of this library (expected format {FORMAT!r})")
+    if form == FORMAT and not file.digest:
+        raise UserError(f"{path} is damaged: it has no digest")
+    if form in OLDER:
+        header, arrays = _upgraded(path, file.header, file.shapes, file.arrays)
+        if form == OLDER[0] and "mixed_k" in arrays:
+            warnings.warn(
+                f"{path} is of an earlier version, which rounded mixed memory to {arrays['k'].dtype} after each chunk; "
+                "it goes on from the rounded values",
+                stacklevel=3,
+            )
+        else:
+            warnings.warn(
+                f"{path} is of an earlier version ({form}), without a digest: damage would go unseen. Save it again",
+                stacklevel=3,
+            )
+        held = Held(Path(path), header, "", arrays)
+        _check_shapes(path, header, {name: (x.shape, str(x.dtype)) for name, x in arrays.items()})
+    else:
+        _check_shapes(path, file.header, {name: (shape, _TYPES.get(t, t)) for name, (shape, t) in file.shapes.items()})
+        held = Held(Path(path), file.header, file.digest, file.arrays())
+    _check_slots(held)
+    return held
 
 
 def load(
-    path: str | Path, model: Transformer | ModelConfig, *, fingerprint: str, method: Method, dtype=None
+    file: str | Path | Held,
+    model: Transformer | ModelConfig,
+    *,
+    fingerprints: Mapping[str, str],
+    method: Method,
+    memory_capacity: int | None = None,
+    raw_capacity: int | None = None,
+    overflow: Any = None,
+    dtype=None,
 ) -> MemoryCache:
-    """Reads sessions that `save` wrote, spread over the mesh in use as `cache.init_cache` does.
+    """Sessions that `save` wrote, spread over the mesh in use as `cache.init_cache` does.
 
     Args:
-      path: the file.
+      file: the file, or what `read` made of it.
       model: the decoder that will go on from them; its config serves where there are no weights.
-      fingerprint: as for `save`.
+      fingerprints: as for `save`.
       method: as for `save`.
+      memory_capacity, raw_capacity, overflow: of the cache, as for `init_cache`; None for those of the file.
       dtype: of keys and values; None for the model's own.
 
     Raises:
-      UserError: if the file is not one of ours, or of another model, adapter or method, or does not hold what it says.
+      Foreign: if the file is of another model, adapter or method.
+      UserError: if it is not one of ours, does not hold what it says, or holds more than there is room for.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.flax import load_file
-
+    held = file if isinstance(file, Held) else read(file)
+    path, header, arrays = held.path, held.header, held.arrays
+    _require_kinship(held, fingerprints, method)
+    choose = lambda given, name: header[name] if given is None else given
+    make = lambda: init_cache(
+        model,
+        method,
+        header["sessions"],
+        memory_capacity=choose(memory_capacity, "memory_capacity"),
+        raw_capacity=choose(raw_capacity, "raw_capacity"),
+        dtype=dtype,
+        overflow=choose(overflow, "overflow"),
+    )
     try:
-        with safe_open(str(path), framework="numpy") as file:
-            meta = parse_json((file.metadata() or {}).get("jax_ccm", "{}"), f"{path}: its metadata 'jax_ccm'")
-        arrays = load_file(str(path))
-    except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as a memory file: {e}") from e
-    if not isinstance(meta, dict) or meta.get("format") not in (FORMAT, OLDER):
-        raise UserError(f"{path} is not a memory file of this library (expected format {FORMAT!r})")
-    _require_kinship(path, meta, fingerprint, method)
-    expected = _expected(path, meta, arrays, model, method, dtype)
-    names = _arrays(expected)
-    if meta["format"] == OLDER:
-        _compare(path, arrays, {name: x for name, x in names.items() if name not in NEW})
-        arrays |= _lacking(path, arrays, method)
-    _compare(path, arrays, names)
-    slots = Slots(*(arrays[f"slots.{f.name}"] for f in dataclasses.fields(Slots)))
-    of_cache = {name: arrays.get(IN_FILES.get(name, name)) for name in vars(expected)}
-    cache = dataclasses.replace(expected, slots=slots, **{name: x for name, x in of_cache.items() if x is not None})
-    kinds = np.asarray(slots.kind)
-    if not np.isin(kinds, list(Kind)).all() or (np.diff((kinds != Kind.PAD).astype(int), axis=1) > 0).any():
-        raise UserError(f"{path} is damaged: its slots are none that this library writes")
+        expected = jax.eval_shape(make)
+    except UserError as e:
+        raise UserError(f"{path} does not fit: {e}") from e
+    _require_same(path, arrays, expected)
+    size, is_memory = expected.k.shape[2], arrays["kind"] == Kind.MEMORY
+    for number in range(header["sessions"]):
+        memory, live = int(is_memory[held.of(number)].sum()), int(arrays["live"][number])
+        if memory > expected.memory_capacity or live - memory > size - expected.memory_capacity:
+            raise UserError(
+                f"{path} holds {memory} slots of memory and {live - memory} of other text; here is room for "
+                f"memory_capacity={expected.memory_capacity} and {size - expected.memory_capacity}. Make the cache "
+                "larger"
+            )
+    cache = dataclasses.replace(expected, **_unpacked(arrays, size, expected))
+    check(cache)
     mesh = jax.sharding.get_mesh()
     return cache if mesh.empty else jax.device_put(cache, sharding.cache_shardings(mesh, cache))
 
 
-def _require_kinship(path, meta: dict[str, Any], fingerprint: str, method: Method) -> None:
+def _packed(cache: MemoryCache) -> dict[str, np.ndarray]:
+    """The arrays of a file."""
+    live = np.asarray(cache.slots.live)
+    count = live.sum(axis=1).astype(np.int32)
+    take = lambda x: np.concatenate([np.asarray(x[:, row, :n]) for row, n in enumerate(count)], axis=1)
+    found = {"k": take(cache.k), "v": take(cache.v), "live": count}
+    found |= {name: np.asarray(getattr(cache.slots, name))[live] for name in _SLOTS}
+    found |= {name: np.asarray(getattr(cache, name)) for name in ("tokens", "chunks", "logits")}
+    if cache.accumulated_attention is not None:
+        found["received"] = take(cache.accumulated_attention)
+    if cache.mixed_k is not None and cache.mixed_v is not None:
+        found |= {"mixed_k": np.asarray(cache.mixed_k), "mixed_v": np.asarray(cache.mixed_v)}
+    # A view of other memory order would be written as it lies there.
+    return {name: np.ascontiguousarray(x) for name, x in found.items()}
+
+
+def _unpacked(arrays: Mapping[str, np.ndarray], size: int, expected: MemoryCache) -> dict[str, Any]:
+    """The arrays of a cache of so many places, by its fields; what is not live is zero."""
+    live = np.arange(size) < arrays["live"][:, None]
+
+    def spread(x, front: int):
+        whole = np.zeros((*x.shape[:front], *live.shape, *x.shape[front + 1 :]), x.dtype)
+        whole[(slice(None),) * front + (live,)] = x
+        return jnp.asarray(whole)
+
+    found: dict[str, Any] = {name: spread(arrays[name], 1) for name in ("k", "v")}
+    if "received" in arrays:
+        found["accumulated_attention"] = spread(arrays["received"], 1)
+    found["slots"] = Slots(*(spread(arrays[name], 0) for name in _SLOTS))
+    rest = ("tokens", "chunks", "logits", "mixed_k", "mixed_v")
+    found |= {name: jnp.asarray(arrays[name]) for name in rest if name in arrays}
+    return found | {
+        name: jnp.zeros(x.shape, x.dtype) for name in ("lost", "spoiled") for x in [getattr(expected, name)]
+    }
+
+
+def _check_shapes(path, header: dict[str, Any], given: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """Raises unless a header is whole, and the arrays have the names, shapes and types that it gives them."""
+    damaged = lambda what: UserError(f"{path} is damaged: it does not say {what}")
+    is_count = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31
+    model, method, names = (header.get(key) for key in ("model", "method", "fingerprints"))
+    if not isinstance(model, dict) or not all(is_count(model.get(name)) for name in SIZES):
+        raise damaged("which model it is for")
+    if not isinstance(method, dict) or not isinstance(method.get("closes", []), list):
+        raise damaged("which method wrote it")
+    if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+        raise damaged("what it belongs to")
+    if not all(is_count(header.get(name)) for name in ("sessions", "memory_capacity", "raw_capacity")):
+        raise damaged("how many sessions it holds, in which places")
+    if not isinstance(header.get("about"), dict) or not isinstance(header.get("overflow"), str):
+        raise damaged("what it is about")
+    layers, heads, width, vocabulary = (model[name] for name in SIZES)
+    batch = header["sessions"]
+    kind = given.get("k", ((), "nothing"))[1]
+    count = given["kind"][0][0] if len(given.get("kind", ((),))[0]) == 1 else 0
+    expected: dict[str, tuple[tuple[int, ...], str]] = {
+        name: ((layers, count, heads, width), kind) for name in ("k", "v")
+    }
+    expected |= {name: ((count,), "int32") for name in _SLOTS}
+    expected |= {name: ((batch,), "int32") for name in ("live", "tokens", "chunks")}
+    expected["logits"] = (batch, vocabulary), "float32"
+    if "received" in given:
+        expected["received"] = (layers, count, heads), "float32"
+    if method.get("mix"):
+        mixed = (layers, batch, _mixed(method), heads, width)
+        expected |= {name: (mixed, "float32") for name in ("mixed_k", "mixed_v")}
+    given = {name: (shape, {"I32": "int32"}.get(kind, kind)) for name, (shape, kind) in given.items()}
+    show = lambda x: "nothing" if x is None else f"{x[1]} {list(x[0])}"
+    for name in sorted(given.keys() | expected.keys()):
+        if given.get(name) != expected.get(name) or given[name][1] not in (*_TYPES.values(), "int32"):
+            raise UserError(
+                f"{path} is damaged: it holds {show(given.get(name))} as {name!r}, and its header has "
+                f"{show(expected.get(name))}"
+            )
+
+
+def _check_slots(held: Held) -> None:
+    """Raises for slots that this library does not write."""
+    a = held.arrays
+    wrong = int(a["live"].sum()) != len(a["kind"]) or (a["live"] < 0).any() or (a["tokens"] < 0).any()
+    wrong = wrong or not np.isin(a["kind"], [kind for kind in Kind if kind != Kind.PAD]).all()
+    # The last is for methods that mix: their memory carries the segment and index of the newest chunk.
+    wrong = wrong or (a["chunks"] < 0).any() or any((a[name] < 0).any() for name in ("segment", "position"))
+    wrong = wrong or any((np.diff(a["index"][held.of(n)]) < 0).any() for n in range(len(a["live"])))
+    if wrong:
+        raise UserError(f"{held.path} is damaged: its slots are none that this library writes")
+    for name, x in a.items():
+        if x.dtype.kind != "i" and not np.isfinite(x.astype(np.float32)).all():
+            raise UserError(f"{held.path} is damaged: it holds numbers that are not finite as {name!r}")
+
+
+def _require_kinship(held: Held, fingerprints: Mapping[str, str], method: Method) -> None:
     """Raises for a file of another model, adapter or method."""
-    if meta.get("fingerprint") != fingerprint:
-        raise UserError(
-            f"{path} was written with fingerprint {meta.get('fingerprint')!r}; this session uses {fingerprint!r}. Use "
-            "the same base model and adapter"
+    stored, older = held.header["fingerprints"], "model" in held.header["fingerprints"]
+    ours = dict(fingerprints)
+    if older:  # one name for base and adapter
+        ours = {"model": "-".join(ours[name] for name in _MODEL if name in ours)}
+    differ = [name for name in sorted(ours.keys() | stored.keys()) if ours.get(name) != stored.get(name)]
+    if differ:
+        show = lambda names: ", ".join(f"{name} {names.get(name)!r}" for name in differ)
+        raise Foreign(
+            f"{held.path} was written with {show(stored)}; this session uses {show(ours)} (fingerprints). Use the same "
+            "base model, adapter, tokenizer and template"
         )
-    here, there = describe_method(method), meta.get("method")
-    if not isinstance(there, dict):
-        raise UserError(f"{path} is damaged: it does not say which method wrote it")
-    there = upgraded(there, str(path))
+    here, there = describe_method(method), held.header["method"]
     if differ := sorted(key for key in here | there if here.get(key) != there.get(key)):
-        raise UserError(
-            f"{path} was written with method {label(there)}; this session uses {label(here)}. They differ in "
+        raise Foreign(
+            f"{held.path} was written with method {called(there)}; this session uses {label(here)}. They differ in "
             f"{', '.join(differ)}. Use the same one"
         )
 
 
-def _arrays(cache: MemoryCache) -> dict[str, Any]:
-    """The arrays of a cache by the names that they have in a file."""
-    slots = {f"slots.{f.name}": getattr(cache.slots, f.name) for f in dataclasses.fields(Slots)}
-    rest = (f.name for f in dataclasses.fields(MemoryCache) if f.name not in ("slots", "memory_capacity", "overflow"))
-    return {IN_FILES.get(name, name): x for name in rest if (x := getattr(cache, name)) is not None} | slots
-
-
-def _expected(path, meta, arrays, model, method: Method, dtype) -> MemoryCache:
-    """The abstract cache that `cache.init_cache` makes for so many sessions and places as the file has."""
-    sizes = [arrays[name].shape for name in ("tokens", "slots.kind") if name in arrays]
-    capacity = meta.get("memory_capacity")
-    if [len(shape) for shape in sizes] != [1, 2] or not isinstance(capacity, int):
-        raise UserError(f"{path} is damaged: it does not say how many sessions and places it holds")
-    (batch,), (_, size) = sizes
-    make = lambda: init_cache(
-        model,
-        method,
-        batch,
-        memory_capacity=capacity,
-        raw_capacity=size - capacity - int(method.sink),
-        dtype=dtype,
-        overflow=meta.get("overflow"),
-    )
+def called(method: Mapping[str, Any]) -> str:
+    """`describe.label` of a method out of a file, which may be anything."""
     try:
-        return jax.eval_shape(make)
-    except UserError as e:
-        raise UserError(f"{path} is damaged, or of another model: {e}") from e
+        return label(dict(method))
+    except (AttributeError, KeyError, TypeError):
+        return repr(method.get("name"))
 
 
-def _compare(path, arrays: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises unless the arrays have the names, shapes and types of the expected ones."""
-    show = lambda x: "nothing" if x is None else f"{x.dtype} {list(x.shape)}"
-    for name in sorted(arrays.keys() | expected.keys()):
-        if (here := show(expected.get(name))) != (there := show(arrays.get(name))):
+def _require_same(path, arrays: Mapping[str, np.ndarray], expected: MemoryCache) -> None:
+    """Raises unless the arrays have the sizes and types that this model and method have."""
+    layers, batch, _, heads, width = expected.k.shape
+    count = len(arrays["kind"])
+    here = {name: (expected.k.dtype, [layers, count, heads, width]) for name in ("k", "v")}
+    here["logits"] = expected.logits.dtype, list(expected.logits.shape)
+    if (x := expected.accumulated_attention) is not None:
+        here["received"] = x.dtype, [layers, count, heads]
+    for name in ("mixed_k", "mixed_v"):
+        if (x := getattr(expected, name)) is not None:
+            here[name] = x.dtype, list(x.shape)
+    there = {name: (x.dtype, list(x.shape)) for name, x in arrays.items() if name in (*here, "received", "mixed_k")}
+    show = lambda x: "nothing" if x is None else f"{x[0]} {x[1]}"
+    for name in sorted(here.keys() | there.keys()):
+        if show(here.get(name)) != show(there.get(name)):
             raise UserError(
-                f"{path} holds {there} as {name!r}; this model and method have {here}. Use the model, and the type, "
-                "that wrote it; if they are the same, the file is damaged"
+                f"{path} holds {show(there.get(name))} as {name!r}; this model and method have {show(here.get(name))}. "
+                "Use the model, and the type, that wrote it"
             )
 
 
-def _lacking(path, arrays: dict[str, Any], method: Method) -> dict[str, Any]:
-    """What files of the older format lack."""
-    lacking: dict[str, Any] = {"spoiled": jnp.zeros(arrays["tokens"].shape, bool)}
-    if not method.mixed_slots:
-        return lacking
-    warnings.warn(
-        f"{path} is of an earlier version, which rounded mixed memory to {arrays['k'].dtype} after each chunk; it goes "
-        "on from the rounded values",
-        stacklevel=3,
-    )
+def _mixed(method: Mapping[str, Any]) -> int:
+    """`Method.mixed_slots` of a described method."""
+    if not method.get("mix"):
+        return 0
+    return sum(token.get("kind") in method.get("writes", ()) for token in method["closes"] if isinstance(token, dict))
+
+
+def _upgraded(path, header: dict[str, Any], shapes, arrays) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Header and arrays of an older file in the form of today. ``arrays()`` reads them once their sizes make sense."""
+    shape = lambda name, rank: shapes[name][0] if len(shapes.get(name, ((),))[0]) == rank else None
+    sizes, vocabulary, capacity = shape("k", 5), shape("logits", 2), header.get("memory_capacity")
+    slots = [f"slots.{name}" for name in _SLOTS]
+    if not sizes or not vocabulary or type(capacity) is not int or not 0 <= capacity <= sizes[2]:
+        raise UserError(f"{path} is damaged: it does not say how many sessions and places it holds")
+    layers, batch, size, heads, width = sizes
+    rows = dict.fromkeys(slots, (batch, size)) | {"tokens": (batch,), "chunks": (batch,), "v": sizes}
+    method = header.get("method")
+    for name, wanted in rows.items():
+        if shapes.get(name, (None,))[0] != wanted:
+            raise UserError(f"{path} is damaged: {name!r} is not of the sizes of the rest")
+    if not isinstance(method, dict) or not isinstance(method.get("closes"), list):
+        raise UserError(f"{path} is damaged: it does not say which method wrote it")
+    try:
+        method = upgraded(method, str(path))
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it does not say which method wrote it") from None
+    old = arrays()
+    live = old["slots.kind"] != Kind.PAD
+    if (np.diff(live.astype(int), axis=1) > 0).any():
+        raise UserError(f"{path} is damaged: its slots are none that this library writes")
+    packed = lambda x: x[:, live]
+    found = {"k": packed(old["k"]), "v": packed(old["v"]), "live": live.sum(axis=1).astype(np.int32)}
+    found |= {name: old[f"slots.{name}"][live] for name in _SLOTS}
+    found |= {name: old[name] for name in ("tokens", "chunks", "logits")}
+    if "received" in old:
+        found["received"] = packed(old["received"])
+    if (old.get("lost", np.zeros(1)) != 0).any() or old.get("spoiled", np.zeros(1, bool)).any():
+        raise UserError(f"{path} holds sessions that are invalid")
+    if count := _mixed(method):
+        found |= {name: old[name] for name in ("mixed_k", "mixed_v") if name in old} or _rounded(old, count)
+    renewed = {
+        "format": header["format"],
+        "fingerprints": {"model": str(header.get("fingerprint"))},
+        "method": method,
+        "model": dict(zip(SIZES, (layers, heads, width, vocabulary[1]), strict=True)),
+        "sessions": batch,
+        "memory_capacity": capacity,
+        "raw_capacity": size - capacity - int(method.get("sink") or 0),
+        "overflow": header.get("overflow"),
+        "about": {},
+    }
+    return renewed, found
+
+
+def _rounded(old: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """Mixed memory as the first format had it: the keys and values themselves."""
     # Memory stands in order in front of all but the sink.
-    order = jnp.argsort(arrays["slots.kind"] != Kind.MEMORY, axis=1, stable=True)[:, : method.mixed_slots]
-    is_memory = jnp.take_along_axis(arrays["slots.kind"], order, axis=1) == Kind.MEMORY
-    take = lambda x: jnp.take_along_axis(x, order[None, :, :, None, None], axis=2)
-    mixed = lambda x: jnp.where(is_memory[None, :, :, None, None], take(x).astype(jnp.float32), 0)
-    return lacking | {"mixed_k": mixed(arrays["k"]), "mixed_v": mixed(arrays["v"])}
+    order = np.argsort(old["slots.kind"] != Kind.MEMORY, axis=1, kind="stable")[:, :count]
+    is_memory = np.take_along_axis(old["slots.kind"], order, axis=1) == Kind.MEMORY
+    take = lambda x: np.take_along_axis(x, order[None, :, :, None, None], axis=2)
+    mixed = lambda x: np.where(is_memory[None, :, :, None, None], take(x).astype(np.float32), np.float32(0))
+    return {"mixed_k": mixed(old["k"]), "mixed_v": mixed(old["v"])}

@@ -40,30 +40,34 @@ class Sampling:
             )
 
 
-def sample(key, logits, temperature, top_k, top_p):
+def sample(keys, logits, temperature, top_k, top_p):
     """Draws a token from each row of logits.
 
     Args:
-      key: PRNG key.
+      keys: PRNG keys ``[B]``: what a row draws does not depend on the others.
       logits: ``float32 [B, V]``.
-      temperature, top_k, top_p: scalars as in `Sampling`; arrays, so that changing them compiles nothing.
+      temperature, top_k, top_p: as in `Sampling`, each for all rows or ``[B]``; arrays, so that changing them compiles
+        nothing.
 
     Returns:
       ``int32 [B]``.
     """
 
+    temperature, top_k, top_p = (jnp.broadcast_to(x, keys.shape)[:, None] for x in (temperature, top_k, top_p))
+
     def draw(logits):
-        logits = logits / temperature
+        logits = logits / jnp.where(temperature > 0, temperature, 1)
         ranked = -jnp.sort(-logits, axis=-1)
         mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
         # A token stays if the mass of the more likely ones has not reached top_p; the first always stays.
         before = jnp.concatenate([jnp.zeros_like(mass[:, :1]), mass[:, :-1]], axis=-1)
         inside = (before < top_p) & ((top_k == 0) | (jnp.arange(logits.shape[-1]) < top_k))
         smallest = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
-        return jax.random.categorical(key, jnp.where(logits >= smallest, logits, -jnp.inf), axis=-1)
+        return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= smallest, logits, -jnp.inf))
 
-    greedy = lambda logits: jnp.argmax(logits, axis=-1)
-    return jax.lax.cond(temperature > 0, draw, greedy, logits).astype(jnp.int32)
+    greedy = jnp.argmax(logits, axis=-1)
+    either = lambda logits: jnp.where(temperature[:, 0] > 0, draw(logits), greedy)
+    return jax.lax.cond(jnp.any(temperature > 0), either, lambda logits: greedy, logits).astype(jnp.int32)
 
 
 # Layers that may be copied for the sake of speed, bytes.
@@ -102,11 +106,12 @@ def generate(
     *,
     method: Method,
     max_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
     stop_tokens: Sequence[int] = (),
     rows=None,
     closing: Closing | None = None,
     vocabulary: int | None = None,
+    start: int = 0,
 ):
     """Continues sessions from their pending logits until each has met a stop token or its limit.
 
@@ -116,14 +121,15 @@ def generate(
     Args:
       model: the decoder with its adapter; see `for_decoding`.
       cache: sessions that have read something.
-      key: PRNG key; may be left out where the temperature is 0.
+      key: PRNG key, or one for each row, ``[B]``; may be left out where the temperature is 0.
       method: the compression method.
       max_tokens: most tokens for a row.
-      sampling: how tokens are drawn.
+      sampling: how tokens are drawn; one for all rows, or B.
       stop_tokens: ids that end a row.
       rows: ``bool [B]``, the rows to continue; None for all.
       closing: where the answer is closed while it is made; None leaves it open.
       vocabulary: ids from this on are never drawn: rows of the head that the tokenizer does not know. None for V.
+      start: how many tokens were drawn with these keys before, so that an answer in pieces is the same as in one.
 
     Returns:
       The cache; tokens ``int32 [B, max_tokens]``, 0 behind the end; lengths ``int32 [B]``.
@@ -133,10 +139,15 @@ def generate(
         what comes out is not finite, or the method cannot close. Sessions that are not continued may be invalid.
     """
     closing, query = policy(method, closing, query=True)
+    batch = cache.tokens.shape[0]
+    each = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
+    if len(each) != batch:
+        raise UserError(f"there are {len(each)} samplings for {batch} sessions; give one for all, or one for each")
     if key is None:
-        if sampling.temperature > 0:
-            raise UserError(f"temperature {sampling.temperature} needs a PRNG key: pass key=jax.random.key(seed)")
+        if hottest := max(x.temperature for x in each):
+            raise UserError(f"temperature {hottest} needs a PRNG key: pass key=jax.random.key(seed)")
         key = jax.random.key(0)
+    keys = key if key.ndim else jax.random.split(key, batch)
     rows = np.ones(cache.tokens.shape[0], bool) if rows is None else np.asarray(rows)
     check(cache, rows)
     empty = np.flatnonzero(rows & (np.asarray(cache.tokens) == 0))
@@ -146,10 +157,11 @@ def generate(
     cache, tokens, lengths = _loop(
         model,
         cache,
-        key,
-        jnp.float32(sampling.temperature),
-        jnp.int32(sampling.top_k),
-        jnp.float32(sampling.top_p),
+        keys,
+        jnp.asarray([x.temperature for x in each], jnp.float32),
+        jnp.asarray([x.top_k for x in each], jnp.int32),
+        jnp.asarray([x.top_p for x in each], jnp.float32),
+        jnp.int32(start),
         stops,
         jnp.asarray(rows),
         method=method,
@@ -165,7 +177,10 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames=("method", "max_tokens", "closing", "query", "vocabulary"))
-def _loop(model, cache, key, temperature, top_k, top_p, stops, rows, *, method, max_tokens, closing, query, vocabulary):
+def _loop(
+    model, cache, keys, temperature, top_k, top_p, start, stops, rows, *,
+    method, max_tokens, closing, query, vocabulary,
+):  # fmt: skip
     def running(state):
         step, _, _, _, done = state
         return (step < max_tokens) & ~jnp.all(done)
@@ -178,7 +193,8 @@ def _loop(model, cache, key, temperature, top_k, top_p, stops, rows, *, method, 
         # The largest logit is NaN if any is. A spoiled row stops: there is nothing to draw from.
         cache = dataclasses.replace(cache, spoiled=cache.spoiled | ~done & ~jnp.isfinite(jnp.max(logits, axis=1)))
         done = done | cache.spoiled
-        token = sample(jax.random.fold_in(key, i), logits, temperature, top_k, top_p)
+        now = jax.vmap(lambda key: jax.random.fold_in(key, start + i))(keys)
+        token = sample(now, logits, temperature, top_k, top_p)
         done = done | jnp.any(token[:, None] == stops, axis=1)
         tokens = tokens.at[:, i].set(jnp.where(done, 0, token))
         chunk = Chunk(jnp.where(done, 0, token)[:, None], ~done[:, None])

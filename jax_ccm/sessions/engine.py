@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import jax
@@ -28,6 +30,39 @@ Texts = Mapping[int, np.ndarray]
 Chunks = Mapping[int, Sequence[np.ndarray]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """How an answer is made.
+
+    Attributes:
+      max_tokens: most tokens of it.
+      sampling: how they are drawn.
+      seed: of the sampling.
+      stop: texts that end it, and are left out of it.
+
+    Raises:
+      UserError: for fewer than one token, or an empty text that ends it.
+    """
+
+    max_tokens: int = 48
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.max_tokens < 1 or not all(self.stop):
+            raise UserError(
+                f"max_tokens is {self.max_tokens} and the stop texts are {list(self.stop)}; give 1 or more tokens, and "
+                "no empty text"
+            )
+
+    def sure(self, text: str) -> str:
+        """The part of an answer in the making that will stay as it is."""
+        text = text.rstrip("\ufffd")  # half a character
+        open_ends = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return text[: len(text) - max(open_ends, default=0)]
+
+
 class Engine:
     """Reads turns, makes answers and closes both, in any rows of a cache; the other rows stay as they are.
 
@@ -45,25 +80,19 @@ class Engine:
         experiment: Experiment,
         rows: int,
         *,
-        sampling: Sampling = Sampling(),
-        seed: int = 0,
         closing: Closing | None = None,
-        stop: Sequence[str] = (),
     ):
         """Prepares for so many sessions. Arguments and errors as `Conversations`."""
         if experiment.tokenizer is None or experiment.config.data.format not in ("dialogue", "online"):
             raise UserError(
                 f"data.format is {experiment.config.data.format!r}; only a model of dialogues or of questions can chat"
             )
-        if rows < 1 or not all(stop):
-            raise UserError(
-                f"there are {rows} rows and the stop texts {list(stop)}; give 1 or more rows, no empty text"
-            )
+        if rows < 1:
+            raise UserError(f"there are {rows} rows; give 1 or more")
         policy(experiment.method, closing, query=True)  # refuses what cannot be
         assert experiment.template is not None
         self.experiment, self.rows, self.template = experiment, rows, experiment.template
-        self.sampling, self.closing, self.stop = sampling, closing, tuple(stop)
-        self.key = jax.random.key(seed)
+        self.closing = closing
         self.decoder = for_decoding(experiment.model, self.empty())
         self.stops = sorted({*experiment.ends, *self._turn_ends()})
 
@@ -89,6 +118,11 @@ class Engine:
         tokens = self.encode(text, first=first, what="the turn")
         opening = self.template.start if begins else self.template.separator
         return np.concatenate([opening, self.template.heads["user"], tokens])
+
+    def answer(self, text: str) -> np.ndarray:
+        """int32 tokens of an answer that was made elsewhere, not opened; none for an empty one."""
+        require_text(text, "the answer")
+        return self.template.target([text])[0] if text.strip() else NOTHING
 
     def encode(self, text: str, *, first: bool, what: str) -> np.ndarray:
         require_text(text, what)
@@ -150,66 +184,74 @@ class Engine:
         return self.choose(questions, self.empty(), cache) if self.experiment.method.context == "dropped" else cache
 
     def answers(
-        self, cache: MemoryCache, questions: Texts, *, max_tokens: int, at_a_time: int = AT_A_TIME, number: int = 0
-    ) -> Iterator[tuple[dict[int, np.ndarray], MemoryCache]]:
-        """Makes answers: their int32 tokens so far, and the cache that has read them.
+        self,
+        cache: MemoryCache,
+        questions: Texts,
+        how: Mapping[int, Answering],
+        *,
+        at_a_time: int = AT_A_TIME,
+        numbers: Mapping[int, int] | None = None,
+        left: Collection[int] = (),
+    ) -> Iterator[tuple[dict[int, np.ndarray], MemoryCache, set[int]]]:
+        """Makes answers: their int32 tokens so far, the cache that has read them, and the rows that are ready.
 
         Args:
           cache: the sessions.
           questions: the turns (`question`).
-          max_tokens: most tokens of an answer.
+          how: each row's answer is made.
           at_a_time: most tokens between two results. The cache of the last one counts.
-          number: of the call, so that each draws other tokens.
+          numbers: of the turn of each session, so that each draws other tokens; none for its first.
+          left: rows that nobody waits for any more; looked at between two results.
         """
+        most = max(how[row].max_tokens for row in questions)
         opened = {row: np.concatenate([question, self.template.answer]) for row, question in questions.items()}
-        before, cache = cache, self.read(cache, opened, query=True, room=max_tokens)
+        before, cache = cache, self.read(cache, opened, query=True, room=most)
         made, running, cut = dict.fromkeys(questions, NOTHING), set(questions), set()
-        key = jax.random.fold_in(self.key, number)
+        of_row = lambda row: how.get(row, Answering())
+        keys = [(of_row(row).seed, (numbers or {}).get(row, 0)) for row in range(self.rows)]
+        keys = _keys(*np.asarray(keys, np.uint32).T)
         # All pieces of one size: each size is a program of its own.
-        count = max(size for size in range(1, at_a_time + 1) if max_tokens % size == 0)
-        for done in range(0, max_tokens, count):
+        whole = math.gcd(*(how[row].max_tokens for row in questions))
+        count = max(size for size in range(1, at_a_time + 1) if whole % size == 0)
+        for done in range(0, most, count):
             cache, tokens, lengths = generate(
                 self.decoder,
                 cache,
-                jax.random.fold_in(key, done),
+                keys,
                 method=self.experiment.method,
                 max_tokens=count,
-                sampling=self.sampling,
+                sampling=[of_row(row).sampling for row in range(self.rows)],
                 stop_tokens=self.stops,
                 rows=self.mask(running),
                 closing=self.closing,
                 vocabulary=len(self.experiment.tokenizer),
+                start=done,
             )
             tokens, lengths = np.asarray(tokens), np.asarray(lengths)
             for row in sorted(running):
                 made[row] = np.concatenate([made[row], tokens[row, : lengths[row]]])
-                end = self._stopped(made[row])
+                end = self._stopped(made[row], how[row].stop)
                 if end is not None:
                     made[row] = made[row][:end]
                     cut.add(row)
-                if end is not None or lengths[row] < count:
+                if end is not None or lengths[row] < count or len(made[row]) == how[row].max_tokens:
                     running.discard(row)
-            if not running or done + count == max_tokens:
+            running -= set(left)
+            if not running:
                 break
-            yield dict(made), cache
+            yield dict(made), cache, set(questions) - running
         if cut:  # more was read than what counts
             again = self.read(before, {row: np.concatenate([opened[row], made[row]]) for row in cut}, query=True)
             cache = self.choose(cut, again, cache)
-        yield dict(made), cache
+        yield dict(made), cache, set(questions)
 
-    def _stopped(self, answer: np.ndarray) -> int | None:
+    def _stopped(self, answer: np.ndarray, stops: Sequence[str]) -> int | None:
         """How many tokens of an answer stand in front of a text that ends it; None if there is none."""
-        text = self._decode(answer) if self.stop else ""
-        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        text = self._decode(answer) if stops else ""
+        found = [at for stop in stops if (at := text.find(stop)) >= 0]
         if not found:
             return None
         return max(n for n in range(len(answer)) if len(self._decode(answer[:n])) <= min(found))
-
-    def sure(self, text: str) -> str:
-        """The part of an answer in the making that will stay as it is."""
-        text = text.rstrip("\ufffd")  # half a character
-        open_ends = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        return text[: len(text) - max(open_ends, default=0)]
 
     def closed(
         self, questions: Texts, made: Texts, before: MemoryCache, after: MemoryCache, said: Texts
@@ -303,15 +345,10 @@ class Engine:
     def read(self, cache: MemoryCache, texts: Texts, *, query: bool = False, room: int = 0) -> MemoryCache:
         """Sessions that have read a text each; with room for so many tokens of an answer, and what closes it."""
         longest = max(map(len, texts.values()))
+        self.require_fit(longest, room)
         size, most = -(-longest // MULTIPLE) * MULTIPLE, raw_capacity(cache)
         if self.experiment.method.chunk or self.closing:
             most = size  # it is closed as it is read
-        elif longest + (room and room + len(self.template.tails["assistant"])) > most:
-            raise UserError(
-                f"a turn of {longest} tokens and an answer of up to {room} do not fit "
-                f"cache.raw_capacity={self.experiment.config.cache.raw_capacity}; say it in several turns, or raise "
-                "cache.raw_capacity"
-            )
         chunk = rows.chunk(
             [texts.get(row, NOTHING) for row in range(self.rows)],
             min(size, most),
@@ -320,6 +357,36 @@ class Engine:
         return _read(
             self.experiment.model, cache, chunk, method=self.experiment.method, query=query, closing=self.closing
         )
+
+    def require_fit(self, tokens: int, room: int) -> None:
+        """Refuses a text that is too long to be read at once.
+
+        Args:
+          tokens: of the text.
+          room: tokens of an answer that there must be room for, too; 0 for none.
+
+        Raises:
+          UserError: with what it may be.
+        """
+        if (left := self.room_after(tokens)) is not None and (left < room if room else left + self._tail < 0):
+            raise UserError(
+                f"a turn of {tokens} tokens and an answer of up to {room} do not fit cache.raw_capacity="
+                f"{self.experiment.config.cache.raw_capacity}; say it in several turns, or raise cache.raw_capacity"
+            )
+
+    def room_after(self, tokens: int) -> int | None:
+        """How long an answer may be behind a turn of so many tokens, less than none if there is no room for it at all.
+
+        None where text is compressed as it is made, so that it may be of any length.
+        """
+        config, method = self.experiment.config.cache, self.experiment.method
+        if method.chunk or self.closing:
+            return None
+        return config.raw_capacity + int(method.sink) - tokens - self._tail
+
+    @property
+    def _tail(self) -> int:
+        return len(self.template.tails["assistant"])
 
     def _turn_ends(self) -> tuple[int, ...]:
         """Tokens with which a turn ends: of a message, or, with dialogues as lines, those that hold a line break."""
@@ -334,3 +401,4 @@ class Engine:
 _read = jax.jit(prefill, static_argnames=("method", "query", "closing"))
 _compress = jax.jit(steps.compress, static_argnames="method")
 _choose = jax.jit(choose)
+_keys = jax.jit(jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number)))

@@ -85,7 +85,8 @@ def test_what_is_not_a_number_is_not_kept():
 def test_no_copy_of_the_cache_for_a_token():
     """What the loop of a decoder with layers apart needs on a CPU is less than a copy of a large cache."""
     cache = init_cache(MODEL, METHOD, 2, memory_capacity=2000, raw_capacity=3000)
-    sampling = jax.random.key(0), jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.asarray([-1]), jnp.ones(2, bool)
+    each = jax.random.split(jax.random.key(0)), jnp.zeros(2), jnp.zeros(2, jnp.int32), jnp.ones(2)
+    sampling = *each, jnp.int32(0), jnp.asarray([-1]), jnp.ones(2, bool)
     static = dict(method=METHOD, max_tokens=4, closing=None, query=True, vocabulary=None)
     program = _loop.lower(MODEL.unstacked(), cache, *sampling, **static).compile()
     assert program.memory_analysis().temp_size_in_bytes < cache.k.nbytes
@@ -144,10 +145,8 @@ def test_tokens_that_the_tokenizer_does_not_know():
 def test_sampling():
     """Frequencies follow the softmax; top-k and top-p keep just the tokens they name."""
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-    many = jnp.repeat(logits, 20_000, axis=0)
-    share = lambda *a: (
-        np.bincount(np.asarray(sample(jax.random.key(0), many, *map(jnp.asarray, a))), minlength=4) / 20_000
-    )
+    many, keys = jnp.repeat(logits, 20_000, axis=0), jax.random.split(jax.random.key(0), 20_000)
+    share = lambda *a: np.bincount(np.asarray(sample(keys, many, *map(jnp.asarray, a))), minlength=4) / 20_000
     np.testing.assert_allclose(share(1.0, 0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.02)
     np.testing.assert_allclose(share(1.0, 2, 1.0), [0.625, 0.375, 0, 0], atol=0.02)
     np.testing.assert_allclose(share(1.0, 0, 0.7), [0.625, 0.375, 0, 0], atol=0.02)
@@ -163,6 +162,23 @@ def test_same_key_same_text():
         generate(MODEL, prompt(), jax.random.key(seed), method=METHOD, max_tokens=8, sampling=sampling)[1]
     )
     assert np.array_equal(run(0), run(0)) and not np.array_equal(run(0), run(1))
+
+
+def test_each_row_draws_for_itself():
+    """Rows with settings of their own draw what they draw alone; in pieces, too."""
+    how = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=5)]
+    keys = jax.random.split(jax.random.key(3), 3)
+    run = lambda cache, **options: generate(MODEL, cache, keys, method=METHOD, **options)[:2]
+    _, together = run(prompt(), max_tokens=4, sampling=how)
+    for row, sampling in enumerate(how):
+        _, alone = run(prompt(), max_tokens=4, sampling=sampling)
+        np.testing.assert_array_equal(together[row], alone[row])
+    assert not np.array_equal(together[1], run(prompt(), max_tokens=4)[1][1])
+    cache, first = run(prompt(), max_tokens=2, sampling=how)
+    _, last = run(cache, max_tokens=2, sampling=how, start=2)
+    np.testing.assert_array_equal(np.concatenate([first, last], axis=1), together)
+    with pytest.raises(UserError, match="2 samplings for 3 sessions"):
+        run(prompt(), max_tokens=2, sampling=how[:2])
 
 
 def test_bad_input():

@@ -10,8 +10,9 @@ import pytest
 
 from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import select
+from jax_ccm.memory.generation import Sampling
 from jax_ccm.sessions.conversations import Conversations
-from jax_ccm.sessions.engine import Engine
+from jax_ccm.sessions.engine import Answering, Engine
 from tests.test_chat import LAID_OUT, experiment
 
 
@@ -41,7 +42,7 @@ def test_a_row_is_what_it_is_alone(name):
     for number, other in alone.items():
         assert close(row(together, number), row(other, number))
         assert together.memory_bytes(number) == other.memory_bytes(number)
-    assert together.state.turns == (2, 0, 2)
+    assert [len(turns) for turns in together.state.turns] == [2, 0, 2]
 
 
 def test_sessions_are_forked_reset_saved_and_loaded(tmp_path):
@@ -55,6 +56,7 @@ def test_sessions_are_forked_reset_saved_and_loaded(tmp_path):
     assert asked[0] == asked[2] and close(row(talk, 0), row(talk, 2))
     other = Conversations(made, 3)
     other.load(1, tmp_path / "clara.ccm")
+    assert other.state.turns[1] == ((0, 2),)
     assert other.say({1: "who am i"}, max_tokens=4)[1] == asked[0] and close(row(other, 1), row(talk, 0))
     talk.reset(2)
     assert all(map(np.array_equal, row(talk, 2), row(Conversations(made, 3), 2)))
@@ -77,7 +79,7 @@ def test_answers_come_as_they_are_made():
         pieces[number] += piece
         count += 1
     assert {number: text.strip() for number, text in pieces.items()} == whole
-    assert count > 2 and talk.state.turns == (1, 1)
+    assert count > 2 and list(map(len, talk.state.turns)) == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["ccm_concat", "loma"])
@@ -86,14 +88,14 @@ def test_a_text_that_ends_an_answer(name):
     made = experiment(name, "exchange", **LAID_OUT[name])
     engine = Engine(made, 1)
     question = engine.question("hello", first=True)
-    *_, (tokens, _) = engine.answers(engine.empty(), {0: question}, max_tokens=8)
+    made_with = lambda count, stop=(): {0: Answering(count, stop=stop)}
+    *_, (tokens, _, _) = engine.answers(engine.empty(), {0: question}, made_with(8))
     words = made.tokenizer.convert_ids_to_tokens(tokens[0])
     at = next(n for n in range(1, 8) if words[n] not in words[:n] and words[n].isascii())
     stop = made.tokenizer.decode(tokens[0][at : at + 1])
-    stopped = Engine(made, 1, stop=("never said", stop))
-    *_, (short, after) = stopped.answers(stopped.empty(), {0: question}, max_tokens=8)
+    *_, (short, after, _) = engine.answers(engine.empty(), {0: question}, made_with(8, ("never said", stop)))
     np.testing.assert_array_equal(short[0], tokens[0][:at])
-    *_, (_, expected) = engine.answers(engine.empty(), {0: question}, max_tokens=at)
+    *_, (_, expected, _) = engine.answers(engine.empty(), {0: question}, made_with(at))
     assert close(*([np.asarray(x) for x in jax.tree.leaves(cache)] for cache in (after, expected)))
     assert stop not in Conversations(made, stop=(stop,)).say({0: "hello"}, max_tokens=8)[0]
 
@@ -109,6 +111,67 @@ def test_a_text_is_read_as_memory():
     assert talk.say({1: "what"}, max_tokens=4)[1] != Conversations(made, 2).say({1: "what"}, max_tokens=4)[1]
 
 
+def test_a_turn_is_forgotten():
+    """Its slots go, nothing else does, and what it said is gone; a mixture says why it cannot."""
+    made = experiment("ccm_concat", comp_tokens=2, independent=True)
+    talk, never = Conversations(made, 2), Conversations(made, 2)
+    talk.tell({1: [("my name is Clara", "hi"), ("i live in Lisbon", "ah")]})
+    assert talk.state.turns[1] == ((0, 2), (2, 4))
+    other = row(talk, 0)
+    assert talk.forget(1, 0) == 4 and all(map(np.array_equal, row(talk, 0), other))
+    never.tell({1: [("your name is Henrik", "yo"), ("i live in Lisbon", "ah")]})
+    never.forget(1, 0)
+    # Chunks are independent of each other here: the same is left, at its own positions.
+    ours, theirs = (np.asarray(x.state.cache.v)[:, 1] for x in (talk, never))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert np.abs(ours).max() > 0.1 and talk.memory_bytes(1)[0] == 4
+    talk.say({1: "what"}, max_tokens=3)
+    assert talk.forget(1, 2) == 4
+    with pytest.raises(UserError, match="there is no turn 4; the session has 3"):
+        talk.forget(1, 3)
+    with pytest.raises(UserError, match="blends all turns into the same slots"):
+        Conversations(experiment("ccm_merge", comp_tokens=2)).forget(0, 0)
+
+
+def test_turns_of_elsewhere_are_what_they_would_have_been():
+    """Told turns are the memory of the same turns when they are answered here."""
+    made = experiment("ccm_concat", "exchange", comp_tokens=2)
+    talk, told = Conversations(made, 2), Conversations(made, 2)
+    pairs = [(text, talk.say({1: text}, max_tokens=4)[1]) for text in ("hello", "what is it")]
+    told.tell({1: pairs})
+    before = told.state
+    if all(text.isascii() and text for _, text in pairs):  # bytes that are no text are other tokens when read
+        assert close(row(told, 1), row(talk, 1))
+    assert told.state.turns[1] == talk.state.turns[1] == ((0, 1), (1, 2))
+    with pytest.raises(UserError, match="turn is empty"):
+        told.tell({1: [("fine", "yes"), (" ", "no")]})
+    assert told.state is before
+
+
+def test_rows_are_answered_each_in_its_own_way():
+    """Limits, stop texts and sampling of a row are its own; whoever leaves, or has no room, changes nothing else."""
+    made = experiment("ccm_concat", comp_tokens=2)
+    turns = {0: "hello", 1: "what", 2: "who"}
+    how = {0: Answering(3), 1: Answering(6, Sampling(1.5), seed=4), 2: Answering(5)}
+    together = Conversations(made, 3)
+    *_, replies = together.replies(turns, how)
+    for number in turns:
+        *_, alone = Conversations(made, 3).replies({number: turns[number]}, how)
+        assert alone[number] == replies[number]
+    reply = replies[0]
+    assert reply.ended in ("stop", "length") and reply.tokens <= 3 and reply.known == 0
+    assert reply.read == len(together.engine.question("hello", first=True))
+    # One leaves after the first token; one has a full memory.
+    talk, left = Conversations(made, 3), set()
+    talk.tell({2: [("a", "b")] * 6})
+    before = [row(talk, number) for number in range(3)]
+    for replies in talk.replies(turns, how, apart=True, left=left):  # noqa: B007
+        left.add(0)
+    assert all(map(np.array_equal, row(talk, 0), before[0])) and all(map(np.array_equal, row(talk, 2), before[2]))
+    assert "larger memory_capacity" in str(replies[2].refused) and replies[1].refused is None
+    assert close(row(talk, 1), row(together, 1)) and list(map(len, talk.state.turns)) == [0, 1, 6]
+
+
 def test_mistakes_change_nothing(tmp_path):
     """One bad turn refuses the whole call; each error names the row, the file or the method."""
     made = experiment("ccm_concat", comp_tokens=2)
@@ -117,19 +180,19 @@ def test_mistakes_change_nothing(tmp_path):
     talk.save(0, tmp_path / "one.ccm")
     before = talk.state
     small = dataclasses.replace(made, config=dataclasses.replace(
-        made.config, cache=dataclasses.replace(made.config.cache, memory_capacity=12)))  # fmt: skip
+        made.config, cache=dataclasses.replace(made.config.cache, memory_capacity=2)))  # fmt: skip
     joined = Conversations(experiment("gist", comp_tokens=2))
     for act, message in (
         (lambda: talk.say({0: "fine", 1: "x" * 70}), "do not fit cache.raw_capacity"),
         (lambda: talk.say({0: "fine", 1: " "}), "turn is empty"),
         (lambda: talk.say({2: "hi"}), "no session 2; they are numbered from 0 to 1"),
-        (lambda: talk.say({}), "there are 0 turns"),
+        (lambda: talk.say({}), "there are no turns"),
         (lambda: talk.say({0: "hi"}, max_tokens=0), "max_tokens is 0"),
         (lambda: talk.read({0: ""}), "the text is empty"),
         (lambda: talk.fork(0, 5), "no session 5"),
         (lambda: talk.reset(-1), "no session -1"),
-        (lambda: talk.load(1, tmp_path / "none.ccm"), "cannot be read as a memory file"),
-        (lambda: Conversations(small).load(0, tmp_path / "one.ccm"), "memory_capacity 24.*memory_capacity 12"),
+        (lambda: talk.load(1, tmp_path / "none.ccm"), "cannot be read"),
+        (lambda: Conversations(small).load(0, tmp_path / "one.ccm"), "4 slots of memory .* memory_capacity=2 "),
         (lambda: joined.save(0, tmp_path / "x"), "compresses all text anew"),
         (lambda: Conversations(experiment("none")).read({0: "a"}), "keeps nothing"),
         (lambda: Conversations(made, 0), "0 rows"),

@@ -2,7 +2,8 @@
 
 For two methods an archive: the working directory of a run of two steps (config, checkpoint, adapter), sessions in a
 memory file, and what the version that wrote them computes from them. ``before_move`` is from before the library's
-modules went into rooms; `tests.test_formats` loads it.
+modules went into rooms (memory files of the first format), ``memory_2`` has memory files of the second;
+`tests.test_formats` loads both.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from jax_ccm.training.run import Run
 METHODS = ("ccm_concat", "ccm_merge")
 # Steps of the recorded run, and of the one that goes on from it.
 STEPS, MORE = 2, 4
-FINGERPRINT = "tiny"
+FINGERPRINTS = {"base": "tiny"}
 CONFIG = {
-    "model": {"scratch": {"layers": 2, "hidden": 8, "intermediate": 8, "heads": 2, "kv_heads": 1, "vocab_size": 21}},
+    "model": {
+        "scratch": {"layers": 2, "hidden": 8, "intermediate": 8, "heads": 2, "kv_heads": 1, "vocab_size": 21},
+        "precision": "float32",
+    },
     "adapter": {"rank": 2, "dropout": 0.0},
     "data": {
         "format": "recall",
@@ -87,7 +91,7 @@ def main(root: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         experiment = load_experiment(config, adapter=folder / "adapter")
         cache = sessions(experiment)
-        files.save(cache, folder / "memory.safetensors", fingerprint=FINGERPRINT, method=experiment.method)
+        files.save(cache, folder / "memory.ccm", experiment.model, fingerprints=FINGERPRINTS, method=experiment.method)
         further = root / ".further"
         expected = {"loss": go_on(folder, further), "logits": answer(experiment, cache).tolist()}
         (folder / "expected.json").write_text(json.dumps(expected) + "\n")

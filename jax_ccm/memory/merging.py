@@ -1,0 +1,147 @@
+"""Two memories made one: what the second conversation told, as if it had been told after the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jax_ccm.errors import UserError
+from jax_ccm.memory.files import Held, called
+from jax_ccm.nn import ModelConfig, RopeScaling, rope
+from jax_ccm.rules.types import Kind
+
+_PAIRS = ("sessions", "method", "model", "fingerprints", "overflow")
+
+
+def merge(first: Held, second: Held) -> Held:
+    """The memory of both conversations, the second behind the first.
+
+    Appended slots are renumbered, and their keys turned on by the length of the first: where chunks are independent of
+    each other the result is what reading one conversation after the other gives. Means are weighted by their numbers of
+    chunks. In other mixtures, and in selections, what was read last counts by when it was read: they are refused.
+
+    Args:
+      first: of any number of sessions.
+      second: of as many, of the same model, adapter and method.
+
+    Returns:
+      What `files.write` writes; the pending logits are those of the second.
+
+    Raises:
+      UserError: for memories that do not go together, whose text is still open, or of a method that has no merging.
+    """
+    where = f"{first.path} and {second.path}"
+    for name in _PAIRS:
+        if first.header[name] != second.header[name]:
+            raise UserError(f"{where} differ in {name}; only memories of one model, adapter and method can be merged")
+    method = first.header["method"]
+    reason = (
+        "selects what it keeps" if method.get("eviction")
+        else "pools text" if method.get("pool")
+        else "writes no memory" if not method["closes"]
+        else "compresses a whole context at once" if method.get("context") != "chunks"
+        else "weighs chunks by when they were read" if method.get("mix") and method["mix"].get("kind") != "Mean"
+        else ""
+    )  # fmt: skip
+    if reason:
+        raise UserError(f"{where} cannot be merged: method {called(method)} {reason}")
+    for held in (first, second):
+        if not np.isin(held.arrays["kind"], (Kind.MEMORY, Kind.SINK)).all():
+            raise UserError(f"{held.path} holds text that is not compressed yet, and cannot be merged; close it first")
+    turn = _turner(_config(first), method)
+    rows = [_merged_row(first, second, row, turn) for row in range(first.header["sessions"])]
+    a, b = first.arrays, second.arrays
+    arrays = {name: np.concatenate([row[name] for row in rows], axis=1) for name in ("k", "v")}
+    arrays |= {name: np.concatenate([row[name] for row in rows]) for name in ("kind", "segment", "index", "position")}
+    arrays |= {name: a[name] + b[name] for name in ("tokens", "chunks")}
+    arrays |= {"live": np.array([len(row["kind"]) for row in rows], np.int32), "logits": b["logits"]}
+    if "mixed_k" in a:
+        arrays |= {name: np.stack([row[name] for row in rows], axis=1) for name in ("mixed_k", "mixed_v")}
+    offset = int(a["chunks"][0])
+    turns = [*first.turns, *((start + offset, end + offset) for start, end in second.turns)]
+    about = first.header["about"] | ({"turns": [list(turn) for turn in turns]} if len(rows) == 1 else {})
+    memory = int((arrays["kind"] == Kind.MEMORY).sum())
+    header = first.header | {
+        "about": about | {"merged": [first.digest, second.digest]},
+        "memory_capacity": max(first.header["memory_capacity"], second.header["memory_capacity"], memory),
+    }
+    return Held(first.path, header, "", arrays)
+
+
+def _merged_row(first: Held, second: Held, row: int, turn) -> dict[str, np.ndarray]:
+    """One session of both: its live slots, in order."""
+    here, there = first.of(row), second.of(row)
+    there = np.arange(there.start, there.stop)[second.arrays["kind"][there] == Kind.MEMORY]  # one sink is enough
+    a, b = first.arrays, second.arrays
+    tokens, chunks = (int(a[name][row]) for name in ("tokens", "chunks"))
+    k = turn(b["k"][:, there], tokens)
+    shifted = {"kind": 0, "segment": chunks, "index": tokens, "position": tokens}
+    slots = {name: (b[name][there] + by).astype(np.int32) for name, by in shifted.items()}
+    if "mixed_k" not in a:
+        old = {name: a[name][here] for name in shifted}
+        return {
+            "k": np.concatenate([a["k"][:, here], k], axis=1),
+            "v": np.concatenate([a["v"][:, here], b["v"][:, there]], axis=1),
+            **{name: np.concatenate([old[name], slots[name]]) for name in shifted},
+        }
+    # One mean over all chunks; the slots are those of the newest.
+    if not len(there):
+        return {name: a[name][:, here] for name in ("k", "v")} | {name: a[name][here] for name in shifted} | {
+            name: a[name][:, row] for name in ("mixed_k", "mixed_v")
+        }  # fmt: skip
+    share = b["chunks"][row] / (chunks + b["chunks"][row])
+    mean = {
+        "mixed_k": (1 - share) * a["mixed_k"][:, row] + share * turn(b["mixed_k"][:, row], tokens),
+        "mixed_v": (1 - share) * a["mixed_v"][:, row] + share * b["mixed_v"][:, row],
+    }
+    mean = {name: x.astype(np.float32) for name, x in mean.items()}
+    sink = np.arange(here.start, here.stop)[a["kind"][here] != Kind.MEMORY]
+    return {
+        "k": np.concatenate([a["k"][:, sink], mean["mixed_k"][:, : len(there)].astype(k.dtype)], axis=1),
+        "v": np.concatenate([a["v"][:, sink], mean["mixed_v"][:, : len(there)].astype(k.dtype)], axis=1),
+        **{name: np.concatenate([a[name][sink], slots[name]]) for name in shifted},
+        **mean,
+    }
+
+
+def _turner(config: ModelConfig, method: Mapping[str, Any]):
+    """What turns keys ``[L, N, K, H]`` on by so many positions; each layer by its own frequencies."""
+    if method.get("rope") == "cache":  # keys are turned when they are read
+        return lambda keys, by: keys
+    kinds = [rope.frequencies(config.as_seen(kind)).astype(np.float64) for kind in config.windowed]
+
+    def turn(keys, by: int):
+        turned = []
+        for layer, kind in zip(keys, kinds, strict=True):
+            angles = np.broadcast_to(by * kind, (1, len(layer), len(kind)))
+            turned.append(rope.rotate(layer[None], *(f(angles).astype(np.float32) for f in (np.cos, np.sin))))
+        return np.concatenate([np.asarray(x) for x in turned])
+
+    return turn
+
+
+def _config(held: Held) -> ModelConfig:
+    """The model's config as a file has it.
+
+    Raises:
+      UserError: for an older file, which has only sizes.
+    """
+    given: dict[str, Any] = dict(held.header["model"])
+    try:
+        if isinstance(given.get("rope_scaling"), dict):
+            given["rope_scaling"] = RopeScaling(**_tupled(given["rope_scaling"]))
+        config = ModelConfig(**_tupled(given))
+        if "rope_theta" not in given:
+            raise TypeError
+        return config
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{held.path} does not say how its keys are turned (an older version wrote it); load it and save it again"
+        ) from None
+
+
+def _tupled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a dataclass from JSON, where a tuple is a list."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}

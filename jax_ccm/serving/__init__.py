@@ -1,0 +1,1 @@
+"""Conversations over HTTP: many sessions on few rows, kept on disk."""

@@ -1,0 +1,379 @@
+"""Any number of sessions on the few rows of a cache: seated when they speak, the longest idle on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_ccm.distributed import sharding
+from jax_ccm.errors import UserError
+from jax_ccm.serving.metrics import Metrics
+from jax_ccm.serving.store import Store
+from jax_ccm.sessions.conversations import Conversations, Reply, State
+from jax_ccm.sessions.engine import Answering
+
+
+class Missing(UserError):
+    """A session that is not there."""
+
+
+class Busy(UserError):
+    """More was asked for at once than is allowed."""
+
+
+@dataclasses.dataclass(eq=False)
+class Turn:
+    """A turn that waits for its answer.
+
+    Attributes:
+      text: what is said.
+      how: the answer is made.
+      told: turns before it that were answered elsewhere.
+      start: the session that it goes on from; None for an empty one.
+      keep: the session that it makes, or changes; None to keep nothing.
+      shorter: whether the answer may be made shorter than `how` says, if there is no room for so much.
+      about: JSON values to keep with it, made of the reply.
+      hear: called with each reply so far, from another thread; the last one has `Reply.ended`. With what went wrong
+        instead, if something did.
+    """
+
+    text: str
+    how: Answering
+    hear: Callable[[Reply | Exception], None]
+    told: Sequence[tuple[str, str]] = ()
+    start: str | None = None
+    keep: str | None = None
+    shorter: bool = False
+    about: Callable[[Reply], Mapping[str, Any]] = lambda reply: {}
+    left: bool = False
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    first: float | None = None
+
+    def leave(self) -> None:
+        """Nobody waits for the answer any more: the session stays as it was, unless it is kept already."""
+        self.left = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much a pool takes on.
+
+    Attributes:
+      waiting: turns that wait or are answered at once.
+      sessions: on disk.
+      turns: of a session.
+      disk: bytes of all sessions.
+      idle: seconds after which an unused session is removed; 0 for never.
+    """
+
+    waiting: int = 256
+    sessions: int = 100_000
+    turns: int = 100_000
+    disk: int = 2**40
+    idle: float = 0.0
+
+
+class Pool:
+    """Sessions by name. One thread does all that touches the cache; turns that wait are answered side by side."""
+
+    def __init__(
+        self, talk: Conversations, store: Store, *, durable: bool = True, limits: Limits = Limits(), metrics: Metrics
+    ):
+        """Begins to answer.
+
+        Args:
+          talk: conversations; their rows are the pool's.
+          store: where sessions are kept.
+          durable: a turn is on disk before its answer ends; otherwise when its session leaves its row.
+          limits: how much it takes on.
+          metrics: what is counted.
+        """
+        self.talk, self.store, self.durable, self.limits, self.metrics = talk, store, durable, limits, metrics
+        self._rows: OrderedDict[str, int] = OrderedDict()  # by name, the longest idle first
+        self._dirty: dict[str, Mapping[str, Any]] = {}
+        self._waiting: list[Turn] = []
+        self._orders: list[Callable[[], None]] = []
+        self._running: list[Turn] = []
+        self._change = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="pool", daemon=True)
+        self._thread.start()
+
+    def say(self, turn: Turn) -> None:
+        """Has a turn answered.
+
+        Raises:
+          Busy: if too many wait, or the server is about to end.
+        """
+        with self._change:
+            if self._closed:
+                raise Busy("the server is shutting down; ask another one, or later")
+            if len(self._waiting) + len(self._running) >= self.limits.waiting:
+                raise Busy(f"{self.limits.waiting} turns are waiting; ask again later")
+            self._waiting.append(turn)
+            self._change.notify()
+
+    def do(self, act: Callable[[], Any]) -> Any:
+        """Calls something between two answers, when nothing else touches the sessions; what it returns or raises."""
+        done, result = threading.Event(), []
+
+        def order():
+            try:
+                result.append((act(), None))
+            except Exception as e:
+                result.append((None, e))
+            done.set()
+
+        with self._change:
+            if self._closed:
+                raise Busy("the server is shutting down; ask another one, or later")
+            self._orders.append(order)
+            self._change.notify()
+        done.wait()
+        ((value, error),) = result
+        if error is not None:
+            raise error
+        return value
+
+    def saved(self, name: str) -> Path:
+        """The file of a session, with its last turn in it. To be called by `do`.
+
+        Raises:
+          Missing: if there is no such session.
+        """
+        if name in self._dirty:
+            self._save(name)
+        if name not in self.store:
+            raise Missing(f"there is no session {name!r}")
+        return self.store.path(name)
+
+    def put(self, name: str, path: Path) -> None:
+        """Makes a file that came from elsewhere that of a session. To be called by `do`.
+
+        Raises:
+          UserError: if it does not go with what is served, or a limit is reached.
+        """
+        self._require_room(name, 0)
+        row = self._vacate(set(), None)
+        self._keep(name, row, self.talk.load(row, path))
+
+    def remove(self, name: str) -> bool:
+        """Removes every copy of a session; whether it was there. To be called by `do`."""
+        row, dirty = self._rows.pop(name, None), self._dirty.pop(name, None)
+        if row is not None:
+            self.talk.reset(row)
+        return self.store.remove(name) or dirty is not None
+
+    def names(self) -> set[str]:
+        """Of all sessions. To be called by `do`."""
+        return {*self.store.names(), *self._rows}
+
+    def live(self) -> int:
+        """Sessions that have a row."""
+        return len(self._rows)
+
+    def close(self) -> None:
+        """Answers what waits, keeps all that is not on disk yet, and ends."""
+        with self._change:
+            self._closed = True
+            self._change.notify()
+        self._thread.join()
+
+    # What follows is done by the thread.
+
+    def _work(self) -> None:
+        with sharding.use(self.talk.engine.experiment.mesh):
+            self._serve()
+
+    def _serve(self) -> None:
+        while True:
+            with self._change:
+                while not (self._waiting or self._orders or self._closed):
+                    self._change.wait(timeout=60)
+                    if self.limits.idle and not self._waiting:
+                        break
+                orders, self._orders = self._orders, []
+                self._running = self._next()
+                if not orders and not self._running and self._closed:
+                    break
+            for order in orders:
+                order()
+            self._expire()
+            if self._running:
+                self._answer(self._running)
+                self._running = []
+        for name in list(self._dirty):
+            self._save(name)
+
+    def _next(self) -> list[Turn]:
+        """As many turns as there are rows, of a session one at a time."""
+        found, taken = [], set()
+        for turn in list(self._waiting):
+            names = {name for name in (turn.start, turn.keep) if name is not None}
+            if turn.left:
+                self._waiting.remove(turn)
+            elif len(found) < self.talk.engine.rows and not names & taken:
+                self._waiting.remove(turn)
+                found.append(turn)
+            taken |= names
+        return found
+
+    def _answer(self, turns: Sequence[Turn]) -> None:
+        """Answers turns side by side; each hears its own replies, and what went wrong with it."""
+        seated, told, before = self._seat_all(turns)
+        if not seated:
+            return
+        self.metrics.observe("batch", len(seated))
+        left: set[int] = set()
+        replies: dict[int, Reply] = {}
+        try:
+            asked = {row: turn.text for row, turn in seated.items()}
+            how = {row: turn.how for row, turn in seated.items()}
+            for replies in self.talk.replies(asked, how, apart=True, left=left):
+                left |= {row for row, turn in seated.items() if turn.left}
+                for row in replies.keys() - left:
+                    turn = seated[row]
+                    if turn.first is None:
+                        turn.first = time.perf_counter()
+                        self.metrics.observe("first_token", turn.first - turn.began)
+                    turn.hear(dataclasses.replace(replies[row], ended=""))
+        except Exception as e:
+            for row, turn in seated.items():
+                self._undo(row, turn, before[row])
+            # One of them is at fault: as long as nobody has heard anything, each is answered by itself.
+            if len(seated) == 1 or any(turn.first is not None for turn in seated.values()):
+                for turn in seated.values():
+                    turn.hear(e)
+            else:
+                for turn in seated.values():
+                    self._answer([turn])
+            return
+        for row, turn in seated.items():
+            self._settle(row, turn, replies[row], told[row], before[row], left=row in left)
+
+    def _settle(self, row: int, turn: Turn, reply: Reply, told: int, before: State, *, left: bool) -> None:
+        """Keeps what a turn has come to, then lets its last reply be heard."""
+        try:
+            if reply.refused is not None:
+                raise reply.refused
+            if left or turn.keep is None:
+                self._undo(row, turn, before)
+            reply = dataclasses.replace(reply, known=reply.known - told, read=reply.read + told)
+            if not left and turn.keep is not None:
+                self._keep(turn.keep, row, turn.about(reply))
+        except Exception as e:
+            self._undo(row, turn, before)
+            turn.hear(e)
+            return
+        self.metrics.add("tokens_read", reply.read)
+        self.metrics.add("tokens_made", reply.tokens)
+        turn.hear(reply)
+
+    def _seat_all(self, turns: Sequence[Turn]) -> tuple[dict[int, Turn], dict[int, int], dict[int, State]]:
+        """Turns by the rows that they speak in, the tokens that each was told first, and how the rows were before."""
+        seated, told, before = {}, {}, {}
+        for turn in turns:
+            row = None
+            try:
+                row = self._seat(turn.start, turn.keep, busy=seated)
+                before[row] = self.talk.state
+                self._prepare(turn, row)
+            except Exception as e:
+                if row is not None:
+                    self._undo(row, turn, before[row])
+                turn.hear(e)
+                continue
+            told[row] = self.talk.state.tokens[row] - before[row].tokens[row]
+            seated[row] = turn
+        return seated, told, before
+
+    def _prepare(self, turn: Turn, row: int) -> None:
+        """Refuses a turn that cannot be answered, before it is put together with others; and reads what was told."""
+        engine = self.talk.engine
+        if turn.keep is not None:
+            self._require_room(turn.keep, len(self.talk.state.turns[row]) + len(turn.told))
+        if turn.told:
+            self.talk.tell({row: turn.told})
+        question = engine.question(turn.text, first=not self.talk.state.tokens[row])
+        tokens = len(question) + len(engine.template.answer)
+        room = engine.room_after(tokens)
+        if turn.shorter and room is not None and 1 <= room < turn.how.max_tokens:
+            turn.how = dataclasses.replace(turn.how, max_tokens=room)
+        engine.require_fit(tokens, turn.how.max_tokens)
+
+    def _require_room(self, name: str, turns: int) -> None:
+        if turns >= self.limits.turns:
+            raise Busy(f"the session {name!r} has {turns} turns, as many as this server allows")
+        if name in self._rows or name in self.store:
+            return
+        count, size = self.store.size()
+        if count + len(self._dirty) >= self.limits.sessions or size >= self.limits.disk:
+            raise Busy(
+                f"this server keeps {count:,} sessions in {size:,} bytes, as many as it may "
+                f"({self.limits.sessions:,} in {self.limits.disk:,}); remove one"
+            )
+
+    def _seat(self, start: str | None, keep: str | None, busy: Mapping[int, Turn] = {}) -> int:  # noqa: B006
+        """The row in which a session speaks now."""
+        if start is not None and start not in self._rows and start not in self.store:
+            raise Missing(f"there is no session {start!r}")
+        if start is not None and start == keep and start in self._rows:
+            self._rows.move_to_end(start)
+            return self._rows[start]
+        row = self._vacate(set(busy), start)
+        if start is None:
+            self.talk.reset(row)
+        elif start in self._rows:
+            self.talk.fork(self._rows[start], row)
+        else:
+            self.talk.load(row, self.store.path(start))
+            self.metrics.add("loads", 1)
+        if start is not None and start == keep:
+            self._rows[start] = row
+        return row
+
+    def _vacate(self, busy: set[int], start: str | None) -> int:
+        """A row for somebody else: an empty one, or that of the longest idle session, which goes to disk.
+
+        The row of ``start`` is taken last: it is about to be copied from.
+        """
+        taken = {*self._rows.values(), *busy}
+        if empty := set(range(self.talk.engine.rows)) - taken:
+            return min(empty)
+        idle = [name for name, row in self._rows.items() if row not in busy]
+        name = next((name for name in idle if name != start), None) or idle[0]
+        if name in self._dirty:
+            self._save(name)
+        self.metrics.add("evictions", 1)
+        return self._rows.pop(name)
+
+    def _undo(self, row: int, turn: Turn, before: State) -> None:
+        """Ends a turn that is to change nothing: the session that was there is as it was, a copy goes."""
+        if turn.start is not None and turn.start == turn.keep and self._rows.get(turn.start) == row:
+            self.talk.restore(row, before)
+        else:
+            self.talk.reset(row)
+
+    def _keep(self, name: str, row: int, about: Mapping[str, Any]) -> None:
+        """Makes a row that of a session that has changed."""
+        if self.durable:
+            self.talk.save(row, self.store.path(name), about=about)
+        else:
+            self._dirty[name] = about
+        if (old := self._rows.pop(name, row)) != row:
+            self.talk.reset(old)
+        self._rows[name] = row
+
+    def _save(self, name: str) -> None:
+        self.talk.save(self._rows[name], self.store.path(name), about=self._dirty[name])
+        del self._dirty[name]
+
+    def _expire(self) -> None:
+        if self.limits.idle:
+            for name in self.store.older(self.limits.idle):
+                self.remove(name)

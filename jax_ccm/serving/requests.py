@@ -1,0 +1,272 @@
+"""Bodies of requests, field by field: what is not there is refused with its name, never passed over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax_ccm.errors import UserError
+from jax_ccm.memory.generation import Sampling
+from jax_ccm.sessions.engine import Answering
+
+
+class Refused(UserError):
+    """A request that cannot be done, in the form of OpenAI's API.
+
+    Attributes:
+      param: the field that is at fault; None for none.
+      status: of HTTP.
+      code: a word for programs.
+    """
+
+    def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None):
+        """A refusal with its message."""
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
+
+    def body(self) -> dict[str, Any]:
+        """As JSON values."""
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What a server answers with where a request does not say.
+
+    Attributes:
+      model: the name that it serves.
+      max_tokens: most tokens of an answer.
+      most_tokens: the largest limit that a request may set.
+      temperature: of the sampling.
+    """
+
+    model: str
+    max_tokens: int = 256
+    most_tokens: int = 4096
+    temperature: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request, understood.
+
+    Attributes:
+      told: turns before the last one, each with its answer.
+      text: the last turn.
+      how: the answer is made.
+      shorter: whether the limit is the server's own, and may be lower where there is less room.
+      stream: whether it is sent as it is made.
+      usage: whether a stream ends with what was used.
+      session: that goes on; None for none.
+      previous: the response that goes on; None for none.
+      store: whether a response can be gone on from.
+    """
+
+    told: tuple[tuple[str, str], ...]
+    text: str
+    how: Answering
+    shorter: bool = False
+    stream: bool = False
+    usage: bool = False
+    session: str | None = None
+    previous: str | None = None
+    store: bool = True
+
+
+# Fields that are taken with these values alone: they ask for nothing. Null is as good as not there.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "presence_penalty": (0,), "frequency_penalty": (0,),
+    "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "background": (False,),
+    "truncation": ("disabled",), "text": ({"format": {"type": "text"}},), "include": ([],), "metadata": ({},),
+    "service_tier": ("auto", "default"),
+}  # fmt: skip
+# What says who asks, and asks for nothing.
+_NAMES = ("user", "safety_identifier", "prompt_cache_key")
+
+
+class _Body:
+    """Takes fields out of a body one by one; what is left in the end is refused."""
+
+    def __init__(self, body: Any):
+        if not isinstance(body, dict):
+            raise Refused(f"the body is a JSON {type(body).__name__}; an object is needed")
+        self._left = {name: value for name, value in body.items() if value is not None}
+
+    def take(self, name: str, default: Any, kinds: type | tuple[type, ...], what: str, fits=lambda value: True) -> Any:
+        value = self._left.pop(name, default)
+        if value is default:
+            return value
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if isinstance(value, bool) and bool not in kinds or not isinstance(value, kinds) or not fits(value):
+            raise Refused(f"{name} is {_show(value)}; it must be {what}", name)
+        return value
+
+    def end(self) -> None:
+        for name, value in self._left.items():
+            if name in _NEUTRAL and any(value == x and type(value) is type(x) for x in _NEUTRAL[name]):
+                continue
+            if name in _NAMES and isinstance(value, str):
+                continue
+            allowed = f"; the only value that it may have is {_show(_NEUTRAL[name][0])}" if name in _NEUTRAL else ""
+            raise Refused(f"{name} is not supported here{allowed}. Leave it out", name, code="unsupported_parameter")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def chat(body: Any, defaults: Defaults, session: str | None) -> Asked:
+    """A request of ``/v1/chat/completions``.
+
+    Args:
+      body: JSON values.
+      defaults: of the server.
+      session: named by a header.
+
+    Raises:
+      Refused: naming the field.
+    """
+    fields = _Body(body)
+    _require_model(fields, defaults)
+    told, text = _turns(fields.take("messages", [], list, "a list of messages"), "messages")
+    named = fields.take("session_id", None, str, "the name of a session")
+    if named is not None and session is not None and named != session:
+        raise Refused("session_id of the body is not that of the header x-session-id; give one", "session_id")
+    older = fields.take("max_tokens", None, int, "a whole number")
+    limit = fields.take("max_completion_tokens", older, int, "a whole number")
+    if older is not None and limit != older:
+        raise Refused("max_tokens and max_completion_tokens are different; give one of them", "max_tokens")
+    how = _answering(fields, defaults, limit, "max_tokens" if older is not None else "max_completion_tokens")
+    stream = fields.take("stream", False, bool, "true or false")
+    options = _Body(fields.take("stream_options", {}, dict, "an object", lambda value: stream))
+    usage = options.take("include_usage", False, bool, "true or false")
+    try:
+        options.end()
+    except Refused as e:
+        raise Refused(str(e), f"stream_options.{e.param}") from None
+    fields.end()
+    return Asked(told, text, how, limit is None, stream, usage, session=named or session)
+
+
+def response(body: Any, defaults: Defaults) -> Asked:
+    """A request of ``/v1/responses``.
+
+    Raises:
+      Refused: naming the field.
+    """
+    fields = _Body(body)
+    _require_model(fields, defaults)
+    given = fields.take("input", [], (str, list), "a text, or a list of messages")
+    told, text = _turns([{"role": "user", "content": given}] if isinstance(given, str) else given, "input")
+    limit = fields.take("max_output_tokens", None, int, "a whole number")
+    how = _answering(fields, defaults, limit, "max_output_tokens")
+    stream = fields.take("stream", False, bool, "true or false")
+    previous = fields.take("previous_response_id", None, str, "the id of a response")
+    store = fields.take("store", True, bool, "true or false")
+    fields.end()
+    return Asked(told, text, how, limit is None, stream, previous=previous, store=store)
+
+
+def _require_model(fields: _Body, defaults: Defaults) -> None:
+    model = fields.take("model", None, str, "the name of the model")
+    if model is None:
+        raise Refused(f"model is missing; it is {defaults.model!r} here", "model")
+    if model != defaults.model:
+        raise Refused(
+            f"there is no model {_show(model)}; {defaults.model!r} is served here", "model", status=404,
+            code="model_not_found",
+        )  # fmt: skip
+
+
+def _answering(fields: _Body, defaults: Defaults, limit: int | None, name: str) -> Answering:
+    if limit is not None and not 1 <= limit <= defaults.most_tokens:
+        raise Refused(f"{name} is {limit}; it must be from 1 to {defaults.most_tokens}", name)
+    number = (int, float)
+    inside = lambda low, high: lambda value: low <= value <= high
+    temperature = fields.take("temperature", defaults.temperature, number, "a number from 0 to 2", inside(0, 2))
+    top_p = fields.take("top_p", 1.0, number, "a number above 0, up to 1", lambda value: 0 < value <= 1)
+    top_k = fields.take("top_k", 0, int, "a whole number from 0 on", inside(0, 2**31 - 1))
+    seed = fields.take("seed", 0, int, "a whole number", inside(-(2**63), 2**64))
+    stop = fields.take("stop", [], (str, list), "a text or up to 4 texts")
+    stop = [stop] if isinstance(stop, str) else stop
+    if len(stop) > 4 or not all(isinstance(text, str) and text for text in stop):
+        raise Refused(f"stop is {_show(stop)}; it must be a text or up to 4 texts, none of them empty", "stop")
+    sampling = Sampling(float(temperature), top_k, float(top_p))
+    return Answering(limit or defaults.max_tokens, sampling, seed % 2**32, tuple(stop))
+
+
+def _turns(messages: Sequence[Any], name: str) -> tuple[tuple[tuple[str, str], ...], str]:
+    """Turns with their answers, and the last turn, which has none.
+
+    Raises:
+      Refused: for messages that are none, or in an order that no conversation has.
+    """
+    if not messages:
+        raise Refused(f"{name} is empty; the last message must be the user's", name)
+    texts: list[str] = []
+    for number, message in enumerate(messages):
+        where = f"{name}[{number}]"
+        if not isinstance(message, dict):
+            raise Refused(f"{where} is {_show(message)}; it must be an object with role and content", where)
+        known = {"role", "content", "name", "type", "id", "status"}
+        for key, value in message.items():
+            if key not in known and value not in (None, [], {}):
+                raise Refused(f"{where}.{key} is not supported here. Leave it out", f"{where}.{key}")
+        if message.get("type", "message") != "message":
+            raise Refused(f"{where}.type is {_show(message['type'])}; only messages are read here", f"{where}.type")
+        role = message.get("role")
+        if role in ("system", "developer"):
+            raise Refused(
+                f"{where}.role is {role!r}: this model's memory knows what users and assistants say, and nothing else. "
+                "Say it at the beginning of the first user message",
+                f"{where}.role",
+            )
+        wanted = ("user", "assistant")[number % 2]
+        if role != wanted:
+            raise Refused(
+                f"{where}.role is {_show(role)}, and {wanted!r} is due: the user's and the assistant's messages take "
+                "turns, the user's first and last",
+                f"{where}.role",
+            )
+        texts.append(_text(message.get("content"), f"{where}.content"))
+    if len(texts) % 2 == 0:
+        raise Refused(f"the last of {name} is the assistant's; there is nothing to answer", name)
+    return tuple(zip(texts[:-1:2], texts[1::2], strict=True)), texts[-1]
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise Refused(f"{where} is {_show(content)}; it must be a text", where)
+    found = []
+    for number, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+            raise Refused(
+                f"{where}[{number}] is {_show(part)}; only text is read here (type 'text')", f"{where}[{number}]"
+            )
+        found.append(part["text"])
+    return "".join(found)
+
+
+def tokenize(body: Any, encode: Callable[[str], Sequence[int]]) -> Mapping[str, Any]:
+    """A request of ``/tokenize``, as vLLM (``prompt``) and llama.cpp (``content``) have it, and its answer.
+
+    Raises:
+      Refused: naming the field.
+    """
+    fields = _Body(body)
+    fields.take("model", None, str, "the name of the model")
+    prompt = fields.take("prompt", None, str, "a text")
+    content = fields.take("content", prompt, str, "a text")
+    fields.end()
+    if content is None or prompt is not None and content != prompt:
+        raise Refused("give the text as prompt, or as content", "prompt")
+    tokens = list(map(int, encode(content)))
+    return {"tokens": tokens, "count": len(tokens)}

@@ -1,0 +1,141 @@
+"""Answers as OpenAI's two APIs have them: JSON values, whole or as events of a stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jax_ccm.sessions.conversations import Reply
+
+
+def new_id(kind: str) -> str:
+    """An id that nobody can guess: who knows that of a response can go on from it."""
+    return f"{kind}_{uuid.uuid4().hex}"
+
+
+class Completion:
+    """An answer of ``/v1/chat/completions``."""
+
+    def __init__(self, model: str):
+        """Begins one."""
+        self.id, self.model, self.created = new_id("chatcmpl"), model, int(time.time())
+
+    def usage(self, reply: Reply) -> dict[str, Any]:
+        """What the client would have sent, and what of it the memory stood for."""
+        prompt = reply.known + reply.read
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": reply.tokens,
+            "total_tokens": prompt + reply.tokens,
+            "prompt_tokens_details": {"cached_tokens": reply.known},
+        }
+
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """The answer in one piece."""
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": reply.text, "refusal": None},
+            "finish_reason": reply.ended,
+            "logprobs": None,
+        }
+        return self._object("chat.completion", [choice]) | {"usage": self.usage(reply)}
+
+    def piece(self, text: str, *, first: bool) -> dict[str, Any]:
+        """What the answer goes on with."""
+        delta = ({"role": "assistant"} if first else {}) | {"content": text}
+        return self._object("chat.completion.chunk", [{"index": 0, "delta": delta, "finish_reason": None}])
+
+    def ends(self, reply: Reply, *, usage: bool) -> Iterator[dict[str, Any]]:
+        """What stands behind the last piece."""
+        kind = "chat.completion.chunk"
+        yield self._object(kind, [{"index": 0, "delta": {}, "finish_reason": reply.ended}])
+        if usage:
+            yield self._object(kind, []) | {"usage": self.usage(reply)}
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+class Response:
+    """An answer of ``/v1/responses``."""
+
+    def __init__(self, model: str, previous: str | None, how: Mapping[str, Any], *, store: bool):
+        """Begins one; ``how`` are the settings that are said again in it."""
+        self.id, self.item, self.created = new_id("resp"), new_id("msg"), int(time.time())
+        self._fixed = {"model": model, "previous_response_id": previous, "store": store, **how}
+        self._number = 0
+
+    def usage(self, reply: Reply) -> dict[str, Any]:
+        """As for `Completion`."""
+        read = reply.known + reply.read
+        return {
+            "input_tokens": read,
+            "input_tokens_details": {"cached_tokens": reply.known},
+            "output_tokens": reply.tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": read + reply.tokens,
+        }
+
+    def whole(self, reply: Reply | None, error: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The response as it stands: in progress without a reply."""
+        status = "in_progress" if reply is None else "completed" if reply.ended == "stop" else "incomplete"
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": "failed" if error else status,
+            "error": dict(error) if error else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": None,
+            "metadata": {},
+            "output": [] if reply is None else [self._message(reply.text, status)],
+            "parallel_tool_calls": False,
+            "tool_choice": "none",
+            "tools": [],
+            "truncation": "disabled",
+            "usage": None if reply is None else self.usage(reply),
+            **self._fixed,
+        }
+
+    def begins(self) -> Iterator[dict[str, Any]]:
+        """Events in front of the text."""
+        yield self._event("response.created", response=self.whole(None))
+        yield self._event("response.in_progress", response=self.whole(None))
+        item = self._message("", "in_progress") | {"content": []}
+        yield self._event("response.output_item.added", output_index=0, item=item)
+        yield self._event("response.content_part.added", **self._place(), part=_part(""))
+
+    def piece(self, text: str) -> dict[str, Any]:
+        """What the text goes on with."""
+        return self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])
+
+    def ends(self, reply: Reply) -> Iterator[dict[str, Any]]:
+        """Events behind the text."""
+        whole = self.whole(reply)
+        yield self._event("response.output_text.done", **self._place(), text=reply.text, logprobs=[])
+        yield self._event("response.content_part.done", **self._place(), part=_part(reply.text))
+        yield self._event("response.output_item.done", output_index=0, item=whole["output"][0])
+        yield self._event(f"response.{whole['status']}", response=whole)
+
+    def fails(self, message: str, code: str) -> dict[str, Any]:
+        """The event of a response that went wrong."""
+        return self._event("response.failed", response=self.whole(None, {"code": code, "message": message}))
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self.item, "output_index": 0, "content_index": 0}
+
+    def _message(self, text: str, status: str) -> dict[str, Any]:
+        return {
+            "id": self.item, "type": "message", "role": "assistant", "status": status, "content": [_part(text)],
+        }  # fmt: skip
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        event = {"type": kind, "sequence_number": self._number, **fields}
+        self._number += 1
+        return event
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

@@ -1,0 +1,235 @@
+"""A conversation at a terminal or in a pipe: the reply as it is made, and commands that show and handle the memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_ccm.errors import UserError, unknown
+from jax_ccm.evals.scoring import base_only
+from jax_ccm.memory import files
+from jax_ccm.methods import build
+from jax_ccm.rules.types import Kind
+from jax_ccm.sessions.conversations import Conversations, Reply, State
+
+HELP = """/memory       what the memory holds, turn by turn
+/save FILE    write the memory to a file; a memory is personal data
+/load FILE    go on from a file
+/fork         go on in a copy; /back returns to the conversation as it was
+/forget N     drop the memory of turn N, where each turn has slots of its own
+/reset        begin anew
+/compare      answer the last turn from memory, full context, another conversation's memory, and nothing
+/help         this list
+An empty line or Ctrl-D ends the conversation, Ctrl-C stops a reply. A turn that begins with a slash takes two."""
+# What the memory of another conversation is made of, for comparison.
+OTHER = (
+    ("I am Henrik and keep bees in Bergen.", "Nice to meet you, Henrik."),
+    ("My sister Solveig has a red boat.", "That sounds like fun."),
+)
+# What a terminal would take for orders, not for text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclasses.dataclass
+class _Told:
+    """A conversation, and what of it is known here: the texts of its turns, or None if it came from a file."""
+
+    state: State
+    past: list[tuple[str, str]] | None
+
+
+class Terminal:
+    """Talks in one session of some conversations, and prints."""
+
+    def __init__(self, talk: Conversations, *, max_tokens: int, alone: bool = False):
+        """Begins in the session that is there.
+
+        Args:
+          talk: conversations of one row.
+          max_tokens: most tokens of a reply.
+          alone: whether each turn is also answered without memory.
+        """
+        self.talk, self.max_tokens, self.alone = talk, max_tokens, alone
+        # A text that was read first is not known turn by turn.
+        self._past: list[tuple[str, str]] | None = None if talk.state.tokens[0] else []
+        self._last: tuple[str, _Told] | None = None
+        self._behind: list[_Told] = []
+
+    def say(self, text: str, entry: dict[str, Any]) -> None:
+        """Has a turn answered; the answers are printed, and written into its entry of a record.
+
+        Raises:
+          UserError: if it cannot be answered; the memory is as it was.
+        """
+        if self.alone:
+            entry["without_memory"] = self.talk.say_alone({0: text}, max_tokens=self.max_tokens)[0]
+            print(f"without  {printable(entry['without_memory'])}")
+        before = _Told(self.talk.state, self._past)
+        reply, first, seconds = self._reply(text, "memory " if self.alone else "model  ")
+        self._last = text, before
+        self._past = None if self._past is None else [*self._past, (text, reply.text)]
+        slots, ours, full = self.talk.memory_bytes()
+        entry |= {"memory": reply.text, "slots": slots, "memory_bytes": ours, "full_context_bytes": full}
+        turns, tokens = len(self.talk.state.turns[0]), self.talk.state.tokens[0]
+        rate = f"; {(reply.tokens - 1) / seconds:.1f} tokens/s" if reply.tokens > 1 and seconds > 0 else ""
+        print(
+            f"         [turn {turns}; {tokens:,} tokens read; {slots} slots, {ours / 2**20:.2f} MiB; full context "
+            f"{full / 2**20:.2f} MiB; first token after {first:.1f} s{rate}]"
+        )
+
+    def _reply(self, text: str, label: str) -> tuple[Reply, float, float]:
+        """A reply, printed as it is made; seconds to its first token, and from there to the last."""
+        how, shown, reply = {0: dataclasses.replace(self.talk.how, max_tokens=self.max_tokens)}, "", None
+        began = first = last = time.perf_counter()
+        print(f"{label}  ", end="", flush=True)
+        try:
+            for replies in self.talk.replies({0: text}, how):
+                if reply is None:
+                    first = time.perf_counter()
+                reply = replies[0]
+                sure = reply.text if reply.ended else how[0].sure(reply.text)
+                print(printable(sure[len(shown) :]), end="", flush=True)
+                shown = max(shown, sure, key=len)
+                if not reply.ended:
+                    last = time.perf_counter()
+        except BaseException:
+            print()
+            raise
+        print()
+        assert reply is not None
+        return reply, first - began, last - first
+
+    def command(self, line: str) -> None:
+        """Does what a line that begins with a slash asks for.
+
+        Raises:
+          UserError: for a command that there is not, or that cannot be done; nothing has changed then.
+        """
+        name, _, rest = line[1:].partition(" ")
+        rest = rest.strip()
+        commands: dict[str, Callable[..., None]] = {
+            "memory": self._memory, "save": self._save, "load": self._load, "fork": self._fork, "back": self._back,
+            "forget": self._forget, "reset": self._reset, "compare": self._compare, "help": lambda: print(HELP),
+        }  # fmt: skip
+        if name not in commands:
+            raise unknown("command", f"/{name}", (f"/{known}" for known in commands))
+        takes = {"save": "FILE", "load": "FILE", "forget": "N"}.get(name, "")
+        if bool(rest) != bool(takes):
+            raise UserError(f"/{name} takes {takes or 'nothing'}; {rest!r} was given")
+        commands[name](*([rest] if rest else []))
+
+    def _memory(self) -> None:
+        slots, ours, full = self.talk.memory_bytes()
+        cache, turns = self.talk.state.cache, self.talk.state.turns[0]
+        kind, segment = (np.asarray(x[0]) for x in (cache.slots.kind, cache.slots.segment))
+        method, kept = self.talk.engine.experiment.method, kind == Kind.MEMORY
+        print(
+            f"{slots} slots, {ours / 2**20:.2f} MiB; full context would hold {self.talk.state.tokens[0]:,} tokens, "
+            f"{full / 2**20:.2f} MiB"
+        )
+        if method.mix is not None or method.eviction is not None or not method.remembers:
+            what = "keeps no memory" if not method.remembers else f"its {kept.sum()} slots are of all turns together"
+            print(f"{method.name}: {what}")
+            return
+        known, of_turns = self._past or [], np.zeros(kept.shape, bool)
+        for number, (first, end) in enumerate(turns):
+            of = kept & (segment >= first) & (segment < end)
+            of_turns |= of
+            said = f"  {printable(known[number][0])[:60]}" if number < len(known) else ""
+            print(f"turn {number + 1:3}  {of.sum()} slots{said}")
+        if rest := int((kept & ~of_turns).sum()):
+            print(f"{rest} slots of text that was read")
+        if others := int(((kind != Kind.PAD) & ~kept).sum()):
+            print(f"{others} slots of text as it is")
+
+    def _save(self, path: str) -> None:
+        if Path(path).exists():
+            files.read(path)  # what is no memory is not overwritten
+        self.talk.save(0, path)
+        print(f"wrote {path}, {Path(path).stat().st_size:,} bytes")
+
+    def _load(self, path: str) -> None:
+        self.talk.load(0, path)
+        self._past, self._last = None, None
+        print(f"goes on from {path}: {len(self.talk.state.turns[0])} turns, {self.talk.state.tokens[0]:,} tokens read")
+
+    def _fork(self) -> None:
+        self._behind.append(_Told(self.talk.state, self._past))
+        print(f"this is a copy; /back returns to the conversation as it is now ({len(self._behind)} to return to)")
+
+    def _back(self) -> None:
+        if not self._behind:
+            raise UserError("there is nothing to return to; /fork makes a copy")
+        self._put(self._behind.pop())
+        print(f"back at turn {len(self.talk.state.turns[0])}")
+
+    def _forget(self, number: str) -> None:
+        if not number.isdecimal() or not number.isascii():
+            raise UserError(f"/forget takes the number of a turn, as /memory shows them; {number!r} was given")
+        slots = self.talk.forget(0, int(number) - 1)
+        self._last = None
+        print(f"turn {int(number)} is forgotten, {slots} slots; later turns, which have seen it, stay")
+
+    def _reset(self) -> None:
+        self.talk.reset(0)
+        self._past, self._last = [], None
+        print("the memory is empty")
+
+    def _compare(self) -> None:
+        if self._last is None:
+            raise UserError("there is no last turn to compare; say something first")
+        text, before = self._last
+        with self._at(before):
+            self._reply(text, "memory ")
+        with self._at(before):
+            if before.past is None:
+                print("full     not known here: the conversation came from a file, or began with a text")
+            else:
+                print(f"full     {printable(self._from_all(before, text))}")
+        with self._at(before):
+            self.talk.reset(0)
+            self.talk.tell({0: OTHER})
+            self._reply(text, "another")
+        print(f"nothing  {printable(self.talk.say_alone({0: text}, max_tokens=self.max_tokens)[0])}")
+
+    def _from_all(self, before: _Told, text: str) -> str:
+        """What the base answers that holds all text; as much room is made as that takes."""
+        experiment = self.talk.engine.experiment
+        question = self.talk.engine.question(text, first=not before.state.tokens[0])
+        needed = before.state.tokens[0] + len(question) + self.max_tokens + 64
+        cache = dataclasses.replace(experiment.config.cache, raw_capacity=-(-needed // 256) * 256)
+        full = dataclasses.replace(
+            experiment,
+            method=base_only(build("full")),
+            config=dataclasses.replace(experiment.config, cache=cache),
+        )
+        how = self.talk.how
+        other = Conversations(full, sampling=how.sampling, seed=how.seed, stop=how.stop)
+        if before.past:
+            other.tell({0: before.past})
+        return other.say({0: text}, max_tokens=self.max_tokens)[0]
+
+    @contextlib.contextmanager
+    def _at(self, there: _Told) -> Iterator[None]:
+        """The conversation as it was at another time, for as long as this lasts."""
+        here = _Told(self.talk.state, self._past)
+        self._put(there, last=self._last)
+        try:
+            yield
+        finally:
+            self._put(here, last=self._last)
+
+    def _put(self, there: _Told, last: tuple[str, _Told] | None = None) -> None:
+        self.talk.state, self._past, self._last = there.state, there.past, last
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would take for orders."""
+    return _CONTROL.sub("\ufffd", text)

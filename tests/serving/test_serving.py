@@ -1,0 +1,354 @@
+"""The server as clients see it: the official client, a tiny model, and every answer that of a conversation alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+
+import httpx
+import jax
+import numpy as np
+import openai
+import pytest
+import uvicorn
+
+from jax_ccm.errors import UserError
+from jax_ccm.memory import files
+from jax_ccm.serving.app import Access, Server
+from jax_ccm.serving.metrics import Metrics
+from jax_ccm.serving.pool import Limits, Pool
+from jax_ccm.serving.requests import Defaults
+from jax_ccm.serving.store import Store
+from jax_ccm.sessions.conversations import Conversations
+from tests.test_chat import experiment
+
+ROWS = 2
+MODEL = "tiny"
+
+
+@pytest.fixture(scope="module")
+def made():
+    return experiment("ccm_concat", comp_tokens=2, sink=True)
+
+
+@contextlib.contextmanager
+def serving(made, folder, access=Access(), **options):
+    """A server in a thread; its address and its pool."""
+    store = Store(folder)
+    pool = Pool(Conversations(made, ROWS), store, metrics=Metrics(), **options)
+    app = Server(pool, Defaults(MODEL, max_tokens=4, most_tokens=16), access).app()
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", loop="asyncio"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        (socket,) = server.servers[0].sockets
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}", pool
+    finally:
+        server.should_exit = True
+        thread.join()
+        store.close()
+
+
+@pytest.fixture(scope="module")
+def server(made, tmp_path_factory):
+    with serving(made, tmp_path_factory.mktemp("sessions")) as found:
+        yield found
+
+
+@pytest.fixture
+def url(server):
+    return server[0]
+
+
+@pytest.fixture
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def oracle(made):
+    """Answers of one conversation at a time."""
+    talk = Conversations(made, ROWS)
+
+    def answers(turns, max_tokens=4):
+        talk.reset(0)
+        return [talk.say({0: text}, max_tokens=max_tokens)[0] for text in turns]
+
+    return answers
+
+
+def ask(client, text, session=None, **options):
+    body = {"session_id": session} if session else None
+    messages = [{"role": "user", "content": text}]
+    return client.chat.completions.create(model=MODEL, messages=messages, extra_body=body, **options)
+
+
+def test_a_session_sends_what_is_new(client, url, oracle):
+    """Each turn is answered from the memory of those before, whose tokens are counted as cached, and none else."""
+    turns = ["my name is Clara", "what is it", "and now"]
+    expected, seen = oracle(turns), 0
+    for text, wanted in zip(turns, expected, strict=True):
+        reply = ask(client, text, "clara")
+        assert reply.choices[0].message.content == wanted and reply.choices[0].finish_reason in ("stop", "length")
+        usage = reply.usage
+        assert usage.prompt_tokens_details.cached_tokens == seen and 0 < usage.completion_tokens <= 4
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        assert len(text) <= usage.prompt_tokens - seen <= len(text) + 6
+        held = httpx.get(f"{url}/sessions/clara/memory")
+        assert held.status_code == 200 and held.content[8:9] == b"{"
+        seen = _tokens(url, "clara")
+    headers = {"x-session-id": "by-header"}
+    first = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": turns[0]}], extra_headers=headers
+    )
+    assert first.choices[0].message.content == expected[0] and _tokens(url, "by-header") > 0
+
+
+def _tokens(url, name) -> int:
+    """Tokens that a session has read, as its file says."""
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "m.ccm")
+        path.write_bytes(httpx.get(f"{url}/sessions/{name}/memory").content)
+        return int(files.read(path).arrays["tokens"][0])
+
+
+def test_a_stream_is_the_answer(client, oracle):
+    """Its pieces are the whole, the usage stands at its end if it is asked for, and without a session nothing stays."""
+    (wanted,) = oracle(["hello"], 8)
+    events = list(ask(client, "hello", stream=True, max_tokens=8, stream_options={"include_usage": True}))
+    text = "".join(event.choices[0].delta.content or "" for event in events if event.choices)
+    assert text.strip() == wanted and events[0].choices[0].delta.role == "assistant"
+    assert events[-1].choices == [] and events[-1].usage.completion_tokens <= 8
+    assert events[-2].choices[0].finish_reason in ("stop", "length")
+    # A whole conversation may be sent, too: its turns are read, and nothing is cached.
+    messages = [{"role": "user", "content": "my name is Clara"}, {"role": "assistant", "content": "hi"}]
+    reply = client.chat.completions.create(model=MODEL, messages=[*messages, {"role": "user", "content": "what"}])
+    usage = reply.usage
+    assert usage.prompt_tokens > len("my name is Clarahiwhat") and usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_more_sessions_than_rows(client, url, server, oracle):
+    """Told secrets in turn and asked for them, at once, each goes on as it would alone: on disk or not."""
+    secrets = {f"s{number}": [f"secret {number}{number}", "what is it"] for number in range(5)}
+    replies = {}
+
+    def talk(name, text):
+        replies[name] = ask(client, text, name).choices[0].message.content
+
+    for place in range(2):
+        threads = [threading.Thread(target=talk, args=(name, turns[place])) for name, turns in secrets.items()]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert replies == {name: oracle(turns)[-1] for name, turns in secrets.items()}
+    text = httpx.get(f"{url}/metrics").text
+    count = lambda name: float(next(line.split()[-1] for line in text.splitlines() if line.startswith(name)))
+    assert count("jax_ccm_evictions_total") >= 3 and count("jax_ccm_loads_total") >= 3
+    assert count("jax_ccm_batch_count") < count("jax_ccm_first_token_count"), "some were answered side by side"
+    assert count("jax_ccm_sessions_on_disk") >= 5
+
+
+def test_responses_branch(client, oracle, server):
+    """Several go on from one response; it can be had again, streamed, and removed."""
+    first = client.responses.create(model=MODEL, input="my name is Clara", max_output_tokens=4)
+    assert first.output_text == oracle(["my name is Clara"])[0] and first.usage.input_tokens_details.cached_tokens == 0
+    branches = [
+        client.responses.create(model=MODEL, input=text, previous_response_id=first.id, max_output_tokens=4)
+        for text in ("what", "who")
+    ]
+    for text, branch in zip(("what", "who"), branches, strict=True):
+        assert branch.output_text == oracle(["my name is Clara", text])[1]
+        assert branch.usage.input_tokens_details.cached_tokens >= first.usage.total_tokens
+    assert client.responses.retrieve(first.id).output_text == first.output_text
+    given = [{"role": "user", "content": [{"type": "input_text", "text": "what"}]}]
+    events = list(
+        client.responses.create(
+            model=MODEL, input=given, previous_response_id=first.id, stream=True, store=False, max_output_tokens=4
+        )
+    )
+    assert [event.type for event in events][:2] == ["response.created", "response.in_progress"]
+    assert events[-1].type in ("response.completed", "response.incomplete")
+    assert events[-1].response.output_text == branches[0].output_text
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas).strip() == branches[0].output_text
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(events[-1].response.id)
+    client.responses.delete(first.id)
+    for act in (
+        lambda: client.responses.retrieve(first.id),
+        lambda: client.responses.create(model=MODEL, input="x", previous_response_id=first.id),
+        lambda: client.responses.create(model=MODEL, input="x", previous_response_id="clara"),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            act()
+
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    "body, param",
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"n": 2}, "n"),
+        ({"logprobs": True}, "logprobs"),
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 17}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"stream": 1}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"obfuscate": True}}, "stream_options.obfuscate"),
+        ({"magic": 1}, "magic"),
+        ({"session_id": "../../etc/passwd"}, "session_id"),
+        ({"session_id": "resp_1"}, "session_id"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "system", "content": "be kind"}, *USER]}, "messages[0].role"),
+        ({"messages": [*USER, *USER]}, "messages[1].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls"),
+        ({"messages": [*USER, {"role": "assistant", "content": "yes"}]}, "messages"),
+        ({"model": "gpt-4"}, "model"),
+        ({"model": None}, "model"),
+        ({"messages": [{"role": "user", "content": " "}]}, None),
+        ({"messages": [{"role": "user", "content": "x" * 70}]}, None),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_refused_by_name(url, body, param):
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"model": MODEL, "messages": USER} | body)
+    assert answer.status_code == (404 if body.get("model") else 400), answer.text
+    assert answer.json()["error"]["param"] == param and answer.json()["error"]["message"]
+
+
+def test_fields_that_ask_for_nothing(url):
+    body = {"model": MODEL, "messages": USER, "n": 1, "tools": [], "logprobs": False, "user": "me", "stop": None}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+
+
+def test_small_routes(url, client, made):
+    assert [model.id for model in client.models.list()] == [MODEL] and client.models.retrieve(MODEL).id == MODEL
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    tokens = httpx.post(f"{url}/tokenize", json={"content": "hi </s>"}).json()
+    assert tokens["count"] == len(tokens["tokens"]) == 7
+    for answer, status in (
+        (httpx.post(f"{url}/v1/chat/completions", content=b"{"), 400),
+        (httpx.post(f"{url}/v1/chat/completions", content=b"[" * 100_000), 400),
+        (httpx.post(f"{url}/v1/chat/completions", content=b"\xff"), 400),
+        (httpx.post(f"{url}/v1/chat/completions", json=[1]), 400),
+        (httpx.post(f"{url}/v1/chat/completions", content=b" " * 2**21), 413),
+        (httpx.get(f"{url}/v1/chat/completions"), 405),
+        (httpx.get(f"{url}/v1/embeddings"), 404),
+    ):
+        assert answer.status_code == status and "error" in answer.json(), answer.text
+
+
+def test_memories_are_carried(url, client, made, oracle, server, tmp_path):
+    """Out, in under another name, and away with every copy; not of another model, nor damaged, nor by a path."""
+    ask(client, "my name is Clara", "carry")
+    there = f"{url}/sessions/carry/memory"
+    content = httpx.get(there).content
+    assert httpx.put(f"{url}/sessions/copy/memory", content=content).status_code == 200
+    assert ask(client, "what", "copy").choices[0].message.content == oracle(["my name is Clara", "what"])[1]
+    other = Conversations(experiment("ccm_concat", comp_tokens=1))
+    other.say({0: "hi"}, max_tokens=2)
+    other.save(0, tmp_path / "other.ccm")
+    refused = httpx.put(there, content=(tmp_path / "other.ccm").read_bytes())
+    assert refused.status_code == 409 and "method" in refused.json()["error"]["message"]
+    damaged = httpx.put(there, content=content[:-1] + b"?")
+    assert (
+        damaged.status_code == 400 and "the memory cannot be read: it is damaged" in damaged.json()["error"]["message"]
+    )
+    assert httpx.get(there).content == content
+    folder = server[1].store.folder
+    assert httpx.delete(there).status_code == 200 and not list(folder.glob("carry*"))
+    assert httpx.get(there).status_code == 404 == httpx.delete(there).status_code
+    for name in ("..%2Fx", "a.b", "x" * 65, ".lock"):
+        assert httpx.get(f"{url}/sessions/{name}/memory").status_code in (400, 404)
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_whoever_goes_away_takes_the_turn_back(url, client, server, oracle):
+    """A client that closes its stream leaves the session as it was."""
+    ask(client, "hello", "gone")
+    before = httpx.get(f"{url}/sessions/gone/memory").content
+    body = {"model": MODEL, "messages": USER, "session_id": "gone", "stream": True, "max_tokens": 16}
+    generate, slow = server[1].talk.replies, threading.Event()
+
+    def held(*given, **options):
+        for replies in generate(*given, **options):
+            yield replies
+            slow.wait(0.1)
+
+    server[1].talk.replies = held
+    try:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
+            next(answer.iter_lines())
+    finally:
+        server[1].talk.replies = generate
+    server[1].do(lambda: None)  # after the turn that was going on
+    assert httpx.get(f"{url}/sessions/gone/memory").content == before
+    assert ask(client, "what", "gone").choices[0].message.content == oracle(["hello", "what"])[1]
+
+
+def test_a_disk_that_is_full(client, server, monkeypatch, url):
+    """The turn is refused, and the session is as it was."""
+    ask(client, "hello", "full")
+    before = _tokens(url, "full")
+
+    def fails(*_, **__):
+        raise UserError("full.ccm cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server[1].talk, "save", fails)
+        with pytest.raises(openai.BadRequestError, match="No space left"):
+            ask(client, "what", "full")
+        with pytest.raises(openai.BadRequestError, match="No space left"):
+            ask(client, "what", "new")
+    assert _tokens(url, "full") == before and httpx.get(f"{url}/sessions/new/memory").status_code == 404
+    row = server[1]._rows["full"]
+    assert server[1].talk.state.tokens[row] == before
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_restart_reads_nothing_again(made, tmp_path, oracle, durable):
+    """What was acknowledged is there, and the next turn reads its own tokens alone and answers as it would have."""
+    access = Access(token="secret")
+    with serving(made, tmp_path, access, durable=durable) as (url, pool):
+        for given in ("Bearer none", "Bearer secreT", "Bearer sécret", "secret", "Basic secret"):
+            answer = httpx.get(f"{url}/v1/models", headers={"authorization": given.encode()})
+            assert answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
+        assert httpx.get(f"{url}/health").status_code == 200
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
+        first = ask(client, "my name is Clara", "clara")
+        assert (tmp_path / "clara.ccm").exists() == durable
+        with pytest.raises(UserError, match="another server keeps its sessions"):
+            Store(tmp_path)
+    limits = Limits(waiting=1, sessions=1, turns=2)
+    with serving(made, tmp_path, durable=durable, limits=limits) as (url, pool):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        second = ask(client, "what", "clara")
+        assert second.choices[0].message.content == oracle(["my name is Clara", "what"])[1]
+        cached = second.usage.prompt_tokens_details.cached_tokens
+        assert cached >= first.usage.total_tokens and second.usage.prompt_tokens - cached <= len("what") + 6
+        with pytest.raises(openai.RateLimitError, match="has 2 turns, as many"):
+            ask(client, "what", "clara")
+        with pytest.raises(openai.RateLimitError, match="keeps 1 sessions"):
+            ask(client, "what", "henrik")
+        assert json.loads(httpx.delete(f"{url}/sessions/clara/memory").text)["deleted"]
+        with pytest.raises(openai.NotFoundError):
+            client.responses.create(model=MODEL, input="x", previous_response_id="resp_1")
+    assert not list(tmp_path.glob("*.ccm"))
+    assert np.isfinite(jax.tree.leaves(pool.talk.state.cache)[0]).all()
