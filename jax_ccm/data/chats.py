@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jax_ccm.data.conversations import Fact, Talk, second_person, sentence, split_of, wordlist
@@ -48,11 +49,12 @@ def words(split: str) -> tuple[str, ...]:
 class _Chat(Talk):
     """One conversation in the making: the user tells and asks, the assistant answers."""
 
-    def __init__(self, split: str, rng: random.Random, arbitrary: float = 0.0):
+    def __init__(self, split: str, rng: random.Random, arbitrary: float = 0.0, wordy: float = 0.0):
         super().__init__(split, rng)
-        self.arbitrary = arbitrary
+        self.arbitrary, self.wordy = arbitrary, wordy
         own = wordlist("chats")[self.templates]
         self.questions, self.sayings, self.small_talk, self.short = (own[k] for k in ("ask", "say", "chat", "short"))
+        self.rambling = own["ramble"]
         self.kept_for_last: dict[int, Fact] = {}
         self.answers: list[int] = []
         # How many facts must still be told for last questions.
@@ -72,6 +74,12 @@ class _Chat(Talk):
         """Any English word, now and then two."""
         count = 2 if self.rng.random() < 0.2 else 1
         return " ".join(self.pick(words(self.split)) for _ in range(count))
+
+    def ramble(self) -> Iterator[str]:
+        """One to four sentences that are about nothing that was said, as small models like to make them."""
+        for _ in range(1 + int(self.rng.random() * 4)):
+            text = re.sub("{w}", lambda _: self.word(), self.pick(self.rambling))
+            yield re.sub("{N}", lambda _: self.invented(), text)
 
     def invented(self) -> str:
         """A word of two or three syllables."""
@@ -178,6 +186,8 @@ class _Chat(Talk):
             said, reply = self.tell() if due else self.exchange()
             if left in ages:
                 self.kept_for_last[left] = self.pick([fact for fact in self.facts if fact.told == len(self.turns)])
+            if self.wordy and len(self.turns) + 1 not in self.answers and self.rng.random() < self.wordy:
+                reply = " ".join([reply, *self.ramble()])
             if not self.turns and self.rng.random() < 0.4:
                 said = f"{self.phrase('greet')} {said}"
             self.turns += [said, reply]
@@ -191,11 +201,17 @@ class _Chat(Talk):
 
 
 def _hold(
-    split: str, seed: int, index: int, turns: Sequence[int], ages: Sequence[int] = (), arbitrary: float = 0.0
+    split: str,
+    seed: int,
+    index: int,
+    turns: Sequence[int],
+    ages: Sequence[int] = (),
+    arbitrary: float = 0.0,
+    wordy: float = 0.0,
 ) -> tuple[_Chat, Fact, Callable[..., str]]:
     """The conversation, the fact that its last question asks for, and the answer."""
     number, own = divmod(index, max(len(ages), 1))
-    chat = _Chat(split, random.Random(f"chats/{split}/{seed}/{number}"), arbitrary)
+    chat = _Chat(split, random.Random(f"chats/{split}/{seed}/{number}"), arbitrary, wordy)
     fewest = max(ages, default=1)
     exchanges = [count // 2 - 1 for count in turns if count // 2 - 1 >= fewest]
     chat.hold_exchanges(chat.pick(exchanges), ages)
@@ -203,7 +219,13 @@ def _hold(
 
 
 def chat(
-    split: str, seed: int, index: int, turns: Sequence[int], ages: Sequence[int] = (), arbitrary: float = 0.0
+    split: str,
+    seed: int,
+    index: int,
+    turns: Sequence[int],
+    ages: Sequence[int] = (),
+    arbitrary: float = 0.0,
+    wordy: float = 0.0,
 ) -> dict[str, Any]:
     """Conversation number ``index``: ``{"turns": [str, …], "scored": [int, …]}``.
 
@@ -219,20 +241,28 @@ def chat(
         conversation is given once for each age, with another last question.
       arbitrary: share of the values that are any English or invented word in place of one that fits, so that they
         cannot be guessed ("my favorite dish is cobblestones"). A memory learns from these to hold what was said.
+      wordy: share of the assistant's turns, answers to questions left out, that go on with one to four sentences about
+        nothing that was said.
     """
-    made = _hold(split, seed, index, turns, ages, arbitrary)[0]
+    made = _hold(split, seed, index, turns, ages, arbitrary, wordy)[0]
     return {"turns": made.turns, "scored": made.answers}
 
 
 def question(
-    split: str, seed: int, index: int, turns: Sequence[int], ages: Sequence[int] = (), arbitrary: float = 0.0
+    split: str,
+    seed: int,
+    index: int,
+    turns: Sequence[int],
+    ages: Sequence[int] = (),
+    arbitrary: float = 0.0,
+    wordy: float = 0.0,
 ) -> dict[str, Any]:
     """The same conversation as an online example: ``{"contexts", "query", "target", "choices", "age"}``.
 
     The choices are the answer with other values: superseded ones and others from the conversation first. Arguments as
     for `chat`.
     """
-    made, fact, answer = _hold(split, seed, index, turns, ages, arbitrary)
+    made, fact, answer = _hold(split, seed, index, turns, ages, arbitrary, wordy)
     *contexts, query, target = made.turns
     age = (len(contexts) - fact.told) // 2
     return {"contexts": contexts, "query": query, "target": target, "choices": made.choices(fact, answer), "age": age}

@@ -43,7 +43,8 @@ class DataConfig:
     * ``generated:conversations?split=train&size=2000&seed=0``, ``generated:questions?…``, ``generated:recall?…``;
       of a user who tells and asks and an assistant who answers, ``generated:chats?…&turns=6-24&age=4`` and
       ``generated:chat_questions?…``, where ``age`` is how many exchanges ago the last answer was told, and
-      ``arbitrary=0.5`` the share of values that are any word instead of one that fits.
+      ``arbitrary=0.5`` the share of values that are any word instead of one that fits, ``wordy=0.5`` that of the
+      assistant's turns that go on about nothing.
 
     Fields that only some formats read are None unless set; one that the chosen format does not read is an error.
 

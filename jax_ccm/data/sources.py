@@ -243,7 +243,7 @@ def _number(source: str, options: dict[str, str], name: str, default: int, least
     return int(text)
 
 
-CHAT_OPTIONS = ("turns", "age", "arbitrary")
+CHAT_OPTIONS = ("turns", "age", "arbitrary", "wordy")
 
 
 def _ages(source: str, text: str, most: int) -> tuple[int, ...]:
@@ -298,9 +298,9 @@ def _generated(source: str, address: str, options: dict[str, str], fields: dict[
         least = 2 * (max(ages, default=1) + 1)
         if max(turns) < least:
             raise UserError(f"data source {source!r}: to tell something and ask for it takes turns of at least {least}")
-        arbitrary = _share(source, options, "arbitrary")
+        arbitrary, wordy = (_share(source, options, name) for name in ("arbitrary", "wordy"))
         hold = chats.chat if address == "chats" else chats.question
-        record = lambda index: hold(split, seed, index, turns, ages, arbitrary)
+        record = lambda index: hold(split, seed, index, turns, ages, arbitrary, wordy)
     else:
         turns = conversations.parse_turns(options.pop("turns", "4-16"))
         make = conversations.dialogue if address == "conversations" else conversations.question

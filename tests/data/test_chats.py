@@ -1,5 +1,6 @@
 """Generated conversations of a user and an assistant: reproducible, answerable only from what was told."""
 
+import re
 import string
 
 import pytest
@@ -96,6 +97,16 @@ def test_arbitrary_values_are_words_of_their_split():
     said = " ".join(values["train"]).lower().replace(".", "").split()
     assert len(words["train"].intersection(said)) > 20
     assert all(text.isprintable() for those in values.values() for text in those)
+
+
+def test_wordy_turns_are_no_answers():
+    rambling = conversations.wordlist("chats")["test"]["ramble"]
+    pattern = lambda text: "[A-Za-z ]+".join(map(re.escape, re.split("{[wN]}", text)))
+    ends = re.compile(f"({'|'.join(map(pattern, rambling))})$")
+    for index in range(20):
+        record = chats.chat("test", 0, index, (12,), (), 0.0, 1.0)
+        for turn in range(1, 12, 2):
+            assert bool(ends.search(record["turns"][turn])) == (turn not in record["scored"]), record["turns"][turn]
 
 
 def test_as_a_source():
