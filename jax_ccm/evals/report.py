@@ -44,7 +44,7 @@ def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     names = [name for name in STYLE if name in steps[0]["systems"]]
     cells = lambda name: [row["systems"][name] for row in steps]
     columns: dict[str, list[str]] = {
-        _name_of_steps(results)[0]: [str(row["step"]) for row in steps],
+        name_of_steps(results)[0]: [str(row["step"]) for row in steps],
         "examples": [f"{row['examples']:,}" for row in steps],
         "tokens": [f"{row['tokens']:,}" for row in steps],
     }
@@ -77,7 +77,7 @@ def print_table(results: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     header, rows = table_rows(results)
-    what = "whole texts" if _of_texts(results) else f"the target by {_name_of_steps(results)[1].split(':')[0]}"
+    what = "whole texts" if _of_texts(results) else f"the target by {name_of_steps(results)[1].split(':')[0]}"
     table = Table(title=f"Perplexity of {what}", title_justify="left")
     for column in header:
         table.add_column(column, justify="right", no_wrap=False)
@@ -147,7 +147,7 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     _draw_quality(left, steps, times, names, quality(results))
     _draw_memory(right, steps, times, names)
     for axes in (left, right):
-        axes.set_xlabel(_name_of_steps(results)[1])
+        axes.set_xlabel(name_of_steps(results)[1])
         axes.set_xticks(times)
         axes.margins(x=0.07)
         axes.spines[["top", "right"]].set_visible(False)
@@ -198,7 +198,7 @@ def plot_tradeoff(points: Sequence[tuple[str, str, Sequence]], path: str | Path,
     paths.save_figure(figure, path, dpi=150)
 
 
-def _name_of_steps(results: Mapping[str, Any]) -> tuple[str, str]:
+def name_of_steps(results: Mapping[str, Any]) -> tuple[str, str]:
     """What the rows of the table are, and the same in words."""
     if results["config"]["eval"].get("by") == "age":
         return "age", "age of what is asked for: exchanges since it was told"
