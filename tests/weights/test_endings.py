@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_ccm.errors import UserError
-from jax_ccm.sessions.engine import Engine
+from jax_ccm.sessions.engine import Answering, Engine
 from jax_ccm.weights.endings import end_tokens
 from tests.test_chat import experiment
 from tests.weights import ggufs
@@ -77,5 +77,6 @@ def test_any_of_them_stops_a_reply(tmp_path):
 def answer(made) -> np.ndarray:
     """The tokens of an answer."""
     running = Engine(made, 1)
-    *_, (tokens, _) = running.answers(running.empty(), {0: running.question("hello there", first=True)}, max_tokens=6)
+    questions = {0: running.question("hello there", first=True)}
+    *_, (tokens, _, _) = running.answers(running.empty(), questions, {0: Answering(max_tokens=6)})
     return tokens[0]
