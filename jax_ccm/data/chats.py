@@ -8,10 +8,11 @@ the base nor the training data give them away: only what was said does. Facts, t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax_ccm.data.conversations import Fact, Talk, second_person, sentence, split_of, wordlist
@@ -46,12 +47,37 @@ def words(split: str) -> tuple[str, ...]:
     return tuple(word for n, word in enumerate(wordlist("words")["words"]) if split_of(n) == split)
 
 
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """How conversations are made.
+
+    Attributes:
+      turns: the lengths to draw from; odd ones are one turn shorter, and those below ``fewest`` are left out.
+      ages: how many exchanges ago the last question's fact was told; () for any. Of several, conversation after
+        conversation is given once for each age, with another last question.
+      arbitrary: share of the values that are any English or invented word in place of one that fits, so that they
+        cannot be guessed ("my favorite dish is cobblestones"). A memory learns from these to hold what was said.
+      wordy: share of the assistant's turns, answers to questions left out, that go on with one to four sentences about
+        nothing that was said.
+    """
+
+    turns: tuple[int, ...]
+    ages: tuple[int, ...] = ()
+    arbitrary: float = 0.0
+    wordy: float = 0.0
+
+    @property
+    def fewest(self) -> int:
+        """Turns that it takes to tell something so long ago, and to ask for it."""
+        return 2 * (max(self.ages, default=1) + 1)
+
+
 class _Chat(Talk):
     """One conversation in the making: the user tells and asks, the assistant answers."""
 
-    def __init__(self, split: str, rng: random.Random, arbitrary: float = 0.0, wordy: float = 0.0):
+    def __init__(self, split: str, rng: random.Random, making: Making):
         super().__init__(split, rng)
-        self.arbitrary, self.wordy = arbitrary, wordy
+        self.making = making
         own = wordlist("chats")[self.templates]
         self.questions, self.sayings, self.small_talk, self.short = (own[k] for k in ("ask", "say", "chat", "short"))
         self.rambling = own["ramble"]
@@ -61,7 +87,7 @@ class _Chat(Talk):
         self.due = 0
 
     def value(self, name: str) -> str:
-        if name in WORDS and self.rng.random() < self.arbitrary:
+        if name in WORDS and self.rng.random() < self.making.arbitrary:
             text = self.word() if self.rng.random() < 0.7 else self.invented().lower()
             return WORDS[name].format(text.capitalize() if name in PROPER else text)
         if name == "full_name" and self.rng.random() < 0.6:
@@ -172,13 +198,9 @@ class _Chat(Talk):
             return self.pick(self.small_talk) if self.rng.random() < 0.5 else self.phrase("chat")
         return self.tell()
 
-    def hold_exchanges(self, count: int, ages: Sequence[int] = ()) -> None:
-        """Writes ``count`` exchanges that leave a fact of each age to be asked for; it is not spoken of in between.
-
-        Args:
-          count: at least 1, and as many as the largest age.
-          ages: how many exchanges before the question that will follow; () for any.
-        """
+    def hold_exchanges(self, count: int) -> None:
+        """Writes ``count`` exchanges that leave a fact of each age to be asked for; it is not spoken of in between."""
+        ages = self.making.ages
         self.due = len(ages)
         for left in range(count, 0, -1):
             self.due -= left in ages
@@ -186,7 +208,7 @@ class _Chat(Talk):
             said, reply = self.tell() if due else self.exchange()
             if left in ages:
                 self.kept_for_last[left] = self.pick([fact for fact in self.facts if fact.told == len(self.turns)])
-            if self.wordy and len(self.turns) + 1 not in self.answers and self.rng.random() < self.wordy:
+            if self.making.wordy and len(self.turns) + 1 not in self.answers and self.rng.random() < self.making.wordy:
                 reply = " ".join([reply, *self.ramble()])
             if not self.turns and self.rng.random() < 0.4:
                 said = f"{self.phrase('greet')} {said}"
@@ -200,33 +222,16 @@ class _Chat(Talk):
         return fact, answer
 
 
-def _hold(
-    split: str,
-    seed: int,
-    index: int,
-    turns: Sequence[int],
-    ages: Sequence[int] = (),
-    arbitrary: float = 0.0,
-    wordy: float = 0.0,
-) -> tuple[_Chat, Fact, Callable[..., str]]:
+def _hold(split: str, seed: int, index: int, making: Making) -> tuple[_Chat, Fact, Callable[..., str]]:
     """The conversation, the fact that its last question asks for, and the answer."""
-    number, own = divmod(index, max(len(ages), 1))
-    chat = _Chat(split, random.Random(f"chats/{split}/{seed}/{number}"), arbitrary, wordy)
-    fewest = max(ages, default=1)
-    exchanges = [count // 2 - 1 for count in turns if count // 2 - 1 >= fewest]
-    chat.hold_exchanges(chat.pick(exchanges), ages)
-    return chat, *chat.ask_last(ages[own] if ages else None)
+    number, own = divmod(index, max(len(making.ages), 1))
+    chat = _Chat(split, random.Random(f"chats/{split}/{seed}/{number}"), making)
+    exchanges = [count // 2 - 1 for count in making.turns if count >= making.fewest]
+    chat.hold_exchanges(chat.pick(exchanges))
+    return chat, *chat.ask_last(making.ages[own] if making.ages else None)
 
 
-def chat(
-    split: str,
-    seed: int,
-    index: int,
-    turns: Sequence[int],
-    ages: Sequence[int] = (),
-    arbitrary: float = 0.0,
-    wordy: float = 0.0,
-) -> dict[str, Any]:
+def chat(split: str, seed: int, index: int, making: Making) -> dict[str, Any]:
     """Conversation number ``index``: ``{"turns": [str, …], "scored": [int, …]}``.
 
     There is an even number of turns, and the last answers a question. ``scored`` are the turns that answer one: what
@@ -236,33 +241,19 @@ def chat(
       split: "train", "validation" or "test".
       seed: another seed gives other conversations.
       index: any whole number from 0.
-      turns: the lengths to draw from; odd ones are one turn shorter, and those too short for ``ages`` are left out.
-      ages: how many exchanges ago the last question's fact was told; () for any. Of several, conversation after
-        conversation is given once for each age, with another last question.
-      arbitrary: share of the values that are any English or invented word in place of one that fits, so that they
-        cannot be guessed ("my favorite dish is cobblestones"). A memory learns from these to hold what was said.
-      wordy: share of the assistant's turns, answers to questions left out, that go on with one to four sentences about
-        nothing that was said.
+      making: how it is made.
     """
-    made = _hold(split, seed, index, turns, ages, arbitrary, wordy)[0]
+    made = _hold(split, seed, index, making)[0]
     return {"turns": made.turns, "scored": made.answers}
 
 
-def question(
-    split: str,
-    seed: int,
-    index: int,
-    turns: Sequence[int],
-    ages: Sequence[int] = (),
-    arbitrary: float = 0.0,
-    wordy: float = 0.0,
-) -> dict[str, Any]:
+def question(split: str, seed: int, index: int, making: Making) -> dict[str, Any]:
     """The same conversation as an online example: ``{"contexts", "query", "target", "choices", "age"}``.
 
     The choices are the answer with other values: superseded ones and others from the conversation first. Arguments as
     for `chat`.
     """
-    made, fact, answer = _hold(split, seed, index, turns, ages, arbitrary, wordy)
+    made, fact, answer = _hold(split, seed, index, making)
     *contexts, query, target = made.turns
     age = (len(contexts) - fact.told) // 2
     return {"contexts": contexts, "query": query, "target": target, "choices": made.choices(fact, answer), "age": age}

@@ -295,12 +295,14 @@ def _generated(source: str, address: str, options: dict[str, str], fields: dict[
     elif address in ("chats", "chat_questions"):
         turns = conversations.parse_turns(options.pop("turns", "4-16"), most=chats.MOST_TURNS)
         ages = _ages(source, options.pop("age"), chats.MOST_AGES) if "age" in options else ()
-        least = 2 * (max(ages, default=1) + 1)
-        if max(turns) < least:
-            raise UserError(f"data source {source!r}: to tell something and ask for it takes turns of at least {least}")
         arbitrary, wordy = (_share(source, options, name) for name in ("arbitrary", "wordy"))
+        making = chats.Making(turns, ages, arbitrary, wordy)
+        if max(turns) < making.fewest:
+            raise UserError(
+                f"data source {source!r}: to tell something and ask for it takes turns of at least {making.fewest}"
+            )
         hold = chats.chat if address == "chats" else chats.question
-        record = lambda index: hold(split, seed, index, turns, ages, arbitrary, wordy)
+        record = lambda index: hold(split, seed, index, making)
     else:
         turns = conversations.parse_turns(options.pop("turns", "4-16"))
         make = conversations.dialogue if address == "conversations" else conversations.question

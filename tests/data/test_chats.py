@@ -6,10 +6,11 @@ import string
 import pytest
 
 from jax_ccm.data import chats, conversations
+from jax_ccm.data.chats import Making
 from jax_ccm.data.sources import open_sources
 from jax_ccm.errors import UserError
 
-LENGTHS = tuple(range(6, 25))
+ANY = Making(tuple(range(6, 25)))
 
 
 def test_every_kind_of_fact_has_questions_in_words_of_its_split():
@@ -38,12 +39,12 @@ def test_invented_words_of_a_split_are_not_those_of_another():
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_the_last_answer_was_told_before(split):
     for index in range(60):
-        made, fact, answer = chats._hold(split, 0, index, LENGTHS)
+        made, fact, answer = chats._hold(split, 0, index, ANY)
         assert len(made.turns) % 2 == 0 and 6 <= len(made.turns) <= 24 and all(turn.strip() for turn in made.turns)
         value = fact.slots["v"]
         assert value.lower() in made.turns[-1].lower() and value.lower() in made.turns[fact.told].lower()
-        assert made.turns == chats.chat(split, 0, index, LENGTHS)["turns"]  # the same again
-        scored = chats.chat(split, 0, index, LENGTHS)["scored"]
+        assert made.turns == chats.chat(split, 0, index, ANY)["turns"]  # the same again
+        scored = chats.chat(split, 0, index, ANY)["scored"]
         assert scored[-1] == len(made.turns) - 1 and all(turn % 2 for turn in scored)
         # A superseded value is not the answer.
         assert all(old.lower() not in made.turns[-1].lower() or old in value for old in fact.past)
@@ -52,7 +53,7 @@ def test_the_last_answer_was_told_before(split):
 @pytest.mark.parametrize("age", [1, 3, 8])
 def test_the_age_of_the_fact_that_is_asked_for(age):
     for index in range(40):
-        made, fact, _ = chats._hold("test", 1, index, (18, 20), (age,))
+        made, fact, _ = chats._hold("test", 1, index, Making((18, 20), (age,)))
         assert (len(made.turns) - 2 - fact.told) // 2 == age
         between = " ".join(made.turns[fact.told + 2 : -2]).lower()
         if len(fact.slots["v"]) > 4:  # a short number may stand in another
@@ -61,20 +62,20 @@ def test_the_age_of_the_fact_that_is_asked_for(age):
 
 def test_choices_and_long_conversations():
     for index in range(40):
-        record = chats.question("validation", 0, index, (12,), (2,))
+        record = chats.question("validation", 0, index, Making((12,), (2,)))
         assert record["target"] in record["choices"] and len(set(record["choices"])) == conversations.CHOICES
         assert len(record["contexts"]) == 10
         assert [*record["contexts"], record["query"], record["target"]] == chats.chat(
-            "validation", 0, index, (12,), (2,)
+            "validation", 0, index, Making((12,), (2,))
         )["turns"]
-    long = chats.chat("test", 0, 0, (400,), (199,))["turns"]
+    long = chats.chat("test", 0, 0, Making((400,), (199,)))["turns"]
     assert len(long) == 400
 
 
 def test_one_conversation_is_asked_for_facts_of_several_ages():
     ages = (1, 4, 16, 30)
     for number in range(6):
-        asked = [chats.question("test", 0, 4 * number + own, (64,), ages) for own in range(4)]
+        asked = [chats.question("test", 0, 4 * number + own, Making((64,), ages)) for own in range(4)]
         assert tuple(record["age"] for record in asked) == ages
         contexts = [record["contexts"] for record in asked]
         assert all(context == contexts[0] for context in contexts) and len(contexts[0]) == 62
@@ -82,13 +83,13 @@ def test_one_conversation_is_asked_for_facts_of_several_ages():
         for record in asked:
             assert record["target"] in record["choices"]
     # There are fewer kinds of facts than ages to come and turns to fill.
-    everything = chats.question("test", 0, 31, (400,), tuple(range(1, 1 + chats.MOST_AGES)))
+    everything = chats.question("test", 0, 31, Making((400,), tuple(range(1, 1 + chats.MOST_AGES))))
     assert everything["age"] == chats.MOST_AGES
 
 
 def test_arbitrary_values_are_words_of_their_split():
     values = {
-        split: {chats.chat(split, 0, index, (4,), (), 1.0)["turns"][-1] for index in range(50)}
+        split: {chats.chat(split, 0, index, Making((4,), arbitrary=1.0))["turns"][-1] for index in range(50)}
         for split in ("train", "validation", "test")
     }
     assert not values["train"] & values["test"]
@@ -104,16 +105,16 @@ def test_wordy_turns_are_no_answers():
     pattern = lambda text: "[A-Za-z ]+".join(map(re.escape, re.split("{[wN]}", text)))
     ends = re.compile(f"({'|'.join(map(pattern, rambling))})$")
     for index in range(20):
-        record = chats.chat("test", 0, index, (12,), (), 0.0, 1.0)
+        record = chats.chat("test", 0, index, Making((12,), wordy=1.0))
         for turn in range(1, 12, 2):
             assert bool(ends.search(record["turns"][turn])) == (turn not in record["scored"]), record["turns"][turn]
 
 
 def test_as_a_source():
     (source,) = open_sources(["generated:chats?split=test&size=3&seed=2&turns=8-10&age=2"], "dialogue")
-    assert len(source) == 3 and source[1] == chats.chat("test", 2, 1, (8, 9, 10), (2,))
+    assert len(source) == 3 and source[1] == chats.chat("test", 2, 1, Making((8, 9, 10), (2,)))
     (asked,) = open_sources(["generated:chat_questions?split=test&size=3&seed=2&turns=8,10"], "online")
-    assert asked[2] == chats.question("test", 2, 2, (8, 10))
+    assert asked[2] == chats.question("test", 2, 2, Making((8, 10)))
     for wrong, says in {
         "generated:chats?age=0": "age='0' must be a whole number, at least 1",
         "generated:chats?age=4,4": "age='4,4' must be a whole number, at least 1, or up to 32 different ones",
