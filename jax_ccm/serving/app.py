@@ -167,13 +167,10 @@ class Server:
     async def chat(self, request: Request) -> Answer:
         """``/v1/chat/completions``."""
         asked = requests.chat(await self._json(request), self.defaults, request.headers.get("x-session-id"))
-        start = None
         if asked.session is not None:
             self._require_session(asked.session)
-            names = self.pool.store, self.pool._rows
-            start = asked.session if any(asked.session in known for known in names) else None
         made = shapes.Completion(self.defaults.model)
-        replies = self._replies(request, asked, start, asked.session, lambda reply: {})
+        replies = self._replies(request, asked, asked.session, asked.session, lambda reply: {})
         if not asked.stream:
             return JSONResponse(made.whole(await _last(replies)))
         first = await anext(replies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -16,6 +17,8 @@ from jax_ccm.serving.metrics import Metrics
 from jax_ccm.serving.store import Store
 from jax_ccm.sessions.conversations import Conversations, Reply, State
 from jax_ccm.sessions.engine import Answering
+
+log = logging.getLogger("jax_ccm.serve")
 
 
 class Missing(UserError):
@@ -34,7 +37,8 @@ class Turn:
       text: what is said.
       how: the answer is made.
       told: turns before it that were answered elsewhere.
-      start: the session that it goes on from; None for an empty one.
+      start: the session that it goes on from; None for an empty one. One that is to be kept under this name begins if
+        it is not there when its turn comes.
       keep: the session that it makes, or changes; None to keep nothing.
       shorter: whether the answer may be made shorter than `how` says, if there is no room for so much.
       about: JSON values to keep with it, made of the reply.
@@ -208,7 +212,10 @@ class Pool:
                 self._answer(self._running)
                 self._running = []
         for name in list(self._dirty):
-            self._save(name)
+            try:
+                self._save(name)
+            except UserError:
+                log.exception("the session %r is lost", name)  # and the others are not
 
     def _next(self) -> list[Turn]:
         """As many turns as there are rows, of a session one at a time."""
@@ -321,7 +328,11 @@ class Pool:
     def _seat(self, start: str | None, keep: str | None, busy: Mapping[int, Turn] = {}) -> int:  # noqa: B006
         """The row in which a session speaks now."""
         if start is not None and start not in self._rows and start not in self.store:
-            raise Missing(f"there is no session {start!r}")
+            if start != keep:
+                raise Missing(f"there is no session {start!r}")
+            start = None
+        if start is not None:
+            self.store.touch(start)
         if start is not None and start == keep and start in self._rows:
             self._rows.move_to_end(start)
             return self._rows[start]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 
@@ -153,6 +154,40 @@ def test_more_sessions_than_rows(client, url, server, oracle):
     assert count("jax_ccm_evictions_total") >= 3 and count("jax_ccm_loads_total") >= 3
     assert count("jax_ccm_batch_count") < count("jax_ccm_first_token_count"), "some were answered side by side"
     assert count("jax_ccm_sessions_on_disk") >= 5
+
+
+def test_a_session_that_two_begin_at_once_has_both_turns(client, url, server):
+    """Whether it is there is asked when a turn is seated, not when it comes: neither overwrites the other."""
+    _, pool = server
+    held, free = threading.Event(), threading.Event()
+    threads = [threading.Thread(target=pool.do, args=(lambda: (held.set(), free.wait()),))]
+    threads[0].start()
+    assert held.wait(10)
+    replies = []
+    for text in ("I am Ann", "I am Ben"):
+        threads.append(threading.Thread(target=lambda text=text: replies.append(ask(client, text, "twice"))))
+        threads[-1].start()
+    deadline = time.monotonic() + 10
+    while len(pool._waiting) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(pool._waiting) == 2
+    free.set()
+    for thread in threads:
+        thread.join()
+    known = sorted(reply.usage.prompt_tokens_details.cached_tokens for reply in replies)
+    assert known[0] == 0 and known[1] > 0
+    assert _tokens(url, "twice") > known[1]
+
+
+def test_what_is_used_is_not_idle(client, server):
+    """A response that others go on from was used, though its file did not change."""
+    _, pool = server
+    first = client.responses.create(model=MODEL, input="I am Ann")
+    path = pool.store.path(first.id)
+    os.utime(path, (0, 0))
+    assert first.id in pool.store.older(60)
+    client.responses.create(model=MODEL, input="who am I", previous_response_id=first.id)
+    assert first.id not in pool.store.older(60)
 
 
 def test_responses_branch(client, oracle, server):
