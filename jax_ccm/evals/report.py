@@ -77,7 +77,7 @@ def print_table(results: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     header, rows = table_rows(results)
-    what = "whole texts" if _of_texts(results) else f"the target by {name_of_steps(results)[1].split(':')[0]}"
+    what = "whole texts" if _of_texts(results) else f"the target by {name_of_steps(results)[2]}"
     table = Table(title=f"Perplexity of {what}", title_justify="left")
     for column in header:
         table.add_column(column, justify="right", no_wrap=False)
@@ -108,12 +108,12 @@ def legend(results: Mapping[str, Any]) -> list[str]:
             what = "target tokens that are the most likely"
         lines.append(f"right: share of {what}")
     if results["steps"][-1]["step"] == "all":
-        lines.append("all: every time step together")
+        lines.append(f"all: every {name_of_steps(results)[2]} together")
     held = "holds at the end of its text" if _of_texts(results) else "carries from its context to the next turn"
     lines.append(f"KiB, MiB, bytes: keys and values that a session {held}")
     for row in results["steps"]:
         if "note" in row and row["step"] != "all":
-            lines.append(f"no control at t={row['step']}: {row['note']}")
+            lines.append(f"no control at {name_of_steps(results)[0]} {row['step']}: {row['note']}")
     return lines
 
 
@@ -198,11 +198,11 @@ def plot_tradeoff(points: Sequence[tuple[str, str, Sequence]], path: str | Path,
     paths.save_figure(figure, path, dpi=150)
 
 
-def name_of_steps(results: Mapping[str, Any]) -> tuple[str, str]:
-    """What the rows of the table are, and the same in words."""
+def name_of_steps(results: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What the rows of the table are: as a column, as an axis, and as a word."""
     if results["config"]["eval"].get("by") == "age":
-        return "age", "age of what is asked for: exchanges since it was told"
-    return "t", "time step: chunks of context before the question"
+        return "age", "age of what is asked for: exchanges since it was told", "age"
+    return "t", "time step: chunks of context before the question", "time step"
 
 
 def _of_texts(results: Mapping[str, Any]) -> bool:
