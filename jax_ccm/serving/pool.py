@@ -209,7 +209,7 @@ class Pool:
                 order()
             self._expire()
             if self._running:
-                self._answer(self._running)
+                self._answer(list(self._running))
                 self._running = []
         for name in list(self._dirty):
             try:
@@ -255,7 +255,7 @@ class Pool:
             # One of them is at fault: as long as nobody has heard anything, each is answered by itself.
             if len(seated) == 1 or any(turn.first is not None for turn in seated.values()):
                 for turn in seated.values():
-                    turn.hear(e)
+                    self._end(turn, e)
             else:
                 for turn in seated.values():
                     self._answer([turn])
@@ -275,11 +275,18 @@ class Pool:
                 self._keep(turn.keep, row, turn.about(reply))
         except Exception as e:
             self._undo(row, turn, before)
-            turn.hear(e)
+            self._end(turn, e)
             return
         self.metrics.add("tokens_read", reply.read)
         self.metrics.add("tokens_made", reply.tokens)
-        turn.hear(reply)
+        self._end(turn, reply)
+
+    def _end(self, turn: Turn, what: Reply | Exception) -> None:
+        """Lets the last be heard of a turn, which waits no more: whoever hears it may ask again at once."""
+        with self._change:
+            if turn in self._running:
+                self._running.remove(turn)
+        turn.hear(what)
 
     def _seat_all(self, turns: Sequence[Turn]) -> tuple[dict[int, Turn], dict[int, int], dict[int, State]]:
         """Turns by the rows that they speak in, the tokens that each was told first, and how the rows were before."""
@@ -293,7 +300,7 @@ class Pool:
             except Exception as e:
                 if row is not None:
                     self._undo(row, turn, before[row])
-                turn.hear(e)
+                self._end(turn, e)
                 continue
             told[row] = self.talk.state.tokens[row] - before[row].tokens[row]
             seated[row] = turn

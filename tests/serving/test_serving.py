@@ -19,10 +19,11 @@ from jax_ccm.errors import UserError
 from jax_ccm.memory import files
 from jax_ccm.serving.app import Access, Server
 from jax_ccm.serving.metrics import Metrics
-from jax_ccm.serving.pool import Limits, Pool
+from jax_ccm.serving.pool import Busy, Limits, Missing, Pool, Turn
 from jax_ccm.serving.requests import Defaults
 from jax_ccm.serving.store import Store
-from jax_ccm.sessions.conversations import Conversations
+from jax_ccm.sessions.conversations import Conversations, Reply
+from jax_ccm.sessions.engine import Answering
 from tests.test_chat import experiment
 
 ROWS = 2
@@ -177,6 +178,32 @@ def test_a_session_that_two_begin_at_once_has_both_turns(client, url, server):
     known = sorted(reply.usage.prompt_tokens_details.cached_tokens for reply in replies)
     assert known[0] == 0 and known[1] > 0
     assert _tokens(url, "twice") > known[1]
+
+
+def test_who_has_an_answer_waits_no_more(made, tmp_path):
+    """Also where one turn alone may wait: the next may be asked as soon as the last answer, or refusal, is heard."""
+    store, done, heard = Store(tmp_path), threading.Event(), []
+    pool = Pool(Conversations(made, ROWS), store, limits=Limits(waiting=1), metrics=Metrics())
+
+    def turn(start, *then):
+        def hear(what):
+            if isinstance(what, Exception) or what.ended:
+                heard.append(what)
+                try:
+                    pool.say(turn(*then)) if then else done.set()
+                except Busy as e:
+                    heard.append(e)
+                    done.set()
+
+        return Turn("hello", Answering(max_tokens=2), hear, start=start, keep=None)
+
+    try:
+        pool.say(turn(None, "nobody", None))
+        assert done.wait(60)
+    finally:
+        pool.close()
+        store.close()
+    assert [type(what) for what in heard] == [Reply, Missing, Reply]
 
 
 def test_what_is_used_is_not_idle(client, server):
