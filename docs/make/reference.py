@@ -13,7 +13,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import docstring_parser
 import tyro
 
 from jax_ccm.config.schema import Config
-from jax_ccm.data.config import FORMAT_OPTIONS
+from jax_ccm.data.config import BY_FORMAT, own_options
 from jax_ccm.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,12 @@ argument is a config it may be the name, folder or hub id of an adapter instead,
 def said(kind: type) -> tuple[str, dict[str, str]]:
     """The docstring of a dataclass: what it is, and what each field means."""
     parsed = docstring_parser.parse_from_object(kind)
-    meanings = {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}
+    meanings: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        meanings |= {
+            entry.arg_name: " ".join((entry.description or "").split())
+            for entry in docstring_parser.parse_from_object(base).params
+        }
     about = "\n\n".join(filter(None, (parsed.short_description, parsed.long_description)))
     return re.sub(r"``(.+?)``", r"`\1`", about), meanings
 
@@ -102,17 +107,6 @@ def row(*cells: str) -> str:
     )
 
 
-def of_formats(name: str, default: Any) -> str:
-    """The default of a data key: where it is nothing, what each format that reads it takes."""
-    readers = {format: options[name] for format, options in FORMAT_OPTIONS.items() if name in options}
-    if default is not None or not readers:
-        return shown(default)
-    values = {shown(value) or "none" for value in readers.values()}
-    if len(values) == 1:
-        return values.pop()
-    return "; ".join(f"{format}: {shown(value) or 'none'}" for format, value in readers.items())
-
-
 def of_methods(name: str, default: Any) -> str:
     """The default of an option of a method, or of several methods."""
     found: dict[str, list[str]] = {}
@@ -127,11 +121,16 @@ def of_methods(name: str, default: Any) -> str:
 
 
 def table(
-    kind: type, prefix: str = "", default: Callable[[str, Any], str] = lambda _, value: shown(value)
+    kind: type,
+    prefix: str = "",
+    default: Callable[[str, Any], str] = lambda _, value: shown(value),
+    only: Collection[str] | None = None,
 ) -> Iterator[str]:
-    """Rows for the fields of a dataclass, those of nested ones among them; positional arguments lose the prefix."""
+    """Rows for the fields of a dataclass (or some), those of nested ones too; positional arguments lose the prefix."""
     hints, (_, meanings) = typing.get_type_hints(kind, include_extras=True), said(kind)
     for field in dataclasses.fields(kind):
+        if only is not None and field.name not in only:
+            continue
         if dataclasses.is_dataclass(hints[field.name]):
             yield from table(hints[field.name], f"{prefix}{field.name}.", default)
         else:
@@ -142,28 +141,23 @@ def table(
             yield row(f"`{name}`", words(hints[field.name]), default(field.name, field.default), meaning)
 
 
+def section(head: str, kind: type, rows: Iterator[str]) -> str:
+    """A heading, what a dataclass says of itself, and a table of keys."""
+    lines = [head, "", said(kind)[0], "", row("key", "type", "default", "meaning"), "|---|---|---|---|", *rows, ""]
+    return "\n".join(lines)
+
+
 def configuration() -> str:
     """The page of config keys."""
     parts = [CONFIGURATION]
-    defaults: Mapping[str, Callable[[str, Any], str]] = {"data": of_formats, "method": of_methods}
     for field in dataclasses.fields(Config):
-        kind = typing.get_type_hints(Config)[field.name]
-        about, _ = said(kind)
-        rows = table(kind, f"{field.name}.", defaults.get(field.name, lambda _, value: shown(value)))
-        parts.append(
-            "\n".join(
-                [
-                    f"## {field.name}",
-                    "",
-                    about,
-                    "",
-                    row("key", "type", "default", "meaning"),
-                    "|---|---|---|---|",
-                    *rows,
-                    "",
-                ]
-            )
-        )
+        name, kind = field.name, typing.get_type_hints(Config)[field.name]
+        default = of_methods if name == "method" else lambda _, value: shown(value)
+        parts.append(section(f"## {name}", kind, table(kind, f"{name}.", default)))
+        for format, own in BY_FORMAT.items() if name == "data" else ():
+            if options := own_options(own):
+                rows = table(own, f"{name}.", only=options)
+                parts.append(section(f"### data, where the format is `{format}`", own, rows))
     return "\n".join(parts)
 
 

@@ -82,7 +82,8 @@ def portable(config: Config) -> Config:
 
 def chosen(config: Config) -> dict[str, Any]:
     """What a config says beyond the defaults, as nested dicts: `from_mapping` makes the same config of it."""
-    return _beyond(to_mapping(config), to_mapping(Config()))
+    usual = to_mapping(Config(data=type(config.data)()))
+    return _beyond(to_mapping(config), {**usual, "data": {**usual["data"], "format": Config().data.format}})
 
 
 def _beyond(ours: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 from jax_ccm.config.adapters import open_config
-from jax_ccm.config.schema import Config, check
+from jax_ccm.config.schema import Config, check, in_format
 from jax_ccm.distributed import processes
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.numerics.precision import processor_flags
@@ -51,7 +51,7 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argv[0] if argv and not argv[0].startswith("-") else None
     file = next((arg for arg in argv if arg.endswith((".yaml", ".yml"))), first)
-    config = Config() if file is None else open_config(file)
+    config = in_format(Config() if file is None else open_config(file), argv)
     about = tyro.conf.arg(metavar="CONFIG", help="A YAML file; or an adapter's name, folder or hub id: its own config.")
     fields = [
         ("config", Annotated[paths.Folder, tyro.conf.Positional, about]),

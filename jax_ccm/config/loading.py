@@ -13,6 +13,7 @@ from flax import nnx
 
 from jax_ccm import methods
 from jax_ccm.config.schema import Config, ScratchConfig
+from jax_ccm.data.config import TextConfig
 from jax_ccm.data.documents import FORMATS
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
@@ -109,7 +110,8 @@ def build_method(config: Config) -> Method:
         raise
     except ValueError as e:
         raise UserError(f"method: {e}") from e
-    if method.heeds_marks and not method.remembers and config.data.ratio is None:
+    keeps = isinstance(config.data, TextConfig) and config.data.ratio is not None
+    if method.heeds_marks and not method.remembers and not keeps:
         raise UserError(
             f"method {method.name!r} sees only text that the data keep, and these keep none; set data.ratio, and "
             "data.hide: tokens (data.format: text)"

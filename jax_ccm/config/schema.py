@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jax_ccm.config.yaml import convert, read_yaml
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import BY_FORMAT, DataConfig, DialogueConfig, kind_of, own_options
 from jax_ccm.errors import UserError
 from jax_ccm.methods import METHODS, builder_of
 from jax_ccm.numerics import Precision
@@ -255,7 +255,7 @@ class Config:
     model: ModelSource = ModelSource()
     method: MethodConfig = MethodConfig()
     adapter: AdapterSource = AdapterSource()
-    data: DataConfig = DataConfig()
+    data: DataConfig = DialogueConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -278,7 +278,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if overrides:
         import tyro
 
-        config = tyro.cli(Config, args=list(overrides), default=config, prog=str(path))
+        config = tyro.cli(Config, args=list(overrides), default=in_format(config, overrides), prog=str(path))
     check(config)
     return config
 
@@ -290,13 +290,48 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
       UserError: naming the path of the offending key.
     """
     tree = _with_new_names(tree)
-    method = tree.get("method") if isinstance(tree, Mapping) else None
+    # What depends on a value is a field of a class that the value chooses; the command line knows it by the type.
+    own: dict[str, Any] = {}
+    method, data = (tree.get(name) if isinstance(tree, Mapping) else None for name in ("method", "data"))
     name = method.get("name") if isinstance(method, Mapping) else None
-    if not isinstance(name, str) or not named.is_named(name):
-        return convert(Config, tree)
-    # Its options are fields of a class of its own, which the command line then knows by the value's type.
-    own = convert(_own_method(name), method, "method")
-    return dataclasses.replace(convert(Config, {**tree, "method": {"name": name}}), method=own)
+    if isinstance(name, str) and named.is_named(name):
+        own["method"] = convert(_own_method(name), method, "method")
+    if isinstance(data, Mapping):
+        own["data"] = _data(data)
+    rest = {name: value for name, value in tree.items() if name not in own} if own else tree
+    return dataclasses.replace(convert(Config, rest), **own)
+
+
+def _data(given: Mapping[str, Any]) -> DataConfig:
+    """The data of a config, strictly."""
+    # Earlier versions wrote the options of all formats, and nothing for those that were not set.
+    optional = {name for kind in BY_FORMAT.values() for name in own_options(kind)}
+    given = {name: value for name, value in given.items() if value is not None or name not in optional}
+    return convert(kind_of(given), given, "data")
+
+
+def in_format(config: Config, args: Sequence[str]) -> Config:
+    """A config whose data have the options of the format that a command line names, for tyro to know them.
+
+    Raises:
+      UserError: if the config sets an option that this format does not have.
+    """
+    format, before = config.data.format, config.data
+    for number, arg in enumerate(args):
+        if arg == "--data.format":
+            format = next(iter(args[number + 1 :]), "")
+        elif arg.startswith("--data.format="):
+            format = arg.split("=", 1)[1]
+    if format == before.format or format not in BY_FORMAT:  # what is no format, tyro refuses
+        return config
+    given = {field.name: getattr(before, field.name) for field in dataclasses.fields(before)}
+    given = {name: value for name, value in given.items() if value != getattr(type(before), name)}
+    kind = kind_of({**given, "format": format})
+    # As it is, unchecked: what else the command line says may be what makes it fit.
+    data = object.__new__(kind)
+    values = {field.name: given.get(field.name, field.default) for field in dataclasses.fields(kind)}
+    data.__dict__.update(values, format=format)
+    return dataclasses.replace(config, data=data)
 
 
 def _with_new_names(tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.data import documents
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import DataConfig, TextConfig
 from jax_ccm.data.formats import Format, Report, Unit
 from jax_ccm.data.sources import Source, open_sources
 from jax_ccm.errors import UserError
@@ -184,11 +184,11 @@ def prepare(
                 f"data.{name}={getattr(config, name)} has no effect with method {method.name!r}, which {why}; "
                 "set it to 0"
             )
-    if method.chunk is not None and config.format == "text":
-        window = config.option("chunk") * (config.max_chunks + 1)
+    if method.chunk is not None and isinstance(config, TextConfig):
+        window = config.chunk * (config.max_chunks + 1)
         if window % method.chunk:
             raise UserError(
-                f"windows of data.chunk={config.option('chunk')} x (data.max_chunks={config.max_chunks} + 1) = "
+                f"windows of data.chunk={config.chunk} x (data.max_chunks={config.max_chunks} + 1) = "
                 f"{window} tokens are no multiple of the {method.chunk} tokens that method {method.name!r} takes "
                 "at a time; the rest of each would never be compressed"
             )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.data import recall, spans
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import DataConfig, TextConfig
 from jax_ccm.data.fewshot import FewShot
 from jax_ccm.data.formats import Askable, Dialogue, NoChoices, Online, Report, Unit, segment, used
 from jax_ccm.data.sources import Source
@@ -37,16 +37,17 @@ class Text(NoChoices):
     is not cut into chunks: spans of it, or single tokens, are drawn anew each time, and the rest is kept (Sentinel).
     """
 
-    def __init__(self, config: DataConfig, template: Template):
+    def __init__(self, config: TextConfig, template: Template):
         self.config, self.template = config, template
-        self._words = config.option("unit") == "words"
+        self._words = config.unit == "words"
         self._sampler = None
-        if config.ratio is not None and config.option("hide") == "spans":
-            self._sampler = spans.Sampler(config.ratio, config.option("span"), config.option("sampler") == "released")
+        if config.ratio is not None and config.hide != "tokens":
+            longest = spans.Sampler.longest if config.span is None else config.span
+            self._sampler = spans.Sampler(config.ratio, longest, config.sampler == "released")
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
         report, units = Report("windows"), []
-        chunk, chunks = self.config.option("chunk"), self.config.max_chunks + 1
+        chunk, chunks = self.config.chunk, self.config.max_chunks + 1
         for where, record in used(sources, "text", report, "without text"):
             tokens, begins = self._tokens(record["text"])
             if not len(tokens):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import FewShotConfig
 from jax_ccm.data.formats import Report, Unit, segment, used
 from jax_ccm.data.sources import Source
 from jax_ccm.data.template import Template
@@ -41,7 +41,7 @@ class FewShot:
     tokenized = True
     has_choices = True
 
-    def __init__(self, config: DataConfig, template: Template):
+    def __init__(self, config: FewShotConfig, template: Template):
         self.config, self.template = config, template
         self._tasks: dict[str, list[Shot]] = {}
         self._longest_label: dict[str, int] = {}
@@ -56,7 +56,7 @@ class FewShot:
         report = Report("examples")
         if evaluation:
             return self._load_tasks(sources, demonstrations, report), report
-        shots, units = self.config.option("shots"), []
+        shots, units = self.config.shots, []
         for source in sources:
             task = self.read(source, report)
             if len(task) <= shots:
@@ -89,7 +89,7 @@ class FewShot:
         texts = self.template.later([record["text"] for _, record in found])
         known = {record["label"]: None for _, record in found}
         labels = dict(zip(known, self.template.target(list(known)), strict=True))
-        longest = self.config.option("max_turn_tokens")
+        longest = self.config.max_turn_tokens
         around = len(self.template.separator) + len(self.template.answer)
         units = []
         for (where, record), text in zip(found, texts, strict=True):
@@ -107,7 +107,7 @@ class FewShot:
         return len(self._shown[unit.task])
 
     def ask(self, unit: Unit, step: int, target: np.ndarray | None = None) -> Example:
-        target, most = unit.pieces[1] if target is None else target, self.config.option("max_tokens_evaluation")
+        target, most = unit.pieces[1] if target is None else target, self.config.max_tokens_evaluation
         return self.build(unit, self._shown[unit.task][:step], target, most, every=False, score_end=False)
 
     def answers(self, unit: Unit) -> tuple[Sequence[np.ndarray], int]:
@@ -122,11 +122,9 @@ class FewShot:
         assert isinstance(unit, Shot)
         task = self._tasks[unit.task]
         # An offset of 1..n-1 behind the query, modulo n, never hits the query itself.
-        offsets = 1 + rng.permutation(len(task) - 1)[: self.config.option("shots")]
+        offsets = 1 + rng.permutation(len(task) - 1)[: self.config.shots]
         demonstrations = [task[(unit.place + offset) % len(task)] for offset in offsets]
-        return self.build(
-            unit, demonstrations, unit.pieces[1], self.config.option("max_tokens"), self.config.loss == "every"
-        )
+        return self.build(unit, demonstrations, unit.pieces[1], self.config.max_tokens, self.config.loss == "every")
 
     def build(
         self,
@@ -156,12 +154,12 @@ class FewShot:
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         assert isinstance(unit, Shot)
-        shots = {"chunks": self.config.option("shots"), "joined": 1, "dropped": 0}[method.context]
+        shots = {"chunks": self.config.shots, "joined": 1, "dropped": 0}[method.context]
         alone = measure(method, self.build(unit, (), unit.pieces[1], 0, every=False))
         if not shots:
             return alone
         scored = alone.scored
         if self.config.loss == "every":
-            scored += (self.config.option("shots") - 1) * self._longest_label[unit.task]
-        tokens = max(alone.tokens, self.config.option("max_tokens"))
+            scored += (self.config.shots - 1) * self._longest_label[unit.task]
+        tokens = max(alone.tokens, self.config.max_tokens)
         return bound(method, tokens, shots, scored)

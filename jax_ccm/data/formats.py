@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from jax_ccm.data.chat_template import ROLES
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import DialogueConfig, LimitedConfig, OnlineConfig, TurnsConfig
 from jax_ccm.data.sources import Record, Source, blank
 from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
@@ -234,19 +234,19 @@ def despace(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def turns_a_chunk(config: DataConfig) -> int:
+def turns_a_chunk(config: TurnsConfig) -> int:
     """How many turns or contexts are closed as one chunk of memory."""
-    return 2 if config.option("unit_of_memory") == "exchange" else 1
+    return 2 if config.unit_of_memory == "exchange" else 1
 
 
-def chunks_of(config: DataConfig, turns: int) -> int:
+def chunks_of(config: TurnsConfig, turns: int) -> int:
     """Chunks of memory that so many turns or contexts make; the first may be of fewer than the others."""
     return -(-turns // turns_a_chunk(config))
 
 
-def most_tokens(config: DataConfig, evaluation: bool) -> int:
+def most_tokens(config: LimitedConfig, evaluation: bool) -> int:
     """The limit on a session's tokens."""
-    return config.option("max_tokens_evaluation" if evaluation else "max_tokens")
+    return config.max_tokens_evaluation if evaluation else config.max_tokens
 
 
 class Dialogue(NoChoices):
@@ -257,7 +257,7 @@ class Dialogue(NoChoices):
     it does; the last always.
     """
 
-    def __init__(self, config: DataConfig, template: Template):
+    def __init__(self, config: DialogueConfig, template: Template):
         self.config, self.template = config, template
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
@@ -278,14 +278,14 @@ class Dialogue(NoChoices):
         first = self.template.first([turns[0] if turns else "" for turns in dialogues])
         later = iter(self.template.later([turn for turns in dialogues for turn in turns[1:]]))
         tokens = [(head, *(next(later) for _ in turns[1:])) for head, turns in zip(first, dialogues, strict=True)]
-        least = self.config.option("min_turns")
+        least = self.config.min_turns
         return limited(self.config, ids, tokens, evaluation, report, least, "turns", marked), report
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         every = self.config.loss == "every"
         count = len(unit.pieces)
         if not every:
-            count = int(rng.integers(self.config.option("min_turns"), count + 1))
+            count = int(rng.integers(self.config.min_turns, count + 1))
         return self._session(unit, count, every)
 
     def chunks(self, unit: Unit) -> int:
@@ -297,12 +297,12 @@ class Dialogue(NoChoices):
         return session(self.template, turns, every=False, score_end=False, unit=size, id=unit.id)
 
     def _session(self, unit: Unit, count: int, every: bool) -> Example:
-        size, roles = turns_a_chunk(self.config), self.config.option("roles")
+        size, roles = turns_a_chunk(self.config), self.config.roles or ROLES
         turns, marked = unit.pieces[:count], unit.marked
         return session(self.template, turns, every=every, unit=size, roles=roles, marked=marked, id=unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
-        every, least = self.config.loss == "every", self.config.option("min_turns")
+        every, least = self.config.loss == "every", self.config.min_turns
         whole = measure(method, self._session(unit, len(unit.pieces), every))
         if every:
             return whole
@@ -336,7 +336,7 @@ class Online:
 
     tokenized = True
 
-    def __init__(self, config: DataConfig, template: Template):
+    def __init__(self, config: OnlineConfig, template: Template):
         self.config, self.template = config, template
         self._records: dict[str, Record] = {}
 
@@ -361,7 +361,7 @@ class Online:
         return limited(self.config, ids, tokens, evaluation, report, 2, "pieces"), report
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
-        every, size, roles = self.config.loss == "every", turns_a_chunk(self.config), self.config.option("roles")
+        every, size, roles = self.config.loss == "every", turns_a_chunk(self.config), self.config.roles or ROLES
         return session(self.template, unit.pieces, every=every, unit=size, roles=roles, id=unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
@@ -390,7 +390,7 @@ class Online:
 
 
 def limited(
-    config: DataConfig,
+    config: LimitedConfig,
     ids: Sequence[str],
     tokens: Sequence[tuple[np.ndarray, ...]],
     evaluation: bool,
@@ -401,7 +401,7 @@ def limited(
 ) -> list[Unit]:
     """The sessions within the limits, as units; the others are counted in the report."""
     units: list[Unit] = []
-    longest, most = config.option("max_turn_tokens"), most_tokens(config, evaluation)
+    longest, most = config.max_turn_tokens, most_tokens(config, evaluation)
     report.units += len(tokens)
     for id, pieces, named in zip(ids, tokens, marked or [None] * len(ids), strict=True):
         if not all(map(len, pieces)) and len(pieces) >= least:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.data import documents
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import DataConfig, FewShotConfig, TextConfig, TurnsConfig
 from jax_ccm.data.documents import Text
 from jax_ccm.data.formats import Unit
 from jax_ccm.data.sources import Record, Records, Source, open_sources
@@ -71,8 +71,8 @@ class Evaluation:
     @classmethod
     def open(cls, config: DataConfig, tokenizer: Any, split: str = "test") -> Evaluation:
         """The evaluation of a config's ``"validation"`` or ``"test"`` sources."""
-        sources = open_sources(getattr(config, split), config.format)
-        shown = config.option("demonstrations")
+        sources = open_sources({"validation": config.validation, "test": config.test}[split], config.format)
+        shown = config.demonstrations if isinstance(config, FewShotConfig) else ()
         return cls(config, tokenizer, sources, open_sources(shown, config.format) if shown else ())
 
     @property
@@ -151,14 +151,14 @@ class Evaluation:
     def _check(self, step: int) -> None:
         if step < 1:
             raise UserError(f"time step {step}: evaluation starts at 1, the first chunk")
-        if self.config.ratio is not None:
+        if isinstance(self.config, TextConfig) and self.config.ratio is not None:
             raise UserError(
                 "data.ratio draws spans, which leaves no time steps to evaluate at; score whole texts (eval.by: text), "
                 "or evaluate without data.ratio"
             )
 
     def _long_enough(self, step: int) -> list[Unit]:
-        exact = self.config.option("truncate") is False
+        exact = isinstance(self.config, TurnsConfig) and not self.config.truncate
         lengths = ((unit, self.format.chunks(unit)) for unit in self.units)
         return [unit for unit, length in lengths if length == step or (length > step and not exact)]
 

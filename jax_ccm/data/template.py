@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.data.chat_template import ROLES, ChatTemplate
-from jax_ccm.data.config import FORMAT_OPTIONS, DataConfig
+from jax_ccm.data.config import DataConfig, TurnsConfig
 from jax_ccm.data.encoding import Encoder
 from jax_ccm.errors import UserError
 
@@ -88,10 +88,9 @@ class Template:
     @classmethod
     def of(cls, config: DataConfig, tokenizer: Any) -> Template:
         """The pieces of a config's format."""
-        if "chat_template" in FORMAT_OPTIONS[config.format] and config.option("chat_template"):
+        if isinstance(config, TurnsConfig) and config.chat_template:
             return cls(tokenizer, chat_template=ChatTemplate.of(tokenizer))
-        given = {name: config.option(name) for name in ("bos", "eos", "opening", "separator", "answer")}
-        return cls(tokenizer, **{name: value for name, value in given.items() if value is not None})
+        return cls(tokenizer, **config.pieces())
 
     def _write(self, template: ChatTemplate) -> None:
         """Sets the pieces of messages."""

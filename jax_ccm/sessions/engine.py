@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jax_ccm.config.loading import Experiment
+from jax_ccm.data.config import TurnsConfig
 from jax_ccm.data.formats import turns_a_chunk
 from jax_ccm.errors import UserError
 from jax_ccm.memory import steps
@@ -83,15 +84,14 @@ class Engine:
         closing: Closing | None = None,
     ):
         """Prepares for so many sessions. Arguments and errors as `Conversations`."""
-        if experiment.tokenizer is None or experiment.config.data.format not in ("dialogue", "online"):
-            raise UserError(
-                f"data.format is {experiment.config.data.format!r}; only a model of dialogues or of questions can chat"
-            )
+        data = experiment.config.data
+        if experiment.tokenizer is None or not isinstance(data, TurnsConfig):
+            raise UserError(f"data.format is {data.format!r}; only a model of dialogues or of questions can chat")
         if rows < 1:
             raise UserError(f"there are {rows} rows; give 1 or more")
         policy(experiment.method, closing, query=True)  # refuses what cannot be
         assert experiment.template is not None
-        self.experiment, self.rows, self.template = experiment, rows, experiment.template
+        self.experiment, self.rows, self.template, self.data = experiment, rows, experiment.template, data
         self.closing = closing
         self.decoder = for_decoding(experiment.model, self.empty())
         self.stops = sorted({*experiment.ends, *self._turn_ends()})
@@ -143,7 +143,7 @@ class Engine:
         if not len(answer):
             return [asked]
         said = np.concatenate([answer, template.tails["assistant"]])
-        if turns_a_chunk(self.experiment.config.data) == 1:
+        if turns_a_chunk(self.data) == 1:
             return [asked, np.concatenate([template.separator, template.heads["assistant"], said])]
         return [np.concatenate([question, template.answer, said])]
 
@@ -163,7 +163,7 @@ class Engine:
             + max(len(template.start), len(template.separator))
         )
         room = self.experiment.config.cache.raw_capacity - around
-        size = max(min(self.experiment.config.data.option("max_turn_tokens"), room), 1)
+        size = max(min(self.data.max_turn_tokens, room), 1)
         chunks = []
         for at in range(0, len(tokens), size):
             opening = template.start if first and not at else template.separator
@@ -390,9 +390,9 @@ class Engine:
 
     def _turn_ends(self) -> tuple[int, ...]:
         """Tokens with which a turn ends: of a message, or, with dialogues as lines, those that hold a line break."""
-        if self.experiment.config.data.option("chat_template"):
+        if self.data.chat_template:
             return tuple(self.template.end[:1].tolist())
-        if "\n" not in self.experiment.config.data.option("separator"):
+        if "\n" not in self.data.pieces()["separator"]:
             return ()
         texts = self.experiment.tokenizer.batch_decode([[i] for i in range(self.experiment.model_config.vocab_size)])
         return tuple(i for i, text in enumerate(texts) if "\n" in text)

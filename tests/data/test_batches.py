@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_ccm.data.batches import joined, prepare, train_iterator
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import DialogueConfig, OnlineConfig, RecallConfig
 from jax_ccm.data.sources import Records
 from jax_ccm.errors import UserError
 from jax_ccm.methods import baselines, ccm
@@ -23,7 +23,7 @@ METHOD = ccm.concat(comp_tokens=2, sink=True)
 @pytest.fixture
 def config(tmp_path):
     path = write(tmp_path / "train.jsonl", dialogues(*range(3, 14)))
-    return DataConfig(train=(path,), batch_size=4, tokens=256, max_chunks=11, scored=200, loss="every", join=0.5)
+    return DialogueConfig(train=(path,), batch_size=4, tokens=256, max_chunks=11, scored=200, loss="every", join=0.5)
 
 
 def take(iterator, count):
@@ -73,7 +73,7 @@ def test_epochs_differ_and_seeds_count(config):
     compressed = [int((b.slots.kind == Kind.COMP).sum()) for b in batches]
     assert len(set(compressed)) > 1  # joined differently
     assert found != sum(map(rows, take(data.iterator(seed=1), 11)), [])
-    fixed = DataConfig(**{**vars(config), "shuffle_seed": 0})
+    fixed = DialogueConfig(**{**vars(config), "shuffle_seed": 0})
     same(take(prepare(fixed, METHOD, tokenizer(), VOCAB).iterator(seed=1), 3), batches[:3])
 
 
@@ -144,7 +144,7 @@ def test_weights_that_cannot_be(config, tmp_path):
 def test_what_does_not_fit_is_counted(tmp_path):
     path = write(tmp_path / "train.jsonl", [*dialogues(3, 8, 3), {"turns": ["a", "b", "x" * 60]}, *dialogues(6)])
     lines = []
-    config = DataConfig(train=(path,), tokens=160, max_chunks=5, scored=40, batch_size=2)
+    config = DialogueConfig(train=(path,), tokens=160, max_chunks=5, scored=40, batch_size=2)
     iterator = train_iterator(config, METHOD, tokenizer(), VOCAB, seed=0, log=lines.append)
     assert lines == [
         "training data: 3 of 5 dialogues are used; dropped: 1 of more than data.max_chunks=5 chunks, "
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_counted(tmp_path):
     ]
     take(iterator, 4)
     with pytest.raises(UserError, match="no training data is left: 0 of 5 dialogues .* 5 of more than data.tokens=20"):
-        prepare(DataConfig(train=(path,), tokens=20), METHOD, tokenizer(), VOCAB)
+        prepare(DialogueConfig(train=(path,), tokens=20), METHOD, tokenizer(), VOCAB)
 
 
 def test_ids_outside_the_vocabulary(config):
@@ -200,8 +200,8 @@ def test_joined():
 
 
 def test_uncompressed_rows_stand_beside_compressed_ones():
-    config = DataConfig(
-        format="recall", train=("generated:recall?size=64&names=20&things=20",), batch_size=32, tokens=64, max_chunks=8,
+    config = RecallConfig(
+        train=("generated:recall?size=64&names=20&things=20",), batch_size=32, tokens=64, max_chunks=8,
         scored=8, uncompressed=0.5,
     )  # fmt: skip
     batch = next(prepare(config, METHOD, None, 41).iterator(seed=0))
@@ -212,7 +212,7 @@ def test_uncompressed_rows_stand_beside_compressed_ones():
 
 
 def test_online_and_generated_questions():
-    config = DataConfig(format="online", train=("generated:questions?size=20&turns=4-8",), batch_size=4, max_chunks=6)
+    config = OnlineConfig(train=("generated:questions?size=20&turns=4-8",), batch_size=4, max_chunks=6)
     data = prepare(config, METHOD, tokenizer(), VOCAB)
     assert isinstance(data.units, list) and len(data.units) <= 20
     batch = next(data.iterator(seed=0))

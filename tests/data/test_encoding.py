@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from jax_ccm.data import documents
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import BY_FORMAT
 from jax_ccm.data.encoding import Encoder, control_tokens
 from jax_ccm.data.questions import Evaluation
 from jax_ccm.data.sources import Records
@@ -155,7 +155,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_format_of_data(tokenizer, name):
     fields, records = RECORDS[name]
-    config = DataConfig(format=name.split(",")[0], bos=False, **({} if "text" in name else {"eos": False}), **fields)
+    config = BY_FORMAT[name.split(",")[0]](bos=False, **({} if "text" in name else {"eos": False}), **fields)
     format = documents.build(config, tokenizer)
     units, _ = format.load([Records("r", records)])
     examples = [format.draw(unit, np.random.default_rng(seed)) for seed, unit in enumerate(units)]

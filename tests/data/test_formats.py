@@ -5,7 +5,7 @@ import pytest
 from tokenizers import normalizers
 
 from jax_ccm.data import documents
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import BY_FORMAT, DialogueConfig, TextConfig, kind_of
 from jax_ccm.data.formats import Dialogue, despace
 from jax_ccm.data.sources import Records, open_sources
 from jax_ccm.data.template import Template
@@ -18,7 +18,7 @@ HELLO = {"turns": ["the one", "he is", "in the", "on"]}
 
 
 def load(records, evaluation=False, **fields):
-    format = documents.build(DataConfig(**fields), tokenizer())
+    format = documents.build(kind_of(fields)(**fields), tokenizer())
     units, report = format.load([Records("r", records)], evaluation)
     return format, units, report
 
@@ -251,9 +251,9 @@ def test_what_is_closed_as_one_chunk():
         assert len(layout.arrange(ccm.gist(), example)) == 2
     assert scored["turn"] == scored["exchange"]
     with pytest.raises(UserError, match="format 'fewshot' does not read it"):
-        DataConfig(format="fewshot", unit_of_memory="turn")
+        kind_of({"format": "fewshot", "unit_of_memory": "turn"})
     with pytest.raises(UserError, match="unknown data.unit_of_memory 'pair'"):
-        DataConfig(unit_of_memory="pair")
+        DialogueConfig(unit_of_memory="pair")
 
 
 BLANKS = {
@@ -272,7 +272,7 @@ def test_a_record_with_nothing_in_it_is_dropped_and_counted(tmp_path, format):
     """One among thousands: the whole record goes, and the report names the first."""
     fields, good, bad, reason = BLANKS[format]
     source = write(tmp_path / "a.jsonl", [good, bad, good, good, bad])
-    config = DataConfig(format=format, **fields)
+    config = BY_FORMAT[format](**fields)
     units, report = documents.build(config, tokenizer()).load(open_sources([source], format))
     assert len(units) == 3 and report.records == 5
     assert f"3 of 5 {report.noun} are used; dropped: 2 " in str(report)
@@ -283,7 +283,7 @@ def test_text_that_the_tokenizer_leaves_out_is_no_turn():
     made = tokenizer.__wrapped__()
     made.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
     for config, record in (
-        (DataConfig(), {"turns": ["\u200b", "a", "c"]}), (DataConfig(format="text"), {"text": "\u200b"}),
+        (DialogueConfig(), {"turns": ["\u200b", "a", "c"]}), (TextConfig(), {"text": "\u200b"}),
     ):  # fmt: skip
         units, report = documents.build(config, made).load([Records("r", [record])])
         assert not units and report.dropped.total() == 1 and "r[0]" in str(report)
@@ -293,7 +293,7 @@ def test_turns_that_a_record_names_for_the_loss(tmp_path):
     """They are scored, and the last; in a piece of a long dialogue those that lie in it."""
     turns = [f"the turn {number}" for number in range(8)]
     path = write(tmp_path / "a.jsonl", [{"turns": turns, "scored": [1, 2, 5]}])
-    config = DataConfig(train=(path,), loss="every", max_turns=4)
+    config = DialogueConfig(train=(path,), loss="every", max_turns=4)
     made = Dialogue(config, Template(tokenizer()))
     units, _ = made.load(open_sources([path], "dialogue"))
     scored = lambda unit: [text_of(s.tokens[s.scored]) for s in made.draw(unit, np.random.default_rng(0)).segments]

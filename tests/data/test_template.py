@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import DialogueConfig
 from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
 from jax_ccm.weights.tokenizers import load_tokenizer
@@ -52,7 +52,7 @@ def test_a_separator_that_cannot_stand_alone():
 def test_missing_special_tokens():
     with pytest.raises(UserError, match="data.bos is true, but this tokenizer has no bos token; set data.bos: false"):
         Template(tokenizer(bos=False))
-    template = Template.of(DataConfig(bos=False, eos=False), tokenizer(bos=False))
+    template = Template.of(DialogueConfig(bos=False, eos=False), tokenizer(bos=False))
     assert not len(template.start) and not len(template.end)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import DialogueConfig
 from jax_ccm.data.questions import Choice, Evaluation, wrong_memory_choices
 from jax_ccm.data.sources import Records
 from jax_ccm.errors import UserError
@@ -39,7 +39,7 @@ def rigged(right, wrong=None) -> Measured:
 def test_perplexity_is_weighted_by_tokens_and_leaves_the_end_out():
     """Trap 15, by hand: two samples of 3 and 1 target tokens; the end of sequence does not count."""
     records = [{"turns": ["a", "b", "abc"]}, {"turns": ["b", "a", "c"]}]
-    config = DataConfig(format="dialogue", separator="|")
+    config = DialogueConfig(separator="|")
     evaluation = Evaluation(config, data.tokenizer(), [Records("r", records)])
     rng = np.random.default_rng(0)
     table = rng.normal(size=(data.VOCAB, data.VOCAB)) * 3
@@ -113,7 +113,7 @@ def test_the_control_sees_whether_memory_is_read():
 
 
 def test_stages_of_few_records():
-    config = DataConfig(format="dialogue", separator="|")
+    config = DialogueConfig(separator="|")
     evaluation = Evaluation(config, data.tokenizer(), [Records("r", data.dialogues(3, 3, 3, 4, 4))])
     one, two = perplexity.stages(evaluation, [1, 2, 9], most=4)
     assert (one.step, len(one.right), two.step, len(two.right)) == (1, 4, 2, 2)

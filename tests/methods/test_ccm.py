@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_ccm.data.batches import prepare
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import DialogueConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
 from jax_ccm.methods import build
@@ -36,7 +36,9 @@ def test_training_draws_ratios(tmp_path):
     """Every number from the fewest to all is drawn, in shapes that do not change."""
     method = build("ccm_concat", comp_tokens=4, min_comp_tokens=2)
     path = write(tmp_path / "d.jsonl", dialogues(6, 5, 7))
-    data = prepare(DataConfig(train=(str(path),), tokens=256, max_chunks=6, loss="every"), method, tokenizer(), VOCAB)
+    data = prepare(
+        DialogueConfig(train=(str(path),), tokens=256, max_chunks=6, loss="every"), method, tokenizer(), VOCAB
+    )
     counts, shapes = set(), set()
     for batch, _ in zip(data.iterator(seed=0), range(6), strict=False):
         shapes.add((batch.tokens.shape, batch.memory.slots.kind.shape))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_ccm.data.batches import prepare
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import DialogueConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
 from jax_ccm.evals.slots import context_slots
@@ -94,7 +94,7 @@ def test_sizes_hold_every_row():
 def test_training_batches_keep_their_shape(tmp_path):
     """Turns of any lengths, joined or not: one shape, and no slot without its full share."""
     path = write(tmp_path / "d.jsonl", dialogues(5, 6, 7, 8))
-    config = DataConfig(train=(path,), tokens=256, max_chunks=6, scored=200, loss="every", join=0.5, batch_size=4)
+    config = DialogueConfig(train=(path,), tokens=256, max_chunks=6, scored=200, loss="every", join=0.5, batch_size=4)
     data = prepare(config, build("compressive", ratio=4, sink=True), tokenizer(), VOCAB)
     shapes, slots = set(), set()
     for made, _ in zip(data.iterator(seed=0), range(5), strict=False):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jax_ccm.data.batches import prepare
-from jax_ccm.data.config import DataConfig
+from jax_ccm.data.config import TextConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity, recurrent
 from jax_ccm.memory import losses, steps
@@ -212,7 +212,7 @@ def test_documents_share_no_row():
 def test_windows_that_t_c_does_not_divide(tmp_path):
     """Training text is cut into windows of whole chunks: the rest of each would never be compressed."""
     path = write(tmp_path / "text.jsonl", [{"text": "abcdefgh" * 9}])
-    data = DataConfig(train=(path,), format="text", chunk=5, max_chunks=3, tokens=99, scored=64, loss="all", bos=False)
+    data = TextConfig(train=(path,), chunk=5, max_chunks=3, tokens=99, scored=64, loss="all", bos=False)
     with pytest.raises(
         UserError, match=r"data.chunk=5 x \(data.max_chunks=3 \+ 1\) = 20 tokens are no multiple of the 8"
     ):
