@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("memory/", "weights/"),
     ("evals/", "config/"),
     ("benchmarks/",),
-    ("evaluate", "verify", "compare", "convert", "inspect", "training/", "sessions/"),
+    ("evaluate", "verify", "compare", "convert", "inspect", "prepare", "training/", "sessions/"),
     ("bench", "chat", "train", "planning/", "serving/"),
     ("plan", "serve"),
     ("__init__",),

@@ -166,7 +166,7 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         source = str(paths.of(f"{stored.source}/{stored.extra[TRAINED_BASE]}"))
     if stored is not None and source:
         _require_base(source, stored.source)
-    tokenizer = _tokenizer(config)
+    tokenizer = tokenizer_of(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     model = _base(config, source, shape if stored is None else None, tokenizer, mesh)
     on = {"base": base_source(config), "accept_quantised_base": config.adapter.accept_quantised_base}
@@ -221,7 +221,12 @@ def _require_shape(stored: AdapterConfig, wanted: AdapterConfig, path: str) -> N
             )
 
 
-def _tokenizer(config: Config) -> Any:
+def tokenizer_of(config: Config) -> Any:
+    """The tokenizer of the config's base; None for data that need none.
+
+    Raises:
+      UserError: if there is none.
+    """
     if not FORMATS[config.data.format].tokenized:
         return None
     source = config.model.tokenizer or base_source(config)
@@ -233,6 +238,28 @@ def _tokenizer(config: Config) -> Any:
         f"data.format {config.data.format!r} needs a tokenizer, and a model from scratch brings none; set "
         "model.tokenizer"
     )
+
+
+def vocabulary(config: Config, tokenizer: Any) -> int:
+    """V of the config's base, whose weights are not loaded.
+
+    Args:
+      config: the config.
+      tokenizer: `tokenizer_of` it.
+    """
+    from jax_ccm.weights import read_config
+
+    source = base_source(config)
+    return (read_config(source) if source else _scratch_shape(config, tokenizer)).vocab_size
+
+
+def _scratch_shape(config: Config, tokenizer: Any) -> ModelConfig:
+    try:
+        return scratch_model(config.model.scratch, 0 if tokenizer is None else len(tokenizer))
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f"model.scratch: {e}") from e
 
 
 def _base(
@@ -249,10 +276,7 @@ def _base(
         return load_model(
             source, adapter=adapter, precision=precision, key=key, shardings=shardings, rope_length=length
         )
-    try:
-        shape = scratch_model(config.model.scratch, 0 if tokenizer is None else len(tokenizer))
-    except ValueError as e:
-        raise UserError(f"model.scratch: {e}") from e
+    shape = _scratch_shape(config, tokenizer)
     shardings = _shardings(mesh, shape, adapter, precision)
     return jax.jit(lambda key: _scratch(key, shape, adapter, precision), out_shardings=shardings)(key)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import glob
+import os
 import pathlib
 import re
 import reprlib
@@ -236,82 +237,10 @@ def blank(record: Record, format: str) -> bool:
     return False
 
 
-def _number(source: str, options: dict[str, str], name: str, default: int, least: int) -> int:
-    text = options.pop(name, str(default))
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"data source {source!r}: {name}={text!r} must be a whole number, at least {least}")
-    return int(text)
-
-
-CHAT_OPTIONS = ("turns", "age", "arbitrary", "wordy")
-
-
-def _ages(source: str, text: str, most: int) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts) or len(parts) > min(most, len(set(parts))):
-        raise UserError(
-            f"data source {source!r}: age={text!r} must be a whole number, at least 1, or up to {most} "
-            "different ones: 1,4,8"
-        )
-    return tuple(map(int, parts))
-
-
-def _share(source: str, options: dict[str, str], name: str) -> float:
-    text = options.pop(name, "0")
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0.0 <= share <= 1.0:
-        raise UserError(f"data source {source!r}: {name}={text!r} must be a number from 0 to 1")
-    return share
-
-
 def _generated(source: str, address: str, options: dict[str, str], fields: dict[str, bool], format: str) -> Source:
-    from jax_ccm.data import chats, conversations, recall
+    from jax_ccm.data.generated import generate
 
-    kinds = {
-        "conversations": "dialogue", "questions": "online", "chats": "dialogue", "chat_questions": "online",
-        "recall": "recall",
-    }  # fmt: skip
-    if address not in kinds:
-        raise unknown("generated data set", address, kinds)
-    if kinds[address] != format:
-        raise UserError(
-            f"data source {source!r} gives records for format {kinds[address]!r}, but data.format is {format!r}"
-        )
-    split = options.pop("split", "train")
-    if split not in ("train", "validation", "test"):
-        raise unknown(f"split in {source!r}:", split, ("train", "validation", "test"))
-    size = _number(source, options, "size", 2000, 1)
-    seed = _number(source, options, "seed", 0, 0)
-    if address == "recall":
-        task = recall.Recall(
-            facts=_number(source, options, "facts", 8, 1),
-            names=_number(source, options, "names", 50, 1),
-            things=_number(source, options, "things", 50, 2),
-        )
-        record = lambda index: task.record(split, seed, index)
-    elif address in ("chats", "chat_questions"):
-        turns = conversations.parse_turns(options.pop("turns", "4-16"), most=chats.MOST_TURNS)
-        ages = _ages(source, options.pop("age"), chats.MOST_AGES) if "age" in options else ()
-        arbitrary, wordy = (_share(source, options, name) for name in ("arbitrary", "wordy"))
-        making = chats.Making(turns, ages, arbitrary, wordy)
-        if max(turns) < making.fewest:
-            raise UserError(
-                f"data source {source!r}: to tell something and ask for it takes turns of at least {making.fewest}"
-            )
-        hold = chats.chat if address == "chats" else chats.question
-        record = lambda index: hold(split, seed, index, making)
-    else:
-        turns = conversations.parse_turns(options.pop("turns", "4-16"))
-        make = conversations.dialogue if address == "conversations" else conversations.question
-        record = lambda index: make(split, seed, index, turns)
-    if options:
-        own = {"recall": ("facts", "names", "things")} | dict.fromkeys(("chats", "chat_questions"), CHAT_OPTIONS)
-        allowed = ("split", "size", "seed", *own.get(address, ("turns",)))
-        raise unknown(f"option of {source!r}:", next(iter(options)), allowed)
-    return Computed(source, size, record)
+    return Computed(source, *generate(source, address, options, format))
 
 
 def _own(source: str, address: str, options: dict[str, str], fields: dict[str, bool], format: str) -> Source:
@@ -322,6 +251,17 @@ def _own(source: str, address: str, options: dict[str, str], fields: dict[str, b
     for index in range(len(made)):
         _check(made[index], fields, made.where(index))
     return made
+
+
+def prepared() -> tuple[pathlib.Path, list[tuple[str, list[str]]]]:
+    """The default folder of tensorflow-datasets, and the data sets prepared in it: name with config, and splits."""
+    folder = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    found: dict[str, list[str]] = {}
+    for file in sorted(folder.glob("**/dataset_info.json")):
+        # NAME[/CONFIG]/VERSION/dataset_info.json; of several versions the last is shown.
+        splits = parse_json(file.read_bytes(), str(file)).get("splits", [])
+        found[file.parent.parent.relative_to(folder).as_posix()] = [split["name"] for split in splits]
+    return folder, sorted(found.items())
 
 
 def _tfds(source: str, address: str, options: dict[str, str], fields: dict[str, bool], format: str) -> Source:

@@ -1,0 +1,161 @@
+"""The generated data sets by name, with the options that each takes: what ``generated:NAME?option=value`` can be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax_ccm.data import chats, conversations, recall
+from jax_ccm.errors import UserError, unknown
+
+SPLITS = ("train", "validation", "test")
+# What all take: how many records there are, and which.
+COMMON = {"split": "train", "size": "2000", "seed": "0"}
+# What makes record number i of a split and a seed.
+Make = Callable[[str, int, int], dict[str, Any]]
+
+
+class Given:
+    """The options of one source, taken one after the other."""
+
+    def __init__(self, source: str, options: Mapping[str, str]):
+        self.source, self._options = source, options
+
+    def text(self, name: str) -> str:
+        return self._options[name]
+
+    def number(self, name: str, least: int) -> int:
+        """A whole number."""
+        text = self._options[name]
+        if not text.isdecimal() or int(text) < least:
+            raise UserError(f"data source {self.source!r}: {name}={text!r} must be a whole number, at least {least}")
+        return int(text)
+
+    def share(self, name: str) -> float:
+        """A number from 0 to 1."""
+        text = self._options[name]
+        try:
+            share = float(text)
+        except ValueError:
+            share = -1.0
+        if not 0.0 <= share <= 1.0:
+            raise UserError(f"data source {self.source!r}: {name}={text!r} must be a number from 0 to 1")
+        return share
+
+    def ages(self, name: str, most: int) -> tuple[int, ...]:
+        """Different whole numbers; () if the option was not given."""
+        text = self._options[name]
+        if text == ANY:
+            return ()
+        parts = text.split(",")
+        if not all(part.isdecimal() and int(part) for part in parts) or len(parts) > min(most, len(set(parts))):
+            raise UserError(
+                f"data source {self.source!r}: {name}={text!r} must be a whole number, at least 1, or up to {most} "
+                "different ones: 1,4,8"
+            )
+        return tuple(map(int, parts))
+
+
+# The default of an option that limits nothing.
+ANY = "any"
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A generated data set.
+
+    Attributes:
+      format: the ``data.format`` of its records.
+      about: what it is, in a line.
+      options: what it takes besides `COMMON`, with defaults.
+      make: checks the options, and gives what makes records.
+    """
+
+    format: str
+    about: str
+    options: Mapping[str, str]
+    make: Callable[[Given], Make]
+
+
+def _recall(given: Given) -> Make:
+    return recall.Recall(
+        facts=given.number("facts", 1), names=given.number("names", 1), things=given.number("things", 2)
+    ).record
+
+
+def _small_talk(hold: Callable[..., dict[str, Any]]) -> Callable[[Given], Make]:
+    def make(given: Given) -> Make:
+        turns = conversations.parse_turns(given.text("turns"))
+        return lambda split, seed, index: hold(split, seed, index, turns)
+
+    return make
+
+
+def _chats(hold: Callable[..., dict[str, Any]]) -> Callable[[Given], Make]:
+    def make(given: Given) -> Make:
+        turns = conversations.parse_turns(given.text("turns"), most=chats.MOST_TURNS)
+        ages = given.ages("age", chats.MOST_AGES)
+        making = chats.Making(turns, ages, given.share("arbitrary"), given.share("wordy"))
+        if max(turns) < making.fewest:
+            raise UserError(
+                f"data source {given.source!r}: to tell something and ask for it takes turns of at least "
+                f"{making.fewest}"
+            )
+        return lambda split, seed, index: hold(split, seed, index, making)
+
+    return make
+
+
+_CHATS = {"turns": "4-16", "age": ANY, "arbitrary": "0", "wordy": "0"}
+
+GENERATED = {
+    "conversations": Generator(
+        "dialogue", "small talk of two people, with facts worth remembering", {"turns": "4-16"},
+        _small_talk(conversations.dialogue),
+    ),
+    "questions": Generator(
+        "online", "the same, and a question for one of the facts, with choices", {"turns": "4-16"},
+        _small_talk(conversations.question),
+    ),
+    "chats": Generator("dialogue", "a user who tells and asks, an assistant who answers", _CHATS, _chats(chats.chat)),
+    "chat_questions": Generator(
+        "online", "the same, and a question for what was told some exchanges ago, with choices", _CHATS,
+        _chats(chats.question),
+    ),
+    "recall": Generator(
+        "recall", "facts of two tokens, all asked for; needs no tokenizer",
+        {"facts": "8", "names": "50", "things": "50"}, _recall,
+    ),
+}  # fmt: skip
+
+
+def generate(source: str, name: str, options: Mapping[str, str], format: str) -> tuple[int, Callable[[int], Any]]:
+    """How many records a source has, and what gives the one at an index.
+
+    Args:
+      source: the whole source, for messages.
+      name: a key of `GENERATED`.
+      options: what was given.
+      format: the ``data.format`` that reads it.
+
+    Raises:
+      UserError: for a name, an option or a value that there is not, or records of another format.
+    """
+    if name not in GENERATED:
+        raise unknown("generated data set", name, GENERATED)
+    kind = GENERATED[name]
+    if kind.format != format:
+        raise UserError(
+            f"data source {source!r} gives records for format {kind.format!r}, but data.format is {format!r}"
+        )
+    known = {**COMMON, **kind.options}
+    for option in options:
+        if option not in known:
+            raise unknown(f"option of {source!r}:", option, known)
+    given = Given(source, {**known, **options})
+    split = given.text("split")
+    if split not in SPLITS:
+        raise unknown(f"split in {source!r}:", split, SPLITS)
+    size, seed, make = given.number("size", 1), given.number("seed", 0), kind.make(given)
+    return size, lambda index: make(split, seed, index)

@@ -1,0 +1,130 @@
+"""``python -m jax_ccm.prepare list | inspect CONFIG``: which data there are, and what a config makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import tyro
+
+from jax_ccm.config import cli
+from jax_ccm.config.schema import Config
+from jax_ccm.errors import UserError, unknown
+
+COMMAND = "jax_ccm.prepare"
+ACTIONS = ("list", "inspect")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Shows examples of a config's data as training feeds them, each a table of runs of tokens.
+
+    Chunks, the tokens that the method adds, positions, on which tokens the LoRA acts, and which are scored. No weights
+    are loaded. ``python -m jax_ccm.prepare list`` names the formats and sources there are.
+    """
+
+    split: Literal["train", "validation", "test"] = "train"
+    """Which sources of the config's data; those of training are drawn as training draws them, the others are asked
+    behind their whole context."""
+    count: int = 3
+    """How many examples, spread over the records."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Names the formats of records, the generated data sets with their options, and the prepared ones of tfds."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first, rest = (argv[0] if argv else ""), argv[1:]
+    if first == "list":
+        tyro.cli(Listing, args=rest, prog=f"python -m {COMMAND} list")
+        print(*listing(), sep="\n")
+    elif first == "inspect" or first in ("-h", "--help"):
+        options, config, _ = cli.parse(Options, rest if first == "inspect" else argv, command=f"{COMMAND} inspect")
+        show(config, options)
+    elif first:
+        raise unknown("action of prepare", first, ACTIONS)
+    else:
+        raise UserError(f"say what to do: python -m {COMMAND} list, or inspect CONFIG")
+
+
+def listing() -> Iterator[str]:
+    """Formats and sources, in lines."""
+    from jax_ccm.data.generated import COMMON, GENERATED, SPLITS
+    from jax_ccm.data.sources import FIELDS, prepared
+
+    written = lambda options: "?" + "&".join(f"{name}={value}" for name, value in options.items())
+    yield "formats of records (data.format), and the fields that each reads"
+    for format, fields in FIELDS.items():
+        names = [f"{name}{' (texts)' if several else ''}" for name, several in fields.items()]
+        yield f"  {format:<10} {', '.join(names) or 'only generated ones'}"
+    yield f"\ngenerated data sets; all take {written(COMMON)}; splits: {', '.join(SPLITS)}, which share nothing"
+    for name, kind in GENERATED.items():
+        yield f"  generated:{name + written(kind.options)}"
+        yield f"      {kind.format}: {kind.about}"
+    folder, found = prepared()
+    yield f"\nprepared data sets of tensorflow-datasets in {folder}"
+    yield from (f"  tfds:{name}:SPLIT   splits: {', '.join(splits)}" for name, splits in found)
+    if not found:
+        yield "  none; `tfds build NAME --file_format=array_record` prepares one, ?data_dir= names another folder"
+    yield "\nfiles, also in buckets: FILE.jsonl, one record a line; FILE.txt or a folder, one text each; * in names"
+    yield "of your own: python:package.module:function?name=value"
+
+
+def show(config: Config, options: Options) -> None:
+    """Prints examples of a config's data.
+
+    Raises:
+      UserError: for data that cannot be read, a method that is never trained, or no examples to show.
+    """
+    import numpy as np
+    from rich.console import Console
+    from rich.text import Text
+
+    from jax_ccm.config.loading import build_method, tokenizer_of, vocabulary
+    from jax_ccm.data import batches, runs
+    from jax_ccm.data.questions import Evaluation
+    from jax_ccm.rules.describe import describe_method, label
+
+    if options.count < 1:
+        raise UserError(f"--count is {options.count}; it must be at least 1")
+    method, tokenizer = build_method(config), tokenizer_of(config)
+    vocab = vocabulary(config, tokenizer)
+    if options.split == "train":
+        data = batches.prepare(config.data, method, tokenizer, vocab)
+        example = lambda place: data.draw(data.units[place], np.random.default_rng([config.train.seed, place]))
+    else:
+        data = Evaluation.open(config.data, tokenizer, options.split)
+        windows = data.texts() if config.data.ratio is not None else None
+        ask = lambda unit: data.format.ask(unit, data.format.chunks(unit))
+        example = lambda place: ask(data.units[place]) if windows is None else windows[place]
+    acts = ", ".join(kind.name for kind in method.gate) or "no token"
+    print(f"{options.split} data: {data.report}\nmethod: {label(describe_method(method))}; the LoRA acts on {acts}")
+    console = Console(highlight=False, soft_wrap=True)
+    places = np.unique(np.linspace(0, len(data.units) - 1, options.count).round().astype(int))
+    for number, place in enumerate(places, 1):
+        shown = example(int(place))
+        made, row = runs.runs(method, shown, vocab, tokenizer)
+        slots = 0 if row.memory is None else int(row.memory.slots.live.sum())
+        print(
+            f"\nexample {number}: {shown.id or '(no name)'}\n{len(row.tokens[0])} places, {slots} slots written to "
+            f"memory, {int((row.weights > 0).sum())} tokens scored"
+        )
+        where = [runs.positions(run.positions) for run in made]
+        width = max(len("positions"), *map(len, where))
+        print(f"chunk  kind    {'positions':<{width}}  LoRA  scored  text")
+        for run, spread in zip(made, where, strict=True):
+            chunk = "tail" if run.chunk is None else str(run.chunk)
+            marks = f"{'yes' * run.gated:<4}  {'yes' * run.scored:<6}"
+            text = "".join(c if c.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(c, "�") for c in run.text)
+            style = "magenta" if run.gated and not run.scored else "bold green" if run.scored else ""
+            head = f"{chunk:<5}  {run.kind.name:<6}  {spread:<{width}}  {marks}  "
+            console.print(Text.assemble(head, "[", (text, style), "]"))
+
+
+if __name__ == "__main__":
+    cli.run(main)
