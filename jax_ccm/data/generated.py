@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jax_ccm.data import chats, conversations, recall
+from jax_ccm.data import chats, conversations, recall, suite
 from jax_ccm.errors import UserError, unknown
 
 SPLITS = ("train", "validation", "test")
@@ -107,6 +107,25 @@ def _chats(hold: Callable[..., dict[str, Any]]) -> Callable[[Given], Make]:
     return make
 
 
+def _suite(name: str) -> Callable[[Given], Make]:
+    def make(given: Given) -> Make:
+        turns = conversations.parse_turns(given.text("turns"), most=chats.MOST_TURNS)
+        ages, behind = given.ages("age", chats.MOST_AGES), suite.TASKS[name][2]
+        if ages and min(ages) <= behind:
+            raise UserError(
+                f"data source {given.source!r}: age={min(ages)} leaves no exchange for what is told later; "
+                f"give at least {behind + 1}"
+            )
+        if max(turns) < suite.fewest(name, ages):
+            raise UserError(
+                f"data source {given.source!r}: to tell what is asked for and ask takes turns of at least "
+                f"{suite.fewest(name, ages)}"
+            )
+        return lambda split, seed, index: suite.question(name, split, seed, index, turns, ages)
+
+    return make
+
+
 _CHATS = {"turns": "4-16", "age": ANY, "arbitrary": "0", "wordy": "0"}
 
 GENERATED = {
@@ -123,6 +142,10 @@ GENERATED = {
         "online", "the same, and a question for what was told some exchanges ago, with choices", _CHATS,
         _chats(chats.question),
     ),
+    **{
+        name: Generator("online", about, {"turns": "8-16", "age": ANY}, _suite(name))
+        for name, (*_, about) in suite.TASKS.items()
+    },
     "recall": Generator(
         "recall", "facts of two tokens, all asked for; needs no tokenizer",
         {"facts": "8", "names": "50", "things": "50"}, _recall,
