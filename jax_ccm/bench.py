@@ -117,7 +117,8 @@ def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], d
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 100))
     init = lambda params: init_state(params, optimizer)
     shardings = sharding.parameter_shardings(experiment.mesh, jax.eval_shape(init, params), shape)
-    step = make_step(config, graphdef, method, optimizer, (shardings, sharding.replicated(experiment.mesh)))
+    out = (shardings, sharding.replicated(experiment.mesh))
+    step = make_step(graphdef, method, optimizer, config.train, dropout=config.adapter.dropout > 0, shardings=out)
     batches: Batch = sharding.place(experiment.mesh, jax.tree.map(lambda x: np.asarray(x)[None], made), leading=1)
     # A copy: the step is given its state for good, and the model's arrays are still needed.
     state = [jax.tree.map(jnp.copy, jax.jit(init, out_shardings=shardings)(params))]

@@ -89,7 +89,8 @@ def training_step(
     batch = on(sharding.batch_shardings(mesh, batch, leading=1), batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
-    step = make_step(config, graphdef, method, optimizer, (shardings, sharding.replicated(mesh)))
+    out = (shardings, sharding.replicated(mesh))
+    step = make_step(graphdef, method, optimizer, config.train, dropout=config.adapter.dropout > 0, shardings=out)
     kinds = {"weights": frozen, "adapter": state["params"], "optimizer": state["optimizer"], "batch": batch}
     return Program(step, (state, frozen, batch, key), kinds, mesh)
 

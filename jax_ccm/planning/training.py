@@ -27,7 +27,7 @@ def micro_batches(
     require_parallel(method)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
     sharding.check(mesh, shape)
-    check_spread(config, mesh)
+    check_spread(config.data, mesh)
     shares, smallest = sharding.row_shares(mesh), config.data.batch_size
     batch = smallest * config.optimizer.accumulation
     print(f"training: {sharding.describe(mesh)}, global batch {batch}")

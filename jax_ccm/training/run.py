@@ -95,7 +95,7 @@ class Run:
     def _prepare(self, stored: dict[str, Any] | None, accept_changes: bool) -> None:
         """Opens the data, and places what is trained: fresh, or from the newest checkpoint."""
         config = self.config
-        check_spread(config, self.experiment.mesh)
+        check_spread(config.data, self.experiment.mesh)
         self._describe()
         train, self.validation = self._open_data(self.experiment)
         changed: list[str] = []
@@ -117,8 +117,10 @@ class Run:
         # The model's own arrays become those of the state.
         self.state = jax.jit(init, donate_argnums=0, out_shardings=state_shardings)(params)
         shardings = (state_shardings, sharding.replicated(mesh))
-        self._step = make_step(config, self.graphdef, method, optimizer, shardings)
-        self._validation_loss = make_validation(config, self.graphdef, method)
+        self._step = make_step(
+            self.graphdef, method, optimizer, config.train, dropout=config.adapter.dropout > 0, shardings=shardings
+        )
+        self._validation_loss = make_validation(self.graphdef, method, config.train)
         self._count(params)
         restored = self.checkpoints.restore(self.state)
         if restored is None:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jax_ccm.config.schema import Config, OptimizerConfig
+from jax_ccm.config.schema import OptimizerConfig, TrainConfig
+from jax_ccm.data.config import DataConfig
 from jax_ccm.distributed import sharding
 from jax_ccm.memory.losses import mean_loss, repeated, scored_losses
 from jax_ccm.memory.steps import parallel_forward
@@ -58,34 +59,41 @@ def init_state(params: Tree, optimizer: optax.GradientTransformation) -> dict[st
     return {"params": params, "optimizer": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
 
-def check_spread(config: Config, mesh: jax.sharding.Mesh) -> None:
+def check_spread(data: DataConfig, mesh: jax.sharding.Mesh) -> None:
     """Refuses rows and tokens of a micro-batch that do not spread evenly over a mesh.
 
     Raises:
       UserError: naming the config key.
     """
-    data = config.data
     sharding.check_rows(mesh, "data.batch_size", data.batch_size)
     for tokens in (data.tokens, *data.buckets):
         sharding.check_tokens(mesh, "data.buckets" if tokens in data.buckets else "data.tokens", tokens)
 
 
 def make_step(
-    config: Config,
     graphdef: nnx.GraphDef,
     method: Method,
     optimizer: optax.GradientTransformation,
+    train: TrainConfig,
+    *,
+    dropout: bool,
     shardings: tuple[Tree, Any] | None = None,
 ) -> Callable:
     """The jitted training step ``(state, frozen, batches, key) -> (state, metrics)``; ``state`` is donated.
 
     ``batches`` is a `Batch` of numpy arrays with a leading axis of micro-batches ``[A, B, ...]``. The loss is the
     average of the micro-batches' mean losses, as in the reference. ``frozen`` is an argument and no part of the
-    program. Dropout draws from ``key`` folded with the step and the number of the micro-batch. Metrics are scalars:
-    loss, grad_norm (before clipping), scored (tokens), tokens (padding not counted). ``shardings`` are those of the
-    state and of the metrics; None leaves them to the compiler.
+    program. Metrics are scalars: loss, grad_norm (before clipping), scored (tokens), tokens (padding not counted).
+
+    Args:
+      graphdef: structure of the model, of `split`.
+      method: what the batches are laid out for.
+      optimizer: of `make_optimizer`.
+      train: says what the backward pass recomputes, and the attention.
+      dropout: whether the adapter has any; it draws from ``key`` folded with the step and the number of the
+        micro-batch.
+      shardings: of the state and of the metrics; None leaves them to the compiler.
     """
-    dropout = config.adapter.dropout > 0
 
     def loss_of(params, frozen, batch, key):
         model = nnx.merge(graphdef, params, frozen)
@@ -95,8 +103,8 @@ def make_step(
             batch,
             method=method,
             dropout_key=key,
-            remat=config.train.remat,
-            implementation=_implementation(config),
+            remat=train.remat,
+            implementation=_implementation(train),
         )
         return mean_loss(model, hidden, batch, method)
 
@@ -124,20 +132,20 @@ def make_step(
     return step
 
 
-def _implementation(config: Config) -> str | None:
+def _implementation(train: TrainConfig) -> str | None:
     """Of the attention, as `memory_attention` takes it."""
-    return None if config.train.attention == "auto" else config.train.attention
+    return None if train.attention == "auto" else train.attention
 
 
 def make_validation(
-    config: Config, graphdef: nnx.GraphDef, method: Method
+    graphdef: nnx.GraphDef, method: Method, train: TrainConfig
 ) -> Callable[[Tree, Tree, Iterable[Batch]], float]:
     """The validation loss ``(params, frozen, batches) -> nats per scored text token``, averaged over all."""
 
     @jax.jit
     def sums(params, frozen, batch):
         model = nnx.merge(graphdef, params, frozen)
-        hidden = parallel_forward(model, batch, method=method, implementation=_implementation(config))
+        hidden = parallel_forward(model, batch, method=method, implementation=_implementation(train))
         text = batch.weights * ~repeated(batch)
         return jnp.sum(scored_losses(model, hidden, batch) * text), jnp.sum(text)
 

@@ -273,7 +273,9 @@ def pieces(config):
     optimizer = training_step.make_optimizer(config.optimizer, training_step.make_schedule(config.optimizer, 8))
     data = prepare(config.data, experiment.method, None, experiment.model_config.vocab_size).iterator(seed=0)
     batches = jax.tree.map(lambda *x: np.stack(x), next(data), next(data))
-    step = training_step.make_step(config, graphdef, experiment.method, optimizer)
+    step = training_step.make_step(
+        graphdef, experiment.method, optimizer, config.train, dropout=config.adapter.dropout > 0
+    )
     return graphdef, step, (training_step.init_state(params, optimizer), frozen, batches, jax.random.key(0))
 
 
@@ -288,7 +290,7 @@ def test_attention_of_the_config_is_used(attention, monkeypatch):
         asked.append(options["implementation"]) or parallel_forward(*arguments, **options)
     )
     monkeypatch.setattr(training_step, "parallel_forward", forward)
-    loss = training_step.make_validation(config, graphdef, load_experiment(config).method)
+    loss = training_step.make_validation(graphdef, load_experiment(config).method, config.train)
     loss(state["params"], frozen, [jax.tree.map(lambda x: x[0], batches)])
     assert asked == [attention]
 
