@@ -8,13 +8,11 @@ import jax
 
 from jax_ccm.memory import losses, steps
 
-_STATIC = ("method", "implementation")
-
-read = jax.jit(steps.read, static_argnames=(*_STATIC, "query"))
-compress = jax.jit(steps.compress, static_argnames=_STATIC)
-compress_step = jax.jit(steps.compress_step, static_argnames=_STATIC)
-compress_scan = jax.jit(steps.compress_scan, static_argnames=_STATIC)
-repeat = jax.jit(steps.repeat, static_argnames=(*_STATIC, "length", "back"))
+read = jax.jit(steps.read, static_argnames=("method", "query"))
+compress = jax.jit(steps.compress, static_argnames="method")
+compress_step = jax.jit(steps.compress_step, static_argnames="method")
+compress_scan = jax.jit(steps.compress_scan, static_argnames="method")
+repeat = jax.jit(steps.repeat, static_argnames=("method", "length", "back"))
 
 
 @functools.partial(jax.jit, static_argnames="method")

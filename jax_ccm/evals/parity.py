@@ -56,7 +56,6 @@ def parallel_logits(
     examples: Sequence[Example],
     *,
     with_memory: bool = True,
-    implementation: str | None = None,
 ) -> list[np.ndarray]:
     """Logits that predict the scored tokens, by one parallel forward.
 
@@ -65,7 +64,6 @@ def parallel_logits(
       method: the compression method.
       examples: the sessions; scored tokens may stand in any segment.
       with_memory: False hides every memory slot: what the same text does without its memory.
-      implementation: of the attention.
 
     Returns:
       For each example ``float32 [q, V]``, in the order of its scored tokens.
@@ -74,7 +72,7 @@ def parallel_logits(
     made = batch(method, examples, caps_for(method, examples), model.config.vocab_size)
     if not with_memory:
         made = without_memory(made)
-    logits = np.asarray(_parallel(model, made, method=method, implementation=implementation))
+    logits = np.asarray(_parallel(model, made, method=method))
     return [row[used > 0] for row, used in zip(logits, made.weights, strict=True)]
 
 
@@ -92,7 +90,6 @@ def recurrent_logits(
     examples: Sequence[Example],
     *,
     cache: MemoryCache | None = None,
-    implementation: str | None = None,
 ) -> list[np.ndarray]:
     """Logits that predict the scored tokens, by `read` and `compress` chunk by chunk; sessions of any lengths together.
 
@@ -101,7 +98,6 @@ def recurrent_logits(
       method: the compression method.
       examples: the sessions.
       cache: an empty cache; None makes one with just enough room.
-      implementation: of the attention.
 
     Returns:
       As `parallel_logits`.
@@ -118,7 +114,7 @@ def recurrent_logits(
         for row, values, used in zip(found, logits, weights, strict=True):
             row.append(values[used > 0])
 
-    static = dict(method=method, implementation=implementation)
+    static = dict(method=method)
     for time in range(sessions.context.tokens.shape[0]):
         chunk = jax.tree.map(operator.itemgetter(time), sessions.context)
         cache, logits = _read(model, cache, chunk, query=False, **static)
@@ -160,14 +156,14 @@ def gradient_gap(ours: Any, theirs: Any) -> float:
     return difference / max(norm([a for a, _ in pairs]), np.finfo(np.float32).tiny)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "implementation"))
-def _parallel(model, made, *, method, implementation):
-    hidden = parallel_forward(model, made, method=method, implementation=implementation)
+@functools.partial(jax.jit, static_argnames="method")
+def _parallel(model, made, *, method):
+    hidden = parallel_forward(model, made, method=method)
     return scored_logits(model, hidden, made)
 
 
-_read = jax.jit(read, static_argnames=("method", "query", "implementation"))
-_compress = jax.jit(compress, static_argnames=("method", "implementation"))
+_read = jax.jit(read, static_argnames=("method", "query"))
+_compress = jax.jit(compress, static_argnames="method")
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "method"))

@@ -81,7 +81,6 @@ def close_due(
     *,
     method: Method,
     closing: Closing | None,
-    implementation: str | None = None,
 ) -> MemoryCache:
     """`compress` in the rows whose open text has just reached a place where it is to be closed.
 
@@ -92,13 +91,12 @@ def close_due(
       valid: ``bool [B]``, rows that have just read one.
       method: static.
       closing: static; None closes nothing.
-      implementation: of the attention.
     """
     if closing is None:
         return cache
     held = jnp.sum(open_raw(cache, method), axis=1)
     due = valid & _due(closing, held, token, False)
-    close = lambda cache: compress(model, cache, due, method=method, implementation=implementation)
+    close = lambda cache: compress(model, cache, due, method=method)
     return jax.lax.cond(jnp.any(due), close, lambda cache: cache, cache)
 
 
@@ -111,7 +109,6 @@ def prefill(
     query: bool = False,
     closing: Closing | None = None,
     ends: Array | None = None,
-    implementation: str | None = None,
 ) -> MemoryCache:
     """Reads text of any length and closes it on the way, prompt and answer alike (LoMA, section on generation).
 
@@ -124,7 +121,6 @@ def prefill(
       closing: where text is closed by other methods, static; None leaves it open: then this is `read`.
       ends: ``bool [B, C]``, tokens that end a span of the caller's choice, besides what ``closing`` says. What stands
         before a span is told apart by `Chunk.kept`.
-      implementation: of the attention.
 
     Raises:
       UserError: for ``ends`` without a closing, whose length bounds a span, or a method that cannot close.
@@ -133,7 +129,7 @@ def prefill(
         raise UserError("ends need a closing, whose length is that of the longest span, and a method without a chunk")
     closing, query = policy(method, closing, query=query)
     if closing is None:
-        return read(model, cache, chunk, method=method, query=query, implementation=implementation)[0]
+        return read(model, cache, chunk, method=method, query=query)[0]
     width, length = min(closing.length, raw_capacity(cache)), chunk.tokens.shape[1]
     front = jnp.argsort(~chunk.valid, axis=1, stable=True)
     move = lambda x: jnp.take_along_axis(jnp.asarray(x), front, axis=1)
@@ -150,9 +146,9 @@ def prefill(
         first = jnp.where(jnp.any(due, axis=1), jnp.argmax(due, axis=1) + 1, width)
         take = jnp.minimum(first, count - done)
         piece = Chunk(pick(tokens), jnp.arange(width) < take[:, None], None if chunk.kept is None else pick(kept))
-        cache, _ = read(model, cache, piece, method=method, query=query, implementation=implementation)
+        cache, _ = read(model, cache, piece, method=method, query=query)
         closes = (take > 0) & jnp.take_along_axis(due, jnp.maximum(take - 1, 0)[:, None], axis=1)[:, 0]
-        shrink = lambda cache: compress(model, cache, closes, method=method, implementation=implementation)
+        shrink = lambda cache: compress(model, cache, closes, method=method)
         return jax.lax.cond(jnp.any(closes), shrink, lambda cache: cache, cache), done + take
 
     unread = lambda carry: jnp.any(carry[1] < count)

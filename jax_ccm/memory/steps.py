@@ -32,7 +32,6 @@ def parallel_forward(
     method: Method,
     dropout_key=None,
     remat: Remat = "none",
-    implementation: str | None = None,
 ):
     """All chunks of a session at once: what the recurrence computes, in one causal pass.
 
@@ -42,7 +41,6 @@ def parallel_forward(
       method: static.
       dropout_key: PRNG key for the dropout on the LoRA's input; None in evaluation.
       remat: what the backward pass recomputes, as for `Transformer`.
-      implementation: of the attention.
 
     Returns:
       Hidden states after the final norm, ``[B, T, D]``.
@@ -60,7 +58,6 @@ def parallel_forward(
         memory=batch.memory,
         dropout_key=dropout_key,
         remat=remat,
-        implementation=implementation,
     )
     return hidden
 
@@ -72,7 +69,6 @@ def read(
     *,
     method: Method,
     query: bool = False,
-    implementation: str | None = None,
 ):
     """Appends raw text to each session; it attends to the memory and to the raw text before it.
 
@@ -83,7 +79,6 @@ def read(
       method: static.
       query: the text is the input to answer, or the answer, not context (they differ in methods whose chunks do not
         see memory).
-      implementation: of the attention.
 
     Returns:
       The cache, with the pending logits of each row's last token; and logits ``float32 [B, C, V]`` after each token
@@ -123,7 +118,6 @@ def read(
         memory=cache,
         positions=positions,
         observe=observe,
-        implementation=implementation,
     )
     finite = jnp.all(jnp.isfinite(hidden), axis=2) | ~chunk.valid
     kept = jnp.all(finite, axis=1, keepdims=True)
@@ -157,7 +151,6 @@ def compress(
     which=None,
     *,
     method: Method,
-    implementation: str | None = None,
 ) -> MemoryCache:
     """Closes a chunk: one pass of the method's tokens over raw text, write, drop it, compact.
 
@@ -167,7 +160,6 @@ def compress(
       which: ``bool [B]``, the rows to compress, or ``bool [B, S]``, the slots of raw text that make the chunk (the
         oldest of each row; the rest stays raw, in the next segment); None for all. Rows with no such text pass through.
       method: static.
-      implementation: of the attention.
 
     Returns:
       The cache. Rows for which numbers come out that are not finite are spoiled (`MemoryCache.spoiled`).
@@ -222,7 +214,6 @@ def compress(
         memory=cache,
         positions=positions,
         store=lambda own, new: store(own, tuple(map(pick, new))),
-        implementation=implementation,
     )
     # Closing tokens see themselves: keys and values that are not finite show in what follows from them.
     finite = jnp.all(jnp.isfinite(hidden), axis=(1, 2)) | ~closing
@@ -237,7 +228,6 @@ def repeat(
     *,
     method: Method,
     begin=None,
-    implementation: str | None = None,
 ):
     """What a session can still say of a closed chunk, word for word: one pass of repetition tokens over the memory.
 
@@ -250,7 +240,6 @@ def repeat(
       back: how many chunks ago it was closed, from 1. A mixture of chunks still has only the last one apart.
       method: static; one with a `Method.repeat`.
       begin: ``int32 [B]``, position of the chunk's first token; None if it and all chunks since had the same length.
-      implementation: of the attention.
 
     Returns:
       Logits ``float32 [B, length, V]``, for each place of the chunk the token that stood there.
@@ -265,15 +254,11 @@ def repeat(
     whole = lambda value: jnp.broadcast_to(jnp.asarray(value, jnp.int32), position.shape)
     slots = Slots(whole(Kind.REPEAT), whole((cache.chunks - back)[:, None]), cache.tokens[:, None] + place, position)
     tokens = whole(model.config.vocab_size + method.repeat.embedding_index)
-    hidden, _, _ = model(
-        tokens, slots, gate(method, slots), rule=method.rule, memory=cache, implementation=implementation
-    )
+    hidden, _, _ = model(tokens, slots, gate(method, slots), rule=method.rule, memory=cache)
     return model.logits(hidden)
 
 
-def compress_step(
-    model: Transformer, cache: MemoryCache, chunk: Chunk, *, method: Method, implementation: str | None = None
-) -> MemoryCache:
+def compress_step(model: Transformer, cache: MemoryCache, chunk: Chunk, *, method: Method) -> MemoryCache:
     """Reads a chunk and closes it: ``Mem(t-1), c(t) -> Mem(t)``, the carry of `jax.lax.scan` (CCM, section 3).
 
     Args:
@@ -281,7 +266,6 @@ def compress_step(
       cache: the sessions.
       chunk: the text, ``[B, C]``; rows without a valid token pass through.
       method: static.
-      implementation: of the attention.
 
     Returns:
       The cache, of the same shape.
@@ -289,14 +273,12 @@ def compress_step(
     Raises:
       UserError: as `read`.
     """
-    cache, _ = read(model, cache, chunk, method=method, implementation=implementation)
+    cache, _ = read(model, cache, chunk, method=method)
     some = jnp.any(chunk.valid, axis=1)
-    return compress(model, cache, some, method=method, implementation=implementation)
+    return compress(model, cache, some, method=method)
 
 
-def compress_scan(
-    model: Transformer, cache: MemoryCache, chunks: Chunk, *, method: Method, implementation: str | None = None
-) -> MemoryCache:
+def compress_scan(model: Transformer, cache: MemoryCache, chunks: Chunk, *, method: Method) -> MemoryCache:
     """`compress_step` over many chunks, as one `jax.lax.scan`.
 
     Args:
@@ -304,7 +286,6 @@ def compress_scan(
       cache: the sessions.
       chunks: stacked in front, ``[time, B, C]``.
       method: static.
-      implementation: of the attention.
 
     Returns:
       The cache after the last chunk.
@@ -313,7 +294,7 @@ def compress_scan(
       UserError: as `read`.
     """
     step = lambda cache, chunk: (
-        compress_step(model, cache, chunk, method=method, implementation=implementation),
+        compress_step(model, cache, chunk, method=method),
         None,
     )
     return jax.lax.scan(step, cache, chunks)[0]
@@ -327,7 +308,6 @@ def stream_step(
     method: Method,
     window: int,
     closes: Array,
-    implementation: str | None = None,
 ):
     """Reads text into endless sessions; where the cache was full before, its oldest raw text is then compressed.
 
@@ -341,7 +321,6 @@ def stream_step(
       method: static.
       window: live slots at which a row compresses.
       closes: how many of the oldest raw tokens are then compressed, an integer or ``int32 [B]``.
-      implementation: of the attention.
 
     Returns:
       The cache, and the logits as `read` returns them.
@@ -354,8 +333,8 @@ def stream_step(
             f"a window of {window} live slots has no room for text beside the sink's {method.sink}; raise the window"
         )
     full = jnp.sum(cache.slots.live, axis=1) >= window
-    cache, logits = read(model, cache, chunk, method=method, implementation=implementation)
+    cache, logits = read(model, cache, chunk, method=method)
     raw = is_in(cache.slots.kind, RAW)
     oldest = raw & (jnp.cumsum(raw, axis=1) <= jnp.reshape(jnp.asarray(closes), (-1, 1))) & full[:, None]
-    shrink = lambda cache: compress(model, cache, oldest, method=method, implementation=implementation)
+    shrink = lambda cache: compress(model, cache, oldest, method=method)
     return jax.lax.cond(jnp.any(oldest), shrink, lambda cache: cache, cache), logits

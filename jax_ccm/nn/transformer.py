@@ -25,6 +25,7 @@ from jax_ccm.rules.types import MemoryCache, Packed, Rule, Slots
 from jax_ccm.rules.visibility import with_window
 
 Remat = Literal["none", "dots", "all"]
+AttentionKind = Literal["auto", "xla", "pallas"]
 
 
 class RMSNorm(nnx.Module):
@@ -176,7 +177,14 @@ def initial_comp_embeddings(table, rows: int):
 
 
 class Transformer(nnx.Module):
-    """The decoder. Layers are stacked along a leading axis and run by one `jax.lax.scan`, or `unstacked`."""
+    """The decoder. Layers are stacked along a leading axis and run by one `jax.lax.scan`, or `unstacked`.
+
+    Attributes:
+      config: sizes and kinds of the layers.
+      adapter: sizes of the adapter, or None.
+      precision: types of weights, products and activations.
+      attention: what computes it, static: "xla", "pallas", or what suits the device ("auto"; see `memory_attention`).
+    """
 
     def __init__(
         self, key, config: ModelConfig, adapter: AdapterConfig | None = None, precision: str | Precision = "float32"
@@ -185,6 +193,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.adapter = adapter
         self.precision = precision = Precision.of(precision)
+        self.attention: AttentionKind = "auto"
         self.embed_tokens = Embedding(key_embed, config, adapter, precision)
         make = lambda key: Block(key, config, adapter, precision)
         self.layers = jax.vmap(make)(jax.random.split(key_layers, config.num_layers))
@@ -207,7 +216,6 @@ class Transformer(nnx.Module):
         output_hidden_states: bool = False,
         observe=None,
         store=None,
-        implementation: str | None = None,
     ):
         """Runs the decoder over a row of tokens and a memory.
 
@@ -230,7 +238,6 @@ class Transformer(nnx.Module):
             (`MemoryCache.stored`: keys and values ``[B, S, K, H]`` and what follows them) by means of the tokens' keys
             and values ``[B, T, K, H]``, layer by layer, in place, and the whole is returned instead of these, which are
             then never held for all layers at once.
-          implementation: passed on to `memory_attention`.
 
         Returns:
           ``hidden [B, T, D]`` after the final norm; keys and values ``[L, B, T, K, H]`` of the tokens (with ``store``
@@ -250,6 +257,7 @@ class Transformer(nnx.Module):
         memory_slots = memory.slots if memory is not None else None
         past_places = jnp.arange(past[0].shape[2])[None] if by_index and past is not None else None
         past_angles = None if past_places is None else turns(past_places)
+        implementation = None if self.attention == "auto" else self.attention
         seen = dict(slots=slots, memory_slots=memory_slots, in_order=True, implementation=implementation)
         seen |= dict(scale=config.query_scalar and config.query_scalar**-0.5, cap=config.score_cap)
         attends = [functools.partial(memory_attention, rule=rule, **seen) for rule in rules]
@@ -326,7 +334,14 @@ class Transformer(nnx.Module):
         target = abstract_transformer(self.config, adapter, self.precision)
         graphdef, slots, _ = nnx.split(target, nnx.LoRAParam, ...)
         found = jax.tree_util.tree_map_with_path(lambda keys, _: arrays[path_of(keys)], slots)
-        return nnx.merge(graphdef, found, nnx.split(self, nnx.LoRAParam, ...)[2])
+        made = nnx.merge(graphdef, found, nnx.split(self, nnx.LoRAParam, ...)[2])
+        return made.with_attention(self.attention)
+
+    def with_attention(self, attention: AttentionKind) -> Transformer:
+        """The same decoder, whose attention something else computes; its arrays are shared."""
+        model = copy.copy(self)
+        model.attention = attention
+        return model
 
     def unstacked(self) -> Transformer:
         """The same decoder in the form that reads one token fastest on a CPU: each layer has arrays of its own.

@@ -96,7 +96,7 @@ def make_step(
     """
 
     def loss_of(params, frozen, batch, key):
-        model = nnx.merge(graphdef, params, frozen)
+        model = nnx.merge(graphdef, params, frozen).with_attention(train.attention)
         key = key if dropout else None
         hidden = parallel_forward(
             model,
@@ -104,7 +104,6 @@ def make_step(
             method=method,
             dropout_key=key,
             remat=train.remat,
-            implementation=_implementation(train),
         )
         return mean_loss(model, hidden, batch, method)
 
@@ -132,11 +131,6 @@ def make_step(
     return step
 
 
-def _implementation(train: TrainConfig) -> str | None:
-    """Of the attention, as `memory_attention` takes it."""
-    return None if train.attention == "auto" else train.attention
-
-
 def make_validation(
     graphdef: nnx.GraphDef, method: Method, train: TrainConfig
 ) -> Callable[[Tree, Tree, Iterable[Batch]], float]:
@@ -144,8 +138,8 @@ def make_validation(
 
     @jax.jit
     def sums(params, frozen, batch):
-        model = nnx.merge(graphdef, params, frozen)
-        hidden = parallel_forward(model, batch, method=method, implementation=_implementation(train))
+        model = nnx.merge(graphdef, params, frozen).with_attention(train.attention)
+        hidden = parallel_forward(model, batch, method=method)
         text = batch.weights * ~repeated(batch)
         return jnp.sum(scored_losses(model, hidden, batch) * text), jnp.sum(text)
 

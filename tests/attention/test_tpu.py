@@ -97,9 +97,9 @@ def test_parallel_is_recurrent(name):
     """The whole model with the kernel: training's forward and the recurrence agree, and agree with plain products."""
     method = cases.METHODS[name]
     model, sessions = cases.model(method.num_embeddings), cases.sessions_for(method)
-    ours = parity.parallel_logits(model, method, sessions, implementation="pallas")
-    plain = parity.parallel_logits(model, method, sessions, implementation="xla")
-    recurrent = parity.recurrent_logits(model, method, sessions, implementation="pallas")
+    ours = parity.parallel_logits(model.with_attention("pallas"), method, sessions)
+    plain = parity.parallel_logits(model.with_attention("xla"), method, sessions)
+    recurrent = parity.recurrent_logits(model.with_attention("pallas"), method, sessions)
     for a, b, c in zip(ours, plain, recurrent, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
         np.testing.assert_allclose(a, c, atol=1e-5)

@@ -96,7 +96,7 @@ def test_padding_and_batch_change_nothing(name):
 
     def check(sessions, sizes, expected, pad="right"):
         made = rows.batch(method, sessions, sizes, cases.VOCAB, pad=pad)
-        logits = np.asarray(parity._parallel(MODEL, made, method=method, implementation=None))
+        logits = np.asarray(parity._parallel(MODEL, made, method=method))
         assert gap([row[w > 0] for row, w in zip(logits, made.weights, strict=True)], expected) < 1e-5
 
     check(sessions, wide, expected)
@@ -131,10 +131,10 @@ def _tail(method, sessions, arrange=lambda chunk: chunk):
     cache = recurrent.cache_for(MODEL, method, sessions)
     for t in range(stream.context.tokens.shape[0]):
         chunk = arrange(jax.tree.map(operator.itemgetter(t), stream.context))
-        cache, _ = parity._read(MODEL, cache, chunk, method=method, query=False, implementation=None)
-        cache = parity._compress(MODEL, cache, chunk.valid.any(1), method=method, implementation=None)
+        cache, _ = parity._read(MODEL, cache, chunk, method=method, query=False)
+        cache = parity._compress(MODEL, cache, chunk.valid.any(1), method=method)
     tail = arrange(stream.tail)
-    cache, logits = parity._read(MODEL, cache, tail, method=method, query=True, implementation=None)
+    cache, logits = parity._read(MODEL, cache, tail, method=method, query=True)
     place = np.arange(tail.valid.shape[1])
     last = np.where(tail.valid, place, -1).max(1)
     return np.asarray(logits)[np.arange(len(last)), last], cache
@@ -151,8 +151,8 @@ def test_scan_is_loop(name):
         chunk = jax.tree.map(operator.itemgetter(t), stream.context)
         for column in range(chunk.tokens.shape[1]):
             piece = Chunk(chunk.tokens[:, column : column + 1], chunk.valid[:, column : column + 1])
-            cache, _ = parity._read(MODEL, cache, piece, method=method, query=False, implementation=None)
-        cache = parity._compress(MODEL, cache, chunk.valid.any(1), method=method, implementation=None)
+            cache, _ = parity._read(MODEL, cache, piece, method=method, query=False)
+        cache = parity._compress(MODEL, cache, chunk.valid.any(1), method=method)
     chex.assert_trees_all_close(scanned, cache, atol=1e-5)
     chex.assert_trees_all_equal(scanned.slots, cache.slots)
 
@@ -207,7 +207,7 @@ def test_old_raw_text_is_gone(name):
     def after(value):
         filled = {x: np.where(noisy, np.float32(value), getattr(cache, x)) for x in ("k", "v")}
         changed = dataclasses.replace(cache, **filled)
-        return parity._read(MODEL, changed, more, method=method, query=True, implementation=None)[1]
+        return parity._read(MODEL, changed, more, method=method, query=True)[1]
 
     np.testing.assert_array_equal(after(1e3), after(0))
 
@@ -297,17 +297,17 @@ def test_a_part_of_the_text_is_closed(name):
     text = lambda size: Chunk(rng.integers(3, 90, (6, size)).astype(np.int32), np.ones((6, size), bool))
     before = memory.init_cache(SHALLOW, method, 6, memory_capacity=24, raw_capacity=24)
     for piece in (text(3) for _ in range(4)):
-        before, _ = parity._read(SHALLOW, before, piece, method=method, query=False, implementation=None)
+        before, _ = parity._read(SHALLOW, before, piece, method=method, query=False)
     raw = np.asarray(before.slots.kind == Kind.TEXT)
     oldest = raw & (np.cumsum(raw, axis=1) <= counts[:, None])
     more, found = text(3), []
     for overflow in ("error", "evict"):
         cache = dataclasses.replace(before, overflow=overflow)
-        cache = parity._compress(SHALLOW, cache, oldest, method=method, implementation=None)
+        cache = parity._compress(SHALLOW, cache, oldest, method=method)
         assert cache.chunks.tolist() == (counts > 0).tolist()
         memory.check(cache)
         cache = dataclasses.replace(cache, overflow="error")
-        found.append(parity._read(SHALLOW, cache, more, method=method, query=False, implementation=None))
+        found.append(parity._read(SHALLOW, cache, more, method=method, query=False))
     chex.assert_trees_all_close(*found, atol=1e-5)
 
 

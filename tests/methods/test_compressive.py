@@ -29,10 +29,10 @@ def closed(method, lengths, **options):
     rng, raw = np.random.default_rng(0), []
     for number, length in enumerate(lengths):
         chunk = rows.chunk([rng.integers(10, 90, length)], 8, cases.VOCAB)
-        cache, _ = parity._read(MODEL, cache, chunk, method=method, query=False, implementation=None)
+        cache, _ = parity._read(MODEL, cache, chunk, method=method, query=False)
         own = (np.asarray(cache.slots.segment[0]) == number) & np.isin(cache.slots.kind[0], [Kind.TEXT])
         raw.append([np.asarray(x)[:, 0, own] for x in (cache.k, cache.v)])
-        cache = parity._compress(MODEL, cache, chunk.valid.any(1), method=method, implementation=None)
+        cache = parity._compress(MODEL, cache, chunk.valid.any(1), method=method)
     return cache, raw
 
 

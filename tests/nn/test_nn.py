@@ -273,3 +273,20 @@ def test_another_adapter_beside_the_same_base():
     assert {path for path in parameters(bare) if is_adapter(path)} == set()
     for path, x in parameters(made).items():
         assert x is (arrays[path] if path in arrays else parameters(model)[path]), path
+
+
+def test_what_computes_attention_is_a_field_of_the_model():
+    """It holds in every verb and beside any adapter; arrays are shared, and the model before stays as it is."""
+    model, method = cases.model(tokens=2), build("ccm_concat", comp_tokens=2)
+    pallas = model.with_attention("pallas")
+    assert (model.attention, pallas.attention, pallas.with_adapter(None).attention) == ("auto", "pallas", "pallas")
+    assert parameters(pallas).keys() == parameters(model).keys()
+    assert all(x is parameters(model)[path] for path, x in parameters(pallas).items())
+    cache = init_cache(model, method, 1, memory_capacity=2, raw_capacity=4)
+    chunk = rows.chunk([[3, 5, 4]], 3, model.config.vocab_size)
+    for verb in (steps.read, steps.compress_step):
+        traced = {
+            made.attention: str(jax.make_jaxpr(lambda made=made, verb=verb: verb(made, cache, chunk, method=method))())
+            for made in (model.with_attention("xla"), pallas)
+        }
+        assert "pallas_call" in traced["pallas"] and "pallas_call" not in traced["xla"]

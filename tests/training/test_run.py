@@ -287,7 +287,7 @@ def test_attention_of_the_config_is_used(attention, monkeypatch):
     assert ("pallas_call" in str(jax.make_jaxpr(step)(state, frozen, batches, key))) == (attention == "pallas")
     asked = []
     forward = lambda *arguments, **options: (
-        asked.append(options["implementation"]) or parallel_forward(*arguments, **options)
+        asked.append(arguments[0].attention) or parallel_forward(*arguments, **options)
     )
     monkeypatch.setattr(training_step, "parallel_forward", forward)
     loss = training_step.make_validation(graphdef, load_experiment(config).method, config.train)
