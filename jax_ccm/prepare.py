@@ -87,7 +87,6 @@ def show(config: Config, options: Options) -> None:
 
     from jax_ccm.config.loading import build_method, tokenizer_of, vocabulary
     from jax_ccm.data import batches, runs
-    from jax_ccm.data.config import TextConfig
     from jax_ccm.data.questions import Evaluation
     from jax_ccm.rules.describe import describe_method, label
 
@@ -100,8 +99,7 @@ def show(config: Config, options: Options) -> None:
         example = lambda place: data.draw(data.units[place], np.random.default_rng([config.train.seed, place]))
     else:
         data = Evaluation.open(config.data, tokenizer, options.split)
-        spans = isinstance(config.data, TextConfig) and config.data.ratio is not None
-        windows = data.texts() if spans else None
+        windows = data.texts() if data.draws_spans else None
         ask = lambda unit: data.format.ask(unit, data.format.chunks(unit))
         example = lambda place: ask(data.units[place]) if windows is None else windows[place]
     acts = ", ".join(kind.name for kind in method.gate) or "no token"

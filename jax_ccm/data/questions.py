@@ -81,6 +81,11 @@ class Evaluation:
         return self.format.has_choices
 
     @property
+    def draws_spans(self) -> bool:
+        """Whether spans of each text are drawn, so that there are whole texts to score and no time steps."""
+        return isinstance(self.config, TextConfig) and self.config.ratio is not None
+
+    @property
     def answer(self) -> np.ndarray:
         """int32 tokens between query and target, for formats with choices."""
         assert self.has_choices
@@ -151,7 +156,7 @@ class Evaluation:
     def _check(self, step: int) -> None:
         if step < 1:
             raise UserError(f"time step {step}: evaluation starts at 1, the first chunk")
-        if isinstance(self.config, TextConfig) and self.config.ratio is not None:
+        if self.draws_spans:
             raise UserError(
                 "data.ratio draws spans, which leaves no time steps to evaluate at; score whole texts (eval.by: text), "
                 "or evaluate without data.ratio"

@@ -25,7 +25,6 @@ from jax_ccm.rules.types import MemoryCache, Packed, Rule, Slots
 from jax_ccm.rules.visibility import with_window
 
 Remat = Literal["none", "dots", "all"]
-AttentionKind = Literal["auto", "xla", "pallas"]
 
 
 class RMSNorm(nnx.Module):
@@ -179,11 +178,7 @@ def initial_comp_embeddings(table, rows: int):
 class Transformer(nnx.Module):
     """The decoder. Layers are stacked along a leading axis and run by one `jax.lax.scan`, or `unstacked`.
 
-    Attributes:
-      config: sizes and kinds of the layers.
-      adapter: sizes of the adapter, or None.
-      precision: types of weights, products and activations.
-      attention: what computes it, static: "xla", "pallas", or what suits the device ("auto"; see `memory_attention`).
+    What computes ``attention`` is static: "xla", "pallas", or what suits the device ("auto"; see `memory_attention`).
     """
 
     def __init__(
@@ -193,7 +188,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.adapter = adapter
         self.precision = precision = Precision.of(precision)
-        self.attention: AttentionKind = "auto"
+        self.attention = "auto"
         self.embed_tokens = Embedding(key_embed, config, adapter, precision)
         make = lambda key: Block(key, config, adapter, precision)
         self.layers = jax.vmap(make)(jax.random.split(key_layers, config.num_layers))
@@ -265,11 +260,8 @@ class Transformer(nnx.Module):
         def body(carry, scanned):
             x, whole = carry
             block, past, number, key = scanned
-            if whole is not None:
-                held = tuple(in_order(each[number], "rows", None, "heads") for each in whole)
-                past = held[:2]
-            else:
-                held = None
+            held = None if whole is None else tuple(in_order(each[number], "rows", None, "heads") for each in whole)
+            past = past if held is None else held[:2]
             keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
             which = None if len(kinds) == 1 else windowed[number]
             pick = lambda options: (
@@ -334,10 +326,9 @@ class Transformer(nnx.Module):
         target = abstract_transformer(self.config, adapter, self.precision)
         graphdef, slots, _ = nnx.split(target, nnx.LoRAParam, ...)
         found = jax.tree_util.tree_map_with_path(lambda keys, _: arrays[path_of(keys)], slots)
-        made = nnx.merge(graphdef, found, nnx.split(self, nnx.LoRAParam, ...)[2])
-        return made.with_attention(self.attention)
+        return nnx.merge(graphdef, found, nnx.split(self, nnx.LoRAParam, ...)[2]).with_attention(self.attention)
 
-    def with_attention(self, attention: AttentionKind) -> Transformer:
+    def with_attention(self, attention: str) -> Transformer:
         """The same decoder, whose attention something else computes; its arrays are shared."""
         model = copy.copy(self)
         model.attention = attention
