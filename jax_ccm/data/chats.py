@@ -59,12 +59,15 @@ class Making:
         cannot be guessed ("my favorite dish is cobblestones"). A memory learns from these to hold what was said.
       wordy: share of the assistant's turns, answers to questions left out, that go on with one to four sentences about
         nothing that was said.
+      quoted: share of the questions that ask for the words in which a fact was told, beside a few that ask for the last
+        turn: the answer repeats it, so that all of its words are learned from and not a value alone.
     """
 
     turns: tuple[int, ...]
     ages: tuple[int, ...] = ()
     arbitrary: float = 0.0
     wordy: float = 0.0
+    quoted: float = 0.0
 
     @property
     def fewest(self) -> int:
@@ -80,11 +83,15 @@ class _Chat(Talk):
         self.making = making
         own = wordlist("chats")[self.templates]
         self.questions, self.sayings, self.small_talk, self.short = (own[k] for k in ("ask", "say", "chat", "short"))
-        self.rambling = own["ramble"]
+        self.rambling, self.quotes, self.echoes = (own[k] for k in ("ramble", "quote", "echo"))
         self.kept_for_last: dict[int, Fact] = {}
         self.answers: list[int] = []
         # How many facts must still be told for last questions.
         self.due = 0
+
+    def chance(self, share: float) -> bool:
+        """True in that share of the draws. Nothing is drawn for 0, so that an option without effect changes nothing."""
+        return bool(share) and self.rng.random() < share
 
     def value(self, name: str) -> str:
         if name in WORDS and self.rng.random() < self.making.arbitrary:
@@ -164,6 +171,10 @@ class _Chat(Talk):
         """A turn that asks for a fact, and the answer as a function of its value."""
         fact.asked = True
         self.answers.append(len(self.turns) + 1)
+        # What is kept for a last question is not repeated before it.
+        kept = {other.told for other in self.kept_for_last.values() if other is not fact}
+        if fact.told not in kept and self.chance(self.making.quoted):
+            return self.quote(fact)
         if self.rng.random() < 0.65:
             question = fact.fill(self.pick(self.questions[fact.kind]))
         else:
@@ -180,12 +191,35 @@ class _Chat(Talk):
 
         return bridge + question, answer
 
+    def quote(self, fact: Fact) -> tuple[str, Callable[..., str]]:
+        """A turn that asks for the words in which a fact was told, and the answer as a function of its value."""
+        question, frame = self.pick(self.quotes)
+        told, own = self.turns[fact.told], fact.slots["v"]
+        start = told.lower().index(own.lower())
+
+        def answer(value: str | None = None) -> str:
+            text = value or own
+            if told[start].isupper():
+                text = text[0].upper() + text[1:]
+            return frame.format(q=told[:start] + text + told[start + len(own) :])
+
+        return question.format(w=fact.fill(self.template(fact.kind, "wh"))), answer
+
+    def echo(self) -> tuple[str, str]:
+        """A turn that asks for the last one word for word, and the answer."""
+        self.answers.append(len(self.turns) + 1)
+        question, frame = self.pick(self.echoes)
+        return question, frame.format(q=self.turns[-2])
+
     def known(self) -> list[Fact]:
         """The facts that may be asked for and changed."""
         return [fact for fact in self.facts if not any(fact is kept for kept in self.kept_for_last.values())]
 
     def exchange(self) -> tuple[str, str]:
         """A turn of the user, and the answer to it."""
+        kept = {fact.told for fact in self.kept_for_last.values()}
+        if self.turns and len(self.turns) - 2 not in kept and self.chance(self.making.quoted / 8):
+            return self.echo()
         draw, known = self.rng.random(), self.known()
         open = [fact for fact in known if not fact.asked]
         if known and draw < 0.45:
@@ -208,7 +242,7 @@ class _Chat(Talk):
             said, reply = self.tell() if due else self.exchange()
             if left in ages:
                 self.kept_for_last[left] = self.pick([fact for fact in self.facts if fact.told == len(self.turns)])
-            if self.making.wordy and len(self.turns) + 1 not in self.answers and self.rng.random() < self.making.wordy:
+            if len(self.turns) + 1 not in self.answers and self.chance(self.making.wordy):
                 reply = " ".join([reply, *self.ramble()])
             if not self.turns and self.rng.random() < 0.4:
                 said = f"{self.phrase('greet')} {said}"

@@ -57,6 +57,8 @@ class Given:
         return tuple(map(int, parts))
 
 
+# Of `chats.Making`, in its order.
+SHARES = ("arbitrary", "wordy", "quoted")
 # The default of an option that limits nothing.
 ANY = "any"
 
@@ -96,7 +98,7 @@ def _chats(hold: Callable[..., dict[str, Any]]) -> Callable[[Given], Make]:
     def make(given: Given) -> Make:
         turns = conversations.parse_turns(given.text("turns"), most=chats.MOST_TURNS)
         ages = given.ages("age", chats.MOST_AGES)
-        making = chats.Making(turns, ages, given.share("arbitrary"), given.share("wordy"))
+        making = chats.Making(turns, ages, *(given.share(name) for name in SHARES))
         if max(turns) < making.fewest:
             raise UserError(
                 f"data source {given.source!r}: to tell something and ask for it takes turns of at least "
@@ -126,7 +128,7 @@ def _suite(name: str) -> Callable[[Given], Make]:
     return make
 
 
-_CHATS = {"turns": "4-16", "age": ANY, "arbitrary": "0", "wordy": "0"}
+_CHATS = {"turns": "4-16", "age": ANY} | dict.fromkeys(SHARES, "0")
 
 GENERATED = {
     "conversations": Generator(

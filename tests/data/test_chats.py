@@ -1,5 +1,6 @@
 """Generated conversations of a user and an assistant: reproducible, answerable only from what was told."""
 
+import dataclasses
 import re
 import string
 
@@ -108,6 +109,23 @@ def test_wordy_turns_are_no_answers():
         record = chats.chat("test", 0, index, Making((12,), wordy=1.0))
         for turn in range(1, 12, 2):
             assert bool(ends.search(record["turns"][turn])) == (turn not in record["scored"]), record["turns"][turn]
+
+
+def test_quotes_repeat_an_earlier_turn_and_nothing_that_is_kept_for_last():
+    quoted, plain = 0, Making((14,), (2, 5))
+    for index in range(60):
+        chat, fact, _ = chats._hold("train", 0, index, dataclasses.replace(plain, quoted=1.0))
+        kept = [chat.turns[other.told] for other in chat.kept_for_last.values()]
+        for turn in chat.answers[:-1]:
+            asked = chat.turns[turn - 1]
+            if re.match("Repeat|Say|Please|What were|Quote|What did I write", asked):
+                said = [text for text in chat.turns[: turn - 1 : 2] if text in chat.turns[turn]]
+                assert said and not set(said) & set(kept), (asked, chat.turns[turn])
+                if "last message" in asked or "before this" in asked:
+                    assert chat.turns[turn - 3] in said
+                quoted += 1
+        assert fact.slots["v"].lower() in chat.turns[-1].lower() and chat.answers[-1] == len(chat.turns) - 1
+    assert quoted > 50
 
 
 def test_as_a_source():
