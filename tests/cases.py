@@ -38,6 +38,8 @@ CCM = {
     "n2_independent_sink": dict(comp_tokens=2, independent=True, sink=True),
     "n2_all": dict(comp_tokens=2, conditional=False),
     "n2_repeat": dict(comp_tokens=2, sink=True, repeat=True),
+    "n2_recent": dict(comp_tokens=2, sink=True, recent=1),
+    "n1_recent2": dict(comp_tokens=1, recent=2),
 }
 
 # Every method of the library that has a parallel form, with the options that change its computation.
@@ -56,9 +58,9 @@ METHODS: dict[str, Method] = {
     **{
         f"{name}_{label}": build(f"ccm_{name}", **CCM[label])
         for name, labels in {
-            "concat": ("n1", "n2_sink", "n3_independent", "n2_all", "n2_repeat"),
-            "merge": ("n1", "n2_sink", "n2_independent_sink", "n2_repeat"),
-            "ema": ("n1", "n3_independent", "n2_all", "n2_repeat"),
+            "concat": ("n1", "n2_sink", "n3_independent", "n2_all", "n2_repeat", "n2_recent", "n1_recent2"),
+            "merge": ("n1", "n2_sink", "n2_independent_sink", "n2_repeat", "n2_recent"),
+            "ema": ("n1", "n3_independent", "n2_all", "n2_repeat", "n1_recent2"),
         }.items()
         for label in labels
     },

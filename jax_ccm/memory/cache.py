@@ -51,9 +51,9 @@ def init_cache(
     dtype = jnp.dtype(own if dtype is None else dtype)
     if overflow not in ("error", "evict"):
         raise UserError(f"overflow is {overflow!r}; allowed: 'error' (refuse) or 'evict' (drop the oldest memory)")
-    if memory_capacity < method.memory_slots(1):
+    if memory_capacity < (least := method.memory_slots(1 + method.recent)):
         raise UserError(
-            f"memory_capacity is {memory_capacity}, but method {method.name!r} writes {method.memory_slots(1)} "
+            f"memory_capacity is {memory_capacity}, but method {method.name!r} writes {least} "
             f"slots for a chunk; give at least that, times the number of chunks to remember"
         )
     if raw_capacity < 1:

@@ -154,6 +154,8 @@ def compress(
 ) -> MemoryCache:
     """Closes a chunk: one pass of the method's tokens over raw text, write, drop it, compact.
 
+    With `Method.recent` the text of the chunk stays, and what is compressed is that of an older one, if there is one.
+
     Args:
       model: the decoder with its adapter.
       cache: the sessions.
@@ -163,7 +165,15 @@ def compress(
 
     Returns:
       The cache. Rows for which numbers come out that are not finite are spoiled (`MemoryCache.spoiled`).
+
+    Raises:
+      UserError: for single slots of a method that keeps the text of recent chunks.
     """
+    if method.recent and which is not None and which.ndim == 2:
+        raise UserError(
+            f"method {method.name!r} keeps the text of {method.recent} closed chunks, so that whole chunks are closed; "
+            "give a bool for each row"
+        )
     raw = open_raw(cache, method)
     if which is None:
         selected = raw
@@ -173,6 +183,12 @@ def compress(
     rest = raw & ~selected & closing[:, None] & (cache.slots.kind != Kind.SINK)
     slots = dataclasses.replace(cache.slots, segment=cache.slots.segment + rest)
     cache = dataclasses.replace(cache, slots=slots)
+    segment = cache.chunks[:, None] - method.recent
+    writing_rows = closing
+    if method.recent:
+        # What becomes memory is the chunk that is now too old to stay as it is.
+        selected = is_in(slots.kind, (*method.compresses, Kind.SINK)) & (slots.segment == segment) & closing[:, None]
+        writing_rows = jnp.any(selected, axis=1)
     # Positions and order of what is written follow the chunk's last token.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
     begin = jnp.min(jnp.where(selected, slots.index, last), axis=1, keepdims=True)
@@ -185,8 +201,8 @@ def compress(
     if not count:
         return writing.write(cache, method, *writing.pooled(cache, method, closing), closing, whole=whole)
     row = lambda values: jnp.asarray(values, jnp.int32)[None]
-    kind = jnp.where(closing[:, None], row([token.kind for token in method.closes]), Kind.PAD)
-    segment = jnp.broadcast_to(cache.chunks[:, None], kind.shape)
+    kind = jnp.where(writing_rows[:, None], row([token.kind for token in method.closes]), Kind.PAD)
+    segment = jnp.broadcast_to(segment, kind.shape)
     offsets = row([token.offset for token in method.closes])
     position = jnp.where(row([token.from_begin for token in method.closes]) > 0, begin, last + 1) + offsets
     # The tokens themselves come after everything raw; the segment hides what is not selected.
@@ -200,7 +216,7 @@ def compress(
     written = jnp.asarray([i for i, token in enumerate(method.closes) if token.kind in method.writes], jnp.int32)
     pick = lambda x: jnp.take(x, written, axis=1)
     entry = Slots(
-        jnp.where(closing[:, None], jnp.full((1, len(written)), Kind.MEMORY), Kind.PAD),
+        jnp.where(writing_rows[:, None], jnp.full((1, len(written)), Kind.MEMORY), Kind.PAD),
         pick(comp.segment),
         jnp.broadcast_to(last, (kind.shape[0], len(written))),
         pick(comp.position),
@@ -216,7 +232,7 @@ def compress(
         store=lambda own, new: store(own, tuple(map(pick, new))),
     )
     # Closing tokens see themselves: keys and values that are not finite show in what follows from them.
-    finite = jnp.all(jnp.isfinite(hidden), axis=(1, 2)) | ~closing
+    finite = jnp.all(jnp.isfinite(hidden), axis=(1, 2)) | ~writing_rows
     return dataclasses.replace(after.storing(stored), spoiled=after.spoiled | ~finite)
 
 
@@ -246,6 +262,11 @@ def repeat(
     """
     if method.repeat is None:
         raise UserError(f"method {method.name!r} has no repetition token; only methods trained with one can repeat")
+    if back <= method.recent:
+        raise UserError(
+            f"the text of the last {method.recent} chunks is still there (method.recent); repeat one from further back "
+            f"than that, not {back}"
+        )
     if begin is None:
         raw = open_raw(cache, method) & (cache.slots.kind != Kind.SINK)
         begin = cache.tokens - jnp.sum(raw, axis=1) - length * back

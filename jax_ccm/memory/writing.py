@@ -115,7 +115,8 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
       UserError: for a cache that was made for another method.
     """
     old, size, count = cache.slots, cache.k.shape[2], slots.kind.shape[1]
-    blend = _blending(cache, method, count, closing)
+    # Where no chunk is old enough yet (`Method.recent`), one is closed and nothing is written.
+    blend = _blending(cache, method, count, closing & jnp.any(slots.live, axis=1) if method.recent else closing)
     join = lambda a, b: jnp.concatenate([a, b], axis=1)
     both = Slots(*(join(a, b) for a, b in zip(fields(old), fields(slots), strict=True)))
     kept = reachable(method.rule, both, cache.chunks + 1, cache.tokens) & both.live
@@ -168,7 +169,8 @@ def _blending(cache: MemoryCache, method: Method, count: int, closing):
     if method.mix is None:
         return lambda mixed, new: new  # there is no mixture
     column = lambda x: x[:, None, None, None]
-    rate = column(method.mix.rate(cache.chunks + 1).astype(jnp.float32))
+    number = jnp.maximum(cache.chunks - method.recent, 0) + 1
+    rate = column(method.mix.rate(number).astype(jnp.float32))
     return lambda mixed, new: jnp.where(column(closing), (1 - rate) * mixed + rate * new, mixed)
 
 

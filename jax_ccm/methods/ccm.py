@@ -33,6 +33,7 @@ def concat(
     streaming: bool = False,
     repeat: bool = False,
     min_comp_tokens: int | None = None,
+    recent: int = 0,
 ) -> Method:
     """CCM-concat: memory grows by ``comp_tokens`` slots a chunk (section 3.1).
 
@@ -47,16 +48,28 @@ def concat(
         repetition loss; in no paper.
       min_comp_tokens: in training, each session is compressed into a random number of tokens a chunk, from this to
         ``comp_tokens``: one adapter then serves every such ``comp_tokens``; in no paper.
+      recent: the last so many closed chunks stay as text, and are compressed when newer ones have taken their place;
+        in no paper. An adapter that was trained without serves any number.
     """
     if comp_tokens < 1:
         raise UserError(f"comp_tokens is {comp_tokens}; a chunk is compressed into at least 1 token")
     if min_comp_tokens is not None and not 1 <= min_comp_tokens <= comp_tokens:
         raise UserError(f"min_comp_tokens is {min_comp_tokens}; it must lie between 1 and comp_tokens={comp_tokens}")
+    if recent < 0 or (recent and (streaming or independent)):
+        raise UserError(
+            f"recent is {recent}; it must be at least 0, and 0 with independent or streaming, where chunks see no text of "
+            "others, or all of it is closed by its place in the cache"
+        )
     clauses = [
         see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
         see(COMP, COMP, 0, 0),
-        see((QUERY,) if independent else (TEXT, QUERY, COMP), MEMORY, 1, INF),
     ]
+    if recent:
+        # Text sees the memory of what it does not see itself.
+        clauses += [see((TEXT, QUERY), (TEXT, QUERY), 1, recent), see((TEXT, QUERY), MEMORY, 1 + recent, INF)]
+        clauses.append(see(COMP, MEMORY, 1, INF))
+    else:
+        clauses.append(see((QUERY,) if independent else (TEXT, QUERY, COMP), MEMORY, 1, INF))
     if sink:
         clauses.append(see(EVERY, SINK, 0, INF))
     gate = (COMP,) if conditional else EVERY
@@ -71,6 +84,7 @@ def concat(
         closes=tuple(Token(COMP, embedding_index=k, offset=k) for k in range(comp_tokens)),
         gate=gate,
         sink=sink,
+        recent=recent,
         rope="cache" if streaming else "running",
         repeat=Token(REPEAT, embedding_index=comp_tokens) if repeat else None,
         min_comp_tokens=min_comp_tokens,
@@ -85,9 +99,10 @@ def merge(
     streaming: bool = False,
     repeat: bool = False,
     min_comp_tokens: int | None = None,
+    recent: int = 0,
 ) -> Method:
     """CCM-merge: the running mean of all chunks' states in ``comp_tokens`` slots. Arguments as for `concat`."""
-    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens)
+    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens, recent)
     return dataclasses.replace(appending.mixing(Mean()), name="ccm_merge")
 
 
@@ -100,14 +115,15 @@ def ema(
     streaming: bool = False,
     repeat: bool = False,
     min_comp_tokens: int | None = None,
+    recent: int = 0,
 ) -> Method:
     """CCM-merge by an exponential moving average (table 16).
 
     Args:
-      comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens: as for `concat`.
+      comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens, recent: as for `concat`.
       decay: weight of the newest chunk.
     """
-    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens)
+    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens, recent)
     return dataclasses.replace(appending.mixing(Ema(decay)), name="ccm_ema")
 
 

@@ -43,10 +43,11 @@ def occupancy(
     seen = lambda slots: reachable(method.rule, slots.map(lambda x: x[None]), *now)[0]
     memory = lambda segment, index, position: Slots(np.full(len(index), int(Kind.MEMORY)), segment, index, position)
     parts = [text]
+    older = max(closed - method.recent, 0)
     for token in method.closes:
         if token.kind in method.writes:
             position = (begins if token.from_begin else ends) + token.offset
-            parts.append(memory(np.arange(closed), ends - 1, np.maximum(position, 0)))
+            parts.append(memory(np.arange(older), ends[:older] - 1, np.maximum(position[:older], 0)))
     if method.pool:
         hidden = place[(kind != Kind.SINK) & ~seen(text)]
         chunk = segment[hidden]

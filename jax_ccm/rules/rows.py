@@ -99,13 +99,14 @@ def bound(method: Method, text: int, chunks: int, scored: int) -> Sizes:
 
 
 def closed(method: Method, segments: Sequence[Segment]) -> Sequence[Segment]:
-    """The segments that a row of the parallel forward closes: all but the tail.
+    """The segments that a row of the parallel forward closes: all but the tail and the recent ones, whose text it sees.
 
     In training with repetition (`Method.repeat`) also a tail that is a full chunk: it can be repeated, though no text
     follows that could see its memory.
     """
-    full = method.repeat is not None and len(segments[-1].tokens) == method.chunk
-    return segments if full else segments[:-1]
+    if method.repeat is not None and len(segments[-1].tokens) == method.chunk:
+        return segments
+    return segments[: max(len(segments) - 1 - method.recent, 0)]
 
 
 def most_slots(method: Method, text: int, chunks: int) -> int:
@@ -191,7 +192,8 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
     tokens, kind, segment, position, scored, answers = [], [], [], [], [], []
     text = 0
     for number, piece in enumerate(segments):
-        tail = number >= len(closed(method, segments))
+        closes = number < len(closed(method, segments))
+        tail = number == len(segments) - 1 and not closes
         count = len(piece.tokens)
         if not count:
             raise UserError(f"{where}: segment {number} is empty; drop it, or join it to its neighbour")
@@ -208,7 +210,7 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
         kept = np.full(count, tail) if piece.kept is None else piece.kept | tail
         if kept.any() and not tail and not method.keeps_text:
             raise UserError(f"{where}: segment {number} has text to keep, but method {method.name!r} keeps none")
-        closing = () if tail else method.closes
+        closing = method.closes if closes else ()
         if closing and (kept[1:] > kept[:-1]).any():
             raise UserError(f"{where}: segment {number} keeps text behind its span; end the segment with the span")
         if closing and kept.all():
@@ -216,7 +218,7 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
         # What a closing compresses begins behind the text that is kept.
         begin = text + (int(np.argmin(kept)) if not kept.all() else count)
         place = [(begin if token.from_begin else text + count) + token.offset for token in closing]
-        repeats = np.arange(count if method.repeat and not tail else 0)
+        repeats = np.arange(count if method.repeat and closes else 0)
         row = method.repeat.embedding_index if method.repeat else 0
         tokens += [piece.tokens, [vocab + token.embedding_index for token in closing], vocab + row + 0 * repeats]
         kind += [

@@ -163,6 +163,8 @@ class Method:
       sink: how many of a session's first tokens are of kind `Kind.SINK`, which the rule lets everybody see.
       context: what training and evaluation feed before the tail: its "chunks", each closed by itself;
         all of them "joined" into one chunk; or nothing ("dropped").
+      recent: closed chunks whose text stays as it is: a chunk's closing tokens are run only once so many newer chunks
+        are closed. The rule says who sees that text.
       rope: keys in the cache are rotated once by their "running" position, or stored unrotated and
         rotated at each use by their place in the "cache" (streaming; recurrent only).
       chunk: if set, text is cut into chunks of just this many tokens, whatever its own boundaries, and a tail.
@@ -184,6 +186,7 @@ class Method:
     gate: tuple[Kind, ...] = ()
     sink: int = 0
     context: Literal["chunks", "joined", "dropped"] = "chunks"
+    recent: int = 0
     rope: Literal["running", "cache"] = "running"
     chunk: int | None = None
     repeat: Token | None = None
@@ -198,7 +201,11 @@ class Method:
             raise ValueError(
                 f"method {self.name!r}: places in the cache (rope='cache') have no chunk's begin to count from"
             )
-
+        if self.recent and (self.recent < 0 or not self.closes or self.rope == "cache" or self.context != "chunks"):
+            raise ValueError(
+                f"method {self.name!r}: recent={self.recent} must be at least 0, and needs tokens that close each chunk "
+                "and positions that run on"
+            )
         if self.pool is not None and (
             self.pool < 1 or self.closes or self.mix is not None or self.eviction is not None
         ):
@@ -215,7 +222,9 @@ class Method:
         """The method with a mixture for its memory, of whose states text sees the latest; itself without one."""
         if mix is None:
             return self
-        latest = lambda c: dataclasses.replace(c, farthest=min(c.farthest, 1)) if Kind.MEMORY in c.key else c
+        # Each looks at the newest state that there is when it looks.
+        newest = lambda c: dataclasses.replace(c, farthest=min(c.farthest, max(c.nearest, 1)))
+        latest = lambda c: newest(c) if Kind.MEMORY in c.key else c
         rule = dataclasses.replace(self.rule, sees=tuple(map(latest, self.rule.sees)))
         return dataclasses.replace(self, rule=rule, mix=mix)
 
@@ -261,7 +270,7 @@ class Method:
     @property
     def keeps_text(self) -> bool:
         """Whether later segments go on seeing raw text that was marked as kept."""
-        return any(Kind.QUERY in clause.key and clause.farthest > 0 for clause in self.rule.sees)
+        return any(Kind.QUERY in clause.key and clause.farthest > self.recent for clause in self.rule.sees)
 
     @property
     def heeds_marks(self) -> bool:
@@ -290,9 +299,9 @@ class Method:
         """
         if self.eviction is not None:
             return self.eviction.slots * (1 if self.eviction.constant else chunks)
-        farthest = max((c.farthest for c in self.rule.sees if Kind.MEMORY in c.key), default=0)
+        farthest = max((c.farthest for c in self.rule.sees if Kind.MEMORY in c.key), default=0) - self.recent
         pooled = -(-tokens // self.pool) if self.pool else 0
-        return (self.slots_per_chunk + pooled) * min(chunks, farthest)
+        return (self.slots_per_chunk + pooled) * min(max(chunks - self.recent, 0), farthest)
 
 
 @jax.tree_util.register_dataclass
