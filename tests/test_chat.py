@@ -70,6 +70,7 @@ class Conversation(Conversations):
 LAID_OUT = {
     "ccm_concat": dict(comp_tokens=2, sink=True),
     "ccm_concat, independent": dict(comp_tokens=1, independent=True),
+    "ccm_concat, recent": dict(comp_tokens=2, sink=True, recent=1),
     "ccm_merge": dict(comp_tokens=2),
     "sentinel": {},
     "loma": dict(ratio=4, memory_tokens=2),

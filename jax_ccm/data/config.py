@@ -27,7 +27,8 @@ class DataConfig:
       of a user who tells and asks and an assistant who answers, ``generated:chats?…&turns=6-24&age=4`` and
       ``generated:chat_questions?…``, where ``age`` is how many exchanges ago the last answer was told, and
       ``arbitrary=0.5`` the share of values that are any word instead of one that fits, ``wordy=0.5`` that of the
-      assistant's turns that go on about nothing, ``quoted=0.3`` that of the questions for an earlier turn, word for word;
+      assistant's turns that go on about nothing, ``quoted=0.3`` that of the questions for an earlier turn
+      word for word;
     * ``generated:needle?…&turns=8-16&age=4``, and likewise ``key_value``, ``updates``, ``distractors``, ``multi_hop``
       and ``counting``: questions that only their own conversation answers.
     """

@@ -57,8 +57,8 @@ def concat(
         raise UserError(f"min_comp_tokens is {min_comp_tokens}; it must lie between 1 and comp_tokens={comp_tokens}")
     if recent < 0 or (recent and (streaming or independent)):
         raise UserError(
-            f"recent is {recent}; it must be at least 0, and 0 with independent or streaming, where chunks see no text of "
-            "others, or all of it is closed by its place in the cache"
+            f"recent is {recent}; it must be at least 0, and 0 with independent, whose chunks see no others, and with "
+            "streaming, whose text is compressed by its place in the cache"
         )
     clauses = [
         see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),

@@ -203,8 +203,8 @@ class Method:
             )
         if self.recent and (self.recent < 0 or not self.closes or self.rope == "cache" or self.context != "chunks"):
             raise ValueError(
-                f"method {self.name!r}: recent={self.recent} must be at least 0, and needs tokens that close each chunk "
-                "and positions that run on"
+                f"method {self.name!r}: recent={self.recent} must be at least 0, and goes with tokens that close each "
+                "chunk of the context and rope='running'"
             )
         if self.pool is not None and (
             self.pool < 1 or self.closes or self.mix is not None or self.eviction is not None

@@ -244,7 +244,9 @@ class Conversations:
         self._put(row, earlier.cache, earlier.turns[row], earlier.tokens[row], earlier.said[row])
 
     def forget(self, row: int, turn: int) -> int:
-        """Drops the memory of a turn and its answer; what was read later, and has seen it, stays.
+        """Drops the memory of a turn and its answer, or their text where that is still there.
+
+        What was read later, and has seen it, stays.
 
         Args:
           row: the session.
@@ -272,7 +274,7 @@ class Conversations:
         if not 0 <= turn < len(turns):
             raise UserError(f"there is no turn {turn + 1}; the session has {len(turns)}")
         slots, (first, end) = state.cache.slots, turns[turn]
-        is_of = (slots.kind == Kind.MEMORY) & (slots.segment >= first) & (slots.segment < end)
+        is_of = slots.live & (slots.kind != Kind.SINK) & (slots.segment >= first) & (slots.segment < end)
         gone = np.asarray(is_of) & self.engine.mask([row])[:, None]
         self._put(row, remove(state.cache, gone), turns, state.tokens[row], state.said[row])
         return int(gone.sum())

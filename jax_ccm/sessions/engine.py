@@ -345,7 +345,7 @@ class Engine:
     def read(self, cache: MemoryCache, texts: Texts, *, query: bool = False, room: int = 0) -> MemoryCache:
         """Sessions that have read a text each; with room for so many tokens of an answer, and what closes it."""
         longest = max(map(len, texts.values()))
-        self.require_fit(longest, room)
+        self.require_fit(longest, room + self._recent(cache, texts))
         size, most = -(-longest // MULTIPLE) * MULTIPLE, raw_capacity(cache)
         if self.experiment.method.chunk or self.closing:
             most = size  # it is closed as it is read
@@ -357,6 +357,13 @@ class Engine:
         return _read(
             self.experiment.model, cache, chunk, method=self.experiment.method, query=query, closing=self.closing
         )
+
+    def _recent(self, cache: MemoryCache, wanted: Collection[int]) -> int:
+        """Most tokens of closed chunks that one of some sessions still holds as text."""
+        if not self.experiment.method.recent:
+            return 0
+        text = np.asarray(cache.slots.live & (cache.slots.kind != Kind.MEMORY) & (cache.slots.kind != Kind.SINK))
+        return int(text.sum(axis=1)[list(wanted)].max(initial=0))
 
     def require_fit(self, tokens: int, room: int) -> None:
         """Refuses a text that is too long to be read at once.

@@ -40,9 +40,10 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     """Compares the method that an adapter was trained for with the one it is to serve.
 
     Streaming is no difference, an adapter that was trained with a random number of closing tokens
-    (`Method.min_comp_tokens`) serves any of these numbers, and one that was trained to repeat chunks also serves the
-    method without it. Among methods that compress nothing only whether the LoRA acts counts: a plain LoRA serves full
-    context, a window and no context alike, and text that is pooled.
+    (`Method.min_comp_tokens`) serves any of these numbers, one that was trained to repeat chunks also serves the method
+    without it, and how many recent chunks stay as text changes nothing in how one is compressed. Among methods that
+    compress nothing only whether the LoRA acts counts: a plain LoRA serves full context, a window and no context alike,
+    and text that is pooled.
 
     Raises:
       UserError: with both names and what differs.
@@ -55,6 +56,7 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
             there = there | {"closes": here["closes"]}
         if method.repeat is None:
             there, here = _without_repetition(there), _without_repetition(here)
+        there, here = _without_recent(there), _without_recent(here)
         differ = [key for key in sorted(there | here) if there.get(key) != here.get(key) and key not in _IRRELEVANT]
     else:
         differ = ["gate"] * (bool(there["gate"]) != bool(here["gate"]))
@@ -77,6 +79,19 @@ def _without_repetition(method: dict[str, Any]) -> dict[str, Any]:
     kinds = lambda names: [name for name in names if name != "REPEAT"]
     sees = {pair: spans for pair, spans in method["sees"].items() if not pair.startswith("REPEAT ")}
     return method | {"repeat": None, "sees": sees, **{key: kinds(method[key]) for key in ("gate", "both_ways")}}
+
+
+def _without_recent(method: dict[str, Any]) -> dict[str, Any]:
+    """A described method as it is when no closed chunk stays as text (`Method.recent`)."""
+    recent, sees = method["recent"], {}
+    for pair, spans in method["sees"].items():
+        query, _, key = pair.partition(" sees ")
+        if recent and query in ("TEXT", "QUERY") and key in ("TEXT", "QUERY"):
+            spans = [[0, 0]]
+        elif recent and query in ("TEXT", "QUERY") and key == "MEMORY":
+            spans = [[nearest - recent, None if farthest is None else farthest - recent] for nearest, farthest in spans]
+        sees[pair] = spans
+    return method | {"recent": 0, "sees": sees}
 
 
 def describe_base(model: Transformer, name: str) -> dict[str, Any]:

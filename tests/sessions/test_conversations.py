@@ -11,6 +11,7 @@ import pytest
 from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import select
 from jax_ccm.memory.generation import Sampling
+from jax_ccm.rules.types import Kind
 from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering, Engine
 from tests.test_chat import LAID_OUT, experiment
@@ -131,6 +132,24 @@ def test_a_turn_is_forgotten():
         talk.forget(1, 3)
     with pytest.raises(UserError, match="blends all turns into the same slots"):
         Conversations(experiment("ccm_merge", comp_tokens=2)).forget(0, 0)
+
+
+def test_recent_turns_stay_as_text():
+    """They count in the bytes and in the room, become memory in their turn, and are forgotten like memory."""
+    made = experiment("ccm_concat", "exchange", {"max_turn_tokens": 64}, comp_tokens=2, sink=True, recent=1)
+    talk = Conversations(made, 2)
+    for number in range(3):
+        talk.say({0: "hello there"}, max_tokens=4)
+        slots = talk.state.cache.slots.map(lambda x: np.asarray(x)[0])
+        text = slots.live & (slots.kind != Kind.MEMORY) & (slots.kind != Kind.SINK)
+        assert set(slots.segment[text]) == {number} and (slots.kind == Kind.MEMORY).sum() == 2 * number
+        assert talk.memory_bytes(0)[0] == 1 + 2 * number + text.sum()
+    assert talk.forget(0, 2) == text.sum() and talk.forget(0, 0) == 2
+    talk.say({0: "what"}, max_tokens=4)
+    room = made.config.cache.raw_capacity
+    with pytest.raises(UserError, match="do not fit cache.raw_capacity"):
+        talk.say({0: "x"}, max_tokens=room - 8)
+    talk.say({1: "x"}, max_tokens=room - 8)  # a session that has said nothing has room
 
 
 def test_turns_of_elsewhere_are_what_they_would_have_been():

@@ -163,6 +163,17 @@ def test_pooling_is_part_of_the_method(tmp_path):
             load_adapter(path, plain, method=method)
 
 
+@pytest.mark.parametrize("name", ["ccm_concat", "ccm_merge"])
+def test_an_adapter_serves_any_number_of_recent_chunks(tmp_path, name):
+    """How a chunk is compressed does not depend on it; sink and the like still count."""
+    plain, recent, more = (build(name, comp_tokens=2, sink=True, recent=number) for number in (0, 1, 3))
+    for number, (trained, served) in enumerate(((plain, recent), (recent, plain), (more, recent))):
+        path = Adapter.of(MODEL, method=trained, base="tiny").write(tmp_path / str(number))
+        load_adapter(path, MODEL, method=served, base="tiny")
+        with pytest.raises(UserError, match="sink: true there"):
+            load_adapter(path, MODEL, method=build(name, comp_tokens=2, recent=1), base="tiny")
+
+
 def test_decay_is_part_of_the_method(tmp_path):
     Adapter.of(MODEL, method=build("ccm_ema", comp_tokens=2, decay=0.5), base="tiny").write(tmp_path / "a")
     with pytest.raises(UserError, match=r'mix: .*"decay": 0.5.* there.*"decay": 0.25.* here'):
