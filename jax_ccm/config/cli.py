@@ -51,7 +51,7 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argv[0] if argv and not argv[0].startswith("-") else None
     file = next((arg for arg in argv if arg.endswith((".yaml", ".yml"))), first)
-    config = in_format(Config() if file is None else open_config(file), argv)
+    config, argv = in_format(Config() if file is None else open_config(file), argv)
     about = tyro.conf.arg(metavar="CONFIG", help="A YAML file; or an adapter's name, folder or hub id: its own config.")
     fields = [
         ("config", Annotated[paths.Folder, tyro.conf.Positional, about]),

@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -278,7 +278,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if overrides:
         import tyro
 
-        config = tyro.cli(Config, args=list(overrides), default=in_format(config, overrides), prog=str(path))
+        config, overrides = in_format(config, overrides)
+        config = tyro.cli(Config, args=list(overrides), default=config, prog=str(path))
     check(config)
     return config
 
@@ -310,11 +311,14 @@ def _data(given: Mapping[str, Any]) -> DataConfig:
     return convert(kind_of(given), given, "data")
 
 
-def in_format(config: Config, args: Sequence[str]) -> Config:
+def in_format(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
     """A config whose data have the options of the format that a command line names, for tyro to know them.
 
+    Returns:
+      The config, and the arguments without those that unset what only other formats read: ``--data.min_turns None``.
+
     Raises:
-      UserError: if the config sets an option that this format does not have.
+      UserError: if the config sets an option that this format does not have, and the arguments do not unset it.
     """
     format, before = config.data.format, config.data
     for number, arg in enumerate(args):
@@ -322,16 +326,35 @@ def in_format(config: Config, args: Sequence[str]) -> Config:
             format = next(iter(args[number + 1 :]), "")
         elif arg.startswith("--data.format="):
             format = arg.split("=", 1)[1]
-    if format == before.format or format not in BY_FORMAT:  # what is no format, tyro refuses
-        return config
+    if format not in BY_FORMAT:  # tyro refuses it
+        return config, list(args)
+    gone = {name for kind in BY_FORMAT.values() for name in own_options(kind)} - set(own_options(BY_FORMAT[format]))
+    gone, args = _unset(gone, args)
+    if format == before.format:
+        return config, args
     given = {field.name: getattr(before, field.name) for field in dataclasses.fields(before)}
-    given = {name: value for name, value in given.items() if value != getattr(type(before), name)}
+    given = {name: value for name, value in given.items() if value != getattr(type(before), name) and name not in gone}
     kind = kind_of({**given, "format": format})
     # As it is, unchecked: what else the command line says may be what makes it fit.
     data = object.__new__(kind)
     values = {field.name: given.get(field.name, field.default) for field in dataclasses.fields(kind)}
     data.__dict__.update(values, format=format)
-    return dataclasses.replace(config, data=data)
+    return dataclasses.replace(config, data=data), args
+
+
+def _unset(names: Collection[str], args: Sequence[str]) -> tuple[set[str], list[str]]:
+    """Those of some options of the data that a command line sets to None, and its other arguments."""
+    found, rest, left = set(), [], list(args)
+    while left:
+        arg = left.pop(0)
+        name, equals, value = arg.partition("=")
+        name = name.removeprefix("--data.") if name.startswith("--data.") else ""
+        if name in names and (value if equals else next(iter(left), "")) == "None":
+            found.add(name)
+            left = left[not equals :]
+        else:
+            rest.append(arg)
+    return found, rest
 
 
 def _with_new_names(tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -347,6 +347,7 @@ def kind_of(given: Mapping[str, Any]) -> type[DataConfig]:
         if option in others and option not in read:
             raise UserError(
                 f"data.{option} is set, but format {name!r} does not read it (it reads "
-                f"{', '.join(sorted(read)) or 'no options of its own'}); remove it or change data.format"
+                f"{', '.join(sorted(read)) or 'no options of its own'}); remove it (on the command line: "
+                f"--data.{option} None) or change data.format"
             )
     return BY_FORMAT[name]

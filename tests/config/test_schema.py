@@ -56,6 +56,14 @@ def test_another_format_on_the_command_line(tmp_path, capsys, text):
     assert cli.parse(Options, [str(path), "--workdir", "o", *argv], command="jax_ccm.train")[1].data == wanted
     with pytest.raises(UserError, match="data.min_turns is set, but format 'text' does not read it"):
         load_config(write(tmp_path, "data: {min_turns: 4}"), argv)
+    # What other formats read can be unset, for a config that sets it and for one that does not.
+    dialogue = write(tmp_path, "data: {min_turns: 4, max_turns: 9, max_chunks: 5}")
+    unset = ["--data.format", "online", "--data.min_turns", "None", "--data.max_turns=None"]
+    assert load_config(dialogue, unset).data == OnlineConfig(max_chunks=5)
+    assert cli.parse(Options, [str(dialogue), "--workdir", "o", *unset], command="jax_ccm.train")[1].data == (
+        OnlineConfig(max_chunks=5)
+    )
+    assert load_config(dialogue, ["--data.chunk", "None"]).data.min_turns == 4
     with pytest.raises(SystemExit):
         load_config(path, ["--data.shots", "2"])
     assert "--data.shots" in capsys.readouterr().err
