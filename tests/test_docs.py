@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import inspect
 import json
 import math
 import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ import pytest
 from docs.make import pictures, reference
 from jax_ccm.benchmarks import pytorch
 from jax_ccm.benchmarks import report as speed
+from jax_ccm.config import cli
 from jax_ccm.config.schema import save_config
+from jax_ccm.errors import UserError
 from jax_ccm.evals import comparison, parity, report, slots
 from jax_ccm.methods import METHODS, build
 from jax_ccm.planning import ahead
@@ -35,6 +40,44 @@ RESULTS = sorted((ROOT / "results").rglob("table.md"))
 BENCHES = sorted((ROOT / "results").rglob("bench.json"))
 BESIDE_PYTORCH = sorted((ROOT / "results" / "pytorch").rglob("*.json"))
 COMPILED = sorted((ROOT / "results" / "kernels").glob("*.json"))
+
+
+def commands(text: str) -> set[str]:
+    """The lines that start a command of the library with a config, each with what goes on behind a backslash."""
+    text = re.sub(r"\s*\\\n[ #]*", " ", text)
+    lines = re.findall(r"^(?:[#>]? *|.*Command: )python -m (jax_ccm[.a-z]* .*)$", text, re.MULTILINE)
+    own = "train|evaluate|chat|serve|bench|verify|plan|benchmarks.pytorch"
+    return {line.split("  #")[0] for line in lines if re.match(rf"jax_ccm\.({own}) (configs/|runs/|smollm2)", line)}
+
+
+def test_commands_are_read_as_they_stand(monkeypatch):
+    """Whatever a page, a config or a card tells people to run: its options exist and go with its config."""
+    texts = [README, *DOCS, *PAGES, *ROOT.glob("configs/*.yaml"), *ROOT.glob("adapters/*/README.md")]
+    found = {(path.name, line) for path in texts for line in commands(path.read_text())}
+    assert len(found) > 45
+    monkeypatch.chdir(ROOT)
+
+    class Read(Exception):
+        pass
+
+    def read(options, argv=None, *, command, parse=cli.parse):
+        parse(options, argv, command=command)
+        raise Read
+
+    monkeypatch.setattr(cli, "parse", read)
+    for page, line in sorted(found):
+        name, config, *rest = shlex.split(line)
+        # An adapter that a run will have made has that run's config; where it is anybody's, that of one that is there.
+        if made := re.match(r"runs/([^/]+)/", config):
+            config = f"configs/{made[1]}.yaml"
+            config = config if Path(config).exists() else "smollm2-135m-concat"
+        monkeypatch.setattr(sys, "argv", [name, config, *rest])
+        try:
+            importlib.import_module(name).main()
+        except Read:
+            continue
+        except (SystemExit, UserError) as error:
+            pytest.fail(f"{page}: {line}\n{error}")
 
 
 @pytest.mark.parametrize("page", ["index", "tour", "library"])
