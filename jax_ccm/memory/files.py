@@ -32,7 +32,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.nn import ModelConfig, Transformer
 from jax_ccm.records import sealed
-from jax_ccm.rules.describe import describe_method, label, upgraded
+from jax_ccm.rules.describe import completed, describe_method, label, upgraded
 from jax_ccm.rules.types import Kind, MemoryCache, Method, Slots
 
 FORMAT = "jax_ccm.memory/3"
@@ -331,7 +331,7 @@ def _require_kinship(held: Held, fingerprints: Mapping[str, str], method: Method
             f"{held.path} was written with {show(stored)}; this session uses {show(ours)} (fingerprints). Use the same "
             "base model, adapter, tokenizer and template"
         )
-    here, there = describe_method(method), held.header["method"]
+    here, there = describe_method(method), completed(held.header["method"])
     if differ := sorted(key for key in here | there if here.get(key) != there.get(key)):
         raise Foreign(
             f"{held.path} was written with method {called(there)}; this session uses {label(here)}. They differ in "

@@ -8,7 +8,7 @@ import re
 import sys
 from typing import Any
 
-from jax_ccm.rules.types import INF, Method
+from jax_ccm.rules.types import INF, Method, Rule
 
 
 def describe_method(method: Method) -> dict[str, Any]:
@@ -60,6 +60,11 @@ def upgraded(stored: dict[str, Any], where: str) -> dict[str, Any]:
         else token
     )
     return found | {"closes": [new_token(token) for token in found["closes"]], "repeat": new_token(found["repeat"])}
+
+
+def completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A description from a file, in which a field that the file does not have yet has its default."""
+    return describe_method(Method("", Rule(()))) | stored
 
 
 def _merged(spans: list[list[int]]) -> list[list[int | None]]:

@@ -15,8 +15,8 @@ import numpy as np
 from jax_ccm.distributed import processes
 from jax_ccm.errors import UserError
 from jax_ccm.nn import ModelConfig, RopeScaling, Transformer
-from jax_ccm.rules.describe import describe_method, label
-from jax_ccm.rules.types import Method, Rule
+from jax_ccm.rules.describe import completed, describe_method, label
+from jax_ccm.rules.types import Method
 from jax_ccm.weights.hf import base_parameters
 
 # How a method is called, and where its keys are rotated, is not what the adapter has learned: streaming with an adapter
@@ -48,8 +48,7 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     Raises:
       UserError: with both names and what differs.
     """
-    # A field that an older file does not have yet has its default there.
-    there = describe_method(Method("", Rule(()))) | stored
+    there = completed(stored)
     here = describe_method(method)
     if there["closes"] or here["closes"] or there["pool"]:
         if serves_fewer(stored, method):
