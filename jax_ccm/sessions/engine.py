@@ -345,7 +345,7 @@ class Engine:
     def read(self, cache: MemoryCache, texts: Texts, *, query: bool = False, room: int = 0) -> MemoryCache:
         """Sessions that have read a text each; with room for so many tokens of an answer, and what closes it."""
         longest = max(map(len, texts.values()))
-        self.require_fit(longest, room + self._recent(cache, texts))
+        self.require_fit(longest, room, self._recent(cache, texts))
         size, most = -(-longest // MULTIPLE) * MULTIPLE, raw_capacity(cache)
         if self.experiment.method.chunk or self.closing:
             most = size  # it is closed as it is read
@@ -359,26 +359,29 @@ class Engine:
         )
 
     def _recent(self, cache: MemoryCache, wanted: Collection[int]) -> int:
-        """Most tokens of closed chunks that one of some sessions still holds as text."""
+        """Most tokens that one of some sessions still holds as text, of closed chunks and of an open one."""
         if not self.experiment.method.recent:
             return 0
         text = np.asarray(cache.slots.live & (cache.slots.kind != Kind.MEMORY) & (cache.slots.kind != Kind.SINK))
         return int(text.sum(axis=1)[list(wanted)].max(initial=0))
 
-    def require_fit(self, tokens: int, room: int) -> None:
+    def require_fit(self, tokens: int, room: int, held: int = 0) -> None:
         """Refuses a text that is too long to be read at once.
 
         Args:
           tokens: of the text.
           room: tokens of an answer that there must be room for, too; 0 for none.
+          held: tokens that stay beside it.
 
         Raises:
           UserError: with what it may be.
         """
-        if (left := self.room_after(tokens)) is not None and (left < room if room else left + self._tail < 0):
+        if (left := self.room_after(tokens + held)) is not None and (left < room if room else left + self._tail < 0):
+            taken = f", of which {held} are taken" * bool(held)
             raise UserError(
                 f"a turn of {tokens} tokens and an answer of up to {room} do not fit cache.raw_capacity="
-                f"{self.experiment.config.cache.raw_capacity}; say it in several turns, or raise cache.raw_capacity"
+                f"{self.experiment.config.cache.raw_capacity}{taken}; say it in several turns, or raise "
+                "cache.raw_capacity"
             )
 
     def room_after(self, tokens: int) -> int | None:
