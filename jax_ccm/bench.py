@@ -15,7 +15,7 @@ import numpy as np
 from jax_ccm.benchmarks import baselines, report
 from jax_ccm.benchmarks.baselines import Baseline
 from jax_ccm.benchmarks.settings import Options, check
-from jax_ccm.benchmarks.steps import random_text, row_pairs, single_steps
+from jax_ccm.benchmarks.steps import random_text, single_steps, training_flops
 from jax_ccm.benchmarks.turns import after_turns, sessions_that_fit, weights_bytes
 from jax_ccm.config import cli
 from jax_ccm.config.loading import Experiment, load_experiment
@@ -118,7 +118,10 @@ def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], d
     init = lambda params: init_state(params, optimizer)
     shardings = sharding.parameter_shardings(experiment.mesh, jax.eval_shape(init, params), shape)
     out = (shardings, sharding.replicated(experiment.mesh))
-    step = make_step(graphdef, method, optimizer, config.train, dropout=config.adapter.dropout > 0, shardings=out)
+    dropout = config.adapter.dropout > 0
+    step = make_step(
+        graphdef, method, optimizer, config.train, objective=config.objective, dropout=dropout, shardings=out
+    )
     batches: Batch = sharding.place(experiment.mesh, jax.tree.map(lambda x: np.asarray(x)[None], made), leading=1)
     # A copy: the step is given its state for good, and the model's arrays are still needed.
     state = [jax.tree.map(jnp.copy, jax.jit(init, out_shardings=shardings)(params))]
@@ -130,14 +133,9 @@ def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], d
         state[0], metrics = compiled(state[0], frozen, batches, key)
         return jax.block_until_ready(metrics)
 
-    tokens = config.data.batch_size * sizes.tokens
-    pairs = config.data.batch_size * row_pairs(method, made)
-    forward = shape.forward_flops(tokens, 0, config.data.batch_size * sizes.scored)
-    attention = shape.forward_flops(0, pairs, 0)
-    # Backward through a frozen base: one product for each one forward, two in attention; another where it is trained.
-    backward = forward * (2 if config.train.trainable == "all" else 1) + 2 * attention
-    counts = {"rows": config.data.batch_size, "tokens": tokens, "scored": config.data.batch_size * sizes.scored}
-    return run, counts, forward + attention + backward
+    counts = {name: config.data.batch_size * count for name, count in (("rows", 1), ("tokens", sizes.tokens))}
+    counts["scored"] = config.data.batch_size * sizes.scored
+    return run, counts, training_flops(config, shape, method, made)
 
 
 if __name__ == "__main__":

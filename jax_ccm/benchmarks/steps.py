@@ -14,10 +14,11 @@ import numpy as np
 from jax_ccm.benchmarks import baselines, turns
 from jax_ccm.benchmarks.baselines import Baseline
 from jax_ccm.benchmarks.settings import Options
-from jax_ccm.memory import steps
+from jax_ccm.config.schema import Config
+from jax_ccm.memory import steps, teacher
 from jax_ccm.memory.generation import pays_unstacked
 from jax_ccm.methods import build
-from jax_ccm.nn import Transformer
+from jax_ccm.nn import ModelConfig, Transformer
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import batch, measure
 from jax_ccm.rules.types import Batch, Chunk, Kind, MemoryCache, Method
@@ -142,6 +143,18 @@ def random_text(vocab: int, lengths: list[int]) -> Example:
     nothing = np.zeros(0, np.int32)
     text = lambda size: Segment(rng.integers(0, vocab, size).astype(np.int32), np.ones(size, bool))
     return Example(nothing, nothing, tuple(text(size) for size in lengths))
+
+
+def training_flops(config: Config, shape: ModelConfig, method: Method, made: Batch) -> float:
+    """FLOPs that a training step on a batch of like rows needs: forward, backward, and the teacher of the objective."""
+    rows, tokens = made.tokens.shape
+    linear = shape.forward_flops(rows * tokens, 0, rows * made.targets.shape[1])
+    attention = lambda method, made: shape.forward_flops(0, rows * row_pairs(method, made), 0)
+    # Backward through a frozen base: one product for each one forward, two in attention; another where it is trained.
+    backward = linear * (2 if config.train.trainable == "all" else 1) + 2 * attention(method, made)
+    alone = dataclasses.replace(made, memory=None)
+    asked = [teacher.FULL] * config.objective.asks_teacher + [teacher.ALONE] * bool(config.objective.dependence)
+    return linear + attention(method, made) + backward + sum(linear + attention(each, alone) for each in asked)
 
 
 def row_pairs(method: Method, made: Batch) -> int:

@@ -23,6 +23,7 @@ from jax_ccm.methods import METHODS, builder_of
 from jax_ccm.numerics import Precision
 from jax_ccm.records import named, paths
 from jax_ccm.records.card import CardConfig
+from jax_ccm.rules.objective import Objective
 from jax_ccm.rules.types import Method
 
 # Keys that had another name: the section, the name of an earlier version, and today's.
@@ -257,6 +258,7 @@ class Config:
     adapter: AdapterSource = AdapterSource()
     data: DataConfig = DialogueConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    objective: Objective = Objective()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     cache: CacheConfig = CacheConfig()
@@ -391,18 +393,6 @@ def to_yaml(config: Config) -> str:
 def save_config(config: Config, path: str | Path) -> None:
     """Writes `to_yaml` of a config to a file."""
     paths.of(path).write_text(to_yaml(config), encoding="utf-8")
-
-
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Paths of the keys in which two nested dicts differ, with both values."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in [*ours, *(name for name in theirs if name not in ours)]:
-        a, b = ours.get(name), theirs.get(name)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found |= differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found[f"{prefix}{name}"] = (a, b)
-    return found
 
 
 def check(config: Config) -> None:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_ccm.distributed.sharding import constrain
+from jax_ccm.memory import teacher
 from jax_ccm.nn.transformer import Transformer, capped
+from jax_ccm.rules.objective import Objective
 from jax_ccm.rules.types import Batch, Kind, Method
 
 # Logits that exist at once, forward and backward: 64 MiB of float32, unless a few columns of the batch are more.
@@ -19,23 +21,37 @@ COLUMNS = 16
 
 def scored_logits(model: Transformer, hidden, batch: Batch):
     """Logits that predict the scored tokens, ``float32 [B, Q, V]``, from hidden states ``[B, T, D]``."""
-    hidden = constrain(jnp.take_along_axis(hidden, batch.indices[:, :, None], axis=1), "rows")
-    return constrain(model.logits(hidden), "rows", None, "vocab")
+    return constrain(model.logits(_scored(hidden, batch)), "rows", None, "vocab")
 
 
-def scored_losses(model: Transformer, hidden, batch: Batch):
-    """Negative log-likelihood in nats of each scored token, ``float32 [B, Q]``, 0 on padding."""
-    hidden = constrain(jnp.take_along_axis(hidden, batch.indices[:, :, None], axis=1), "rows")
+def scored_losses(model: Transformer, hidden, batch: Batch, taught=None, share: float = 0.0):
+    """Negative log-likelihood in nats of each scored token, ``float32 [B, Q]``, 0 on padding.
+
+    Args:
+      model: the decoder, for its projection to the vocabulary.
+      hidden: ``[B, T, D]``.
+      batch: the rows.
+      taught: ``[B, T, D]`` of a teacher, or None; then the distance from it has its share, as in `token_losses`.
+      share: of that distance.
+    """
     head, axes = model.head
-    return (
-        token_losses(axes, hidden, head.astype(model.precision.compute), batch.targets, model.config.logit_cap)
-        * batch.weights
-    )
+    taught = None if taught is None else _scored(taught, batch)
+    head = head.astype(model.precision.compute)
+    losses = token_losses(axes, _scored(hidden, batch), head, batch.targets, model.config.logit_cap, taught, share)
+    return losses * batch.weights
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def token_losses(axes: str, hidden, head, targets, cap: float | None = None):
+def _scored(hidden, batch: Batch):
+    """The hidden states that predict the scored tokens, ``[B, Q, D]``."""
+    return constrain(jnp.take_along_axis(hidden, batch.indices[:, :, None], axis=1), "rows")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 6))
+def token_losses(axes: str, hidden, head, targets, cap: float | None = None, taught=None, share: float = 0.0):
     """Negative log-likelihood in nats of each target, without ever holding all logits.
+
+    With a teacher, ``(1 - share)`` times that, and ``share`` times the divergence ``KL(teacher || model)`` of the
+    predicted tokens (knowledge distillation, Hinton et al. 2015, at temperature 1).
 
     Logits are made in blocks of columns. Where the head is frozen, as in training an adapter, the gradient of each
     block is made at once, in the forward pass, and its logits are never needed again; where it is trained they are made
@@ -47,39 +63,45 @@ def token_losses(axes: str, hidden, head, targets, cap: float | None = None):
       head: ``[V, D]`` or ``[D, V]``.
       targets: ``int32 [B, Q]``.
       cap: static; if set, logits are ``cap * tanh(logit / cap)`` (Gemma 2).
+      taught: ``[B, Q, D]`` of a teacher with the same head, which gets no gradient; None for none.
+      share: static, of the divergence from it.
 
     Returns:
       ``float32 [B, Q]``.
     """
-    step = lambda block: _likelihood(_logits(axes, block[0], head, cap), block[1])[0]
-    return _by_blocks(step, head, axes, hidden, targets)
+    step = lambda block: _loss(_logits(axes, block[0], head, cap), *_wanted(axes, block[1:], head, cap, share))[0]
+    return _by_blocks(step, head, axes, hidden, targets, taught)
 
 
-def _forward(axes, hidden, head, targets, cap):
+def _forward(axes, hidden, head, targets, cap, taught, share):
     trained = head.perturbed
-    hidden, head, targets = hidden.value, head.value, targets.value
+    hidden, head, targets, taught = jax.tree.map(
+        lambda x: x.value, (hidden, head, targets, taught), is_leaf=lambda x: hasattr(x, "perturbed")
+    )
 
     def step(block):
-        hidden, targets = block
+        hidden, *rest = block
         logits = _logits(axes, hidden, head, cap)
-        losses, total = _likelihood(logits, targets)
+        wanted = _wanted(axes, rest, head, cap, share)
+        losses, total = _loss(logits, *wanted)
         if trained:
             return losses, total
-        return losses, _to_hidden(axes, _slope(logits, total, targets, cap), head).astype(hidden.dtype)
+        return losses, _to_hidden(axes, _slope(logits, total, wanted, cap), head).astype(hidden.dtype)
 
-    losses, kept = _by_blocks(step, head, axes, hidden, targets)
-    return losses, ((hidden, head, targets, kept) if trained else (kept,))
+    losses, kept = _by_blocks(step, head, axes, hidden, targets, taught)
+    return losses, ((hidden, head, targets, kept, taught) if trained else (kept,))
 
 
-def _backward(axes, cap, residuals, g):
+def _backward(axes, cap, share, residuals, g):
     if len(residuals) == 1:
         (slope,) = residuals
-        return g[:, :, None].astype(slope.dtype) * slope, None, None
-    hidden, head, targets, totals = residuals
+        return g[:, :, None].astype(slope.dtype) * slope, None, None, None
+    hidden, head, targets, totals, taught = residuals
 
     def step(gradient, block):
-        hidden, targets, total, g = block
-        slope = _slope(_logits(axes, hidden, head, cap), total, targets, cap) * g[:, :, None]
+        hidden, total, g, *rest = block
+        wanted = _wanted(axes, rest, head, cap, share)
+        slope = _slope(_logits(axes, hidden, head, cap), total, wanted, cap) * g[:, :, None]
         order = {"v": slope, "d": hidden}
         terms = [f"bq{axis}" for axis in axes]
         found = jnp.einsum(
@@ -90,8 +112,9 @@ def _backward(axes, cap, residuals, g):
     blocks, size = _blocks(head, axes, targets)
     zero = jnp.zeros(head.shape, jnp.float32)
     split = functools.partial(_split, blocks=blocks, size=size)
-    gradient, slopes = jax.lax.scan(step, zero, tuple(map(split, (hidden, targets, totals, g))))
-    return _joined(slopes, targets.shape[1]), gradient.astype(head.dtype), None
+    given = [hidden, totals, g, targets, *([] if taught is None else [taught])]
+    gradient, slopes = jax.lax.scan(step, zero, tuple(map(split, given)))
+    return _joined(slopes, targets.shape[1]), gradient.astype(head.dtype), None, None
 
 
 token_losses.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -102,15 +125,29 @@ def _logits(axes: str, hidden, head, cap: float | None):
     return constrain(capped(logits, cap), "rows", None, "vocab")
 
 
-def _likelihood(logits, targets):
+def _wanted(axes: str, block, head, cap: float | None, share: float):
+    """What a block of columns is to predict: targets, the teacher's log-probabilities or None, and their share."""
+    targets, *taught = block
+    teacher = jax.nn.log_softmax(_logits(axes, taught[0], head, cap)) if taught else None
+    return targets, teacher, share
+
+
+def _loss(logits, targets, teacher, share: float):
     """Losses and the logarithms of the normalisers, ``[B, q]`` each."""
     total = jax.nn.logsumexp(logits, axis=-1)
-    return total - jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0], total
+    losses = total - jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
+    if teacher is not None:
+        apart = jnp.sum(jnp.exp(teacher) * (teacher - logits), axis=-1) + total
+        losses = (1 - share) * losses + share * apart
+    return losses, total
 
 
-def _slope(logits, total, targets, cap: float | None):
-    """The gradient of the losses for logits before the cap: probabilities, less 1 at the target, times its slope."""
+def _slope(logits, total, wanted, cap: float | None):
+    """The gradient of the losses for logits before the cap: probabilities less those wanted, times its slope."""
+    targets, teacher, share = wanted
     hit = jnp.arange(logits.shape[-1]) == targets[:, :, None]
+    if teacher is not None:
+        hit = (1 - share) * hit + share * jnp.exp(teacher)
     slope = jnp.exp(logits - total[:, :, None]) - hit
     return slope if cap is None else slope * (1 - (logits / cap) ** 2)
 
@@ -139,12 +176,13 @@ def _joined(x, columns: int):
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :columns]
 
 
-def _by_blocks(step, head, axes: str, hidden, targets):
-    """``step`` of hidden states and targets, block by block."""
+def _by_blocks(step, head, axes: str, hidden, targets, taught=None):
+    """``step`` of hidden states, targets and the teacher's hidden states, if there is one, block by block."""
     blocks, size = _blocks(head, axes, targets)
+    given = (hidden, targets) if taught is None else (hidden, targets, taught)
     if blocks <= 1:
-        return step((hidden, targets))
-    found = jax.lax.map(step, tuple(_split(x, blocks=blocks, size=size) for x in (hidden, targets)))
+        return step(given)
+    found = jax.lax.map(step, tuple(_split(x, blocks=blocks, size=size) for x in given))
     return jax.tree.map(lambda x: _joined(x, targets.shape[1]), found)
 
 
@@ -153,27 +191,49 @@ def repeated(batch: Batch):
     return jnp.take_along_axis(batch.slots.kind, batch.indices, axis=1) == Kind.REPEAT
 
 
-def mean_loss(model: Transformer, hidden, batch: Batch, method: Method):
-    """Cross-entropy averaged over the scored text tokens of the batch (CCM, equation 4), and their number.
+def dependence(model: Transformer, batch: Batch, full=None):
+    """What context is worth to the base for each scored token, in nats: ``float32 [B, Q]``, 0 on padding.
 
-    With `Method.repeat` the mean over the repeated tokens is added, times `Method.repeat_weight` (LoMA,
-    ``L_read + L_rep``). Each mean has its own denominator, so that neither changes the weight of the other.
+    The log-likelihood with all earlier text in sight less that with the text of the token's own segment alone.
 
     Args:
-      model: the decoder, for its projection to the vocabulary.
+      model: the decoder; its adapter acts nowhere.
+      batch: the rows.
+      full: hidden states of the base with full context, ``[B, T, D]``, where they are there already.
+    """
+    full = teacher.teach(model, batch, teacher.FULL) if full is None else full
+    alone = teacher.teach(model, batch, teacher.ALONE)
+    return jax.lax.stop_gradient(scored_losses(model, alone, batch) - scored_losses(model, full, batch))
+
+
+def mean_loss(model: Transformer, hidden, batch: Batch, method: Method, objective: Objective = Objective()):
+    """The objective averaged over the scored text tokens of the batch, and their number.
+
+    By default that is their cross-entropy (CCM, equation 4). With `Method.repeat` the mean cross-entropy of the
+    repeated tokens is added, times `Method.repeat_weight` (LoMA, ``L_read + L_rep``). Each mean has its own
+    denominator, so that neither changes the weight of the other.
+
+    Args:
+      model: the decoder, for its projection to the vocabulary, and as the teacher.
       hidden: ``[B, T, D]``, what `parallel_forward` returned for the batch.
       batch: the rows.
       method: static.
+      objective: static.
 
     Returns:
       Two scalars, float32: the loss in nats, and how many text tokens it is of.
     """
-    losses = scored_losses(model, hidden, batch)
-    text = batch.weights
-    total = 0.0
+    text, total = batch.weights, 0.0
+    full = teacher.teach(model, batch, teacher.FULL) if objective.asks_teacher else None
+    losses = scored_losses(model, hidden, batch, full if objective.distillation else None, objective.distillation)
     if method.repeat is not None:
         again = batch.weights * repeated(batch)
         text = text - again
-        total = method.repeat_weight * jnp.sum(losses * again) / jnp.maximum(jnp.sum(again), 1.0)
+        plain = scored_losses(model, hidden, batch) if objective.distillation else losses
+        total = method.repeat_weight * jnp.sum(plain * again) / jnp.maximum(jnp.sum(again), 1.0)
     count = jnp.sum(text)
-    return jnp.sum(losses * text) / jnp.maximum(count, 1.0) + total, count
+    if objective.dependence:
+        worth = dependence(model, batch, full)
+        text = text * (objective.dependence_floor + jnp.clip(worth, 0.0, objective.dependence))
+    # Not less than 1: rows for which context is worth hardly anything do not become large by it.
+    return jnp.sum(losses * text) / jnp.maximum(jnp.sum(text), 1.0) + total, count

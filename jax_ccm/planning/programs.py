@@ -90,7 +90,10 @@ def training_step(
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     out = (shardings, sharding.replicated(mesh))
-    step = make_step(graphdef, method, optimizer, config.train, dropout=config.adapter.dropout > 0, shardings=out)
+    dropout = config.adapter.dropout > 0
+    step = make_step(
+        graphdef, method, optimizer, config.train, objective=config.objective, dropout=dropout, shardings=out
+    )
     kinds = {"weights": frozen, "adapter": state["params"], "optimizer": state["optimizer"], "batch": batch}
     return Program(step, (state, frozen, batch, key), kinds, mesh)
 

@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jax_ccm.config.schema import differences
 from jax_ccm.distributed import processes
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.records import paths
@@ -303,6 +302,18 @@ def require_same(
             "for the new run"
         )
     return free
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Paths of the keys in which two nested dicts differ, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found[f"{prefix}{name}"] = (a, b)
+    return found
 
 
 def _is_under(path: str, prefixes: Sequence[str]) -> bool:

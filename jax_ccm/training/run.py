@@ -58,7 +58,9 @@ class Run:
           UserError: for a bad config, missing files, or a checkpoint of another config, another base or other data.
           RunError: if there are checkpoints, and none of them can be read.
         """
-        require_parallel(build_method(config))
+        method = build_method(config)
+        require_parallel(method)
+        config.objective.require(method, trains_base=config.train.trainable == "all")
         self.config, self.workdir = config, paths.of(workdir)
         self.progress = Progress()
         self._accepted: list[dict[str, Any]] = []
@@ -116,9 +118,9 @@ class Run:
         state_shardings = sharding.parameter_shardings(mesh, jax.eval_shape(init, params), shape)
         # The model's own arrays become those of the state.
         self.state = jax.jit(init, donate_argnums=0, out_shardings=state_shardings)(params)
-        shardings = (state_shardings, sharding.replicated(mesh))
+        dropout, out = config.adapter.dropout > 0, (state_shardings, sharding.replicated(mesh))
         self._step = make_step(
-            self.graphdef, method, optimizer, config.train, dropout=config.adapter.dropout > 0, shardings=shardings
+            self.graphdef, method, optimizer, config.train, objective=config.objective, dropout=dropout, shardings=out
         )
         self._validation_loss = make_validation(self.graphdef, method, config.train)
         self._count(params)

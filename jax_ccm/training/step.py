@@ -18,6 +18,7 @@ from jax_ccm.distributed import sharding
 from jax_ccm.memory.losses import mean_loss, repeated, scored_losses
 from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.nn.transformer import Transformer
+from jax_ccm.rules.objective import Objective
 from jax_ccm.rules.types import Batch, Kind, Method
 
 Tree = Any
@@ -76,6 +77,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     train: TrainConfig,
     *,
+    objective: Objective,
     dropout: bool,
     shardings: tuple[Tree, Any] | None = None,
 ) -> Callable:
@@ -90,6 +92,7 @@ def make_step(
       method: what the batches are laid out for.
       optimizer: of `make_optimizer`.
       train: says what the backward pass recomputes, and the attention.
+      objective: what is minimised.
       dropout: whether the adapter has any; it draws from ``key`` folded with the step and the number of the
         micro-batch.
       shardings: of the state and of the metrics; None leaves them to the compiler.
@@ -105,7 +108,7 @@ def make_step(
             dropout_key=key,
             remat=train.remat,
         )
-        return mean_loss(model, hidden, batch, method)
+        return mean_loss(model, hidden, batch, method, objective)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def step(state, frozen, batches, key):

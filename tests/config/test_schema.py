@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jax_ccm.config import cli, schema
-from jax_ccm.config.schema import Config, differences, load_config, save_config, to_mapping
+from jax_ccm.config.schema import Config, load_config, save_config
 from jax_ccm.data.config import BY_FORMAT, OnlineConfig, TextConfig
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import RunError, UserError
@@ -120,11 +120,6 @@ def test_mistakes_are_named(tmp_path, text, message):
 def test_missing_file():
     with pytest.raises(UserError, match="there is no config file nowhere.yaml"):
         load_config("nowhere.yaml")
-
-
-def test_differences():
-    a, b = to_mapping(Config()), to_mapping(Config(train=schema.TrainConfig(steps=5)))
-    assert differences(a, b) == {"train.steps": (1000, 5)}
 
 
 def test_command_line(tmp_path):

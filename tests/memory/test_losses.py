@@ -52,3 +52,30 @@ def test_all_logits_never_exist(monkeypatch, wanted):
     everything = 4 * 2 * 512 * 4096
     assert temporaries(losses.token_losses) < everything / 4
     assert temporaries(plain) > everything
+
+
+@pytest.mark.parametrize("axes", ["vd", "dv"])
+@pytest.mark.parametrize("block, cap", [(2**24, None), (1, None), (1, 2.0)])
+def test_distillation(monkeypatch, axes, block, cap):
+    """Its share of the divergence from a teacher, with gradients for hidden states and head, none for the teacher."""
+    monkeypatch.setattr(losses, "BLOCK", block)
+    hidden, head, targets, weights = problem(axes)
+    taught = jax.random.normal(jax.random.key(1), hidden.shape)
+
+    def formula(axes, hidden, head, targets, cap, taught, share):
+        def logs(hidden, head):
+            logits = jnp.einsum(f"bqd,{axes}->bqv", hidden, head)
+            return jax.nn.log_softmax(logits if cap is None else cap * jnp.tanh(logits / cap))
+
+        teacher = logs(taught, jax.lax.stop_gradient(head))
+        apart = jnp.sum(jnp.exp(teacher) * (teacher - logs(hidden, head)), axis=-1)
+        return (1 - share) * plain(axes, hidden, head, targets, cap) + share * apart
+
+    total = lambda f: lambda hidden, head: jnp.sum(f(axes, hidden, head, targets, cap, taught, 0.3) * weights)
+    given = axes, hidden, head, targets, cap, taught, 0.3
+    np.testing.assert_allclose(losses.token_losses(*given), formula(*given), atol=1e-5)
+    for wanted in (0, (0, 1)):
+        ours, theirs = (jax.jit(jax.grad(total(f), wanted))(hidden, head) for f in (losses.token_losses, formula))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+    same = losses.token_losses(axes, hidden, head, targets, cap, hidden, 1.0)
+    np.testing.assert_allclose(same, 0, atol=1e-5)

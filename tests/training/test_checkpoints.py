@@ -15,7 +15,7 @@ import pytest
 
 from jax_ccm.config.schema import Config, TrainConfig, from_mapping, to_mapping
 from jax_ccm.errors import RunError, UserError
-from jax_ccm.training.checkpoints import Checkpoints, fingerprint, require_same
+from jax_ccm.training.checkpoints import Checkpoints, differences, fingerprint, require_same
 
 # Where a read fails, Orbax leaves others waiting behind, which complain whenever they are collected.
 LEFTOVERS = "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -165,3 +165,8 @@ def test_another_config_is_refused(change):
     (name,) = values
     with pytest.raises(UserError, match=f"another config: {section}.{name} was .* now .*--workdir"):
         require_same(to_mapping(Config()), to_mapping(from_mapping(change)), "w")
+
+
+def test_differences():
+    a, b = to_mapping(Config()), to_mapping(Config(train=TrainConfig(steps=5)))
+    assert differences(a, b) == {"train.steps": (1000, 5)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from jax_ccm.errors import RunError, UserError
 from jax_ccm.memory.losses import mean_loss
 from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.numerics import precision
+from jax_ccm.rules.objective import Objective
 from jax_ccm.training import step as training_step
 from jax_ccm.training.checkpoints import Checkpoints
 from jax_ccm.training.metrics import Metrics, clock, cut
@@ -247,6 +249,36 @@ def test_weights_are_arguments_of_the_step():
     assert sum(np.size(x) for x in consts) < 64
 
 
+@pytest.mark.parametrize("objective", [{"distillation": 0.5}, {"dependence": 3.0, "dependence_floor": 0.1}])
+def test_the_objective_of_the_config_is_minimised(objective):
+    """The step's loss is that of `mean_loss` with it, and not the plain one; validation stays the plain one."""
+    config = tiny(adapter={"dropout": 0.0}, optimizer={"accumulation": 1}, train={"trainable": "adapter"},
+                  objective=objective)  # fmt: skip
+    graphdef, step, (state, frozen, batches, key) = pieces(config)
+    method, first = load_experiment(config).method, jax.tree.map(lambda x: x[:1], batches)
+
+    @functools.partial(jax.jit, static_argnames="objective")
+    def loss(params, batch, objective):
+        model = nnx.merge(graphdef, params, frozen)
+        return mean_loss(model, parallel_forward(model, batch, method=method), batch, method, objective)[0]
+
+    one = jax.tree.map(lambda x: x[0], first)
+    expected, plain = (loss(state["params"], one, each) for each in (config.objective, Objective()))
+    held_out = training_step.make_validation(graphdef, method, config.train)(state["params"], frozen, [one])
+    _, found = step(state, frozen, first, key)
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(held_out, plain, rtol=1e-5)
+    assert abs(expected - plain) > 1e-4
+
+
+def test_a_teacher_that_is_not_there_is_not_asked(tmp_path):
+    with pytest.raises(UserError, match="train.trainable 'all' trains it"):
+        Run(tiny(objective={"distillation": 0.5}), tmp_path)
+    without = {"method": {"name": "none", "comp_tokens": None, "sink": None}, "data": {"join": 0.0}}
+    with pytest.raises(UserError, match="method 'none' is given none"):
+        Run(tiny(objective={"distillation": 0.5}, train={"trainable": "adapter"}, **without), tmp_path)
+
+
 def test_accumulation_averages_the_means_of_micro_batches():
     config = tiny(adapter={"dropout": 0.0}, optimizer={"clip_norm": 0.0, "schedule": "constant", "warmup_ratio": 0.0})
     graphdef, step, (state, frozen, batches, key) = pieces(config)
@@ -273,8 +305,9 @@ def pieces(config):
     optimizer = training_step.make_optimizer(config.optimizer, training_step.make_schedule(config.optimizer, 8))
     data = prepare(config.data, experiment.method, None, experiment.model_config.vocab_size).iterator(seed=0)
     batches = jax.tree.map(lambda *x: np.stack(x), next(data), next(data))
+    dropout = config.adapter.dropout > 0
     step = training_step.make_step(
-        graphdef, experiment.method, optimizer, config.train, dropout=config.adapter.dropout > 0
+        graphdef, experiment.method, optimizer, config.train, objective=config.objective, dropout=dropout
     )
     return graphdef, step, (training_step.init_state(params, optimizer), frozen, batches, jax.random.key(0))
 

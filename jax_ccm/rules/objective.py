@@ -1,0 +1,61 @@
+"""What a training step minimises, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax_ccm.errors import UserError
+from jax_ccm.rules.types import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised. At its defaults the cross-entropy of each scored token, all alike (CCM, equation 4).
+
+    The other choices ask a teacher: the base without its adapter, over the text of the same rows, in the same step.
+    Each of its two forms, with all earlier text in sight or only that of the token's own segment, is one forward pass
+    more.
+    """
+
+    distillation: float = 0.0
+    """Share of the loss that is the distance from the teacher with full context, the KL divergence of the predicted
+    tokens, forward and over the whole vocabulary; the rest is cross-entropy. From 0 to 1."""
+    dependence: float = 0.0
+    """Weigh each scored token by what context is worth there to the teacher: the log-likelihood with full context less
+    that with its own segment alone, in nats, cut to between 0 and this. 0: all tokens weigh the same."""
+    dependence_floor: float = 0.0
+    """Added to each of these weights, so that tokens for which context is worth nothing still count."""
+
+    def __post_init__(self):
+        for name, most in (("distillation", 1), ("dependence", None), ("dependence_floor", None)):
+            value = getattr(self, name)
+            if not value >= 0 or (most is not None and value > most):
+                allowed = "at least 0" if most is None else f"between 0 and {most}"
+                raise UserError(f"objective.{name} is {value}; it must be {allowed}")
+        if self.dependence_floor and not self.dependence:
+            raise UserError(
+                f"objective.dependence_floor is {self.dependence_floor}, and objective.dependence is 0, so that all "
+                "tokens weigh the same; set objective.dependence, or leave dependence_floor out"
+            )
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a step runs the base on its own."""
+        return bool(self.distillation or self.dependence)
+
+    def require(self, method: Method, *, trains_base: bool) -> None:
+        """Refuses what has no teacher.
+
+        Raises:
+          UserError: if the base is trained with its pupil, or the rows of the method hold no context to read.
+        """
+        if self.asks_teacher and trains_base:
+            raise UserError(
+                "objective.distillation and objective.dependence ask the frozen base, and train.trainable 'all' trains "
+                "it; set train.trainable: adapter, or both to 0"
+            )
+        if self.asks_teacher and method.context == "dropped":
+            raise UserError(
+                "objective.distillation and objective.dependence compare with full context, and method "
+                f"{method.name!r} is given none; set both to 0, or take another method"
+            )
