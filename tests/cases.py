@@ -38,6 +38,7 @@ CCM = {
     "n2_independent_sink": dict(comp_tokens=2, independent=True, sink=True),
     "n2_all": dict(comp_tokens=2, conditional=False),
     "n2_repeat": dict(comp_tokens=2, sink=True, repeat=True),
+    "n2_say": dict(comp_tokens=2, sink=True, repeat=True, repeat_by="text"),
     "n2_recent": dict(comp_tokens=2, sink=True, recent=1),
     "n1_recent2": dict(comp_tokens=1, recent=2),
 }
@@ -58,7 +59,7 @@ METHODS: dict[str, Method] = {
     **{
         f"{name}_{label}": build(f"ccm_{name}", **CCM[label])
         for name, labels in {
-            "concat": ("n1", "n2_sink", "n3_independent", "n2_all", "n2_repeat", "n2_recent", "n1_recent2"),
+            "concat": ("n1", "n2_sink", "n3_independent", "n2_all", "n2_repeat", "n2_say", "n2_recent", "n1_recent2"),
             "merge": ("n1", "n2_sink", "n2_independent_sink", "n2_repeat", "n2_recent"),
             "ema": ("n1", "n3_independent", "n2_all", "n2_repeat", "n1_recent2"),
         }.items()
@@ -67,6 +68,7 @@ METHODS: dict[str, Method] = {
     "loma": build("loma", ratio=2, memory_tokens=2),
     "loma_causal_sink": build("loma", ratio=3, memory_tokens=1, bidirectional=False, sink=True, scope="last"),
     "loma_plain": build("loma", ratio=2, memory_tokens=2, history=False, positions="sequential", conditional=True),
+    "loma_say": build("loma", ratio=2, memory_tokens=2, repeat_by="text", conditional=True),
     "loma_mean": build("loma", ratio=2, memory_tokens=2, memory="mean"),
     "loma_ema_sink": build("loma", ratio=2, memory_tokens=2, memory="ema", decay=0.3, sink=True, conditional=True),
     "sentinel": build("sentinel"),

@@ -79,9 +79,10 @@ def test_slots_that_are_held(tmp_path, method, fields, share):
             assert held == count - int(count * (1 - share))
 
 
-def test_what_is_repeated(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("by", ["placeholders", "text"])
+def test_what_is_repeated(tmp_path, monkeypatch, capsys, by):
     """Token and exact accuracy of the command are those of `steps.repeat` on the recurrence."""
-    method = {"name": "loma", "ratio": 2, "memory_tokens": 2}
+    method = {"name": "loma", "ratio": 2, "memory_tokens": 2, "repeat_by": by}
     config = text_config(tmp_path, method=method)
     experiment = load_experiment(load_config(config))
     model = with_random_b(experiment.model)

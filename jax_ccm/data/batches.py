@@ -78,12 +78,14 @@ class TrainingSet:
     parts: tuple[int, ...]
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
-        """A training example, joined at random as the config says, closed by as many tokens as the method does."""
+        """A training example: joined, closed by so many tokens, and repeated, at random as config and method say."""
         example = joined(self.format.draw(unit, rng), self.config.join, self.config.uncompressed, rng)
-        if self.method.min_comp_tokens is None:
-            return example
-        count = int(rng.integers(self.method.min_comp_tokens, len(self.method.closes) + 1))
-        return dataclasses.replace(example, num_comp_tokens=count)
+        if self.method.min_comp_tokens is not None:
+            count = int(rng.integers(self.method.min_comp_tokens, len(self.method.closes) + 1))
+            example = dataclasses.replace(example, num_comp_tokens=count)
+        if self.method.repeat is not None and self.method.repeat_share < 1:
+            example = dataclasses.replace(example, repeats=bool(rng.random() < self.method.repeat_share))
+        return example
 
     def iterator(self, *, seed: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         """An endless iterator over numpy batches.

@@ -16,10 +16,10 @@ from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entr
 
 from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import check, init_cache, select
-from jax_ccm.memory.steps import compress, read, stream_step
+from jax_ccm.memory.steps import compress, compress_step, read, repeat, stream_step
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.examples import Example, Segment
-from jax_ccm.rules.rows import Sizes, arrange, measure
+from jax_ccm.rules.rows import Sizes, arrange, chunk, closed, measure
 from jax_ccm.rules.types import RAW, Array, Chunk, MemoryCache, Method
 
 # Chunks and tails are padded to multiples of this, so that a few shapes serve all lengths.
@@ -232,6 +232,61 @@ def caps_for(method: Method, examples: Sequence[Example]) -> Sizes:
     """The smallest sizes of a batch that holds all examples."""
     needs = [measure(method, example) for example in examples]
     return Sizes(*(max(getattr(need, f.name) for need in needs) for f in dataclasses.fields(Sizes)))
+
+
+def repeat_recurrently(
+    model: Transformer, method: Method, examples: Sequence[Example], *, rows: int
+) -> list[list[np.ndarray]]:
+    """Has each chunk said again as soon as its text is gone (`steps.repeat`).
+
+    Args:
+      model: the decoder with its adapter.
+      method: one with a `Method.repeat`.
+      examples: sessions of any lengths.
+      rows: rows of a batch.
+
+    Returns:
+      For each closed chunk of each example what is said of it, ``int32 [c]``, as many tokens as it has.
+    """
+    arranged = [arrange(method, example) for example in examples]
+    # Text of recent chunks is closed once so many newer ones are there; what follows the last is never read.
+    texts = [
+        [segment.tokens for segment in row[: len(closed(method, row)) + (method.recent if closed(method, row) else 0)]]
+        for row in arranged
+    ]
+    longest = max((len(text) for row in texts for text in row), default=1)
+    roomy = jax.eval_shape(lambda: cache_for(model, method, examples))
+    chunks = max(map(len, texts), default=0)
+    slots = max(roomy.memory_capacity, method.memory_slots(max(chunks, 1), longest), 1)
+    raw = roomy.k.shape[2] - roomy.memory_capacity
+    found: list[list[np.ndarray]] = [[] for _ in examples]
+    for first in range(0, len(examples), rows):
+        numbers = range(first, min(first + rows, len(examples)))
+        cache = init_cache(model, method, rows, memory_capacity=slots, raw_capacity=max(raw, longest))
+        own = [texts[i] for i in numbers] + [[]] * (rows - len(numbers))
+        for time in range(max(map(len, own))):
+            pieces = [row[time] if time < len(row) else row[:0] for row in own]
+            asked = time - method.recent
+            # A row that has ended says something, too, which nobody hears.
+            begin = np.array([sum(map(len, row[: max(asked, 0)])) for row in own], np.int32)
+            given = chunk(pieces, longest, model.config.vocab_size)
+            cache, said = _close_and_repeat(model, cache, given, begin, method=method, length=longest)
+            if asked < 0:
+                continue
+            said = np.asarray(said)
+            for row, i in enumerate(numbers):
+                if time < len(texts[i]):
+                    found[i].append(said[row, : len(texts[i][asked])])
+        check(cache)
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("method", "length"), donate_argnums=1)
+def _close_and_repeat(model, cache, chunk, begin, *, method, length):
+    """Reads a chunk and closes it; the cache, and the tokens ``int32 [B, length]`` that are said of it."""
+    cache = compress_step(model, cache, chunk, method=method)
+    logits = repeat(model, cache, length, method.recent + 1, method=method, begin=begin)
+    return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def stream_losses(

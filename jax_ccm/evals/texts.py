@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 from jax_ccm.data.questions import Choice, Evaluation
 from jax_ccm.evals import perplexity
 from jax_ccm.evals.perplexity import Measured, Stage, System
+from jax_ccm.evals.recurrent import repeat_recurrently
 from jax_ccm.evals.scoring import Store, score
 from jax_ccm.evals.slots import held_slots
 from jax_ccm.evals.statistics import Resamples, estimate, tree_to_json
+from jax_ccm.rules.examples import Example
 from jax_ccm.rules.rows import arrange, closed
 from jax_ccm.rules.types import Method
 
@@ -53,7 +56,10 @@ def repetition(
     store: Store | None = None,
     log: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """What memory can still say word for word of closed chunks (LoMA's repetition zone), each token guessed by itself.
+    """What memory can still say word for word of closed chunks, just after each is closed.
+
+    Each token is guessed by itself (LoMA's repetition zone), or with `Method.repeat_by` "text" generated behind what
+    was said before it, right or wrong.
 
     Args:
       system: one whose method has a `Method.repeat`.
@@ -67,14 +73,11 @@ def repetition(
       end to end (with bootstrap errors over texts), ``chunks`` and ``tokens`` that were asked for.
     """
     examples = [question.examples[0] for stage in questions for question in stage.right]
-    known = dict(rows=rows, store=store, identity=system.identity, log=log, name=f"{system.name}, repetition")
-    scores = score(system.model, system.method, examples, repeats=True, **known)
+    said = _generated if system.method.repeat_by == "text" else _guessed
     right, exact, tokens, chunks = (np.zeros(len(examples)) for _ in range(4))
-    for i, (example, found) in enumerate(zip(examples, scores, strict=True)):
-        sizes = [len(segment.tokens) for segment in closed(system.method, arrange(system.method, example))]
-        hits = np.split(found.hit[len(found.hit) - sum(sizes) :], np.cumsum(sizes)[:-1]) if sizes else []
+    for i, hits in enumerate(said(system, examples, rows, store, log)):
         right[i], exact[i] = sum(hit.sum() for hit in hits), sum(bool(hit.all()) for hit in hits)
-        tokens[i], chunks[i] = sum(sizes), len(sizes)
+        tokens[i], chunks[i] = sum(map(len, hits)), len(hits)
     resamples = Resamples([example.id for example in examples])
     return tree_to_json(
         {
@@ -84,3 +87,29 @@ def repetition(
             "tokens": int(tokens.sum()),
         }
     )
+
+
+def _guessed(system: System, examples: Sequence[Example], rows: int, store, log) -> list[list[np.ndarray]]:
+    """Which tokens of each closed chunk of each text are guessed right, all at once."""
+    known = dict(rows=rows, store=store, identity=system.identity, log=log, name=f"{system.name}, repetition")
+    found = []
+    for example, scores in zip(
+        examples, score(system.model, system.method, examples, repeats=True, **known), strict=True
+    ):
+        sizes = [len(segment.tokens) for segment in closed(system.method, arrange(system.method, example))]
+        hits = scores.hit[len(scores.hit) - sum(sizes) :]
+        found.append(np.split(hits, np.cumsum(sizes)[:-1]) if sizes else [])
+    return found
+
+
+def _generated(system: System, examples: Sequence[Example], rows: int, store, log) -> list[list[np.ndarray]]:
+    """Which tokens of each closed chunk of each text come out right, generated one after the other."""
+    del store  # what is generated follows from no score
+    start = time.perf_counter()
+    said = repeat_recurrently(system.model, system.method, examples, rows=rows)
+    if log is not None:
+        seconds = time.perf_counter() - start
+        log(f"{system.name}, repetition: {len(examples):,} texts, generated chunk by chunk, {seconds:.0f} s")
+    texts = [closed(system.method, arrange(system.method, example)) for example in examples]
+    right = lambda chunks, segments: [words == s.tokens for words, s in zip(chunks, segments, strict=True)]
+    return [right(chunks, segments) for chunks, segments in zip(said, texts, strict=True)]

@@ -127,6 +127,19 @@ def append(cache: MemoryCache, k, v, slots: Slots, attention=None) -> MemoryCach
     )
 
 
+def with_room(cache: MemoryCache, count: int) -> MemoryCache:
+    """The state with room for so many more raw tokens; it is copied."""
+    behind = lambda x, axis: jnp.pad(x, [(0, count if number == axis else 0) for number in range(x.ndim)])
+    attention = cache.accumulated_attention
+    return dataclasses.replace(
+        cache,
+        k=behind(cache.k, 2),
+        v=behind(cache.v, 2),
+        slots=cache.slots.map(lambda x: behind(x, 1)),
+        accumulated_attention=None if attention is None else behind(attention, 2),
+    )
+
+
 # Row by row: with row numbers as indices the compiler would gather the sessions of all devices.
 put_rows = jax.vmap(lambda old, new, place: old.at[place].set(new.astype(old.dtype), mode="drop"))
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jax_ccm.errors import UserError
 from jax_ccm.memory import writing
-from jax_ccm.memory.cache import append, open_raw, raw_capacity
+from jax_ccm.memory.cache import append, open_raw, raw_capacity, with_room
 from jax_ccm.nn.linear import Gate
 from jax_ccm.nn.transformer import Remat, Transformer
 from jax_ccm.rules.types import RAW, Array, Batch, Chunk, Kind, MemoryCache, Method, Slots
@@ -245,9 +245,10 @@ def repeat(
     method: Method,
     begin=None,
 ):
-    """What a session can still say of a closed chunk, word for word: one pass of repetition tokens over the memory.
+    """What a session can still say of a closed chunk, word for word.
 
-    The raw text is gone from the cache, so nothing but memory can answer (LoMA, repetition zone).
+    The raw text is gone from the cache, so nothing but memory can answer: in one pass of repetition tokens over it
+    (LoMA, repetition zone), or, with `Method.repeat_by` "text", token after token, each fed the likeliest one before.
 
     Args:
       model: the decoder with its adapter.
@@ -275,8 +276,32 @@ def repeat(
     whole = lambda value: jnp.broadcast_to(jnp.asarray(value, jnp.int32), position.shape)
     slots = Slots(whole(Kind.REPEAT), whole((cache.chunks - back)[:, None]), cache.tokens[:, None] + place, position)
     tokens = whole(model.config.vocab_size + method.repeat.embedding_index)
+    if method.repeat_by == "text":
+        return _say_again(model, with_room(cache, length), tokens[:, 0], slots, method)
     hidden, _, _ = model(tokens, slots, gate(method, slots), rule=method.rule, memory=cache)
     return model.logits(hidden)
+
+
+def _say_again(model: Transformer, cache: MemoryCache, prompt, slots: Slots, method: Method):
+    """Logits ``float32 [B, length, V]`` of a greedy repetition; the cache has room for it.
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions.
+      prompt: ``int32 [B]``, what is fed first.
+      slots: `Slots` of ``[B, length]``, of what is fed.
+      method: static.
+    """
+
+    def say(carry, slots):
+        cache, token = carry
+        slots = slots.map(lambda x: x[:, None])
+        hidden, (k, v), _ = model(token[:, None], slots, gate(method, slots), rule=method.rule, memory=cache)
+        logits = model.logits(hidden[:, 0])
+        return (append(cache, k, v, slots), jnp.argmax(logits, axis=-1).astype(jnp.int32)), logits
+
+    _, logits = jax.lax.scan(say, (cache, prompt), slots.map(lambda x: jnp.swapaxes(x, 0, 1)))
+    return jnp.swapaxes(logits, 0, 1)
 
 
 def compress_step(model: Transformer, cache: MemoryCache, chunk: Chunk, *, method: Method) -> MemoryCache:

@@ -16,6 +16,7 @@ In merge, ``M2`` is a mixture of the states of both chunks.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from jax_ccm.errors import UserError
 from jax_ccm.rules.mixtures import Ema, Mean
@@ -32,6 +33,8 @@ def concat(
     conditional: bool = True,
     streaming: bool = False,
     repeat: bool = False,
+    repeat_by: Literal["placeholders", "text"] = "placeholders",
+    repeat_share: float = 1.0,
     min_comp_tokens: int | None = None,
     recent: int = 0,
 ) -> Method:
@@ -46,6 +49,9 @@ def concat(
         recurrent only.
       repeat: in training, each chunk must also be said again, token by token, from the memory just after it: LoMA's
         repetition loss; in no paper.
+      repeat_by: each repeated token is guessed from a token of its own in its place, all at once ("placeholders",
+        LoMA), or behind the "text" before it, as it is when a chunk is said again token after token.
+      repeat_share: share of the training examples of which this is asked.
       min_comp_tokens: in training, each session is compressed into a random number of tokens a chunk, from this to
         ``comp_tokens``: one adapter then serves every such ``comp_tokens``; in no paper.
       recent: the last so many closed chunks stay as text, and are compressed when newer ones have taken their place;
@@ -60,6 +66,7 @@ def concat(
             f"recent is {recent}; it must be at least 0, and 0 with independent, whose chunks see no others, and with "
             "streaming, whose text is compressed by its place in the cache"
         )
+    check_repetition(repeat, repeat_by, repeat_share)
     clauses = [
         see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
         see(COMP, COMP, 0, 0),
@@ -74,8 +81,9 @@ def concat(
         clauses.append(see(EVERY, SINK, 0, INF))
     gate = (COMP,) if conditional else EVERY
     if repeat:
-        # A chunk's repetition sees the memory just after that chunk, and each token itself.
-        clauses += [see(REPEAT, MEMORY, 0, 0), see(REPEAT, REPEAT, 0, 0, window=1)]
+        # A chunk's repetition sees the memory just after that chunk, and each token itself, or what was said before it.
+        window = 1 if repeat_by == "placeholders" else None
+        clauses += [see(REPEAT, MEMORY, 0, 0), see(REPEAT, REPEAT, 0, 0, window=window)]
         gate += (REPEAT,)
     return Method(
         name="ccm_concat",
@@ -87,6 +95,8 @@ def concat(
         recent=recent,
         rope="cache" if streaming else "running",
         repeat=Token(REPEAT, embedding_index=comp_tokens) if repeat else None,
+        repeat_by=repeat_by,
+        repeat_share=repeat_share,
         min_comp_tokens=min_comp_tokens,
     )
 
@@ -98,11 +108,14 @@ def merge(
     conditional: bool = True,
     streaming: bool = False,
     repeat: bool = False,
+    repeat_by: Literal["placeholders", "text"] = "placeholders",
+    repeat_share: float = 1.0,
     min_comp_tokens: int | None = None,
     recent: int = 0,
 ) -> Method:
     """CCM-merge: the running mean of all chunks' states in ``comp_tokens`` slots. Arguments as for `concat`."""
-    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens, recent)
+    repeating = (repeat, repeat_by, repeat_share)
+    appending = concat(comp_tokens, sink, independent, conditional, streaming, *repeating, min_comp_tokens, recent)
     return dataclasses.replace(appending.mixing(Mean()), name="ccm_merge")
 
 
@@ -114,17 +127,34 @@ def ema(
     decay: float = 0.5,
     streaming: bool = False,
     repeat: bool = False,
+    repeat_by: Literal["placeholders", "text"] = "placeholders",
+    repeat_share: float = 1.0,
     min_comp_tokens: int | None = None,
     recent: int = 0,
 ) -> Method:
     """CCM-merge by an exponential moving average (table 16).
 
     Args:
-      comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens, recent: as for `concat`.
+      comp_tokens, sink, independent, conditional, streaming, repeat, repeat_by, repeat_share, min_comp_tokens,
+        recent: as for `concat`.
       decay: weight of the newest chunk.
     """
-    appending = concat(comp_tokens, sink, independent, conditional, streaming, repeat, min_comp_tokens, recent)
+    repeating = (repeat, repeat_by, repeat_share)
+    appending = concat(comp_tokens, sink, independent, conditional, streaming, *repeating, min_comp_tokens, recent)
     return dataclasses.replace(appending.mixing(Ema(decay)), name="ccm_ema")
+
+
+def check_repetition(repeat: bool, repeat_by: str, repeat_share: float) -> None:
+    """Refuses options of a repetition that is not asked for, and shares that are none."""
+    if not repeat and (repeat_by, repeat_share) != ("placeholders", 1.0):
+        raise UserError(
+            f"repeat_by is {repeat_by!r} and repeat_share {repeat_share}, but repeat is false; set repeat: true, or "
+            "leave them out"
+        )
+    if repeat_by not in ("placeholders", "text"):
+        raise UserError(f"repeat_by is {repeat_by!r}; allowed: placeholders, text")
+    if not 0 < repeat_share <= 1:
+        raise UserError(f"repeat_share is {repeat_share}; it must lie in (0, 1]; for no repetition set repeat: false")
 
 
 def gist(comp_tokens: int = 1, sink: bool = False, conditional: bool = True, online: bool = False) -> Method:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Literal
 
 from jax_ccm.errors import UserError
+from jax_ccm.methods.ccm import check_repetition
 from jax_ccm.rules.mixtures import Ema, Mean
 from jax_ccm.rules.types import INF, Clause, Kind, Method, Rule, Token, see
 
@@ -30,7 +31,9 @@ def loma(
     ratio: int = 4,
     memory_tokens: int = 8,
     repeat: bool = True,
+    repeat_by: Literal["placeholders", "text"] = "placeholders",
     repeat_weight: float = 1.0,
+    repeat_share: float = 1.0,
     bidirectional: bool = True,
     history: bool = True,
     scope: Literal["all", "last"] = "all",
@@ -47,13 +50,17 @@ def loma(
       ratio: c, text tokens for each memory token.
       memory_tokens: t, memory tokens of a chunk of t c text tokens.
       repeat: lay out the repetition zone in training.
+      repeat_by: each repeated token is guessed from a token of its own in its place, all at once ("placeholders"), or
+        behind the "text" before it, as it is when a chunk is said again token after token; the latter in no paper.
       repeat_weight: w in ``L_read + w L_rep``.
+      repeat_share: share of the training examples of which this is asked; the paper asks all.
       bidirectional: memory tokens of a chunk see each other both ways; False for causally.
       history: memory tokens see earlier memory; text always does.
       scope: text sees the memory of "all" closed chunks, or of the "last".
       positions: the k-th memory token stands at the end of its share of the chunk ("stride"), or k places behind the
         chunk, not counted ("sequential").
-      repeats_see: besides memory, a repetition token sees "self", earlier ones ("causal"), or all ("both").
+      repeats_see: besides memory, a repetition token sees "self", earlier ones ("causal", always so with repeat_by
+        "text"), or all ("both").
       sink: keep the first token of the session visible to all.
       conditional: the LoRA acts on memory and repetition tokens only, as in CCM; in no paper.
       memory: the states of a chunk are appended, or blended slot by slot into one memory of t slots, by CCM-merge's
@@ -63,6 +70,11 @@ def loma(
     for name, value in (("ratio", ratio), ("memory_tokens", memory_tokens)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+    check_repetition(repeat, repeat_by, repeat_share)
+    if repeat_by == "text" and repeats_see == "both":
+        raise UserError(
+            "repeats_see is 'both', but with repeat_by 'text' later tokens are what is asked for; leave it out"
+        )
     if repeat_weight < 0:
         raise UserError(f"repeat_weight is {repeat_weight}; it must be at least 0, the weight of a loss")
     if memory != "ema" and decay != 0.5:
@@ -70,12 +82,13 @@ def loma(
     mix = {"append": None, "mean": Mean(), "ema": Ema(decay)}[_one_of("memory", memory, ("append", "mean", "ema"))]
     farthest = {"all": INF, "last": 1}[_one_of("scope", scope, ("all", "last"))]
     readers = (TEXT, QUERY, COMP) if history else (TEXT, QUERY)
+    alone = repeats_see == "self" and repeat_by == "placeholders"
     clauses: list[Clause] = [
         see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
         see(COMP, COMP, 0, 0),
         see(readers, MEMORY, 1, farthest),
         see(REPEAT, MEMORY, 0, 0),
-        see(REPEAT, REPEAT, 0, 0, window=1 if repeats_see == "self" else None),
+        see(REPEAT, REPEAT, 0, 0, window=1 if alone else None),
     ]
     if sink:
         clauses.append(see((TEXT, QUERY, COMP, SINK), SINK, 0, INF))
@@ -92,7 +105,9 @@ def loma(
         sink=sink,
         chunk=size,
         repeat=Token(REPEAT, embedding_index=1) if repeat else None,
+        repeat_by=repeat_by,
         repeat_weight=repeat_weight,
+        repeat_share=repeat_share,
     )
     return appending.mixing(mix)
 

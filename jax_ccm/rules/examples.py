@@ -33,6 +33,7 @@ class Example:
       segments: the context chunks, and last the tail: the input and what follows it.
       id: names the record in error messages.
       num_comp_tokens: how many of the method's tokens close its chunks, the first ones; None for all.
+      repeats: whether its closed chunks are repeated, where the method has a `Method.repeat`.
     """
 
     start: np.ndarray
@@ -40,6 +41,7 @@ class Example:
     segments: tuple[Segment, ...]
     id: str = ""
     num_comp_tokens: int | None = None
+    repeats: bool = True
 
 
 def concat(*segments: Segment) -> Segment:

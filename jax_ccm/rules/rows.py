@@ -74,7 +74,13 @@ def measure(method: Method, example: Example) -> Sizes:
       method: what it is laid out for.
       example: the session.
     """
-    return _measure(method.closed_by(example.num_comp_tokens), arrange(method, example))
+    return _measure(_for(method, example), arrange(method, example))
+
+
+def _for(method: Method, example: Example) -> Method:
+    """The method as one example asks for it: with so many closing tokens, and repetition or none."""
+    method = method.closed_by(example.num_comp_tokens)
+    return method if example.repeats else method.without_repetition()
 
 
 def _measure(method: Method, segments: Sequence[Segment]) -> Sizes:
@@ -160,9 +166,7 @@ def batch(
         no parallel form.
     """
     require_parallel(method)
-    arranged = [
-        (method.closed_by(example.num_comp_tokens), arrange(method, example), example.id) for example in examples
-    ]
+    arranged = [(_for(method, example), arrange(method, example), example.id) for example in examples]
     if not isinstance(sizes, Sizes):
         sizes = _smallest(sizes, [_measure(method, segments) for method, segments, _ in arranged])
     chosen = arranged if rows is None else [arranged[row] for row in rows]
@@ -189,94 +193,141 @@ def _smallest(allowed: Sequence[Sizes], needs: Sequence[Sizes]) -> Sizes:
 def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, name: str) -> dict[str, np.ndarray]:
     """The arrays of one row, padded on the right."""
     where = f"example {name!r}" if name else "an example"
-    tokens, kind, segment, position, scored, answers = [], [], [], [], [], []
-    text = 0
+    begins = np.cumsum([0, *(len(segment.tokens) for segment in segments)])
+    parts = []
     for number, piece in enumerate(segments):
         closes = number < len(closed(method, segments))
         tail = number == len(segments) - 1 and not closes
-        count = len(piece.tokens)
-        if not count:
-            raise UserError(f"{where}: segment {number} is empty; drop it, or join it to its neighbour")
-        if piece.tokens.min() < 0 or piece.tokens.max() >= vocab:
-            bad = piece.tokens[(piece.tokens < 0) | (piece.tokens >= vocab)][0]
-            raise UserError(
-                f"{where}: token id {bad} in segment {number} is outside the vocabulary (0..{vocab - 1}). Compression "
-                "tokens are placed by the method; they may stand neither in text nor in labels"
-            )
-        if method.chunk and not tail and count != method.chunk:
-            raise UserError(
-                f"{where}: segment {number} has {count} tokens; method {method.name!r} takes {method.chunk}"
-            )
-        kept = np.full(count, tail) if piece.kept is None else piece.kept | tail
-        if kept.any() and not tail and not method.keeps_text:
-            raise UserError(f"{where}: segment {number} has text to keep, but method {method.name!r} keeps none")
-        closing = method.closes if closes else ()
-        if closing and (kept[1:] > kept[:-1]).any():
-            raise UserError(f"{where}: segment {number} keeps text behind its span; end the segment with the span")
-        if closing and kept.all():
-            raise UserError(f"{where}: segment {number} keeps all of its text; join it to the next, which has a span")
-        # What a closing compresses begins behind the text that is kept.
-        begin = text + (int(np.argmin(kept)) if not kept.all() else count)
-        place = [(begin if token.from_begin else text + count) + token.offset for token in closing]
-        repeats = np.arange(count if method.repeat and closes else 0)
-        row = method.repeat.embedding_index if method.repeat else 0
-        tokens += [piece.tokens, [vocab + token.embedding_index for token in closing], vocab + row + 0 * repeats]
-        kind += [
-            np.where(kept, Kind.QUERY, Kind.TEXT),
-            [token.kind for token in closing],
-            np.full(len(repeats), Kind.REPEAT),
-        ]
-        segment += [np.full(count + len(closing) + len(repeats), number)]
-        position += [text + np.arange(count), np.maximum(place, 0), text + repeats]
-        scored += [piece.scored, np.zeros(len(closing) + len(repeats), bool)]
-        answers += [np.full(count + len(closing), -1), piece.tokens[repeats]]
-        text += count
-    row = {
-        "tokens": np.concatenate(tokens).astype(np.int64),
-        "kind": np.concatenate(kind).astype(np.int64),
-        "segment": np.concatenate(segment),
-        "position": np.concatenate(position).astype(np.int64),
-    }
-    length = len(row["tokens"])
-    row["index"] = np.arange(length)
+        _check_segment(method, piece, vocab, tail, f"{where}: segment {number}")
+        kept = np.full(len(piece.tokens), tail) if piece.kept is None else piece.kept | tail
+        if closes:
+            _check_span(method, kept, f"{where}: segment {number}")
+        parts.append(_segment(method, piece, kept, number, int(begins[number]), closes, vocab))
+    row = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
+    row["index"] = np.arange(len(row["tokens"]))
     row["kind"][np.flatnonzero(np.isin(row["kind"], TEXT))[: method.sink]] = Kind.SINK
-    closes = row["tokens"] >= vocab
-    scored = np.flatnonzero(np.concatenate(scored))
-    scored = scored[scored > 0]
-    before = np.maximum.accumulate(np.where(closes, -1, np.arange(length)))
-    answers = np.concatenate(answers)
-    again = np.flatnonzero(answers >= 0)
-    row["indices"] = np.concatenate([before[scored - 1], again])
-    row["targets"] = np.concatenate([row["tokens"][scored], answers[again]])
-    row["steps"] = row["segment"][np.concatenate([scored, again])]
-    row["weights"] = np.ones(len(row["indices"]))
-    if method.pool is not None:
-        context = np.isin(row["kind"], TEXT) & (row["segment"] < len(segments) - 1)
-        row["source"], row["share"], last = _pools(np.flatnonzero(context), row["segment"], method.pool)
-    else:
-        row["source"] = last = np.flatnonzero(np.isin(row["kind"], method.writes))
-    needs = Sizes(length, len(last), len(row["indices"]))
+    scored, answers = row.pop("scored"), row.pop("answers")
+    row |= _targets(row, scored, answers)
+    row |= _memory(method, row, len(segments), sizes.memory)
+    needs = Sizes(len(row["tokens"]), len(row["memory_kind"]), len(row["indices"]))
     for field in dataclasses.fields(Sizes):
         need, cap = getattr(needs, field.name), getattr(sizes, field.name)
         if need > cap:
             raise UserError(f"{where} needs {field.name}={need}, the batch has {cap}; raise the cap or filter the data")
-    memory = {f: row[f][last] for f in ("segment", "index", "position")}
-    memory["kind"] = np.full(len(last), Kind.MEMORY)
-    if method.mix is not None:
-        row["mix"] = _mix_matrix(method.mix, len(last), method.slots_per_chunk, sizes.memory)
-        # State t of the mixture exists once the last of its chunk's tokens has been run.
-        memory["index"] = (
-            memory["index"].reshape(-1, method.slots_per_chunk).max(1, initial=0).repeat(method.slots_per_chunk)
+    return _padded(row, sizes, method.pool or 1)
+
+
+def _check_segment(method: Method, piece: Segment, vocab: int, tail: bool, where: str) -> None:
+    """Refuses text that cannot be laid out: none, ids that are no text, another length than the method's chunks."""
+    count = len(piece.tokens)
+    if not count:
+        raise UserError(f"{where} is empty; drop it, or join it to its neighbour")
+    if piece.tokens.min() < 0 or piece.tokens.max() >= vocab:
+        bad = piece.tokens[(piece.tokens < 0) | (piece.tokens >= vocab)][0]
+        raise UserError(
+            f"{where}: token id {bad} is outside the vocabulary (0..{vocab - 1}). Compression tokens are placed by the "
+            "method; they may stand neither in text nor in labels"
         )
-    row |= {f"memory_{f}": x for f, x in memory.items()}
+    if method.chunk and not tail and count != method.chunk:
+        raise UserError(f"{where} has {count} tokens; method {method.name!r} takes {method.chunk}")
+    if not tail and piece.kept is not None and piece.kept.any() and not method.keeps_text:
+        raise UserError(f"{where} has text to keep, but method {method.name!r} keeps none")
+
+
+def _check_span(method: Method, kept: np.ndarray, where: str) -> None:
+    """Refuses a chunk whose kept text does not stand before the span that closes it."""
+    if method.closes and (kept[1:] > kept[:-1]).any():
+        raise UserError(f"{where} keeps text behind its span; end the segment with the span")
+    if method.closes and kept.all():
+        raise UserError(f"{where} keeps all of its text; join it to the next, which has a span")
+
+
+def _segment(
+    method: Method, piece: Segment, kept: np.ndarray, number: int, begin: int, closes: bool, vocab: int
+) -> dict[str, np.ndarray]:
+    """A segment's part of the row: its text, the tokens that close it, and, in training, what repeats it.
+
+    Args:
+      method: the method.
+      piece: the text.
+      kept: ``bool [c]``, text that stays as it is.
+      number: of the segment.
+      begin: position of its first token.
+      closes: whether it is closed in this row.
+      vocab: V.
+
+    Returns:
+      Arrays of one length: tokens, kind, segment, position; ``scored``, text that is a target; ``answers``, the token
+      that a repeating place is to be answered with, elsewhere -1.
+    """
+    count, closing = len(piece.tokens), method.closes if closes else ()
+    # What a closing compresses begins behind the text that is kept.
+    span = begin + (int(np.argmin(kept)) if not kept.all() else count)
+    place = [(span if token.from_begin else begin + count) + token.offset for token in closing]
+    fed = _repeating(method, piece.tokens, vocab) if closes else piece.tokens[:0]
+    again = len(fed)
+    parts = {
+        "tokens": (piece.tokens, [vocab + token.embedding_index for token in closing], fed),
+        "kind": (np.where(kept, Kind.QUERY, Kind.TEXT), [t.kind for t in closing], np.full(again, Kind.REPEAT)),
+        "segment": (np.full(count + len(closing) + again, number),),
+        "position": (begin + np.arange(count), np.maximum(place, 0), begin + np.arange(again)),
+        "answers": (np.full(count + len(closing), -1), piece.tokens[:again]),
+    }
+    found = {field: np.concatenate(arrays).astype(np.int64) for field, arrays in parts.items()}
+    return found | {"scored": np.concatenate([piece.scored, np.zeros(len(closing) + again, bool)])}
+
+
+def _repeating(method: Method, text: np.ndarray, vocab: int) -> np.ndarray:
+    """What is fed to have a chunk repeated: placeholders, or a prompt and the text before each token."""
+    if method.repeat is None:
+        return text[:0]
+    prompt = np.full(len(text), vocab + method.repeat.embedding_index)
+    return prompt if method.repeat_by == "placeholders" else np.append(prompt[:1], text[:-1])
+
+
+def _targets(row: dict[str, np.ndarray], scored: np.ndarray, answers: np.ndarray) -> dict[str, np.ndarray]:
+    """The scored tokens and where each is predicted: text behind the text before it, a repeated token in its place."""
+    # The first token of a session has no text before it.
+    scored = np.flatnonzero(scored)
+    scored = scored[scored > 0]
+    text = np.isin(row["kind"], (*TEXT, Kind.SINK))
+    before = np.maximum.accumulate(np.where(text, row["index"], -1))
+    again = np.flatnonzero(answers >= 0)
+    return {
+        "indices": np.concatenate([before[scored - 1], again]),
+        "targets": np.concatenate([row["tokens"][scored], answers[again]]),
+        "steps": row["segment"][np.concatenate([scored, again])],
+        "weights": np.ones(len(scored) + len(again)),
+    }
+
+
+def _memory(method: Method, row: dict[str, np.ndarray], segments: int, size: int) -> dict[str, np.ndarray]:
+    """Which places write memory, and its slots; for mixtures and pools also their shares."""
+    found = {}
+    if method.pool is not None:
+        context = np.isin(row["kind"], TEXT) & (row["segment"] < segments - 1)
+        found["source"], found["share"], last = _pools(np.flatnonzero(context), row["segment"], method.pool)
+    else:
+        found["source"] = last = np.flatnonzero(np.isin(row["kind"], method.writes))
+    found |= {f"memory_{field}": row[field][last] for field in ("segment", "index", "position")}
+    found["memory_kind"] = np.full(len(last), Kind.MEMORY)
+    if method.mix is not None:
+        count = method.slots_per_chunk
+        found["mix"] = _mix_matrix(method.mix, len(last), count, size)
+        # State t of the mixture exists once the last of its chunk's tokens has been run.
+        found["memory_index"] = found["memory_index"].reshape(-1, count).max(1, initial=0).repeat(count)
+    return found
+
+
+def _padded(row: dict[str, np.ndarray], sizes: Sizes, pool: int) -> dict[str, np.ndarray]:
+    """The arrays of a row, padded to the sizes of the batch."""
     caps: dict[str, int] = dict.fromkeys(("tokens", "kind", "segment", "position", "index"), sizes.tokens)
     caps |= dict.fromkeys(("indices", "targets", "steps", "weights"), sizes.scored)
-    caps |= dict.fromkeys(("source", "share"), sizes.memory * (method.pool or 1))
+    caps |= dict.fromkeys(("source", "share"), sizes.memory * pool)
     pad = lambda x, size: np.concatenate([x, np.zeros(size - len(x), x.dtype)])  # np.pad is ten times slower
+    floats = ("weights", "share")
     return {
-        name: x
-        if name == "mix"
-        else pad(x, caps.get(name, sizes.memory)).astype(np.float32 if name in ("weights", "share") else np.int32)
+        name: x if name == "mix" else pad(x, caps.get(name, sizes.memory)).astype("f4" if name in floats else "i4")
         for name, x in row.items()
     }
 

@@ -170,7 +170,10 @@ class Method:
       chunk: if set, text is cut into chunks of just this many tokens, whatever its own boundaries, and a tail.
       repeat: in training, the token that stands for each text token of a closed chunk once more, behind it and at the
         same position, and is to be answered with that text token; None for none. Only training lays these out.
+      repeat_by: whether each of these guesses by itself, all fed the same token ("placeholders", LoMA), or each but the
+        first is fed the text token before it ("text"), as it is when a chunk is said again token after token.
       repeat_weight: weight of their mean loss beside that of the text.
+      repeat_share: share of the training examples whose chunks are repeated, drawn at random.
       min_comp_tokens: if set, each training example closes its chunks with a random number of the tokens in `closes`,
         the first ones, from this many to all; the adapter then serves any such number.
       eviction: if set, closing a chunk runs no token and writes the entries that this policy selects; excludes
@@ -190,7 +193,9 @@ class Method:
     rope: Literal["running", "cache"] = "running"
     chunk: int | None = None
     repeat: Token | None = None
+    repeat_by: Literal["placeholders", "text"] = "placeholders"
     repeat_weight: float = 1.0
+    repeat_share: float = 1.0
     min_comp_tokens: int | None = None
     eviction: EvictionPolicy | None = None
 
@@ -206,6 +211,11 @@ class Method:
                 f"method {self.name!r}: recent={self.recent} must be at least 0, and goes with tokens that close each "
                 "chunk of the context and rope='running'"
             )
+        if self.repeat_by not in ("placeholders", "text") or not 0 < self.repeat_share <= 1:
+            raise ValueError(
+                f"method {self.name!r}: repeat_by={self.repeat_by!r} must be 'placeholders' or 'text', and "
+                f"repeat_share={self.repeat_share} lie in (0, 1]"
+            )
         if self.pool is not None and (
             self.pool < 1 or self.closes or self.mix is not None or self.eviction is not None
         ):
@@ -213,6 +223,10 @@ class Method:
                 f"method {self.name!r}: pool={self.pool} must be at least 1, and goes with none of closes, mix and "
                 "eviction"
             )
+
+    def without_repetition(self) -> Method:
+        """The method as it lays out rows in which nothing is repeated."""
+        return self if self.repeat is None else dataclasses.replace(self, repeat=None)
 
     def closed_by(self, count: int | None) -> Method:
         """The method with only the first ``count`` of its closing tokens; None for all."""

@@ -22,7 +22,7 @@ from jax_ccm.weights.hf import base_parameters
 # How a method is called, and where its keys are rotated, is not what the adapter has learned: streaming with an adapter
 # that was trained without is the paper's own use (CCM, section 4.3), and gisting-online is gisting's adapter with the
 # context in chunks. The weight of a loss matters in training only.
-_IRRELEVANT = ("name", "rope", "context", "repeat_weight", "min_comp_tokens")
+_IRRELEVANT = ("name", "rope", "context", "repeat_weight", "repeat_share", "min_comp_tokens")
 # Numbers sampled of each array, and at least so many of each layer: a LoRA may have changed a single one.
 _SAMPLES, _OF_A_LAYER = 64, 4
 # Share of unequal samples that is no difference: merging a LoRA elsewhere rounds a few the other way, and of weights
@@ -77,7 +77,12 @@ def _without_repetition(method: dict[str, Any]) -> dict[str, Any]:
     """A described method without its repetition tokens, which nobody else sees: what is left of it outside training."""
     kinds = lambda names: [name for name in names if name != "REPEAT"]
     sees = {pair: spans for pair, spans in method["sees"].items() if not pair.startswith("REPEAT ")}
-    return method | {"repeat": None, "sees": sees, **{key: kinds(method[key]) for key in ("gate", "both_ways")}}
+    return method | {
+        "repeat": None,
+        "repeat_by": None,
+        "sees": sees,
+        **{key: kinds(method[key]) for key in ("gate", "both_ways")},
+    }
 
 
 def _without_recent(method: dict[str, Any]) -> dict[str, Any]:

@@ -227,3 +227,17 @@ def test_records_in_memory_are_not_changed(config):
     for unit in units:
         layout.batch(METHOD, [format.draw(unit, np.random.default_rng(0))], layout.Sizes(256, 22, 200), VOCAB)
     assert json.dumps(records) == before
+
+
+def test_a_share_of_the_records_is_repeated(config):
+    """Drawn anew in each epoch, about as often as `Method.repeat_share` says; with a share of 1 all of them."""
+    repeating = lambda share: ccm.concat(comp_tokens=2, repeat=True, repeat_by="text", repeat_share=share)
+
+    def has_one(share):
+        batches = take(prepare(config, repeating(share), tokenizer(), VOCAB).iterator(seed=5), 24)
+        return np.concatenate([(batch.slots.kind == Kind.REPEAT).any(axis=1) for batch in batches])
+
+    found = has_one(0.25)
+    assert 0.1 < found.mean() < 0.4 and has_one(1.0).all()
+    epochs = found[: len(found) // 11 * 11].reshape(-1, 11)
+    assert len({row.tobytes() for row in epochs}) > 1

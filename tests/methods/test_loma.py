@@ -15,15 +15,16 @@ from jax_ccm.data.config import TextConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity, recurrent
 from jax_ccm.memory import losses, steps
-from jax_ccm.memory.cache import init_cache
+from jax_ccm.memory.cache import init_cache, select
 from jax_ccm.memory.closing import prefill
 from jax_ccm.memory.generation import generate
 from jax_ccm.methods import build
 from jax_ccm.rules import visibility
 from jax_ccm.rules.draw import draw
 from jax_ccm.rules.examples import Example, Segment
-from jax_ccm.rules.rows import Sizes, arrange, batch, bound, chunk, measure
-from jax_ccm.rules.types import Chunk, Kind
+from jax_ccm.rules.rows import Sizes, arrange, batch, bound, chunk, closed, measure
+from jax_ccm.rules.types import Chunk, Kind, Slots
+from jax_ccm.rules.visibility import gate
 from tests import cases, jitted
 from tests.data.support import ids, tokenizer, write
 from tests.data.test_formats import load
@@ -155,6 +156,76 @@ def test_repetition_on_top_of_ccm(name):
         logits = jitted.repeat(model, cache, count, method=method, begin=np.full(1, begin))[0]
         np.testing.assert_allclose(logits, logits_of_row[mine], atol=1e-5)
         begin += count
+
+
+@pytest.mark.parametrize("name", ["concat_n2_say", "loma_say"])
+def test_a_chunk_is_said_again_token_after_token(name):
+    """A training row feeds the text before each token as the cache does; a repetition feeds what it said itself."""
+    method, model = cases.METHODS[name], cases.model(tokens=3)
+    session = text(13) if method.chunk else cases.sessions(((5, 3, 4, 1),))[0]
+    made = laid_out([session], method)
+    logits_of_row = np.asarray(jitted.scored_logits(model, made, method=method))[0]
+    cache = recurrent.cache_for(model, method, [session])
+
+    def fed(tokens, begin):
+        """Logits behind these tokens, all read at once over the memory."""
+        place = jnp.arange(len(tokens))[None]
+        whole = lambda value: jnp.full(place.shape, value, jnp.int32)
+        slots = Slots(whole(Kind.REPEAT), whole(cache.chunks[0] - 1), cache.tokens[:, None] + place, begin + place)
+        hidden, _, _ = model(jnp.asarray(tokens)[None], slots, gate(method, slots), rule=method.rule, memory=cache)
+        return np.asarray(model.logits(hidden))[0]
+
+    size = method.chunk or 7
+    begin, prompt, new = 0, cases.VOCAB + method.repeat.embedding_index, 0
+    for number, segment in enumerate(closed(method, arrange(method, session))):
+        count = len(segment.tokens)
+        cache = jitted.compress_step(model, cache, chunk([segment.tokens], size, cases.VOCAB), method=method)
+        mine = np.asarray(losses.repeated(made))[0] & (made.steps[0] == number)
+        assert made.targets[0][mine].tolist() == segment.tokens.tolist()
+        np.testing.assert_allclose(fed([prompt, *segment.tokens[:-1]], begin), logits_of_row[mine], atol=1e-5)
+        said = np.asarray(jitted.repeat(model, cache, count, method=method, begin=np.full(1, begin))[0])
+        np.testing.assert_allclose(fed([prompt, *said.argmax(-1)[:-1]], begin), said, atol=1e-5)
+        new, begin = new + int((said.argmax(-1) != segment.tokens).sum()), begin + count
+    assert new  # or both would have fed the same
+
+
+@pytest.mark.parametrize("name", ["merge_n2_repeat", "loma", "concat_n2_say", "concat_n2_repeat_recent"])
+def test_repeating_whole_texts(name):
+    """`repeat_recurrently` hears of every closed chunk what `steps.repeat` says of it, whatever the others' lengths."""
+    recent = name.endswith("_recent")
+    method = cases.METHODS[name.removesuffix("_recent")]
+    method = build("ccm_concat", comp_tokens=2, sink=True, repeat=True, recent=1) if recent else method
+    sessions = (
+        [text(13), text(6), text(21)] if method.chunk else cases.sessions(((5, 3, 4, 1), (2, 6, 3), (4, 1, 3, 2)))
+    )
+    model, size = cases.model(tokens=3), method.chunk or 8
+    found = recurrent.repeat_recurrently(model, method, sessions, rows=2)
+    for session, heard in zip(sessions, found, strict=True):
+        segments, begin = arrange(method, session), 0
+        cache = recurrent.cache_for(model, method, sessions)
+        cache = select(cache, np.zeros(1, int))
+        for number, segment in enumerate(segments[: len(heard) + method.recent]):
+            cache = jitted.compress_step(model, cache, chunk([segment.tokens], size, cases.VOCAB), method=method)
+            if number < method.recent:
+                continue
+            wanted = segments[number - method.recent].tokens
+            back, where = method.recent + 1, np.full(1, begin)
+            said = jitted.repeat(model, cache, len(wanted), back, method=method, begin=where)[0]
+            assert np.asarray(said).argmax(-1).tolist() == heard[number - method.recent].tolist()
+            begin += len(wanted)
+        assert len(heard) == len(closed(method, segments)) > 0
+
+
+def test_a_share_of_the_examples_is_repeated():
+    """An example without is laid out as by the method without repetition, slots and all; a layout holds either."""
+    method, plain = cases.METHODS["concat_n2_say"], dataclasses.replace(cases.METHODS["concat_n2_say"], repeat=None)
+    sessions = cases.sessions()
+    without = [dataclasses.replace(session, repeats=False) for session in sessions]
+    assert [measure(method, each) for each in without] == [measure(plain, each) for each in sessions]
+    ours, theirs = laid_out(without, method), laid_out(sessions, plain)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    mixed = laid_out([sessions[0], *without[1:]], method)
+    assert np.asarray(losses.repeated(mixed)).any(axis=1).tolist() == [True, False, False]
 
 
 def test_a_last_full_chunk_is_repeated():
@@ -337,6 +408,10 @@ def test_each_loss_has_its_own_mean():
         (dict(repeats_see="all"), "allowed: self, causal, both"),
         (dict(memory="merge"), "memory is 'merge'; allowed: append, mean, ema"),
         (dict(memory="mean", decay=0.1), "decay is 0.1, but memory is 'mean'"),
+        (dict(repeat_by="text", repeats_see="both"), "later tokens are what is asked for"),
+        (dict(repeat_by="words"), "repeat_by is 'words'; allowed: placeholders, text"),
+        (dict(repeat=False, repeat_by="text"), "but repeat is false; set repeat: true"),
+        (dict(repeat_share=0.0), "repeat_share is 0.0; it must lie in"),
         (dict(repeat_weight=-1.0), "repeat_weight is -1.0; it must be at least 0"),
     ],
 )

@@ -134,6 +134,10 @@ def test_gisting_online_takes_the_adapter_of_gisting(tmp_path):
     [
         (build("loma", ratio=2, memory_tokens=2), build("loma", ratio=2, memory_tokens=2, repeat=False)),
         (build("ccm_merge", comp_tokens=1, repeat=True), build("ccm_merge", comp_tokens=1)),
+        (
+            build("ccm_concat", comp_tokens=1, repeat=True, repeat_by="text", repeat_share=0.5),
+            build("ccm_concat", comp_tokens=1),
+        ),
     ],
 )
 def test_repetition_is_a_matter_of_training(tmp_path, trained, plain):
