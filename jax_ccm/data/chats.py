@@ -61,6 +61,8 @@ class Making:
         nothing that was said.
       quoted: share of the questions that ask for the words in which a fact was told, beside a few that ask for the last
         turn: the answer repeats it, so that all of its words are learned from and not a value alone.
+      reactions: share of the assistant's turns that answer no question and are scored, too. Where none are, a memory
+        learns to have everything answered from it, what the user says just now included.
     """
 
     turns: tuple[int, ...]
@@ -68,6 +70,7 @@ class Making:
     arbitrary: float = 0.0
     wordy: float = 0.0
     quoted: float = 0.0
+    reactions: float = 0.0
 
     @property
     def fewest(self) -> int:
@@ -85,7 +88,7 @@ class _Chat(Talk):
         self.questions, self.sayings, self.small_talk, self.short = (own[k] for k in ("ask", "say", "chat", "short"))
         self.rambling, self.quotes, self.echoes = (own[k] for k in ("ramble", "quote", "echo"))
         self.kept_for_last: dict[int, Fact] = {}
-        self.answers: list[int] = []
+        self.scored: list[int] = []
         # How many facts must still be told for last questions.
         self.due = 0
 
@@ -170,7 +173,7 @@ class _Chat(Talk):
     def inquire(self, fact: Fact) -> tuple[str, Callable[..., str]]:
         """A turn that asks for a fact, and the answer as a function of its value."""
         fact.asked = True
-        self.answers.append(len(self.turns) + 1)
+        self.scored.append(len(self.turns) + 1)
         # What is kept for a last question is not repeated before it.
         kept = {other.told for other in self.kept_for_last.values() if other is not fact}
         if fact.told not in kept and self.chance(self.making.quoted):
@@ -207,7 +210,7 @@ class _Chat(Talk):
 
     def echo(self) -> tuple[str, str]:
         """A turn that asks for the last one word for word, and the answer."""
-        self.answers.append(len(self.turns) + 1)
+        self.scored.append(len(self.turns) + 1)
         question, frame = self.pick(self.echoes)
         return question, frame.format(q=self.turns[-2])
 
@@ -242,8 +245,11 @@ class _Chat(Talk):
             said, reply = self.tell() if due else self.exchange()
             if left in ages:
                 self.kept_for_last[left] = self.pick([fact for fact in self.facts if fact.told == len(self.turns)])
-            if len(self.turns) + 1 not in self.answers and self.chance(self.making.wordy):
-                reply = " ".join([reply, *self.ramble()])
+            if len(self.turns) + 1 not in self.scored:
+                if self.chance(self.making.reactions):
+                    self.scored.append(len(self.turns) + 1)
+                elif self.chance(self.making.wordy):
+                    reply = " ".join([reply, *self.ramble()])
             if not self.turns and self.rng.random() < 0.4:
                 said = f"{self.phrase('greet')} {said}"
             self.turns += [said, reply]
@@ -268,8 +274,8 @@ def _hold(split: str, seed: int, index: int, making: Making) -> tuple[_Chat, Fac
 def chat(split: str, seed: int, index: int, making: Making) -> dict[str, Any]:
     """Conversation number ``index``: ``{"turns": [str, …], "scored": [int, …]}``.
 
-    There is an even number of turns, and the last answers a question. ``scored`` are the turns that answer one: what
-    can be known only from memory.
+    There is an even number of turns, and the last answers a question. ``scored`` are the turns that answer one, what
+    can be known only from memory, and of the others as many as `Making.reactions` says.
 
     Args:
       split: "train", "validation" or "test".
@@ -278,7 +284,7 @@ def chat(split: str, seed: int, index: int, making: Making) -> dict[str, Any]:
       making: how it is made.
     """
     made = _hold(split, seed, index, making)[0]
-    return {"turns": made.turns, "scored": made.answers}
+    return {"turns": made.turns, "scored": made.scored}
 
 
 def question(split: str, seed: int, index: int, making: Making) -> dict[str, Any]:

@@ -111,12 +111,25 @@ def test_wordy_turns_are_no_answers():
             assert bool(ends.search(record["turns"][turn])) == (turn not in record["scored"]), record["turns"][turn]
 
 
+def test_a_share_of_the_reactions_is_scored():
+    """Beside every answer; with all of them nothing is left to ramble."""
+    made = lambda **shares: [chats.chat("train", 3, index, Making((12,), **shares)) for index in range(60)]
+    assert all(record["scored"] == list(range(1, 12, 2)) for record in made(reactions=1.0, wordy=1.0))
+    counts = [sum(len(record["scored"]) for record in made(reactions=share)) for share in (0.0, 0.5, 1.0)]
+    assert counts[2] == 360 and 0.4 < (counts[1] - counts[0]) / (counts[2] - counts[0]) < 0.6
+    rambling = conversations.wordlist("chats")["train"]["ramble"]
+    first = {re.split("{[wN]}", text)[0] for text in rambling}
+    for record in made(reactions=0.5, wordy=1.0):
+        said = [record["turns"][turn] for turn in record["scored"]]
+        assert not any(f" {start}" in text for text in said for start in first if len(start) > 8), said
+
+
 def test_quotes_repeat_an_earlier_turn_and_nothing_that_is_kept_for_last():
     quoted, plain = 0, Making((14,), (2, 5))
     for index in range(60):
         chat, fact, _ = chats._hold("train", 0, index, dataclasses.replace(plain, quoted=1.0))
         kept = [chat.turns[other.told] for other in chat.kept_for_last.values()]
-        for turn in chat.answers[:-1]:
+        for turn in chat.scored[:-1]:
             asked = chat.turns[turn - 1]
             if re.match("Repeat|Say|Please|What were|Quote|What did I write", asked):
                 said = [text for text in chat.turns[: turn - 1 : 2] if text in chat.turns[turn]]
@@ -124,7 +137,7 @@ def test_quotes_repeat_an_earlier_turn_and_nothing_that_is_kept_for_last():
                 if "last message" in asked or "before this" in asked:
                     assert chat.turns[turn - 3] in said
                 quoted += 1
-        assert fact.slots["v"].lower() in chat.turns[-1].lower() and chat.answers[-1] == len(chat.turns) - 1
+        assert fact.slots["v"].lower() in chat.turns[-1].lower() and chat.scored[-1] == len(chat.turns) - 1
     assert quoted > 50
 
 
