@@ -23,11 +23,11 @@ COMMAND = "jax_ccm.evaluate"
 class Options:
     """Evaluates no context, full context and the compressed memory side by side, by time step.
 
-    Perplexity of the target, accuracy where the records have choices, and bytes of the cache; beside each the control
-    with the memory of another conversation. No context and full context are the base model with the adapter's LoRA
-    off. Writes results.json, table.md, plot.png, metrics.jsonl, summary.json and config.yaml into the working
-    directory, and of a trained adapter the model card, README.md. Any key of the config can be overridden, as in
-    `--eval.max_examples 100`.
+    Perplexity of the target, accuracy where the records have choices, replies (`--eval.reply_tokens 32`) and bytes of
+    the cache; beside each the control with the memory of another conversation. No context and full context are the base
+    model with the adapter's LoRA off. Writes results.json, table.md, plot.png, replies.jsonl, metrics.jsonl,
+    summary.json and config.yaml into the working directory, and of a trained adapter the model card, README.md. Any key
+    of the config can be overridden, as in `--eval.max_examples 100`.
     """
 
     workdir: Folder
@@ -73,9 +73,10 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
 
 def _evaluate(experiment: Experiment, options: Options, command: str, start: float) -> dict[str, Any]:
     from jax_ccm.data.questions import Evaluation
-    from jax_ccm.evals import card, perplexity, report, texts
+    from jax_ccm.evals import card, perplexity, report
+    from jax_ccm.evals.replies import Asking
     from jax_ccm.evals.scoring import Store
-    from jax_ccm.evals.systems import DEFAULT, ask, fingerprint, make_system
+    from jax_ccm.evals.systems import DEFAULT, ask, fingerprint, make_system, measure
     from jax_ccm.weights.identity import describe_base
 
     config = experiment.config
@@ -88,19 +89,14 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     base, adapter = describe_base(experiment.model, experiment.base_name), options.adapter or config.adapter.load
     about = dict(base=base, adapter=adapter, full_adapter=options.full_adapter)
     about |= dict(accept_quantised_base=config.adapter.accept_quantised_base, source=base_source(config))
-    measured, systems, again = {}, {}, None
-    work = dict(rows=config.eval.batch_size, store=store, log=report.say)
+    measured, systems = {}, {}
+    asking = Asking.of(config.data, experiment.tokenizer, experiment.reply_ends, config.eval.reply_tokens)
+    work = dict(by=config.eval.by, most=config.eval.max_examples, choices=choices, asking=asking)
+    work |= dict(rows=config.eval.batch_size, store=store, log=report.say)
     for name in [*(config.eval.methods or DEFAULT[config.eval.by]), *(["full_lora"] if options.full_adapter else [])]:
         system = make_system(name, experiment.model, experiment.method, **about)
         systems[name] = system.description
-        if config.eval.by == "text":
-            asked = texts.windows(evaluation, system.method, config.eval.max_examples)
-            measured[name] = texts.measure(system, asked, **work)
-            if name == "memory" and system.method.repeat is not None:
-                again = texts.repetition(system, asked, **work)
-        else:
-            answer = evaluation.answer if choices else None
-            measured[name] = perplexity.measure(system, questions, answer=answer, **work)
+        measured[name] = measure(system, evaluation, questions, **work)
     itemsize = experiment.model.dtype.itemsize
     slot_bytes = experiment.model_config.kv_bytes_per_slot(itemsize)
     results = report.about(
@@ -111,11 +107,10 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     results["data"] |= {"report": str(evaluation.report), "steps_without_records": missing}
     results["kv_bytes_per_slot"] = slot_bytes
     results["steps"] = perplexity.to_json(perplexity.summarise(questions, measured, slot_bytes))
-    if again is not None:
-        results["steps"][0]["systems"]["memory"]["repetition"] = again
     results["seconds"] = round(time.perf_counter() - start, 1)
     save_config(config, options.workdir / "config.yaml")
-    report.write(options.workdir, results)
+    said = None if asking is None else perplexity.reply_lines(questions, measured, asking)
+    report.write(options.workdir, results, said)
     if adapter and experiment.loaded is not None:
         trained = config_beside(adapter)
         recipe, said = (None, config.card) if trained is None else (chosen(trained), trained.card)

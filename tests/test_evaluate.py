@@ -139,12 +139,30 @@ def test_questions_by_age(tmp_path, monkeypatch, capsys):
     data.tokenizer().save_pretrained(tmp_path / "tokenizer")
     model = {"precision": "float32", "scratch": SCRATCH, "tokenizer": str(tmp_path / "tokenizer")}
     config = write(tmp_path / "c.yaml", model=model, data=questions, eval={"by": "age", "steps": [1, 3, 5]})
-    code, out, _ = run(monkeypatch, capsys, config, "--workdir", str(tmp_path / "out"))
-    assert code == 0 and "age 3: 4 of test" in out and "no record is of age 5, which is left out" in out
+    asked = ("--eval.reply_tokens", 3)
+    code, out, err = run(monkeypatch, capsys, config, "--workdir", str(tmp_path / "out"), *asked)
+    assert code == 0, err
+    assert "age 3: 4 of test" in out and "no record is of age 5, which is left out" in out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["step"] for row in results["steps"]] == [1, 3, "all"]
     assert all("accuracy" in row["systems"]["memory"] for row in results["steps"])
-    assert (tmp_path / "out" / "table.md").read_text().startswith("| age |")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.startswith("| age |") and "| age | replies | exact | F1 | contains |" in table
+    # Every question and every control is answered, and what was said is there to be read.
+    lines = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()]
+    said = [(line["step"], line["system"], line["context"]) for line in lines]
+    sides = [("none", "right"), ("full", "right"), ("full", "wrong"), ("memory", "right"), ("memory", "wrong")]
+    assert {key: said.count(key) for key in set(said)} == {(age, *side): 4 for age in (1, 3) for side in sides}
+    for row in results["steps"][:2]:
+        for name, cell in row["systems"].items():
+            own = [x["f1"] for x in lines if (x["step"], x["system"], x["context"]) == (row["step"], name, "right")]
+            assert cell["replies"]["f1"]["value"] == pytest.approx(np.mean(own), abs=1e-5)
+            assert set(cell["replies"]) == {"exact", "f1", "contains", "tokens", "cut"}
+            shown = set() if name == "none" else {"minus_wrong", "minus_none"}
+            assert set(cell.get("differences", {}).get("f1", {})) == shown
+            assert ("wrong" in cell) == ("minus_wrong" in shown) and cell.get("wrong", cell)["replies"]["tokens"] <= 3
+    assert run(monkeypatch, capsys, config, "--workdir", str(tmp_path / "out"))[0] == 0
+    assert not (tmp_path / "out" / "replies.jsonl").exists(), "replies of another run stand beside these numbers"
     code, _, err = run(monkeypatch, capsys, config, "--workdir", str(tmp_path / "none"), "--eval.steps", "7")
     assert code == 2 and "no record is of an age among eval.steps [7]" in err
 
@@ -163,6 +181,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     fails("eval.steps is [0, 1]", config, "--eval.steps", 0, 1)
     fails("eval.steps is [2, 2]", config, "--eval.steps", 2, 2)
     fails("did you mean 'memory'", config, "--eval.methods", "memry")
+    fails("asks nothing that a reply could answer", config, "--eval.reply_tokens", 8)
+    fails("it must be at least 0", config, "--eval.reply_tokens", -1)
     (tmp_path / "empty.jsonl").write_text("")
     data.tokenizer().save_pretrained(tmp_path / "tokenizer")
     model = {"scratch": SCRATCH, "tokenizer": str(tmp_path / "tokenizer")}

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jax_ccm import methods
 from jax_ccm.config.schema import Config, ScratchConfig
-from jax_ccm.data.config import TextConfig
+from jax_ccm.data.config import TextConfig, TurnsConfig
 from jax_ccm.data.documents import FORMATS
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
@@ -83,6 +83,20 @@ class Experiment:
         found = set(end_tokens(source, self.model_config.vocab_size)) if source else set()
         own = None if self.tokenizer is None else self.tokenizer.eos_token_id
         return tuple(sorted(found | ({own} if own is not None else set())))
+
+    @functools.cached_property
+    def reply_ends(self) -> tuple[int, ...]:
+        """`ends`, and the tokens with which a turn of the data ends: of a message, or those that hold a line break."""
+        data, found = self.config.data, set(self.ends)
+        if self.tokenizer is None or not isinstance(data, TurnsConfig):
+            return self.ends
+        if data.chat_template:
+            assert self.template is not None
+            found |= set(self.template.end[:1].tolist())
+        elif "\n" in data.pieces()["separator"]:
+            texts = self.tokenizer.batch_decode([[i] for i in range(self.model_config.vocab_size)])
+            found |= {i for i, text in enumerate(texts) if "\n" in text}
+        return tuple(sorted(found))
 
     @property
     def base_name(self) -> str:

@@ -218,6 +218,8 @@ class EvalConfig:
     """Rows of a batch."""
     max_examples: int = 0
     """Examples for each time step, or windows of text; 0 for all."""
+    reply_tokens: int = 0
+    """Most tokens of a reply that each system makes to each question, to be compared with the answer; 0 for none."""
     methods: tuple[str, ...] = ()
     """What stands side by side: "none" and "full" context, "memory" (the config's method), and "uncompressed" (full
     context, the adapter on all text). Empty: by step or age none, full, memory; by text full, uncompressed, memory."""
@@ -405,13 +407,19 @@ def check(config: Config) -> None:
         "adapter.rank": 0, "optimizer.accumulation": 1, "optimizer.clip_norm": 0, "optimizer.weight_decay": 0,
         "train.steps": 1, "train.log_every": 1, "train.eval_every": 0, "train.eval_examples": 1,
         "train.checkpoint_every": 1, "train.keep": 1, "train.grace": 0, "train.heartbeat": 1, "train.seed": 0,
-        "eval.batch_size": 1, "eval.max_examples": 0, "cache.memory_capacity": 1, "cache.raw_capacity": 1,
+        "eval.batch_size": 1, "eval.max_examples": 0, "eval.reply_tokens": 0,
+        "cache.memory_capacity": 1, "cache.raw_capacity": 1,
     }  # fmt: skip
     for path, least in at_least.items():
         section, name = path.split(".")
         value = getattr(getattr(config, section), name)
         if not value >= least:
             raise UserError(f"{path} is {value}; it must be at least {least}")
+    if config.eval.reply_tokens and config.data.format in ("text", "recall"):
+        raise UserError(
+            f"eval.reply_tokens is {config.eval.reply_tokens}, and data.format {config.data.format!r} asks nothing "
+            "that a reply could answer; set it to 0, or evaluate dialogues, online or few-shot records"
+        )
     if not config.optimizer.learning_rate > 0:
         raise UserError(f"optimizer.learning_rate is {config.optimizer.learning_rate}; it must be above 0")
     if not 0 <= config.optimizer.warmup_ratio < 1:

@@ -288,12 +288,13 @@ def chat(split: str, seed: int, index: int, making: Making) -> dict[str, Any]:
 
 
 def question(split: str, seed: int, index: int, making: Making) -> dict[str, Any]:
-    """The same conversation as an online example: ``{"contexts", "query", "target", "choices", "age"}``.
+    """The same conversation as an online example: ``{"contexts", "query", "target", "choices", "answers", "age"}``.
 
-    The choices are the answer with other values: superseded ones and others from the conversation first. Arguments as
-    for `chat`.
+    The choices are the answer with other values: superseded ones and others from the conversation first; ``answers`` is
+    its value alone. Arguments as for `chat`.
     """
     made, fact, answer = _hold(split, seed, index, making)
     *contexts, query, target = made.turns
     age = (len(contexts) - fact.told) // 2
-    return {"contexts": contexts, "query": query, "target": target, "choices": made.choices(fact, answer), "age": age}
+    shown = {"contexts": contexts, "query": query, "target": target, "choices": made.choices(fact, answer)}
+    return shown | {"answers": [fact.slots["v"]], "age": age}

@@ -290,11 +290,12 @@ def dialogue(split: str, seed: int, index: int, turns: Sequence[int]) -> dict[st
 
 
 def question(split: str, seed: int, index: int, turns: Sequence[int]) -> dict[str, Any]:
-    """The same conversation as an online example: ``{"contexts", "query", "target", "choices"}``.
+    """The same conversation as an online example: ``{"contexts", "query", "target", "choices", "answers"}``.
 
-    The choices are the answer with other values: superseded ones and others from the conversation first. Arguments as
-    for `dialogue`.
+    The choices are the answer with other values: superseded ones and others from the conversation first; ``answers`` is
+    its value alone. Arguments as for `dialogue`.
     """
     talk, fact, answer = _make(split, seed, index, turns)
     *contexts, query, target = talk.turns
-    return {"contexts": contexts, "query": query, "target": target, "choices": talk.choices(fact, answer)}
+    shown = {"contexts": contexts, "query": query, "target": target, "choices": talk.choices(fact, answer)}
+    return shown | {"answers": [fact.slots["v"]]}

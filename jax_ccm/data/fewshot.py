@@ -115,6 +115,9 @@ class FewShot:
         labels = self._labels[unit.task]
         return list(labels.values()), list(labels).index(unit.label)
 
+    def short_answers(self, unit: Unit) -> tuple[str, ...]:
+        return ()
+
     def age(self, unit: Unit) -> int | None:
         return None
 

@@ -150,6 +150,10 @@ class Askable(Format, Protocol):
         """
         ...
 
+    def short_answers(self, unit: Unit) -> tuple[str, ...]:
+        """Short forms of the target, for replies to be compared with, where the record gives some."""
+        ...
+
     def age(self, unit: Unit) -> int | None:
         """How long ago what a question asks for was told, where its record says so."""
         ...
@@ -163,6 +167,9 @@ class NoChoices:
 
     def answers(self, unit: Unit) -> tuple[Sequence[np.ndarray], int]:
         raise UserError(f"{unit.id}: the record has no choices")
+
+    def short_answers(self, unit: Unit) -> tuple[str, ...]:
+        return ()
 
     def age(self, unit: Unit) -> int | None:
         return None
@@ -381,6 +388,9 @@ class Online:
         if "choices" not in record:
             raise UserError(f"{unit.id}: the record has no choices; accuracy by likelihood needs them in every record")
         return self.template.target(record["choices"]), record["choices"].index(record["target"])
+
+    def short_answers(self, unit: Unit) -> tuple[str, ...]:
+        return tuple(self._records[unit.id].get("answers", ()))
 
     def age(self, unit: Unit) -> int | None:
         age = self._records[unit.id].get("age")

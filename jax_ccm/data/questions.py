@@ -33,11 +33,13 @@ class Choice:
       examples: the same session with each of the answers as target.
       answer: which of them is right.
       task: the few-shot task, or "" for others; accuracies are averaged over tasks.
+      answers: short forms of the right one, with which a generated reply is compared besides; () for none.
     """
 
     examples: tuple[Example, ...]
     answer: int
     task: str = ""
+    answers: tuple[str, ...] = ()
 
 
 class Evaluation:
@@ -103,8 +105,13 @@ class Evaluation:
         Returns:
           Examples with ``step`` context chunks, the target scored; possibly none.
         """
+        return [question.examples[0] for question in self.questions(step)]
+
+    def questions(self, step: int) -> list[Choice]:
+        """`examples` as questions with one answer each."""
         self._check(step)
-        return [self.format.ask(unit, step) for unit in self._long_enough(step)]
+        own = self.format.short_answers
+        return [Choice((self.format.ask(unit, step),), 0, answers=own(unit)) for unit in self._long_enough(step)]
 
     def texts(self, *, marked: bool = True) -> list[Example]:
         """Every window of plain text, all of its tokens scored but the first.
@@ -169,7 +176,8 @@ class Evaluation:
 
     def _choice(self, unit: Unit, step: int) -> Choice:
         targets, right = self.format.answers(unit)
-        return Choice(tuple(self.format.ask(unit, step, target) for target in targets), right, unit.task)
+        examples = tuple(self.format.ask(unit, step, target) for target in targets)
+        return Choice(examples, right, unit.task, self.format.short_answers(unit))
 
 
 def evaluation_examples(

@@ -28,7 +28,7 @@ OWN = "python:"
 # What each format reads from a record: field -> whether it is a list of strings. A trailing "?" marks an optional one.
 FIELDS: dict[str, dict[str, bool]] = {
     "dialogue": {"turns": True},
-    "online": {"contexts": True, "query": False, "target": False, "choices?": True},
+    "online": {"contexts": True, "query": False, "target": False, "choices?": True, "answers?": True},
     "fewshot": {"text": False, "label": False},
     "text": {"text": False},
     "recall": {},
@@ -312,8 +312,8 @@ def _tfds(source: str, address: str, options: dict[str, str], fields: dict[str, 
             feature = options.get(field.rstrip("?"), field.rstrip("?"))
             if feature in raw:
                 found[field.rstrip("?")] = plain(feature, raw[feature])
-        if "choices" in found and not found["choices"]:
-            del found["choices"]
+        # Of what a record lacks, such a data set has an empty list.
+        found = {name: value for name, value in found.items() if f"{name}?" not in fields or value}
         _check(found, fields, f"{source}[{index}]")
         return found
 

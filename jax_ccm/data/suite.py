@@ -86,11 +86,13 @@ class Told:
       said: exchange -> what the user says in it; small talk in the others.
       query: the question.
       answers: the right answer, and then wrong ones, the most tempting first.
+      value: what the right one comes to, in a word.
     """
 
     said: dict[int, str]
     query: str
     answers: list[str]
+    value: str
 
 
 # What a task tells in so many exchanges, if what decides the answer is told in this one of them.
@@ -104,7 +106,7 @@ def _answers(draw: Words, values: Sequence[str]) -> list[str]:
 
 def needle(draw: Words, count: int, told: int) -> Told:
     key, value = draw.name(), draw.word()
-    return Told({told: draw.say("fact", k=key, v=value)}, draw.say("asked", k=key), _answers(draw, [value]))
+    return Told({told: draw.say("fact", k=key, v=value)}, draw.say("asked", k=key), _answers(draw, [value]), value)
 
 
 def key_value(draw: Words, count: int, told: int) -> Told:
@@ -112,7 +114,7 @@ def key_value(draw: Words, count: int, told: int) -> Told:
     key, value = pairs[told]
     others = [other for place, (_, other) in enumerate(pairs) if place != told]
     said = {place: draw.say("fact", k=k, v=v) for place, (k, v) in enumerate(pairs)}
-    return Told(said, draw.say("asked", k=key), _answers(draw, [value, *draw_some(draw, others)]))
+    return Told(said, draw.say("asked", k=key), _answers(draw, [value, *draw_some(draw, others)]), value)
 
 
 def draw_some(draw: Words, options: Sequence[str]) -> list[str]:
@@ -128,7 +130,7 @@ def updates(draw: Words, count: int, told: int) -> Told:
         place: draw.say("changed" if number else "fact", k=key, v=value)
         for number, (place, value) in enumerate(zip((*before, told), values, strict=True))
     }
-    return Told(said, draw.say("asked", k=key), _answers(draw, values[::-1]))
+    return Told(said, draw.say("asked", k=key), _answers(draw, values[::-1]), values[-1])
 
 
 def distractors(draw: Words, count: int, told: int) -> Told:
@@ -143,7 +145,7 @@ def distractors(draw: Words, count: int, told: int) -> Told:
         others.append(draw.word())
         said[place] = draw.say("of_two", k=other[0], w=other[1], v=others[-1])
     values = [value, *draw_some(draw, others)]
-    return Told(said, draw.say("asked_of_two", k=key, w=thing), _answers(draw, values))
+    return Told(said, draw.say("asked_of_two", k=key, w=thing), _answers(draw, values), value)
 
 
 def multi_hop(draw: Words, count: int, told: int) -> Told:
@@ -161,7 +163,7 @@ def multi_hop(draw: Words, count: int, told: int) -> Told:
             first: draw.say("given", k=other, w=draw.name().lower()),
             second: draw.say("lives", k=other, v=others[-1]),
         }
-    return Told(said, draw.say("asked_of_given", w=thing), _answers(draw, [value, *draw_some(draw, others)]))
+    return Told(said, draw.say("asked_of_given", w=thing), _answers(draw, [value, *draw_some(draw, others)]), value)
 
 
 def counting(draw: Words, count: int, told: int) -> Told:
@@ -174,7 +176,8 @@ def counting(draw: Words, count: int, told: int) -> Told:
     right = len(before)
     wrong = sorted((number for number in range(len(NUMBERS)) if number != right), key=lambda n: abs(n - right))
     answer = lambda n: draw.say("count", k=key, v=NUMBERS[n], times="times" if n else "time")
-    return Told(said, draw.say("asked_seen", k=key), [answer(n) for n in (right, *wrong[: CHOICES - 1])])
+    answers = [answer(n) for n in (right, *wrong[: CHOICES - 1])]
+    return Told(said, draw.say("asked_seen", k=key), answers, NUMBERS[right])
 
 
 # Name -> the task, exchanges that it needs before and behind the one that decides, and what it is.
@@ -196,7 +199,7 @@ TASKS: dict[str, tuple[Task, int, int, str]] = {
 def question(
     name: str, split: str, seed: int, index: int, turns: Sequence[int], ages: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """Record number ``index``: ``{"contexts", "query", "target", "choices", "age"}``.
+    """Record number ``index``: ``{"contexts", "query", "target", "choices", "answers", "age"}``.
 
     Args:
       name: a key of `TASKS`.
@@ -217,7 +220,7 @@ def question(
         contexts += [made.said[place], draw.pick(draw.replies)] if place in made.said else draw.pick(draw.small_talk)
     choices = sorted(made.answers, key=lambda _: draw.rng.random())
     shown = {"contexts": contexts, "query": made.query, "target": made.answers[0], "choices": choices}
-    return shown | {"age": count - told}
+    return shown | {"answers": [made.value], "age": count - told}
 
 
 def fewest(name: str, ages: Sequence[int]) -> int:

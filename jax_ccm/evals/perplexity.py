@@ -11,14 +11,15 @@ only a soft prompt for the style does as well with a wrong one, so what it knows
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from jax_ccm.data.questions import Choice, Evaluation, wrong_memory_choices
 from jax_ccm.errors import UserError
-from jax_ccm.evals import tasks
+from jax_ccm.evals import replies, tasks
+from jax_ccm.evals.replies import MEASURES, Asking, Reply
 from jax_ccm.evals.scoring import Scores, Store, score
 from jax_ccm.evals.slots import context_slots
 from jax_ccm.evals.statistics import Estimate, Resamples, estimate, share, tree_to_json
@@ -76,6 +77,8 @@ class Measured:
       slots: ``float64 [questions]``, key/value slots carried from the context to the tail.
       unconditional: total log-likelihood of an answer behind the answer prefix alone, by its tokens.
       beside: bytes that a session carries beside its slots: a mixture in float32.
+      said: a reply to each question with the own context, and with another's or None; None if none were asked for.
+      repeated: of `texts.repetition`; None where nothing is repeated.
     """
 
     right: list[tuple[Scores, ...]]
@@ -83,6 +86,8 @@ class Measured:
     slots: np.ndarray
     unconditional: dict[bytes, float]
     beside: int = 0
+    said: tuple[list[Reply], list[Reply] | None] | None = None
+    repeated: dict[str, Any] | None = None
 
 
 def stages(
@@ -107,7 +112,7 @@ def stages(
         elif choices:
             right = evaluation.choices(step)
         else:
-            right = [Choice((example,), 0) for example in evaluation.examples(step)]
+            right = evaluation.questions(step)
         if most and len(right) > most:
             right = [right[i] for i in np.linspace(0, len(right) - 1, most).round().astype(int)]
         if not right:
@@ -176,6 +181,28 @@ def measure(
     ]
 
 
+def answered(
+    system: System, questions: Sequence[Stage], measured: Sequence[Measured], asking: Asking, **options: Any
+) -> list[Measured]:
+    """What was measured, with a reply to every question of all time steps, and to those with wrong memory.
+
+    Args:
+      system: what was measured.
+      questions: the time steps.
+      measured: of them.
+      asking: how replies are made.
+      **options: as for `replies.answer`.
+    """
+    controlled = system.method.context != "dropped"
+    sides = [(stage.right, stage.wrong if controlled else None) for stage in questions]
+    asked = [question for pair in sides for side in pair for question in side or ()]
+    known = dict(identity=system.identity, name=f"{system.name}, replies")
+    made = iter(replies.answer(system.model, system.method, asked, asking, **known, **options))
+    take = lambda side: None if side is None else [next(made) for _ in side]
+    said = [(take(right) or [], take(wrong)) for right, wrong in sides]
+    return [dataclasses.replace(own, said=pair) for own, pair in zip(measured, said, strict=True)]
+
+
 def summarise(questions: Sequence[Stage], measured: dict[str, list[Measured]], slot_bytes: int) -> list[dict[str, Any]]:
     """The numbers of each time step, and of all together if there are several.
 
@@ -196,6 +223,21 @@ def summarise(questions: Sequence[Stage], measured: dict[str, list[Measured]], s
     return rows
 
 
+def reply_lines(
+    questions: Sequence[Stage], measured: dict[str, list[Measured]], asking: Asking
+) -> Iterator[dict[str, Any]]:
+    """Every question with its reply, as plain values: for people to read."""
+    for number, stage in enumerate(questions):
+        for name, steps in measured.items():
+            for context, said in zip(("right", "wrong"), steps[number].said or (), strict=False):
+                for question, reply in zip(stage.right, said or (), strict=False):
+                    example = question.examples[question.answer]
+                    query, target = (asking.decode(tokens.tolist()) for tokens in replies.query_and_answer(example))
+                    line = {"step": stage.step, "system": name, "context": context, "record": example.id}
+                    line |= {"query": query.strip(), "target": target.strip()}
+                    yield line | {"reply": reply.text} | {key: round(getattr(reply, key), 6) for key in MEASURES}
+
+
 def to_json(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What `summarise` returned, as plain values for JSON."""
     return tree_to_json(list(rows))
@@ -214,6 +256,9 @@ def _summary(
         row["note"] = notes[0]
     losses: dict[str, np.ndarray] = {}
     wrong_losses: dict[str, np.ndarray] = {}
+    # Of each system, behind the right contexts and behind wrong ones.
+    rights: dict[str, dict[str, np.ndarray]] = {}
+    wrongs: dict[str, dict[str, np.ndarray]] = {}
     for name, steps in measured.items():
         own = [scores for stage in steps for scores in stage.right]
         loss, cell = _cell(right, own, resamples)
@@ -221,9 +266,15 @@ def _summary(
         slots = np.concatenate([stage.slots for stage in steps])
         cell |= {"kv_slots": float(slots.mean()), "kv_bytes": float(slots.mean() * slot_bytes) + steps[0].beside}
         row["tokens"] = cell.pop("tokens")
+        if steps[0].repeated is not None:
+            cell["repetition"] = steps[0].repeated
         accuracy = tasks.accuracy(right, own, steps[0].unconditional, resamples)
         if accuracy:
             cell["accuracy"] = accuracy
+        said = [reply for step in steps if step.said for reply in step.said[0]]
+        rights[name] = _rights(right, own, said, resamples)
+        if said:
+            cell["replies"] = _replies(said, rights[name])
         if controlled and all(stage.wrong is not None for stage in steps):
             others = [scores for stage in steps for scores in stage.wrong or ()]
             wrong_losses[name], wrong = _cell(right, others, resamples)
@@ -232,9 +283,45 @@ def _summary(
             if accuracy:
                 wrong["accuracy"] = accuracy
             wrong["minus_right"] = estimate(wrong_losses[name] - loss)
+            said = [reply for step in steps if step.said for reply in step.said[1] or ()]
+            wrongs[name] = _rights(right, others, said, resamples)
+            if said:
+                wrong["replies"] = _replies(said, wrongs[name])
             cell["wrong"] = wrong
         row["systems"][name] = cell
+    for name, cell in row["systems"].items():
+        others = {"minus_wrong": wrongs.get(name, {}), "minus_none": {} if name == "none" else rights.get("none", {})}
+        paired = {
+            key: {what: estimate(own - other[key]) for what, other in others.items() if key in other}
+            for key, own in rights[name].items()
+        }
+        if any(paired.values()):
+            cell["differences"] = paired
     return row | _shares(losses, wrong_losses)
+
+
+def _rights(
+    questions: Sequence[Choice],
+    scores: Sequence[tuple[Scores, ...]],
+    said: Sequence[Reply],
+    resamples: Resamples,
+) -> dict[str, np.ndarray]:
+    """Resampled accuracy by the mean over tokens, and what replies are worth, where these were measured."""
+    ones, found = np.ones(len(questions)), {}
+    if chosen := tasks.correct(questions, scores, {}):
+        found["accuracy"] = resamples.mean(chosen["mean"], ones)
+    if said:
+        values = {key: np.array([getattr(reply, key) for reply in said]) for key in MEASURES}
+        found |= {key: resamples.mean(value, ones) for key, value in values.items()}
+    return found
+
+
+def _replies(said: Sequence[Reply], rights: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The numbers of some replies."""
+    return {key: estimate(rights[key]) for key in MEASURES} | {
+        "tokens": float(np.mean([reply.tokens for reply in said])),
+        "cut": float(np.mean([reply.cut for reply in said])),
+    }
 
 
 def _cell(

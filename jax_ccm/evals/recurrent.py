@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +19,14 @@ from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import check, init_cache, select
 from jax_ccm.memory.steps import compress, compress_step, read, repeat, stream_step
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.examples import Example, Segment, concat
 from jax_ccm.rules.rows import Sizes, arrange, chunk, closed, measure
 from jax_ccm.rules.types import RAW, Array, Chunk, MemoryCache, Method
 
 # Chunks and tails are padded to multiples of this, so that a few shapes serve all lengths.
 MULTIPLE = 32
+# Losses and hits of the scored tokens of one row, in pieces.
+Scored = list[tuple[np.ndarray, np.ndarray]]
 
 
 def same_context(arranged: Sequence[Sequence[Segment]]) -> list[list[int]]:
@@ -47,6 +50,59 @@ def same_context(arranged: Sequence[Sequence[Segment]]) -> list[list[int]]:
     return list(found.values())
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Behind:
+    """Sessions that have read their contexts, a batch of them.
+
+    Attributes:
+      cache: of as many rows as a batch has; those behind the last of ``numbers`` are idle.
+      numbers: of the examples, one for each row.
+      sessions: the examples of all rows, whose tails are still to be read.
+      scored: losses and hits of the scored tokens of each example's context, in pieces.
+    """
+
+    cache: MemoryCache
+    numbers: list[int]
+    sessions: Stream
+    scored: list[Scored]
+
+
+def behind_contexts(
+    model: Transformer, method: Method, examples: Sequence[Example], *, rows: int, room: int = 0
+) -> Iterator[Behind]:
+    """Reads the contexts of examples chunk by chunk, one that several share once for all their tails.
+
+    Args:
+      model: the decoder with its adapter.
+      method: what the examples are run with.
+      examples: sessions of any lengths.
+      rows: rows of a batch.
+      room: tokens for which there is to be room behind each tail.
+
+    Yields:
+      All examples, batch after batch, in an order in which neighbours are of about the same lengths.
+    """
+    arranged = [arrange(method, example) for example in examples]
+    sizes = [[len(segment.tokens) for segment in segments] for segments in arranged]
+    # Neighbours in this order have as many chunks, of about the same lengths.
+    order = sorted(same_context(arranged), key=lambda those: (len(sizes[those[0]]), max(sizes[those[0]])))
+    # One shape of cache for all.
+    roomy = jax.eval_shape(lambda: cache_for(model, method, [_longer(example, room) for example in examples]))
+    raw = _padded(roomy.k.shape[2] - roomy.memory_capacity, method.chunk or 1)
+    for first in range(0, len(order), rows):
+        groups = order[first : first + rows]
+        cache = init_cache(model, method, rows, memory_capacity=roomy.memory_capacity, raw_capacity=raw)
+        contexts = _filled([those[0] for those in groups], rows)
+        cache, scored = _read_contexts(model, method, cache, stream(method, [examples[i] for i in contexts]))
+        tails = [(row, index) for row, those in enumerate(groups) for index in those]
+        for begin in range(0, len(tails), rows):
+            some = tails[begin : begin + rows]
+            own_rows, chosen = zip(*_filled(some, rows), strict=True)
+            own = select(cache, np.array(own_rows))
+            sessions = stream(method, [examples[i] for i in chosen])
+            yield Behind(own, [number for _, number in some], sessions, [scored[row] for row, _ in some])
+
+
 def score_recurrently(
     model: Transformer,
     method: Method,
@@ -66,44 +122,25 @@ def score_recurrently(
       For each example, in the order given, ``float64 [q]`` negative log-likelihoods in nats and ``bool [q]`` whether
       the token is the most likely one, of its scored tokens.
     """
-    arranged = [arrange(method, example) for example in examples]
-    sizes = [[len(segment.tokens) for segment in segments] for segments in arranged]
-    # Neighbours in this order have as many chunks, of about the same lengths.
-    order = sorted(same_context(arranged), key=lambda those: (len(sizes[those[0]]), max(sizes[those[0]])))
-    # One shape of cache for all.
-    roomy = jax.eval_shape(lambda: cache_for(model, method, examples))
-    most = roomy.k.shape[2] - roomy.memory_capacity
     found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(examples)
-    for first in range(0, len(order), rows):
-        groups = order[first : first + rows]
-        cache = init_cache(
-            model,
-            method,
-            rows,
-            memory_capacity=roomy.memory_capacity,
-            raw_capacity=_padded(most),
-        )
-        contexts = _filled([those[0] for those in groups], rows)
-        cache, scored = _read_contexts(model, method, cache, stream(method, [examples[i] for i in contexts]))
-        tails = [(row, index) for row, those in enumerate(groups) for index in those]
-        for begin in range(0, len(tails), rows):
-            some = tails[begin : begin + rows]
-            indices, chosen = zip(*_filled(some, rows), strict=True)
-            own = select(cache, np.array(indices))
-            answers = _score_tails(model, method, own, stream(method, [examples[i] for i in chosen]))
-            for (row, index), answer in zip(some, answers, strict=False):
-                losses, hits = zip(*scored[row], answer, strict=True)
-                found[index] = np.concatenate(losses), np.concatenate(hits)
+    for behind in behind_contexts(model, method, examples, rows=rows):
+        answers = _score_tails(model, method, behind.cache, behind.sessions)
+        for number, before, answer in zip(behind.numbers, behind.scored, answers, strict=False):
+            losses, hits = zip(*before, answer, strict=True)
+            found[number] = np.concatenate(losses), np.concatenate(hits)
     return [scores for scores in found if scores is not None]
+
+
+def _longer(example: Example, count: int) -> Example:
+    """The example with so many more tokens behind its tail, for its size."""
+    *context, tail = example.segments
+    more = Segment(np.zeros(count, np.int32), np.zeros(count, bool))
+    return dataclasses.replace(example, segments=(*context, concat(tail, more)))
 
 
 def _filled(numbers: Sequence[Any], rows: int) -> list[Any]:
     """As many as a batch has rows: idle ones repeat the first."""
     return [*numbers, *[numbers[0]] * (rows - len(numbers))]
-
-
-# Losses and hits of the scored tokens of one row, in pieces.
-Scored = list[tuple[np.ndarray, np.ndarray]]
 
 
 def _read_contexts(model, method: Method, cache, sessions: Stream) -> tuple[MemoryCache, list[Scored]]:
@@ -113,7 +150,7 @@ def _read_contexts(model, method: Method, cache, sessions: Stream) -> tuple[Memo
         chunk = jax.tree.map(operator.itemgetter(time), sessions.context)
         targets, weights = sessions.targets[0][time], sessions.weights[0][time]
         asked = bool(weights.any())
-        cache, *made = _step(model, cache, *_fit(chunk, targets), method=method, close=True, asked=asked)
+        cache, *made = _step(model, cache, *fit(chunk, targets), method=method, close=True, asked=asked)
         if asked:
             for row, piece in zip(rows, _scored(weights, *made), strict=True):
                 row.append(piece)
@@ -122,7 +159,7 @@ def _read_contexts(model, method: Method, cache, sessions: Stream) -> tuple[Memo
 
 def _score_tails(model, method: Method, cache, sessions: Stream) -> Scored:
     """The scores of each row's tail."""
-    tail = _fit(sessions.tail, sessions.targets[1])
+    tail = fit(sessions.tail, sessions.targets[1])
     cache, *made = _step(model, cache, *tail, method=method, close=False, asked=True)
     check(cache)
     return _scored(sessions.weights[1], *made)
@@ -135,15 +172,19 @@ def _scored(weights: np.ndarray, losses, hits) -> Scored:
     return [(losses[row, where], hits[row, where]) for row, where in enumerate(indices)]
 
 
-def _padded(length: int) -> int:
-    return -(-length // MULTIPLE) * MULTIPLE
+def _padded(length: int, unit: int = 1) -> int:
+    """The next multiple of `MULTIPLE` and of a unit."""
+    multiple = math.lcm(MULTIPLE, unit)
+    return -(-length // multiple) * multiple
 
 
-def _fit(chunk: Chunk, targets: np.ndarray) -> tuple[Chunk, np.ndarray]:
-    """A chunk and its targets, padded on the right to one of few lengths."""
-    length = chunk.tokens.shape[1]
-    pad = lambda x: np.pad(x, ((0, 0), (0, _padded(length) - length)))
-    return jax.tree.map(pad, chunk), pad(targets)
+def fit(*arrays: Any) -> Any:
+    """Chunks ``[B, C]`` (and arrays as long), padded on the right to one of few lengths."""
+
+    def pad(x):
+        return np.pad(x, ((0, 0), (0, _padded(x.shape[1]) - x.shape[1])))
+
+    return jax.tree.map(pad, arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "close", "asked"), donate_argnums=1)

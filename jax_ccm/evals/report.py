@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +71,58 @@ def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
+# What a table of replies calls the measures, and what else it tells of the last of them.
+REPLIES = {"exact": "exact", "f1": "F1", "contains": "contains"}
+DIFFERENCES = {"minus_wrong": "- wrong memory", "minus_none": "- none"}
+
+
+def reply_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of generated replies, a row for each time step and system; no rows without any."""
+    header = [name_of_steps(results)[0], "replies", *REPLIES.values()]
+    header += [f"contains {name}" for name in DIFFERENCES.values()] + ["tokens", "cut off"]
+    rows = []
+    for step in results["steps"]:
+        for name in STYLE:
+            cell = step["systems"].get(name, {})
+            if "replies" not in cell:
+                continue
+            said, wrong = cell["replies"], cell.get("wrong", {}).get("replies")
+            control = lambda key, wrong=wrong: f" ({wrong[key]['value']:.2f})" if wrong else ""
+            row = [str(step["step"]), STYLE[name][1], *(f"{said[key]['value']:.2f}{control(key)}" for key in REPLIES)]
+            found = cell.get("differences", {}).get("contains", {})
+            row += [interval(found.get(key)) for key in DIFFERENCES]
+            rows.append([*row, f"{said['tokens']:.1f}", f"{said['cut']:.0%}"])
+    return header, rows
+
+
+def interval(value: Mapping[str, Any] | None) -> str:
+    """A difference with its 95 % interval, for a cell of a table."""
+    if value is None or value["value"] is None:
+        return "-"
+    low, high = value["ci95"]
+    return f"{value['value']:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
+
+
 def print_table(results: Mapping[str, Any]) -> None:
-    """Prints the table, and what its columns mean."""
+    """Prints the tables, and what their columns mean."""
     from rich.console import Console
     from rich.table import Table
 
-    header, rows = table_rows(results)
-    what = "whole texts" if _of_texts(results) else f"the target by {name_of_steps(results)[2]}"
-    table = Table(title=f"Perplexity of {what}", title_justify="left")
-    for column in header:
-        table.add_column(column, justify="right", no_wrap=False)
-    for row in rows:
-        table.add_row(*row, end_section=row is not rows[-1] and rows[-1][0] == "all" and row is rows[-2])
     # A pipe has no width to respect, and a table that is cut off is of no use.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    what = "whole texts" if _of_texts(results) else f"the target by {name_of_steps(results)[2]}"
+    for title, (header, rows) in {
+        f"Perplexity of {what}": table_rows(results),
+        f"Generated replies by {name_of_steps(results)[2]}": reply_rows(results),
+    }.items():
+        if not rows:
+            continue
+        table = Table(title=title, title_justify="left")
+        for column in header:
+            table.add_column(column, justify="right", no_wrap=False)
+        for row, below in zip(rows, [*rows[1:], None], strict=True):
+            table.add_row(*row, end_section=below is not None and below[0] == "all" != row[0])
+        console.print(table)
     for line in legend(results):
         print(line)
 
@@ -107,6 +145,11 @@ def legend(results: Mapping[str, Any]) -> list[str]:
         if kind == "token_accuracy":
             what = "target tokens that are the most likely"
         lines.append(f"right: share of {what}")
+    if any("replies" in cell for cell in results["steps"][0]["systems"].values()):
+        tokens = results["config"]["eval"]["reply_tokens"]
+        lines.append(f"exact, F1: greedy replies of up to {tokens} tokens beside the answer, compared as SQuAD does")
+        lines.append("contains: share of replies in which the (short) answer stands, word for word; and by how much")
+        lines.append("more than with a wrong memory or without context, paired, with 95 % bootstrap intervals")
     if results["steps"][-1]["step"] == "all":
         lines.append(f"all: every {name_of_steps(results)[2]} together")
     held = "holds at the end of its text" if _of_texts(results) else "carries from its context to the next turn"
@@ -118,9 +161,12 @@ def legend(results: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table in Markdown."""
+    """The tables in Markdown."""
     header, rows = table_rows(results)
     body = output.table(header, rows, left=0)
+    header, rows = reply_rows(results)
+    if rows:
+        body += "\n\n" + output.table(header, rows, left=2)
     return "\n".join([body, "", *(f"- {text}" for text in legend(results)), "", f"`{results['command']}`", ""])
 
 
@@ -320,8 +366,14 @@ def about(
     }
 
 
-def write(workdir: Path, results: dict[str, Any]) -> None:
+def write(workdir: Path, results: dict[str, Any], said: Iterable[Any] | None = None) -> None:
+    """Writes and prints what was found.
 
+    Args:
+      workdir: the folder.
+      results: the content of ``results.json``.
+      said: lines of ``replies.jsonl``; None if no replies were asked for.
+    """
     lines = []
     for row in results["steps"]:
         for name, cell in row["systems"].items():
@@ -331,6 +383,9 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
                 line["wrong_nll"] = cell["wrong"]["nll"]["value"]
             lines.append(line)
     output.write_lines(workdir / "metrics.jsonl", lines)
+    (workdir / "replies.jsonl").unlink(missing_ok=True)
+    if said is not None:
+        output.write_lines(workdir / "replies.jsonl", said)
     output.write_json(workdir / "results.json", results)
     (workdir / "table.md").write_text(markdown(results), encoding="utf-8")
     plot(results, workdir / "plot.png")

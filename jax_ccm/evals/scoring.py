@@ -47,10 +47,12 @@ class Scores:
 
 # What scores are computed by: parts of the library, and packages.
 PARTS = (
-    "attention", "distributed", "errors.py", "evals/recurrent.py", "evals/scoring.py", "memory", "methods", "nn",
-    "numerics", "records", "rules", "weights",
+    "attention", "distributed", "errors.py", "evals/recurrent.py", "evals/replies.py", "evals/scoring.py", "memory",
+    "methods", "nn", "numerics", "records", "rules", "weights",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "gguf")
+# Of a file of scores.
+ARRAYS = ("lengths", "nll", "hit")
 
 
 @functools.cache
@@ -68,22 +70,23 @@ def code(folder: Path = Path(__file__).parents[1]) -> str:
 class Store:
     """Scores on disk, so that baselines are run once for many adapters and an interrupted evaluation goes on.
 
-    A file holds what one call of `score` returned. Its name is a digest of everything that decides it, the library's
-    own code included: a changed library scores anew.
+    A file holds what one call of `score`, or of `replies.answer`, has computed. Its name is a digest of everything that
+    decides it, the library's own code included: a changed library computes anew.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = paths.usable(folder, "--store")
 
-    def path(self, identity: str, method: Method, examples: Sequence[Example]) -> Path:
+    def path(self, identity: str, method: Method, examples: Sequence[Example], what: str = "") -> Path:
         """The file for these examples.
 
         Args:
           identity: says which weights score them, and in which precision.
           method: what they are run with.
           examples: the sessions, in order.
+          what: what else decides the result; "" for scores.
         """
-        digest = hashlib.sha256(f"{code()}|{identity}|{method!r}|{len(examples)}".encode())
+        digest = hashlib.sha256(f"{code()}|{identity}|{method!r}|{what}|{len(examples)}".encode())
         for example in examples:
             pieces = [example.start, example.separator]
             for s in example.segments:
@@ -92,8 +95,8 @@ class Store:
                 digest.update(f"{len(piece)}:".encode() + piece.astype("<i4").tobytes())
         return self.folder / f"{digest.hexdigest()[:32]}.npz"
 
-    def load(self, path: Path) -> list[Scores] | None:
-        """The scores in a file, or None if it is not there.
+    def load(self, path: Path, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """The arrays of these names in a file, or None if it is not there.
 
         Raises:
           UserError: for a damaged file.
@@ -102,21 +105,14 @@ class Store:
             return None
         try:
             with path.open("rb") as stored, np.load(stored) as file:
-                lengths, nll, hit = (file[name] for name in ("lengths", "nll", "hit"))
+                return {name: file[name] for name in names}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
             raise UserError(f"{path} cannot be read as stored scores ({e}); remove it to compute them again") from e
-        ends = np.cumsum(lengths)[:-1]
-        return [Scores(*pair) for pair in zip(np.split(nll, ends), np.split(hit, ends), strict=True)]
 
-    def save(self, path: Path, scores: Sequence[Scores]) -> None:
+    def save(self, path: Path, **arrays: np.ndarray) -> None:
         """Writes a file, as a whole or not at all."""
         content = io.BytesIO()
-        np.savez(
-            content,
-            lengths=np.array([len(x.nll) for x in scores]),
-            nll=np.concatenate([x.nll for x in scores]),
-            hit=np.concatenate([x.hit for x in scores]),
-        )
+        np.savez(content, **arrays)  # type: ignore[arg-type]
         paths.write(path, content.getvalue())
 
 
@@ -208,15 +204,16 @@ def score(
         return []
     warn_beyond(model.config, method, tokens=max(map(_text_tokens, examples)))
     path = None if store is None else store.path(identity, method, examples)
-    if store is not None and path is not None and (known := store.load(path)) is not None:
+    if store is not None and path is not None and (known := store.load(path, ARRAYS)) is not None:
         log(f"{name}: {len(examples):,} examples, scored before ({path})")
-        return known
+        lengths, *arrays = (known[key] for key in ARRAYS)
+        pieces = [np.split(array, np.cumsum(lengths)[:-1]) for array in arrays]
+        return [Scores(*pair) for pair in zip(*pieces, strict=True)]
     if method.recurrent_only or _shares(method, examples):
         start = time.perf_counter()
         scores = [Scores(*pair) for pair in score_recurrently(model, method, examples, rows=rows)]
         log(f"{name}: {len(examples):,} examples, chunk by chunk, {time.perf_counter() - start:.0f} s")
-        if store is not None and path is not None:
-            store.save(path, scores)
+        _keep(store, path, scores)
         return scores
     needs = [measure(method, example) for example in examples]
     lengths = np.array([need.tokens for need in needs])
@@ -245,9 +242,15 @@ def score(
         f"({lengths.sum() / computed:.0%} filled), {seconds:.0f} s, {lengths.sum() / seconds:,.0f} tokens/s"
     )
     scores = [x for x in found if x is not None]
-    if store is not None and path is not None:
-        store.save(path, scores)
+    _keep(store, path, scores)
     return scores
+
+
+def _keep(store: Store | None, path: Path | None, scores: Sequence[Scores]) -> None:
+    if store is None or path is None:
+        return
+    nll, hit = (np.concatenate([getattr(x, name) for x in scores]) for name in ("nll", "hit"))
+    store.save(path, lengths=np.array([len(x.nll) for x in scores]), nll=nll, hit=hit)
 
 
 def _shares(method: Method, examples: Sequence[Example]) -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 
 from jax_ccm.data.questions import Evaluation
 from jax_ccm.evals import perplexity, texts
-from jax_ccm.evals.perplexity import Stage, System
+from jax_ccm.evals.perplexity import Measured, Stage, System
+from jax_ccm.evals.replies import Asking
 from jax_ccm.evals.scoring import base_only
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
@@ -76,6 +77,34 @@ def make_system(
     trained = f"the adapter of {adapter}" if adapter else "an untrained adapter"
     text = f"{base['name']} with {label(describe_method(method))}, {trained}"
     return System(name, model, method, text, f"{identity}|{fingerprint(model)}")
+
+
+def measure(
+    system: System,
+    evaluation: Evaluation,
+    questions: Sequence[Stage],
+    *,
+    by: str,
+    most: int,
+    choices: bool,
+    asking: Asking | None,
+    **work: Any,
+) -> list[Measured]:
+    """All that is measured of a system.
+
+    Args:
+      system: what is measured.
+      evaluation: the records.
+      questions: of `ask`.
+      by, most, choices: as for `ask`.
+      asking: how replies are made; None for no replies.
+      **work: rows of a batch, store and log, as for `perplexity.measure`.
+    """
+    if by == "text":
+        return texts.measure(system, evaluation, most, **work)
+    answer = evaluation.answer if choices else None
+    measured = perplexity.measure(system, questions, answer=answer, **work)
+    return measured if asking is None else perplexity.answered(system, questions, measured, asking, **work)
 
 
 def fingerprint(model: Transformer) -> str:

@@ -63,31 +63,50 @@ def accuracy(
       "sum", "mean" and "calibrated" (`Estimate` over all questions), and for few-shot tasks "tasks", their averages
       "task_mean" and "reference"; empty if the questions have one answer only.
     """
-    if all(len(question.examples) == 1 for question in questions):
+    decided = correct(questions, scores, alone)
+    if not decided:
         return {}
-    right: dict[str, list[bool]] = {"sum": [], "mean": [], "calibrated": []}
-    for question, found in zip(questions, scores, strict=True):
-        total = np.array([-answer.nll.sum() for answer in found])
-        decided = {"sum": total, "mean": total / [len(answer.nll) for answer in found]}
-        if alone:
-            decided["calibrated"] = total - [alone[answer_tokens(e).tobytes()] for e in question.examples]
-        for rule, values in decided.items():
-            right[rule].append(int(np.argmax(values)) == question.answer)
-    correct = {rule: np.array(values, float) for rule, values in right.items() if values}
     ones = np.ones(len(questions))
-    result: dict[str, Any] = {rule: estimate(resamples.mean(values, ones)) for rule, values in correct.items()}
+    result: dict[str, Any] = {rule: estimate(resamples.mean(values, ones)) for rule, values in decided.items()}
     by_task: dict[str, list[int]] = {}
     for index, question in enumerate(questions):
         by_task.setdefault(question.task, []).append(index)
     if set(by_task) != {""}:
         result["tasks"] = {
-            task: {"questions": len(those)} | {rule: float(values[those].mean()) for rule, values in correct.items()}
+            task: {"questions": len(those)} | {rule: float(values[those].mean()) for rule, values in decided.items()}
             for task, those in by_task.items()
         }
         average = lambda values: float(np.mean([values[those].mean() for those in by_task.values()]))
-        result["task_mean"] = {rule: average(values) for rule, values in correct.items()}
-        result["reference"] = reference_average(by_task, correct)
+        result["task_mean"] = {rule: average(values) for rule, values in decided.items()}
+        result["reference"] = reference_average(by_task, decided)
     return result
+
+
+def correct(
+    questions: Sequence[Choice], scores: Sequence[tuple[Scores, ...]], alone: Mapping[bytes, float]
+) -> dict[str, np.ndarray]:
+    """Whether the right answer of each question is the most likely one, by rule of decision.
+
+    Args:
+      questions: what was asked.
+      scores: for each question the scores of its answers.
+      alone: total log-likelihood of each answer by itself; empty for no "calibrated".
+
+    Returns:
+      ``float64 [questions]`` of 0 and 1 for "sum", "mean" and "calibrated"; empty if the questions have one answer
+      only.
+    """
+    if all(len(question.examples) == 1 for question in questions):
+        return {}
+    right: dict[str, list[bool]] = {"sum": [], "mean": [], "calibrated": []}
+    for question, found in zip(questions, scores, strict=True):
+        total = np.array([-answer.nll.sum() for answer in found])
+        values = {"sum": total, "mean": total / [len(answer.nll) for answer in found]}
+        if alone:
+            values["calibrated"] = total - [alone[answer_tokens(e).tobytes()] for e in question.examples]
+        for rule, value in values.items():
+            right[rule].append(int(np.argmax(value)) == question.answer)
+    return {rule: np.array(values, float) for rule, values in right.items() if values}
 
 
 def reference_average(by_task: Mapping[str, Sequence[int]], correct: Mapping[str, np.ndarray]) -> float | None:

@@ -37,15 +37,20 @@ def windows(evaluation: Evaluation, method: Method, most: int = 0) -> list[Stage
     return [Stage("text", [Choice((example,), 0) for example in named], None)]
 
 
-def measure(system: System, questions: Sequence[Stage], **options: Any) -> list[Measured]:
-    """`perplexity.measure` of every token; slots are those that a session holds when its text is read.
+def measure(system: System, evaluation: Evaluation, most: int = 0, **options: Any) -> list[Measured]:
+    """`perplexity.measure` of every token, and what memory repeats; slots are those held when a text is read.
 
     Args:
       system: what is measured.
-      questions: of `windows`, for its method.
+      evaluation: the data.
+      most: as for `windows`.
       **options: as for `perplexity.measure`.
     """
-    return perplexity.measure(system, questions, carried=held_slots, **options)
+    questions = windows(evaluation, system.method, most)
+    measured = perplexity.measure(system, questions, carried=held_slots, **options)
+    if system.name != "memory" or system.method.repeat is None:
+        return measured
+    return [dataclasses.replace(measured[0], repeated=repetition(system, questions, **options))]
 
 
 def repetition(

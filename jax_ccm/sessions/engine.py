@@ -94,7 +94,7 @@ class Engine:
         self.experiment, self.rows, self.template, self.data = experiment, rows, experiment.template, data
         self.closing = closing
         self.decoder = for_decoding(experiment.model, self.empty())
-        self.stops = sorted({*experiment.ends, *self._turn_ends()})
+        self.stops = experiment.reply_ends
 
     def empty(self) -> MemoryCache:
         """A cache of the sizes that the config gives."""
@@ -397,15 +397,6 @@ class Engine:
     @property
     def _tail(self) -> int:
         return len(self.template.tails["assistant"])
-
-    def _turn_ends(self) -> tuple[int, ...]:
-        """Tokens with which a turn ends: of a message, or, with dialogues as lines, those that hold a line break."""
-        if self.data.chat_template:
-            return tuple(self.template.end[:1].tolist())
-        if "\n" not in self.data.pieces()["separator"]:
-            return ()
-        texts = self.experiment.tokenizer.batch_decode([[i] for i in range(self.experiment.model_config.vocab_size)])
-        return tuple(i for i, text in enumerate(texts) if "\n" in text)
 
 
 _read = jax.jit(prefill, static_argnames=("method", "query", "closing"))

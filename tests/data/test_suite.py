@@ -42,6 +42,7 @@ def test_records(name, split):
         if name != "counting":
             said = record["contexts"][len(record["contexts"]) - 2 * record["age"] :]
             answer = value(record["target"], split)
+            assert record["answers"] == [answer]
             assert any(re.search(rf"\b{answer}\b", text) for text in said) and answer not in record["query"]
 
 

@@ -1,0 +1,238 @@
+"""Replies that are generated, and how far they say what was to be answered.
+
+Texts are compared as SQuAD does (Rajpurkar et al. 2016, section 4 and the official script, ``evaluate-v1.1.py``): lower
+case, without ASCII punctuation, without the articles a, an and the, white space as one blank. Then there are
+
+* exact: the reply is the answer;
+* F1: of the words of both, as multisets;
+* contains: the words of the answer stand in the reply, one behind the other. This one is ours: a model that chats
+  answers in sentences, which neither of the others forgives.
+
+Exact and F1 are the best over the record's target and its short ``answers``; contains looks for one of the short
+answers, or for the target where a record gives none.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import re
+import string
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_ccm.data.config import DataConfig, TurnsConfig
+from jax_ccm.data.questions import Choice
+from jax_ccm.errors import UserError
+from jax_ccm.evals.recurrent import behind_contexts, fit
+from jax_ccm.evals.scoring import Store
+from jax_ccm.memory.closing import prefill
+from jax_ccm.memory.generation import for_decoding, generate
+from jax_ccm.nn.transformer import Transformer
+from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.rules.types import Method
+
+MEASURES = ("exact", "f1", "contains")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How replies are made: greedily.
+
+    Attributes:
+      max_tokens: most tokens of one.
+      stops: ids of the tokens that end one, and are no part of it.
+      until: a text that ends one as well; "" for none.
+      vocabulary: ids from this on are never drawn.
+      decode: from token ids to text.
+    """
+
+    max_tokens: int
+    stops: tuple[int, ...]
+    until: str
+    vocabulary: int
+    decode: Callable[[Sequence[int]], str]
+
+    @classmethod
+    def of(cls, data: DataConfig, tokenizer: Any, ends: Sequence[int], max_tokens: int) -> Asking | None:
+        """How replies are made in some data, or None for ``max_tokens`` 0.
+
+        Args:
+          data: the data config, whose separator is what another turn begins with.
+          tokenizer: a fast tokenizer of transformers.
+          ends: ids of the tokens that end a reply.
+          max_tokens: most tokens of one.
+        """
+        if not max_tokens:
+            return None
+        written = isinstance(data, TurnsConfig) and data.chat_template
+        until = "" if written else data.pieces().get("separator", "").strip()
+        return cls(max_tokens, tuple(ends), until, len(tokenizer), tokenizer.decode)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What a system said, and what it is worth.
+
+    Attributes:
+      text: the reply.
+      tokens: how many were made.
+      cut: whether it reached the limit, so that it may have gone on.
+      exact, f1, contains: see the module.
+    """
+
+    text: str
+    tokens: int
+    cut: bool
+    exact: float
+    f1: float
+    contains: float
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as SQuAD compares them."""
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def f1(reply: str, answer: str) -> float:
+    """SQuAD's F1; where one has no words, whether both have none (as in SQuAD 2.0)."""
+    said, right = words(reply), words(answer)
+    common = sum((collections.Counter(said) & collections.Counter(right)).values())
+    if not said or not right:
+        return float(said == right)
+    return 2 * common / (len(said) + len(right))
+
+
+def contains(reply: str, answer: str) -> float:
+    """1.0 if the words of the answer stand in the reply, one behind the other; an answer without words is in none."""
+    said, right = words(reply), words(answer)
+    places = range(len(said) - len(right) + 1) if right else ()
+    return float(any(said[place : place + len(right)] == right for place in places))
+
+
+def judge(text: str, target: str, answers: Sequence[str] = (), *, tokens: int = 0, cut: bool = False) -> Reply:
+    """What a reply is worth.
+
+    Args:
+      text: the reply.
+      target: the whole answer that the record gives.
+      answers: its short forms; () for none.
+      tokens, cut: of the `Reply`.
+    """
+    every = (target, *answers)
+    exact = max(float(words(text) == words(one)) for one in every)
+    best = max(f1(text, one) for one in every)
+    return Reply(text, tokens, cut, exact, best, max(contains(text, one) for one in answers or (target,)))
+
+
+def prompt(example: Example) -> Example:
+    """The session up to its answer.
+
+    Raises:
+      UserError: for a session that has not one answer, behind a question.
+    """
+    *context, tail = example.segments
+    where = np.flatnonzero(tail.scored)
+    if not len(where) or not where[0] or where[-1] - where[0] >= len(where):
+        raise UserError(
+            f"{example.id}: replies are generated to questions with one answer, in one piece behind the question; set "
+            "eval.reply_tokens to 0 for these data"
+        )
+    asked, _ = query_and_answer(example)
+    kept = None if tail.kept is None else tail.kept[: len(asked)]
+    return dataclasses.replace(example, segments=(*context, Segment(asked, np.zeros(len(asked), bool), kept)))
+
+
+def query_and_answer(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """int32 tokens of the tail up to its answer, and of the answer."""
+    tail = example.segments[-1]
+    return tail.tokens[: int(np.argmax(tail.scored))], tail.tokens[tail.scored]
+
+
+def answer(
+    model: Transformer,
+    method: Method,
+    questions: Sequence[Choice],
+    asking: Asking,
+    *,
+    rows: int,
+    store: Store | None = None,
+    identity: str = "",
+    log: Callable[[str], None] | None = None,
+    name: str = "",
+) -> list[Reply]:
+    """Has every question answered; a context that several share is read once.
+
+    Args:
+      model: the decoder with its adapter.
+      method: what sessions are run with.
+      questions: what is asked.
+      asking: how.
+      rows: rows of a batch.
+      store: where replies are kept, or None.
+      identity: of the weights and the precision, for the store.
+      log: takes a line on the work done.
+      name: of the work, for that line.
+
+    Returns:
+      A reply to each, in the order given.
+    """
+    log = log or (lambda line: None)
+    asked = [prompt(question.examples[question.answer]) for question in questions]
+    what = f"replies of {asking.max_tokens} below {asking.vocabulary} until {asking.stops}"
+    path = None if store is None else store.path(identity, method, asked, what)
+    if store is not None and path is not None and (known := store.load(path, ("lengths", "tokens"))) is not None:
+        log(f"{name}: {len(asked):,} replies, made before ({path})")
+        made = np.split(known["tokens"], np.cumsum(known["lengths"])[:-1])
+    else:
+        start = time.perf_counter()
+        made = _generate(model, method, asked, asking, rows)
+        log(f"{name}: {len(made):,} replies, {sum(map(len, made)):,} tokens, {time.perf_counter() - start:.0f} s")
+        if store is not None and path is not None:
+            store.save(path, lengths=np.array([len(x) for x in made]), tokens=np.concatenate(made))
+    found = []
+    for question, tokens in zip(questions, made, strict=True):
+        target = asking.decode(query_and_answer(question.examples[question.answer])[1].tolist()).strip()
+        text = asking.decode(tokens.tolist())
+        whole = text.partition(asking.until)[0] if asking.until else text
+        cut = len(tokens) == asking.max_tokens and whole == text
+        found.append(judge(whole.strip(), target, question.answers, tokens=len(tokens), cut=cut))
+    return found
+
+
+def _generate(
+    model: Transformer, method: Method, asked: Sequence[Example], asking: Asking, rows: int
+) -> list[np.ndarray]:
+    """int32 tokens of the replies."""
+    made: list[np.ndarray] = [np.zeros(0, np.int32)] * len(asked)
+    decoder = None
+    # One more: what reading the last token closes.
+    for behind in behind_contexts(model, method, asked, rows=rows, room=asking.max_tokens + 1):
+        (tail,) = fit(behind.sessions.tail)
+        cache = _read(model, behind.cache, tail, method=method)
+        decoder = decoder or for_decoding(model, cache)
+        active = np.arange(rows) < len(behind.numbers)
+        _, tokens, lengths = generate(
+            decoder,
+            cache,
+            method=method,
+            max_tokens=asking.max_tokens,
+            stop_tokens=asking.stops,
+            rows=active,
+            vocabulary=asking.vocabulary,
+        )
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+        for row, number in enumerate(behind.numbers):
+            made[number] = tokens[row, : lengths[row]]
+    return made
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _read(model: Transformer, cache: Any, chunk: Any, *, method: Method) -> Any:
+    return prefill(model, cache, chunk, method=method, query=True)
