@@ -25,9 +25,9 @@ class Options:
 
     Perplexity of the target, accuracy where the records have choices, replies (`--eval.reply_tokens 32`) and bytes of
     the cache; beside each the control with the memory of another conversation. No context and full context are the base
-    model with the adapter's LoRA off. Writes results.json, table.md, plot.png, replies.jsonl, metrics.jsonl,
-    summary.json and config.yaml into the working directory, and of a trained adapter the model card, README.md. Any key
-    of the config can be overridden, as in `--eval.max_examples 100`.
+    model with the adapter's LoRA off. Writes results.json, table.md, plot.png, recall.png, replies.jsonl,
+    metrics.jsonl, summary.json and config.yaml into the working directory, and of a trained adapter the model card,
+    README.md. Any key of the config can be overridden, as in `--eval.max_examples 100`.
     """
 
     workdir: Folder
@@ -73,7 +73,7 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
 
 def _evaluate(experiment: Experiment, options: Options, command: str, start: float) -> dict[str, Any]:
     from jax_ccm.data.questions import Evaluation
-    from jax_ccm.evals import card, perplexity, report
+    from jax_ccm.evals import card, perplexity, recall, report
     from jax_ccm.evals.replies import Asking
     from jax_ccm.evals.scoring import Store
     from jax_ccm.evals.systems import DEFAULT, ask, fingerprint, make_system, measure
@@ -107,6 +107,8 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     results["data"] |= {"report": str(evaluation.report), "steps_without_records": missing}
     results["kv_bytes_per_slot"] = slot_bytes
     results["steps"] = perplexity.to_json(perplexity.summarise(questions, measured, slot_bytes))
+    if config.eval.by == "age" and (cells := recall.grid(questions, measured, slot_bytes)):
+        results["recall"] = cells
     results["seconds"] = round(time.perf_counter() - start, 1)
     save_config(config, options.workdir / "config.yaml")
     said = None if asking is None else perplexity.reply_lines(questions, measured, asking)

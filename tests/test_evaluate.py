@@ -146,6 +146,14 @@ def test_questions_by_age(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["step"] for row in results["steps"]] == [1, 3, "all"]
     assert all("accuracy" in row["systems"]["memory"] for row in results["steps"])
+    # Conversations of two lengths: where in them memory forgets.
+    counts = {(cell["age"], cell["chunks"][0]): cell["examples"] for cell in results["recall"]}
+    assert (
+        {age for age, _ in counts} == {1, 3}
+        and {chunks for _, chunks in counts} <= {6, 8}
+        and sum(counts.values()) == 8
+    )
+    assert (tmp_path / "out" / "recall.png").exists() == (len({chunks for _, chunks in counts}) > 1)
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.startswith("| age |") and "| age | replies | exact | F1 | contains |" in table
     # Every question and every control is answered, and what was said is there to be read.

@@ -145,11 +145,15 @@ def print_tables(results: Mapping[str, Any]) -> None:
 
 
 def plot(results: Mapping[str, Any], path: str | Path) -> None:
-    """Draws time and memory of a turn as the conversation grows.
+    """Draws time and memory of a turn as PNG."""
+    paths.save_figure(figure_of(results), path, dpi=150)
+
+
+def figure_of(results: Mapping[str, Any]) -> Any:
+    """A figure of matplotlib with time and memory of a turn as the conversation grows.
 
     Args:
       results: the content of ``bench.json``.
-      path: the PNG file.
     """
     from matplotlib.figure import Figure
 
@@ -178,7 +182,7 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     labels = [f"{name} ({_notes(results)[name]})" for name in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
-    paths.save_figure(figure, path, dpi=150)
+    return figure
 
 
 def core_count() -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals import report
+from jax_ccm.evals.cells import STYLE, name_of_steps
 from jax_ccm.records import output
 from jax_ccm.records.card import CardConfig
 from jax_ccm.records.parsing import read_json
@@ -171,7 +172,7 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _intervals(results: Mapping[str, Any]) -> str:
     steps = results["steps"]
-    names = [name for name in report.STYLE if name in steps[0]["systems"]]
+    names = [name for name in STYLE if name in steps[0]["systems"]]
     between = lambda cell: "{:,.2f} to {:,.2f}".format(*cell["ci95"]) if cell.get("ci95") else "-"
     rows = [[str(row["step"]), *(between(row["systems"][name]["perplexity"]) for name in names)] for row in steps]
-    return output.table([report.name_of_steps(results)[0], *(report.STYLE[name][1] for name in names)], rows)
+    return output.table([name_of_steps(results)[0], *(STYLE[name][1] for name in names)], rows)

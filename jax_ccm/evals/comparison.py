@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
-from jax_ccm.evals.report import SHARES, STYLE, cell_share, plot_tradeoff
+from jax_ccm.evals.cells import SHARES, STYLE, cell_share
+from jax_ccm.evals.report import tradeoff
 from jax_ccm.records import output, paths
 from jax_ccm.records.parsing import parse_json
 
@@ -129,11 +130,15 @@ def markdown(comparison: Mapping[str, Any]) -> str:
 
 
 def plot(comparison: Mapping[str, Any], path: str | Path) -> None:
-    """Draws perplexity against bytes at the last step.
+    """Draws `figure_of` as PNG."""
+    paths.save_figure(figure_of(comparison), path, dpi=150)
+
+
+def figure_of(comparison: Mapping[str, Any]) -> Any:
+    """A figure of matplotlib with perplexity against bytes at the last step.
 
     Args:
       comparison: of `side_by_side`.
-      path: the PNG file.
     """
     last = str(comparison["steps"][-1]["step"])
     titles = {title: STYLE[key][0] for key, title in SHARED.items()}
@@ -143,4 +148,4 @@ def plot(comparison: Mapping[str, Any], path: str | Path) -> None:
         for name, runs in comparison["systems"].items()
     ]
     where = {"text": "whole texts", "all": "all time steps"}.get(last, f"t = {last}")
-    plot_tradeoff(points, path, title=f"Quality against the memory of a session, {where}")
+    return tradeoff(points, title=f"Quality against the memory of a session, {where}")

@@ -7,28 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from jax_ccm.evals import heatmap
+from jax_ccm.evals.cells import (
+    CONTROL,
+    DASHES,
+    SHARES,
+    STYLE,
+    cell_share,
+    discriminates,
+    interval,
+    name_of_steps,
+    unit_of,
+    value,
+)
 from jax_ccm.records import output, paths
 
 # Those that numbers depend on.
 PACKAGES = ("jax_ccm", "jax", "jaxlib", "flax", "numpy", "transformers")
-DASHES = (0, (4, 2))
-CONTROL = {"linewidth": 1.2, "marker": "o", "markersize": 8, "fillstyle": "none"}
-# Colours and short names of the systems, in the order in which they are shown.
-STYLE = {
-    "none": ("#8c8c8c", "none"),
-    "full": ("#2f6db3", "full"),
-    "full_lora": ("#2a9d6f", "full + LoRA"),
-    "uncompressed": ("#8457a8", "uncompressed"),
-    "memory": ("#d1495b", "memory"),
-}
-SHARES = {
-    "gap_closed": "gap closed",
-    "content_share": "content share",
-    "gap_closed_to_full_lora": "gap closed (LoRA)",
-    "content_share_to_full_lora": "content share (LoRA)",
-}
 
 
 def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -40,22 +35,21 @@ def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     Returns:
       Column names, and as many texts for each row.
     """
-    steps = results["steps"]
+    steps, kind = results["steps"], quality(results)
     names = [name for name in STYLE if name in steps[0]["systems"]]
     cells = lambda name: [row["systems"][name] for row in steps]
     columns: dict[str, list[str]] = {
-        name_of_steps(results)[0]: [str(row["step"]) for row in steps],
+        name_of_steps(results)[0]: [f"{row['step']}{_mark(row, kind)}" for row in steps],
         "examples": [f"{row['examples']:,}" for row in steps],
         "tokens": [f"{row['tokens']:,}" for row in steps],
     }
-    kind = quality(results)
     shown = {"perplexity": ("", _perplexity)}
     if kind != "perplexity":
         shown[kind] = (" right", lambda value: f"{value:.3f}")
     for key, (suffix, text) in shown.items():
         for name in names:
-            values = [text(_value(cell, key)) for cell in cells(name)]
-            wrong = [f" ({text(_value(cell['wrong'], key))})" if "wrong" in cell else "" for cell in cells(name)]
+            values = [text(value(cell, key)) for cell in cells(name)]
+            wrong = [f" ({text(value(cell['wrong'], key))})" if "wrong" in cell else "" for cell in cells(name)]
             columns[STYLE[name][1] + suffix] = [a + b for a, b in zip(values, wrong, strict=True)]
     for name, column in SHARES.items():
         if any(name in row for row in steps):
@@ -63,7 +57,7 @@ def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     if "memory" in names and "repetition" in cells("memory")[0]:
         said = [cell["repetition"] for cell in cells("memory")]
         columns["repeated"] = [f"{cell_share(cell['token'])}, {cell_share(cell['exact'])}" for cell in said]
-    unit, name_of_unit = _unit(max(cell["kv_bytes"] for name in names for cell in cells(name)))
+    unit, name_of_unit = unit_of(max(cell["kv_bytes"] for name in names for cell in cells(name)))
     for name in names:
         if name not in ("none", "full_lora", "uncompressed"):
             sizes = [f"{cell['kv_bytes'] / unit:,.3g}" for cell in cells(name)]
@@ -88,19 +82,16 @@ def reply_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 continue
             said, wrong = cell["replies"], cell.get("wrong", {}).get("replies")
             control = lambda key, wrong=wrong: f" ({wrong[key]['value']:.2f})" if wrong else ""
-            row = [str(step["step"]), STYLE[name][1], *(f"{said[key]['value']:.2f}{control(key)}" for key in REPLIES)]
+            mark = " †" if discriminates(step, "contains") is False else ""
+            row = [
+                f"{step['step']}{mark}",
+                STYLE[name][1],
+                *(f"{said[key]['value']:.2f}{control(key)}" for key in REPLIES),
+            ]
             found = cell.get("differences", {}).get("contains", {})
             row += [interval(found.get(key)) for key in DIFFERENCES]
             rows.append([*row, f"{said['tokens']:.1f}", f"{said['cut']:.0%}"])
     return header, rows
-
-
-def interval(value: Mapping[str, Any] | None) -> str:
-    """A difference with its 95 % interval, for a cell of a table."""
-    if value is None or value["value"] is None:
-        return "-"
-    low, high = value["ci95"]
-    return f"{value['value']:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
 
 
 def print_table(results: Mapping[str, Any]) -> None:
@@ -121,7 +112,7 @@ def print_table(results: Mapping[str, Any]) -> None:
         for column in header:
             table.add_column(column, justify="right", no_wrap=False)
         for row, below in zip(rows, [*rows[1:], None], strict=True):
-            table.add_row(*row, end_section=below is not None and below[0] == "all" != row[0])
+            table.add_row(*row, end_section=below is not None and below[0][:3] == "all" != row[0][:3])
         console.print(table)
     for line in legend(results):
         print(line)
@@ -148,11 +139,14 @@ def legend(results: Mapping[str, Any]) -> list[str]:
     if any("replies" in cell for cell in results["steps"][0]["systems"].values()):
         tokens = results["config"]["eval"]["reply_tokens"]
         lines.append(f"exact, F1: greedy replies of up to {tokens} tokens beside the answer, compared as SQuAD does")
-        lines.append("contains: share of replies in which the (short) answer stands, word for word; and by how much")
-        lines.append("more than with a wrong memory or without context, paired, with 95 % bootstrap intervals")
+        lines.append("contains: share of replies in which the (short) answer stands, word for word")
+        lines.append("contains - …: how much more than with a wrong memory or without context, paired, 95 % interval")
     if results["steps"][-1]["step"] == "all":
         lines.append(f"all: every {name_of_steps(results)[2]} together")
     held = "holds at the end of its text" if _of_texts(results) else "carries from its context to the next turn"
+    if any(_mark(row, kind) for row in results["steps"]):
+        why = "full context does no better behind the right context than behind a wrong one"
+        lines.append(f"†: tells memories not apart: {why} (the 95 % interval of the difference reaches 0)")
     lines.append(f"KiB, MiB, bytes: keys and values that a session {held}")
     for row in results["steps"]:
         if "note" in row and row["step"] != "all":
@@ -171,11 +165,15 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Any], path: str | Path) -> None:
-    """Draws quality and memory by time step.
+    """Draws quality and memory by time step as PNG."""
+    paths.save_figure(figure_of(results), path, dpi=150)
+
+
+def figure_of(results: Mapping[str, Any]) -> Any:
+    """A figure of matplotlib with quality and memory by time step, or of whole texts with one against the other.
 
     Args:
       results: the content of ``results.json``.
-      path: the PNG file.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -183,8 +181,7 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     if _of_texts(results):
         compared = {name: results["steps"][0]["systems"][name] for name in STYLE if name in results["systems"]}
         points = [(_label(name, results), STYLE[name][0], [cell]) for name, cell in compared.items()]
-        plot_tradeoff(points, path, title=results["title"])
-        return
+        return tradeoff(points, title=results["title"])
     steps = [row for row in results["steps"] if row["step"] != "all"]
     names = [name for name in STYLE if name in steps[0]["systems"]]
     times = [row["step"] for row in steps]
@@ -205,23 +202,22 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
         handles.append(Line2D([], [], color="#555555", linestyle=DASHES, **CONTROL, label=dashed))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
-    paths.save_figure(figure, path, dpi=150)
+    return figure
 
 
-def plot_tradeoff(points: Sequence[tuple[str, str, Sequence]], path: str | Path, *, title: str) -> None:
-    """Draws quality against the bytes of a session.
+def tradeoff(points: Sequence[tuple[str, str, Sequence]], *, title: str) -> Any:
+    """A figure of matplotlib with quality against the bytes of a session.
 
     Args:
       points: name, colour, and the cells ("perplexity", "kv_bytes", "wrong" if there is a control) of a system, in
         the order in which they are joined by a line.
-      path: the PNG file.
       title: of the picture.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    unit, name_of_unit = _unit(max(cell["kv_bytes"] for _, _, cells in points for cell in cells))
+    unit, name_of_unit = unit_of(max(cell["kv_bytes"] for _, _, cells in points for cell in cells))
     controlled = False
     for name, colour, cells in points:
         sizes = [cell["kv_bytes"] / unit for cell in cells]
@@ -241,14 +237,7 @@ def plot_tradeoff(points: Sequence[tuple[str, str, Sequence]], path: str | Path,
     note = "open circles: after the context of another conversation" if controlled else None
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, title=note, title_fontsize=8)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    paths.save_figure(figure, path, dpi=150)
-
-
-def name_of_steps(results: Mapping[str, Any]) -> tuple[str, str, str]:
-    """What the rows of the table are: as a column, as an axis, and as a word."""
-    if results["config"]["eval"].get("by") == "age":
-        return "age", "age of what is asked for: exchanges since it was told", "age"
-    return "t", "time step: chunks of context before the question", "time step"
+    return figure
 
 
 def _of_texts(results: Mapping[str, Any]) -> bool:
@@ -264,13 +253,13 @@ def quality(results: Mapping[str, Any]) -> str:
 
 
 def _draw_quality(axes: Any, steps: Sequence, times: list, names: list[str], kind: str) -> None:
-    value = lambda cell: _value(cell, kind)
+    own = lambda cell: value(cell, kind)
     for name in names:
         colour, _ = STYLE[name]
         cells = [row["systems"][name] for row in steps]
-        heights = [value(cell) for cell in cells]
+        heights = [own(cell) for cell in cells]
         axes.plot(times, heights, color=colour, marker="o", markersize=4, linewidth=1.8, zorder=3)
-        wrong = [(time, value(cell["wrong"])) for time, cell in zip(times, cells, strict=True) if "wrong" in cell]
+        wrong = [(time, own(cell["wrong"])) for time, cell in zip(times, cells, strict=True) if "wrong" in cell]
         if wrong:
             # Open circles, so that a single time step is seen, too.
             axes.plot(*zip(*wrong, strict=True), color=colour, linestyle=DASHES, **CONTROL, zorder=2)
@@ -289,7 +278,7 @@ def _draw_quality(axes: Any, steps: Sequence, times: list, names: list[str], kin
 
 
 def _draw_memory(axes: Any, steps: Sequence, times: list, names: list[str]) -> None:
-    unit, name_of_unit = _unit(max(row["systems"][name]["kv_bytes"] for row in steps for name in names))
+    unit, name_of_unit = unit_of(max(row["systems"][name]["kv_bytes"] for row in steps for name in names))
     for name in names:
         colour, _ = STYLE[name]
         heights = [row["systems"][name]["kv_bytes"] / unit for row in steps]
@@ -302,34 +291,22 @@ def _draw_memory(axes: Any, steps: Sequence, times: list, names: list[str]) -> N
     axes.set_ylim(bottom=0)
 
 
-def _unit(largest: float) -> tuple[int, str]:
-    """The unit of bytes in which the largest number reads well."""
-    return (2**20, "MiB") if largest >= 2**21 else (2**10, "KiB") if largest >= 2**11 else (1, "bytes")
-
-
 def _label(name: str, results: Mapping[str, Any]) -> str:
     """The name of a system in the picture."""
     known = {"none": "no context", "full": "full context", "full_lora": "full context, LoRA"}
     return (known | {"uncompressed": "full context, adapter on all text"}).get(name) or results["memory"]
 
 
-def _value(cell: Mapping[str, Any], kind: str) -> float:
-    """The perplexity, accuracy or token accuracy of a cell."""
-    return (cell["accuracy"]["mean"] if kind == "accuracy" else cell[kind])["value"]
+def _mark(row: Mapping[str, Any], kind: str) -> str:
+    """A dagger for a row that cannot tell memories apart."""
+    found = discriminates(row, kind)
+    if found is None:
+        found = discriminates(row, "perplexity")
+    return " †" if found is False else ""
 
 
 def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
-
-
-def cell_share(value: Mapping[str, Any] | None) -> str:
-    """A share with its error, for a cell of a table."""
-    if value is None:
-        return "-"
-    if value["value"] is None:
-        return "no gap"
-    error = "" if value["error"] is None else f" ± {value['error'] * 100:.0f}"
-    return f"{value['value'] * 100:.0f}{error} %"
 
 
 def about(
@@ -344,6 +321,8 @@ def about(
     systems: Mapping[str, str],
 ) -> dict[str, Any]:
     """What is known besides the numbers."""
+    import jax
+
     device = jax.devices()[0]
     return {
         "command": command,
@@ -389,6 +368,9 @@ def write(workdir: Path, results: dict[str, Any], said: Iterable[Any] | None = N
     output.write_json(workdir / "results.json", results)
     (workdir / "table.md").write_text(markdown(results), encoding="utf-8")
     plot(results, workdir / "plot.png")
+    (workdir / "recall.png").unlink(missing_ok=True)
+    if heatmap.kind_of(results.get("recall", ())):
+        heatmap.plot(results["recall"], workdir / "recall.png")
     last = results["steps"][-1]
     summary = {
         "status": "finished",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jax_ccm.evals import report
+from jax_ccm.evals.cells import value
 from jax_ccm.records import paths
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -21,4 +22,4 @@ def test_each_control_is_seen(folder, monkeypatch, tmp_path):
     kind, steps = report.quality(results), [row for row in results["steps"] if row["step"] != "all"]
     drawn = [list(line.get_ydata()) for line in figures[0].axes[0].lines if line.get_marker() == "o"]
     sides = [side for cell in steps[0]["systems"].values() for side in (cell, cell.get("wrong")) if side is not None]
-    assert sorted(heights[0] for heights in drawn) == sorted(report._value(side, kind) for side in sides)
+    assert sorted(heights[0] for heights in drawn) == sorted(value(side, kind) for side in sides)

@@ -1,0 +1,85 @@
+"""The cells of ``results.json``: what they hold, and how they are shown everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+DASHES = (0, (4, 2))
+CONTROL = {"linewidth": 1.2, "marker": "o", "markersize": 8, "fillstyle": "none"}
+# Colours and short names of the systems, in the order in which they are shown.
+STYLE = {
+    "none": ("#8c8c8c", "none"),
+    "full": ("#2f6db3", "full"),
+    "full_lora": ("#2a9d6f", "full + LoRA"),
+    "uncompressed": ("#8457a8", "uncompressed"),
+    "memory": ("#d1495b", "memory"),
+}
+SHARES = {
+    "gap_closed": "gap closed",
+    "content_share": "content share",
+    "gap_closed_to_full_lora": "gap closed (LoRA)",
+    "content_share_to_full_lora": "content share (LoRA)",
+}
+
+
+def name_of_steps(results: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What the rows of the table are: as a column, as an axis, and as a word."""
+    if results["config"]["eval"].get("by") == "age":
+        return "age", "age of what is asked for: exchanges since it was told", "age"
+    return "t", "time step: chunks of context before the question", "time step"
+
+
+def value(cell: Mapping[str, Any], kind: str) -> float | None:
+    """What a cell has of a kind: "perplexity", "token_accuracy", "accuracy", "exact", "f1" or "contains", or None."""
+    if kind == "accuracy":
+        return cell["accuracy"]["mean"]["value"] if "accuracy" in cell else None
+    of = cell if kind in ("perplexity", "token_accuracy") else cell.get("replies", {})
+    return of[kind]["value"] if kind in of else None
+
+
+def discriminates(row: Mapping[str, Any], kind: str) -> bool | None:
+    """Whether a row can tell memories apart: whether full context does better behind the right context than not.
+
+    Args:
+      row: of a time step, an age, or an age and a length.
+      kind: "perplexity", "token_accuracy", "accuracy", "exact", "f1" or "contains".
+
+    Returns:
+      Whether the 95 % interval of the paired difference to a wrong context (or to none, where there is no control) lies
+      above 0; False for a single conversation, and None if the row does not say.
+    """
+    full = row["systems"].get("full")
+    if full is None:
+        return None
+    if kind in ("perplexity", "token_accuracy"):
+        found = full.get("wrong", {}).get("minus_right")
+    else:
+        differences = full.get("differences", {}).get(kind, {})
+        found = differences.get("minus_wrong") or differences.get("minus_none")
+    if found is None:
+        return None
+    return row["dialogues"] > 1 and found["ci95"][0] is not None and found["ci95"][0] > 0
+
+
+def cell_share(value: Mapping[str, Any] | None) -> str:
+    """A share with its error, for a cell of a table."""
+    if value is None:
+        return "-"
+    if value["value"] is None:
+        return "no gap"
+    error = "" if value["error"] is None else f" ± {value['error'] * 100:.0f}"
+    return f"{value['value'] * 100:.0f}{error} %"
+
+
+def interval(value: Mapping[str, Any] | None) -> str:
+    """A difference with its 95 % interval, for a cell of a table."""
+    if value is None or value["value"] is None:
+        return "-"
+    low, high = value["ci95"]
+    return f"{value['value']:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
+
+
+def unit_of(largest: float) -> tuple[int, str]:
+    """The unit of bytes in which the largest number reads well."""
+    return (2**20, "MiB") if largest >= 2**21 else (2**10, "KiB") if largest >= 2**11 else (1, "bytes")

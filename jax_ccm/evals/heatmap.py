@@ -1,0 +1,79 @@
+"""Grids of `jax_ccm.evals.recall` in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_ccm.evals.cells import STYLE, discriminates, value
+from jax_ccm.records import paths
+
+# What is drawn, the first that was measured: where a cell has it, and what it is called.
+SHOWN = {
+    "contains": "share of replies that contain the answer",
+    "accuracy": "accuracy by likelihood of the choices (mean over tokens)",
+}
+
+
+def kind_of(cells: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first kind of `SHOWN` that was measured in all of some cells; None for no cells."""
+    if not cells:
+        return None
+    every = [system for cell in cells for system in cell["systems"].values()]
+    return next((kind for kind in SHOWN if all(value(system, kind) is not None for system in every)), None)
+
+
+def figure_of(cells: Sequence[Mapping[str, Any]]) -> Any:
+    """A figure of matplotlib with a grid for each system, and for the memory behind a wrong context.
+
+    Args:
+      cells: of `recall.grid`.
+    """
+    from matplotlib.figure import Figure
+
+    kind = kind_of(cells)
+    assert kind is not None
+    ages, lengths = sorted({cell["age"] for cell in cells}), sorted({tuple(cell["chunks"]) for cell in cells})
+    names = [name for name in STYLE if name in cells[0]["systems"]]
+    panels: list[tuple[str, Any]] = [(STYLE[name][1], lambda row, name=name: row["systems"][name]) for name in names]
+    if "memory" in names and any("wrong" in cell["systems"]["memory"] for cell in cells):
+        panels.append(("wrong memory (control)", lambda row: row["systems"]["memory"].get("wrong")))
+    width = min(max(len(panels) * (0.55 * len(ages) + 0.7), 7), 16)
+    figure = Figure(figsize=(width, min(max(0.45 * len(lengths) + 1.5, 2.6), 9)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    image = None
+    for place, (title, of) in zip(axes, panels, strict=True):
+        heights = np.full((len(lengths), len(ages)), np.nan)
+        for cell in cells:
+            system, at = of(cell), (lengths.index(tuple(cell["chunks"])), ages.index(cell["age"]))
+            if system is None:
+                continue
+            heights[at] = value(system, kind)
+            mark = "" if discriminates(cell, kind) is not False else "†"
+            place.text(
+                at[1], at[0], f"{heights[at]:.2f}{mark}\n", ha="center", va="center", fontsize=9,
+                color="white" if heights[at] < 0.55 else "black",
+            )  # fmt: skip
+            place.text(
+                at[1], at[0], f"\nn={cell['examples']}", ha="center", va="center", fontsize=6.5,
+                color="white" if heights[at] < 0.55 else "black",
+            )  # fmt: skip
+        image = place.imshow(heights, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+        place.set_title(title, fontsize=10)
+        place.set_xticks(range(len(ages)), ages)
+        place.set_yticks(range(len(lengths)), [f"{a}" if a == b else f"{a}-{b}" for a, b in lengths])
+        place.set_xlabel("age, exchanges since it was told")
+        place.spines[:].set_visible(False)
+        place.tick_params(length=0)
+    axes[0].set_ylabel("chunks of the conversation")
+    figure.colorbar(image, ax=list(axes), shrink=0.9, pad=0.01).outline.set_visible(False)
+    figure.suptitle(SHOWN[kind][0].upper() + SHOWN[kind][1:], fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def plot(cells: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draws the grids as PNG."""
+    paths.save_figure(figure_of(cells), path, dpi=150)
