@@ -77,6 +77,7 @@ def _measure(experiment: Experiment, ways: list[Baseline], options: Options, com
     """All that is measured, and of what."""
     config = experiment.config
     results: dict[str, Any] = {
+        "schema": output.SCHEMA,
         "command": command,
         "title": f"{experiment.base_name.rsplit('/', 1)[-1]}, {config.model.precision}, "
         f"{report.machine(experiment.mesh)}",

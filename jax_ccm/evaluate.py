@@ -90,7 +90,8 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     about = dict(base=base, adapter=adapter, full_adapter=options.full_adapter)
     about |= dict(accept_quantised_base=config.adapter.accept_quantised_base, source=base_source(config))
     measured, systems = {}, {}
-    asking = Asking.of(config.data, experiment.tokenizer, experiment.reply_ends, config.eval.reply_tokens)
+    tokenizer, template, ends = experiment.tokenizer, experiment.template, experiment.reply_ends
+    asking = Asking.of(config.data, tokenizer, template, ends, config.eval.reply_tokens)
     work = dict(by=config.eval.by, most=config.eval.max_examples, choices=choices, asking=asking)
     work |= dict(rows=config.eval.batch_size, store=store, log=report.say)
     for name in [*(config.eval.methods or DEFAULT[config.eval.by]), *(["full_lora"] if options.full_adapter else [])]:

@@ -14,6 +14,7 @@ from jax_ccm import evaluate
 from jax_ccm.config import cli
 from jax_ccm.config.loading import load_experiment
 from jax_ccm.config.schema import load_config
+from jax_ccm.data.sources import open_sources
 from jax_ccm.evals import report
 from jax_ccm.evaluate import Options
 from jax_ccm.methods import build
@@ -161,6 +162,10 @@ def test_questions_by_age(tmp_path, monkeypatch, capsys):
     said = [(line["step"], line["system"], line["context"]) for line in lines]
     sides = [("none", "right"), ("full", "right"), ("full", "wrong"), ("memory", "right"), ("memory", "wrong")]
     assert {key: said.count(key) for key in set(said)} == {(age, *side): 4 for age in (1, 3) for side in sides}
+    # As the records have them, without what the template puts around a turn.
+    (source,) = open_sources(questions["test"], "online")
+    asked = {(record["query"], record["target"]) for record in map(source.__getitem__, range(8))}
+    assert {(line["query"], line["target"]) for line in lines} == asked
     for row in results["steps"][:2]:
         for name, cell in row["systems"].items():
             own = [x["f1"] for x in lines if (x["step"], x["system"], x["context"]) == (row["step"], name, "right")]

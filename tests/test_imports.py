@@ -23,8 +23,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("memory/", "weights/"),
     ("evals/", "config/"),
     ("benchmarks/",),
-    ("evaluate", "verify", "compare", "convert", "inspect", "prepare", "training/", "sessions/"),
-    ("bench", "chat", "train", "planning/", "serving/"),
+    ("evaluate", "verify", "compare", "convert", "inspect", "prepare", "training/", "sessions/", "reports/"),
+    ("report", "bench", "chat", "train", "planning/", "serving/"),
     ("plan", "serve"),
     ("__init__",),
 )

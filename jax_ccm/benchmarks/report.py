@@ -108,11 +108,12 @@ def legend(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _shown(results: Mapping[str, Any]) -> list[str]:
+def shown(results: Mapping[str, Any]) -> list[str]:
+    """Names of the tables that there are numbers for."""
     return [name for name in TABLES if name != "sessions" or name in results]
 
 
-def _named(header: Sequence[str]) -> int:
+def named(header: Sequence[str]) -> int:
     """Which column says what a row is of."""
     return next(number for number, title in enumerate(header) if title in ("kept as", "step"))
 
@@ -120,9 +121,9 @@ def _named(header: Sequence[str]) -> int:
 def markdown(results: Mapping[str, Any], name: str) -> str:
     """A table in Markdown; nothing but the legend where its numbers were not asked for."""
     lines = []
-    if name in _shown(results):
+    if name in shown(results):
         header, rows = TABLES[name](results)
-        lines = [output.table(header, rows, left=1 + _named(header)), ""]
+        lines = [output.table(header, rows, left=1 + named(header)), ""]
     return "\n".join([*lines, *(f"- {text}" for text in legend(results)), "", f"`{results['command']}`", ""])
 
 
@@ -132,11 +133,11 @@ def print_tables(results: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for name in _shown(results):
+    for name in shown(results):
         header, rows = TABLES[name](results)
         table = Table(title=TITLES[name], title_justify="left")
         for number, column in enumerate(header):
-            table.add_column(column, justify="left" if number == _named(header) else "right")
+            table.add_column(column, justify="left" if number == named(header) else "right")
         for row, after in zip(rows, [*rows[1:], None], strict=True):
             table.add_row(*row, end_section=name == "turns" and after is not None and after[0] != row[0])
         console.print(table)

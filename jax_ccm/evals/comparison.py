@@ -42,8 +42,8 @@ def side_by_side(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "
       command: the command line, for the record.
 
     Returns:
-      What goes into ``comparison.json``: ``{"command", "base", "data", "steps", "systems": {name: [{"command",
-      "memory", "steps": {step: cell}}, ...]}}``; a cell is that of ``results.json``, with its shares.
+      What goes into ``comparison.json``: ``{"schema", "command", "base", "data", "steps", "systems": {name:
+      [{"command", "memory", "steps": {step: cell}}, ...]}}``; a cell is that of ``results.json``, with its shares.
 
     Raises:
       UserError: if they are not of the same base model, data and questions.
@@ -67,6 +67,7 @@ def side_by_side(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "
             shared[title] = [_cells(found, key)]
     systems = shared | {name: [_cells(run, "memory") for run in several] for name, several in named.items()}
     return {
+        "schema": output.SCHEMA,
         "command": command,
         "base": first["base"],
         "data": {"split": first["data"]["split"], "sources": first["data"]["sources"]},

@@ -61,7 +61,10 @@ def figure_of(cells: Sequence[Mapping[str, Any]]) -> Any:
                 at[1], at[0], f"\nn={cell['examples']}", ha="center", va="center", fontsize=6.5,
                 color="white" if heights[at] < 0.55 else "black",
             )  # fmt: skip
-        image = place.imshow(heights, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+        edges = np.arange(len(ages) + 1) - 0.5, np.arange(len(lengths) + 1) - 0.5
+        image = place.pcolormesh(
+            *edges, np.ma.masked_invalid(heights), vmin=0, vmax=1, cmap="viridis", edgecolors="white"
+        )
         place.set_title(title, fontsize=10)
         place.set_xticks(range(len(ages)), ages)
         place.set_yticks(range(len(lengths)), [f"{a}" if a == b else f"{a}-{b}" for a, b in lengths])

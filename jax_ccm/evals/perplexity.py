@@ -232,9 +232,9 @@ def reply_lines(
             for context, said in zip(("right", "wrong"), steps[number].said or (), strict=False):
                 for question, reply in zip(stage.right, said or (), strict=False):
                     example = question.examples[question.answer]
-                    query, target = (asking.decode(tokens.tolist()) for tokens in replies.query_and_answer(example))
+                    query, target = asking.texts(example)
                     line = {"step": stage.step, "system": name, "context": context, "record": example.id}
-                    line |= {"query": query.strip(), "target": target.strip()}
+                    line |= {"query": query, "target": target}
                     yield line | {"reply": reply.text} | {key: round(getattr(reply, key), 6) for key in MEASURES}
 
 

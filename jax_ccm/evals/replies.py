@@ -28,6 +28,7 @@ import numpy as np
 
 from jax_ccm.data.config import DataConfig, TurnsConfig
 from jax_ccm.data.questions import Choice
+from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
 from jax_ccm.evals.recurrent import behind_contexts, fit
 from jax_ccm.evals.scoring import Store
@@ -51,6 +52,7 @@ class Asking:
       until: a text that ends one as well; "" for none.
       vocabulary: ids from this on are never drawn.
       decode: from token ids to text.
+      around: how many tokens of the template stand before a question, and between it and its answer.
     """
 
     max_tokens: int
@@ -58,22 +60,34 @@ class Asking:
     until: str
     vocabulary: int
     decode: Callable[[Sequence[int]], str]
+    around: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, data: DataConfig, tokenizer: Any, ends: Sequence[int], max_tokens: int) -> Asking | None:
+    def of(
+        cls, data: DataConfig, tokenizer: Any, template: Template | None, ends: Sequence[int], max_tokens: int
+    ) -> Asking | None:
         """How replies are made in some data, or None for ``max_tokens`` 0.
 
         Args:
           data: the data config, whose separator is what another turn begins with.
           tokenizer: a fast tokenizer of transformers.
+          template: what sessions are put together with.
           ends: ids of the tokens that end a reply.
           max_tokens: most tokens of one.
         """
         if not max_tokens:
             return None
+        assert template is not None
         written = isinstance(data, TurnsConfig) and data.chat_template
         until = "" if written else data.pieces().get("separator", "").strip()
-        return cls(max_tokens, tuple(ends), until, len(tokenizer), tokenizer.decode)
+        around = len(template.heads["user"]), len(template.answer)
+        return cls(max_tokens, tuple(ends), until, len(tokenizer), tokenizer.decode, around)
+
+    def texts(self, example: Example) -> tuple[str, str]:
+        """The question of a session and the answer to it, without what the template puts around them."""
+        before, between = self.around
+        query, target = query_and_answer(example)
+        return self.decode(query[before : len(query) - between].tolist()).strip(), self.decode(target.tolist()).strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +212,7 @@ def answer(
             store.save(path, lengths=np.array([len(x) for x in made]), tokens=np.concatenate(made))
     found = []
     for question, tokens in zip(questions, made, strict=True):
-        target = asking.decode(query_and_answer(question.examples[question.answer])[1].tolist()).strip()
+        _, target = asking.texts(question.examples[question.answer])
         text = asking.decode(tokens.tolist())
         whole = text.partition(asking.until)[0] if asking.until else text
         cut = len(tokens) == asking.max_tokens and whole == text

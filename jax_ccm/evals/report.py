@@ -229,6 +229,9 @@ def tradeoff(points: Sequence[tuple[str, str, Sequence]], *, title: str) -> Any:
                 wrong = cell["wrong"]["perplexity"]["value"]
                 axes.plot([size, size], [height, wrong], color=colour, linestyle=DASHES, linewidth=1, zorder=2)
                 axes.plot([size], [wrong], color=colour, marker="o", markersize=5, fillstyle="none", zorder=2)
+    heights = [y for line in axes.lines for y in line.get_ydata()]
+    if max(heights) > 8 * min(heights):
+        axes.set_yscale("log")
     axes.set_xlabel(f"keys and values of a session, {name_of_unit}")
     axes.set_ylabel("perplexity (lower is better)")
     axes.spines[["top", "right"]].set_visible(False)
@@ -325,6 +328,7 @@ def about(
 
     device = jax.devices()[0]
     return {
+        "schema": output.SCHEMA,
         "command": command,
         "title": f"{base['name'].rsplit('/', 1)[-1]}: {memory}",
         "config": config,

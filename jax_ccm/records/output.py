@@ -11,6 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+# Of the JSON that commands write for others to read: raised when it changes so that an older reader would misread it.
+# Files without a number are of the first.
+SCHEMA = 1
+
 
 def command_line(command: str) -> str:
     """How this process was called, as one can type it again.

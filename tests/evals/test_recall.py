@@ -92,7 +92,7 @@ def test_what_is_drawn(made, tmp_path):
     figure = heatmap.figure_of(cells)
     full, memory = figure.axes[:2]
     assert [place.get_title() for place in figure.axes[:3]] == ["full", "memory", "wrong memory (control)"]
-    shown = np.ma.filled(memory.images[0].get_array(), np.nan)
+    shown = np.ma.filled(memory.collections[0].get_array(), np.nan)
     assert shown.shape == (3, 2)  # lengths 2, 5, 9 by ages 1, 3
     for cell in cells:
         at = ([2, 5, 9].index(cell["chunks"][0]), [1, 3].index(cell["age"]))

@@ -1,0 +1,1 @@
+"""What several commands left behind, on one page."""
