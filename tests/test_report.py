@@ -185,7 +185,7 @@ def test_what_cannot_tell_memories_apart_is_marked(made):
     _, text, page = made
     steps = [cells[0] for cells in page.rows if len(cells) > 2 and cells[1] == "none" and cells[0]]
     assert steps.count("16 †") == 2 and "8" in steps and not any("†" in step for step in steps if step != "16 †")
-    assert text.count('class="part weak"') == 2 and "tells memories not apart" in text
+    assert text.count('class="part weak"') == 2 and "cannot tell memories apart" in text
     assert sum("†" in said and "0." in said for said in page.said) == 3 * 2 + 2  # full, memory, none, the control
 
 

@@ -146,7 +146,7 @@ def legend(results: Mapping[str, Any]) -> list[str]:
     held = "holds at the end of its text" if _of_texts(results) else "carries from its context to the next turn"
     if any(_mark(row, kind) for row in results["steps"]):
         why = "full context does no better behind the right context than behind a wrong one"
-        lines.append(f"†: tells memories not apart: {why} (the 95 % interval of the difference reaches 0)")
+        lines.append(f"†: cannot tell memories apart: {why} (the 95 % interval of the difference reaches 0)")
     lines.append(f"KiB, MiB, bytes: keys and values that a session {held}")
     for row in results["steps"]:
         if "note" in row and row["step"] != "all":
