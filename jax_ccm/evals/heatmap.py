@@ -68,11 +68,12 @@ def figure_of(cells: Sequence[Mapping[str, Any]]) -> Any:
         place.set_title(title, fontsize=10)
         place.set_xticks(range(len(ages)), ages)
         place.set_yticks(range(len(lengths)), [f"{a}" if a == b else f"{a}-{b}" for a, b in lengths])
-        place.set_xlabel("age, exchanges since it was told")
         place.spines[:].set_visible(False)
         place.tick_params(length=0)
     axes[0].set_ylabel("chunks of the conversation")
     figure.colorbar(image, ax=list(axes), shrink=0.9, pad=0.01).outline.set_visible(False)
+    # Once for all: under each, neighbours would run into each other.
+    figure.supxlabel("age of what is asked for, exchanges since it was told", fontsize=10)
     figure.suptitle(SHOWN[kind][0].upper() + SHOWN[kind][1:], fontsize=10, x=0.01, ha="left")
     return figure
 
