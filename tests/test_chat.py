@@ -27,8 +27,10 @@ from jax_ccm.memory import steps
 from jax_ccm.memory.closing import Closing
 from jax_ccm.rules import rows
 from jax_ccm.rules.types import Kind
-from jax_ccm.sessions import conversations, engine, transcript
+from jax_ccm.sessions import conversations, transcript
 from jax_ccm.sessions.conversations import Conversations
+from jax_ccm.sessions.scratch import Scratch
+from jax_ccm.sessions.turns import Turn
 from tests import cases
 
 
@@ -83,13 +85,18 @@ LAID_OUT = {
 @pytest.mark.parametrize("messages", [False, True])
 @pytest.mark.parametrize("unit", ["turn", "exchange"])
 @pytest.mark.parametrize("name", LAID_OUT)
-def test_conversations_are_what_training_lays_out(name, unit, messages):
+def test_conversations_are_what_training_lays_out(name, unit, messages, monkeypatch):
     """Each answer is the one of the parallel forward over all turns so far, closed as the data are."""
     data = {"max_turn_tokens": 64, "chat_template": messages}
     made = experiment(name.split(",")[0], unit, data, **LAID_OUT[name])
     session, turns, examples, answers = Conversation(made, max_tokens=5), [], [], []
-    closed = session.engine.closed
-    session.engine.closed = lambda *given: answers.append((given[1][0], given[3])) or closed(*given)
+    remember = Turn._remember
+
+    def noted(turn, *given):
+        answers.append((turn.made, np.asarray(turn.scratch.cache.logits[0])))
+        return remember(turn, *given)
+
+    monkeypatch.setattr(Turn, "_remember", noted)
     for number, text in enumerate(("hello there", "what", "and so it goes")):
         session.say(text)
         turns += [
@@ -102,7 +109,7 @@ def test_conversations_are_what_training_lays_out(name, unit, messages):
     for logits, (tokens, after) in zip(parity.parallel_logits(made.model, made.method, examples), answers, strict=True):
         assert len(tokens)
         np.testing.assert_array_equal(logits[:-1].argmax(axis=1), tokens)
-        np.testing.assert_allclose(np.asarray(after.logits[0]), logits[-1], atol=1e-5)
+        np.testing.assert_allclose(after, logits[-1], atol=1e-5)
 
 
 def test_questions_with_an_opening_of_their_own():
@@ -211,17 +218,16 @@ def test_a_refused_turn_changes_nothing(name):
         with pytest.raises(UserError, match=message):
             session.say(text)
         assert unchanged(session, before)
-    generate = engine.generate
-    calls = []
+    make, calls = Scratch.make, []
 
-    def interrupted(*args, **options):
-        calls.append(options)
+    def interrupted(*given):
+        calls.append(given)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(*args, **options)
+        return make(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "generate", interrupted)
+        patch.setattr(Scratch, "make", interrupted)
         patch.setattr(conversations, "AT_A_TIME", 3)
         with pytest.raises(KeyboardInterrupt):
             session.say("again")
@@ -255,20 +261,20 @@ from pathlib import Path
 import tests.conftest  # quick to compile
 from jax_ccm import chat
 from jax_ccm.config import cli
-from jax_ccm.sessions import engine
+from jax_ccm.sessions.scratch import Scratch
 from jax_ccm.sessions.terminal import Terminal
 from tests.test_chat import experiment
 sys.stdout.reconfigure(encoding="ascii")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
-generate, say, said = engine.generate, Terminal.say, []
+make, say, said = Scratch.make, Terminal.say, []
 def noted(self, text, entry):
     said.append(text)
     say(self, text, entry)
 def interrupted(*args, **options):
     if said[-1] == "interrupted":
         os.kill(os.getpid(), signal.SIGINT)
-    return generate(*args, **options)
-Terminal.say, engine.generate = noted, interrupted
+    return make(*args, **options)
+Terminal.say, Scratch.make = noted, interrupted
 options = chat.Options(adapter=Path("none"), max_tokens=6, workdir=Path(sys.argv[1]))
 cli.run(lambda: chat._talk(experiment("ccm_concat", comp_tokens=2), options))
 """

@@ -202,6 +202,17 @@ def select(cache: MemoryCache, rows) -> MemoryCache:
     return choose((rows < 0) | (rows >= batch), _zeros(found), found)
 
 
+def take_row(cache: MemoryCache, row) -> MemoryCache:
+    """One session, as a cache of one row; ``row`` may be traced, so that one program serves all rows."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, _row_axis(x)), cache)
+
+
+def put_row(cache: MemoryCache, one: MemoryCache, row) -> MemoryCache:
+    """The cache with a session of `take_row` in one of its rows."""
+    put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, _row_axis(x))
+    return jax.tree.map(put, cache, one)
+
+
 def reset(cache: MemoryCache, rows) -> MemoryCache:
     """The cache with the sessions ``rows`` (bool ``[B]``) made empty.
 

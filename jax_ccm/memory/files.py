@@ -231,7 +231,11 @@ def _packed(cache: MemoryCache) -> dict[str, np.ndarray]:
     """The arrays of a file."""
     live = np.asarray(cache.slots.live)
     count = live.sum(axis=1).astype(np.int32)
-    take = lambda x: np.concatenate([np.asarray(x[:, row, :n]) for row, n in enumerate(count)], axis=1)
+
+    def take(x):
+        whole = np.asarray(x)  # cut on the host: on a device each number of slots would be a program of its own
+        return np.concatenate([whole[:, row, :n] for row, n in enumerate(count)], axis=1)
+
     found = {"k": take(cache.k), "v": take(cache.v), "live": count}
     found |= {name: np.asarray(getattr(cache.slots, name))[live] for name in _SLOTS}
     found |= {name: np.asarray(getattr(cache, name)) for name in ("tokens", "chunks", "logits")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +15,10 @@ from jax_ccm.memory.closing import Closing, close_due, policy
 from jax_ccm.memory.steps import read
 from jax_ccm.nn.positions import warn_beyond
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.rules.types import Chunk, MemoryCache, Method
+from jax_ccm.rules.types import Array, Chunk, MemoryCache, Method
+
+# Most likely tokens of which log-probabilities are told, beside that of the token that was drawn.
+TOP = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def generate(
     rows=None,
     closing: Closing | None = None,
     vocabulary: int | None = None,
-    start: int = 0,
+    start: int | Sequence[int] = 0,
 ):
     """Continues sessions from their pending logits until each has met a stop token or its limit.
 
@@ -123,13 +125,14 @@ def generate(
       cache: sessions that have read something.
       key: PRNG key, or one for each row, ``[B]``; may be left out where the temperature is 0.
       method: the compression method.
-      max_tokens: most tokens for a row.
+      max_tokens: most tokens for a row, one number for all.
       sampling: how tokens are drawn; one for all rows, or B.
       stop_tokens: ids that end a row.
       rows: ``bool [B]``, the rows to continue; None for all.
       closing: where the answer is closed while it is made; None leaves it open.
       vocabulary: ids from this on are never drawn: rows of the head that the tokenizer does not know. None for V.
-      start: how many tokens were drawn with these keys before, so that an answer in pieces is the same as in one.
+      start: how many tokens were drawn with these keys before, for all rows or ``[B]``, so that an answer in pieces is
+        the same as in one.
 
     Returns:
       The cache; tokens ``int32 [B, max_tokens]``, 0 behind the end; lengths ``int32 [B]``.
@@ -153,56 +156,140 @@ def generate(
     empty = np.flatnonzero(rows & (np.asarray(cache.tokens) == 0))
     if len(empty):
         raise UserError(f"sessions {empty.tolist()} have read nothing; read a prompt (or a start token) first")
-    stops = jnp.asarray(list(stop_tokens) or [-1], jnp.int32)
-    cache, tokens, lengths = _loop(
-        model,
-        cache,
+    draws = Draws(
         keys,
         jnp.asarray([x.temperature for x in each], jnp.float32),
         jnp.asarray([x.top_k for x in each], jnp.int32),
         jnp.asarray([x.top_p for x in each], jnp.float32),
-        jnp.int32(start),
-        stops,
-        jnp.asarray(rows),
-        method=method,
-        max_tokens=max_tokens,
-        closing=closing,
-        query=query,
-        vocabulary=vocabulary,
+        jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,)),
+        jnp.where(rows, max_tokens, 0).astype(jnp.int32),
+        jnp.zeros(batch, bool),
+        jnp.asarray(list(stop_tokens) or [-1], jnp.int32),
+    )
+    cache, drawn = _loop(
+        model, cache, draws, method=method, max_tokens=max_tokens, closing=closing, query=query, vocabulary=vocabulary
     )
     check(cache, rows)
     read_so_far = int(np.max(np.asarray(cache.tokens)[rows], initial=0))
     warn_beyond(model.config, method, tokens=read_so_far, slots=cache.slots.kind.shape[1])
-    return cache, tokens, lengths
+    return cache, drawn.tokens, drawn.lengths
 
 
-@functools.partial(jax.jit, static_argnames=("method", "max_tokens", "closing", "query", "vocabulary"))
-def _loop(
-    model, cache, keys, temperature, top_k, top_p, start, stops, rows, *,
-    method, max_tokens, closing, query, vocabulary,
-):  # fmt: skip
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """How each row goes on, as arrays: other values compile nothing.
+
+    Attributes:
+      keys: PRNG keys ``[B]``; the i-th token of an answer is drawn with the i-th one that follows from a row's.
+      temperature, top_k, top_p: ``[B]``, as in `Sampling`.
+      start: ``int32 [B]``, tokens of the answer that were drawn before.
+      limit: ``int32 [B]``, most tokens to draw now; 0 for a row that stays as it is.
+      told: ``bool [B]``, rows whose log-probabilities are wanted.
+      stops: ``int32 [N]``, ids that end a row.
+    """
+
+    keys: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    start: Array
+    limit: Array
+    told: Array
+    stops: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What was drawn.
+
+    Attributes:
+      tokens: ``int32 [B, T]``, without what ends a row, 0 behind the end.
+      lengths: ``int32 [B]``; one below its limit has met a stop token, or its session is spoiled.
+      logprobs: ``float32 [B, T]`` of the tokens as the model has them, whatever the temperature; 0 in rows that are not
+        `Draws.told`.
+      top_tokens: ``int32 [B, T, N]``, the `TOP` most likely ones, or all of a smaller vocabulary.
+      top_logprobs: ``float32 [B, T, N]`` of these.
+    """
+
+    tokens: Array
+    lengths: Array
+    logprobs: Array
+    top_tokens: Array
+    top_logprobs: Array
+
+
+def proceed(model, cache, draws, *, method, max_tokens, closing, query, vocabulary):
+    """`generate` as a function of arrays, to be compiled: nothing is checked, each row has a limit of its own.
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions; those with a limit above 0 have read something.
+      draws: how each goes on.
+      method: static.
+      max_tokens: static, at least the largest limit.
+      closing, query: static, what `policy` says.
+      vocabulary: static, as for `generate`.
+
+    Returns:
+      The cache, and `Drawn`.
+    """
+
     def running(state):
-        step, _, _, _, done = state
-        return (step < max_tokens) & ~jnp.all(done)
+        step, _, _, done = state
+        return (step < max_tokens) & jnp.any(~done & (step < draws.limit))
 
     def step(state):
-        i, cache, tokens, lengths, done = state
+        i, cache, drawn, done = state
+        done = done | (i >= draws.limit)
         logits = cache.logits
         if vocabulary is not None:
             logits = jnp.where(jnp.arange(logits.shape[1]) < vocabulary, logits, -jnp.inf)
         # The largest logit is NaN if any is. A spoiled row stops: there is nothing to draw from.
         cache = dataclasses.replace(cache, spoiled=cache.spoiled | ~done & ~jnp.isfinite(jnp.max(logits, axis=1)))
         done = done | cache.spoiled
-        now = jax.vmap(lambda key: jax.random.fold_in(key, start + i))(keys)
-        token = sample(now, logits, temperature, top_k, top_p)
-        done = done | jnp.any(token[:, None] == stops, axis=1)
-        tokens = tokens.at[:, i].set(jnp.where(done, 0, token))
-        chunk = Chunk(jnp.where(done, 0, token)[:, None], ~done[:, None])
+        now = jax.vmap(jax.random.fold_in)(draws.keys, draws.start + i)
+        token = sample(now, logits, draws.temperature, draws.top_k, draws.top_p)
+        done = done | jnp.any(token[:, None] == draws.stops, axis=1)
+        drawn = _noted(drawn, i, token, logits, draws.told & ~done)
+        token = jnp.where(done, 0, token)
+        drawn = dataclasses.replace(drawn, tokens=drawn.tokens.at[:, i].set(token), lengths=drawn.lengths + ~done)
+        chunk = Chunk(token[:, None], ~done[:, None])
         cache, _ = read(model, cache, chunk, method=method, query=query)
-        cache = close_due(model, cache, chunk.tokens[:, 0], ~done, method=method, closing=closing)
-        return i + 1, cache, tokens, lengths + ~done, done
+        cache = close_due(model, cache, token, ~done, method=method, closing=closing)
+        return i + 1, cache, drawn, done
 
-    tokens = jnp.zeros((cache.tokens.shape[0], max_tokens), jnp.int32)
-    state = (jnp.int32(0), cache, tokens, jnp.zeros(cache.tokens.shape, jnp.int32), ~rows)
-    _, cache, tokens, lengths, _ = jax.lax.while_loop(running, step, state)
-    return cache, tokens, lengths
+    batch, vocabulary_size = cache.logits.shape
+    shape = (batch, max_tokens)
+    top = (*shape, min(TOP, vocabulary_size))
+    drawn = Drawn(
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(batch, jnp.int32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(top, jnp.int32),
+        jnp.zeros(top, jnp.float32),
+    )
+    _, cache, drawn, _ = jax.lax.while_loop(running, step, (jnp.int32(0), cache, drawn, draws.limit <= 0))
+    return cache, drawn
+
+
+def _noted(drawn: Drawn, place, token, logits, wanted) -> Drawn:
+    """With the log-probabilities of a place, if any row wants them."""
+
+    def note(drawn):
+        of_all = jax.nn.log_softmax(logits, axis=-1)
+        best, which = jax.lax.top_k(of_all, drawn.top_tokens.shape[2])
+        own = jnp.take_along_axis(of_all, token[:, None], axis=1)[:, 0]
+        put = lambda old, new: old.at[:, place].set(jnp.where(wanted.reshape(-1, *(1,) * (new.ndim - 1)), new, 0))
+        return dataclasses.replace(
+            drawn,
+            logprobs=put(drawn.logprobs, own),
+            top_tokens=put(drawn.top_tokens, which),
+            top_logprobs=put(drawn.top_logprobs, best),
+        )
+
+    return jax.lax.cond(jnp.any(wanted), note, lambda drawn: drawn, drawn)
+
+
+_loop = jax.jit(proceed, static_argnames=("method", "max_tokens", "closing", "query", "vocabulary"))

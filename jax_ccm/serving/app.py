@@ -27,7 +27,7 @@ from jax_ccm.records.parsing import parse_json
 from jax_ccm.serving import requests, shapes
 from jax_ccm.serving.pool import Busy, Missing, Pool, Turn
 from jax_ccm.serving.requests import Asked, Defaults, Refused
-from jax_ccm.sessions.conversations import Reply
+from jax_ccm.sessions.turns import Reply
 
 # Ids of responses are names of sessions, too, and no client may choose such a name for one.
 RESPONSE = "resp_"
@@ -178,9 +178,14 @@ class Server:
         async def events() -> AsyncIterator[str]:
             try:
                 begins = True
+                told = 0
                 async for text, reply in _pieces(first, replies, asked):
-                    if text or begins:
-                        yield _sse(made.piece(text, first=begins))
+                    # What is held back of the text may still be cut off, with its tokens.
+                    sure = reply.ended or asked.how.sure(reply.text) == reply.text
+                    logprobs = reply.logprobs[told:] if reply.logprobs and sure else ()
+                    told += len(logprobs)
+                    if text or logprobs or begins:
+                        yield _sse(made.piece(text, first=begins, logprobs=logprobs))
                         begins = False
                     if reply.ended:
                         for event in made.ends(reply, usage=asked.usage):
@@ -260,7 +265,7 @@ class Server:
         """A response that was stored."""
         name = request.path_params["id"]
         self._require_response(name)
-        path = await run_in_threadpool(self.pool.do, lambda: self.pool.saved(name))
+        path = await run_in_threadpool(self.pool.do, lambda: self.pool.saved(name), name)
         return JSONResponse((await run_in_threadpool(files.read, path)).header["about"]["response"])
 
     async def delete_response(self, request: Request) -> Answer:
@@ -273,7 +278,7 @@ class Server:
     async def memory(self, request: Request) -> Answer:
         """The memory file of a session."""
         name = self._require_session(request.path_params["id"])
-        path = await run_in_threadpool(self.pool.do, lambda: self.pool.saved(name))
+        path = await run_in_threadpool(self.pool.do, lambda: self.pool.saved(name), name)
         return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
     async def put_memory(self, request: Request) -> Answer:
@@ -283,7 +288,7 @@ class Server:
         path = self.pool.store.folder / f".{uuid.uuid4().hex}.tmp"
         try:
             await run_in_threadpool(path.write_bytes, body)
-            await run_in_threadpool(self.pool.do, lambda: self.pool.put(name, path))
+            await run_in_threadpool(self.pool.do, lambda: self.pool.put(name, path), name)
         except UserError as e:
             raise type(e)(str(e).replace(str(path), "the memory")) from None
         finally:
@@ -298,7 +303,7 @@ class Server:
         return JSONResponse({"id": name, "object": "session.memory", "deleted": True})
 
     async def _remove(self, name: str) -> None:
-        if not await run_in_threadpool(self.pool.do, lambda: self.pool.remove(name)):
+        if not await run_in_threadpool(self.pool.do, lambda: self.pool.remove(name), name):
             raise Missing(f"there is no session {name!r}")
 
     def _require_session(self, name: str) -> str:

@@ -13,10 +13,13 @@ from typing import Any
 
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
+from jax_ccm.memory import files
 from jax_ccm.serving.metrics import Metrics
 from jax_ccm.serving.store import Store
-from jax_ccm.sessions.conversations import Conversations, Reply, State
+from jax_ccm.sessions import turns
+from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
+from jax_ccm.sessions.turns import Reply
 
 log = logging.getLogger("jax_ccm.serve")
 
@@ -83,7 +86,11 @@ class Limits:
 
 
 class Pool:
-    """Sessions by name. One thread does all that touches the cache; turns that wait are answered side by side."""
+    """Sessions by name. One thread does all that touches the cache.
+
+    Turns are answered side by side: each takes a row as soon as one is free, between the tokens of the others, and
+    gives it back when it ends.
+    """
 
     def __init__(
         self, talk: Conversations, store: Store, *, durable: bool = True, limits: Limits = Limits(), metrics: Metrics
@@ -101,8 +108,10 @@ class Pool:
         self._rows: OrderedDict[str, int] = OrderedDict()  # by name, the longest idle first
         self._dirty: dict[str, Mapping[str, Any]] = {}
         self._waiting: list[Turn] = []
-        self._orders: list[Callable[[], None]] = []
-        self._running: list[Turn] = []
+        self._orders: list[tuple[str | None, Callable[[], None]]] = []
+        self._running: list[Turn] = []  # those that have not heard their last yet
+        self._seated: dict[int, Turn] = {}  # by row
+        self._going = turns.Turns(talk.scratch)
         self._change = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="pool", daemon=True)
@@ -122,8 +131,13 @@ class Pool:
             self._waiting.append(turn)
             self._change.notify()
 
-    def do(self, act: Callable[[], Any]) -> Any:
-        """Calls something between two answers, when nothing else touches the sessions; what it returns or raises."""
+    def do(self, act: Callable[[], Any], name: str | None = None) -> Any:
+        """Calls something when nothing else touches the sessions; what it returns or raises.
+
+        Args:
+          act: what is called.
+          name: the session that it is about, if it is about one: turns of that one end first, and others wait.
+        """
         done, result = threading.Event(), []
 
         def order():
@@ -136,7 +150,7 @@ class Pool:
         with self._change:
             if self._closed:
                 raise Busy("the server is shutting down; ask another one, or later")
-            self._orders.append(order)
+            self._orders.append((name, order))
             self._change.notify()
         done.wait()
         ((value, error),) = result
@@ -163,8 +177,10 @@ class Pool:
           UserError: if it does not go with what is served, or a limit is reached.
         """
         self._require_room(name, 0)
-        row = self._vacate(set(), None)
-        self._keep(name, row, self.talk.load(row, path))
+        files.write(self.talk.opened(path)[0], self.store.path(name))
+        self._dirty.pop(name, None)
+        if (row := self._rows.pop(name, None)) is not None:
+            self.talk.reset(row)
 
     def remove(self, name: str) -> bool:
         """Removes every copy of a session; whether it was there. To be called by `do`."""
@@ -197,128 +213,118 @@ class Pool:
     def _serve(self) -> None:
         while True:
             with self._change:
-                while not (self._waiting or self._orders or self._closed):
+                while not (self._waiting or self._orders or self._seated or self._closed):
                     self._change.wait(timeout=60)
                     if self.limits.idle and not self._waiting:
                         break
-                orders, self._orders = self._orders, []
-                self._running = self._next()
-                if not orders and not self._running and self._closed:
+                busy = _names(self._running)
+                orders = [(name, order) for name, order in self._orders if name not in busy]
+                self._orders = [(name, order) for name, order in self._orders if name in busy]
+                joining = self._next(busy | {name for name, _ in self._orders if name is not None})
+                if self._closed and not (orders or joining or self._seated):
                     break
-            for order in orders:
+            for _, order in orders:
                 order()
-            self._expire()
-            if self._running:
-                self._answer(list(self._running))
-                self._running = []
+            self._expire(busy)
+            for turn in joining:
+                self._join(turn)
+            self._go_on()
         for name in list(self._dirty):
             try:
                 self._save(name)
             except UserError:
                 log.exception("the session %r is lost", name)  # and the others are not
 
-    def _next(self) -> list[Turn]:
-        """As many turns as there are rows, of a session one at a time."""
-        found, taken = [], set()
+    def _next(self, taken: set[str]) -> list[Turn]:
+        """As many turns as there are rows for, of a session one at a time."""
+        found = []
         for turn in list(self._waiting):
-            names = {name for name in (turn.start, turn.keep) if name is not None}
+            names = _names([turn])
             if turn.left:
                 self._waiting.remove(turn)
-            elif len(found) < self.talk.engine.rows and not names & taken:
+            elif len(self._seated) + len(found) < self.talk.engine.rows and not names & taken:
                 self._waiting.remove(turn)
+                self._running.append(turn)
                 found.append(turn)
-            taken |= names
+            taken = taken | names
         return found
 
-    def _answer(self, turns: Sequence[Turn]) -> None:
-        """Answers turns side by side; each hears its own replies, and what went wrong with it."""
-        seated, told, before = self._seat_all(turns)
-        if not seated:
-            return
-        self.metrics.observe("batch", len(seated))
-        left: set[int] = set()
-        replies: dict[int, Reply] = {}
+    def _join(self, turn: Turn) -> None:
+        """Seats a turn; it is read and answered from now on."""
+        row = None
         try:
-            asked = {row: turn.text for row, turn in seated.items()}
-            how = {row: turn.how for row, turn in seated.items()}
-            for replies in self.talk.replies(asked, how, apart=True, left=left):
-                left |= {row for row, turn in seated.items() if turn.left}
-                for row in replies.keys() - left:
-                    turn = seated[row]
-                    if turn.first is None:
-                        turn.first = time.perf_counter()
-                        self.metrics.observe("first_token", turn.first - turn.began)
-                    turn.hear(dataclasses.replace(replies[row], ended=""))
+            row = self._seat(turn.start, turn.keep)
+            if turn.keep is not None:
+                self._require_room(turn.keep, len(self.talk.state.turns[row]) + len(turn.told))
+            self._going.join(self.talk.turn(row, turn.text, turn.how, told=turn.told, shorter=turn.shorter))
         except Exception as e:
-            for row, turn in seated.items():
-                self._undo(row, turn, before[row])
-            # One of them is at fault: as long as nobody has heard anything, each is answered by itself.
-            if len(seated) == 1 or any(turn.first is not None for turn in seated.values()):
-                for turn in seated.values():
-                    self._end(turn, e)
-            else:
-                for turn in seated.values():
-                    self._answer([turn])
-            return
-        for row, turn in seated.items():
-            self._settle(row, turn, replies[row], told[row], before[row], left=row in left)
-
-    def _settle(self, row: int, turn: Turn, reply: Reply, told: int, before: State, *, left: bool) -> None:
-        """Keeps what a turn has come to, then lets its last reply be heard."""
-        try:
-            if reply.refused is not None:
-                raise reply.refused
-            if left or turn.keep is None:
-                self._undo(row, turn, before)
-            reply = dataclasses.replace(reply, known=reply.known - told, read=reply.read + told)
-            if not left and turn.keep is not None:
-                self._keep(turn.keep, row, turn.about(reply))
-        except Exception as e:
-            self._undo(row, turn, before)
+            if row is not None:
+                self._unseat(row)
             self._end(turn, e)
+            return
+        self._seated[row] = turn
+        self.metrics.observe("batch", len(self._seated))
+
+    def _go_on(self) -> None:
+        """Goes on with all turns by a little; each hears its own replies, and what went wrong with it."""
+        for row, turn in list(self._seated.items()):
+            if turn.left:
+                self._stand_up(row, turn, None)
+        try:
+            moved = self._going.step()
+        except Exception as e:
+            for row, turn in list(self._seated.items()):
+                self._stand_up(row, turn, e)
+            return
+        for row in sorted(moved):
+            turn, going = self._seated[row], self._going.running[row]
+            if going.over:
+                self._settle(row, turn, going)
+                continue
+            if turn.first is None:
+                turn.first = time.perf_counter()
+                self.metrics.observe("first_token", turn.first - turn.began)
+            turn.hear(dataclasses.replace(going.reply, ended=""))
+
+    def _settle(self, row: int, turn: Turn, going: turns.Turn) -> None:
+        """Keeps what a turn has come to, then lets its last reply be heard."""
+        reply = going.reply
+        try:
+            if going.refused is not None:
+                raise going.refused
+            if not turn.left and turn.keep is not None:
+                before = self.talk.state
+                self.talk.keep([going])
+                try:
+                    self._keep(turn.keep, row, turn.about(reply))
+                except Exception:
+                    self.talk.restore(row, before)
+                    raise
+        except Exception as e:
+            self._stand_up(row, turn, e)
             return
         self.metrics.add("tokens_read", reply.read)
         self.metrics.add("tokens_made", reply.tokens)
-        self._end(turn, reply)
+        self._stand_up(row, turn, reply)
 
-    def _end(self, turn: Turn, what: Reply | Exception) -> None:
+    def _stand_up(self, row: int, turn: Turn, what: Reply | Exception | None) -> None:
+        """Ends a turn that was seated; its row is free."""
+        self._going.leave(row)
+        del self._seated[row]
+        self._unseat(row)
+        self._end(turn, what)
+
+    def _unseat(self, row: int) -> None:
+        """Clears a row, unless it is that of a session: that one is as it was, or what it has become."""
+        if row not in self._rows.values():
+            self.talk.reset(row)
+
+    def _end(self, turn: Turn, what: Reply | Exception | None) -> None:
         """Lets the last be heard of a turn, which waits no more: whoever hears it may ask again at once."""
         with self._change:
-            if turn in self._running:
-                self._running.remove(turn)
-        turn.hear(what)
-
-    def _seat_all(self, turns: Sequence[Turn]) -> tuple[dict[int, Turn], dict[int, int], dict[int, State]]:
-        """Turns by the rows that they speak in, the tokens that each was told first, and how the rows were before."""
-        seated, told, before = {}, {}, {}
-        for turn in turns:
-            row = None
-            try:
-                row = self._seat(turn.start, turn.keep, busy=seated)
-                before[row] = self.talk.state
-                self._prepare(turn, row)
-            except Exception as e:
-                if row is not None:
-                    self._undo(row, turn, before[row])
-                self._end(turn, e)
-                continue
-            told[row] = self.talk.state.tokens[row] - before[row].tokens[row]
-            seated[row] = turn
-        return seated, told, before
-
-    def _prepare(self, turn: Turn, row: int) -> None:
-        """Refuses a turn that cannot be answered, before it is put together with others; and reads what was told."""
-        engine = self.talk.engine
-        if turn.keep is not None:
-            self._require_room(turn.keep, len(self.talk.state.turns[row]) + len(turn.told))
-        if turn.told:
-            self.talk.tell({row: turn.told})
-        question = engine.question(turn.text, first=not self.talk.state.tokens[row])
-        tokens = len(question) + len(engine.template.answer)
-        room = engine.room_after(tokens)
-        if turn.shorter and room is not None and 1 <= room < turn.how.max_tokens:
-            turn.how = dataclasses.replace(turn.how, max_tokens=room)
-        engine.require_fit(tokens, turn.how.max_tokens)
+            self._running.remove(turn)
+        if what is not None:
+            turn.hear(what)
 
     def _require_room(self, name: str, turns: int) -> None:
         if turns >= self.limits.turns:
@@ -332,7 +338,7 @@ class Pool:
                 f"({self.limits.sessions:,} in {self.limits.disk:,}); remove one"
             )
 
-    def _seat(self, start: str | None, keep: str | None, busy: Mapping[int, Turn] = {}) -> int:  # noqa: B006
+    def _seat(self, start: str | None, keep: str | None) -> int:
         """The row in which a session speaks now."""
         if start is not None and start not in self._rows and start not in self.store:
             if start != keep:
@@ -343,7 +349,7 @@ class Pool:
         if start is not None and start == keep and start in self._rows:
             self._rows.move_to_end(start)
             return self._rows[start]
-        row = self._vacate(set(busy), start)
+        row = self._vacate(start)
         if start is None:
             self.talk.reset(row)
         elif start in self._rows:
@@ -355,27 +361,20 @@ class Pool:
             self._rows[start] = row
         return row
 
-    def _vacate(self, busy: set[int], start: str | None) -> int:
+    def _vacate(self, start: str | None) -> int:
         """A row for somebody else: an empty one, or that of the longest idle session, which goes to disk.
 
         The row of ``start`` is taken last: it is about to be copied from.
         """
-        taken = {*self._rows.values(), *busy}
+        taken = {*self._rows.values(), *self._seated}
         if empty := set(range(self.talk.engine.rows)) - taken:
             return min(empty)
-        idle = [name for name, row in self._rows.items() if row not in busy]
+        idle = [name for name, row in self._rows.items() if row not in self._seated]
         name = next((name for name in idle if name != start), None) or idle[0]
         if name in self._dirty:
             self._save(name)
         self.metrics.add("evictions", 1)
         return self._rows.pop(name)
-
-    def _undo(self, row: int, turn: Turn, before: State) -> None:
-        """Ends a turn that is to change nothing: the session that was there is as it was, a copy goes."""
-        if turn.start is not None and turn.start == turn.keep and self._rows.get(turn.start) == row:
-            self.talk.restore(row, before)
-        else:
-            self.talk.reset(row)
 
     def _keep(self, name: str, row: int, about: Mapping[str, Any]) -> None:
         """Makes a row that of a session that has changed."""
@@ -391,7 +390,12 @@ class Pool:
         self.talk.save(self._rows[name], self.store.path(name), about=self._dirty[name])
         del self._dirty[name]
 
-    def _expire(self) -> None:
+    def _expire(self, busy: set[str]) -> None:
         if self.limits.idle:
-            for name in self.store.older(self.limits.idle):
+            for name in set(self.store.older(self.limits.idle)) - busy:
                 self.remove(name)
+
+
+def _names(of: Sequence[Turn]) -> set[str]:
+    """The sessions that turns are about."""
+    return {name for turn in of for name in (turn.start, turn.keep) if name is not None}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax_ccm.errors import UserError
-from jax_ccm.memory.generation import Sampling
+from jax_ccm.memory.generation import TOP, Sampling
 from jax_ccm.sessions.engine import Answering
 
 
@@ -142,6 +142,11 @@ def chat(body: Any, defaults: Defaults, session: str | None) -> Asked:
     if older is not None and limit != older:
         raise Refused("max_tokens and max_completion_tokens are different; give one of them", "max_tokens")
     how = _answering(fields, defaults, limit, "max_tokens" if older is not None else "max_completion_tokens")
+    logprobs = fields.take("logprobs", False, bool, "true or false")
+    most = lambda value: 0 <= value <= (TOP if logprobs else 0)
+    what = f"a whole number from 0 to {TOP}" if logprobs else "left out, unless logprobs is true"
+    top = fields.take("top_logprobs", 0, int, what, most)
+    how = dataclasses.replace(how, logprobs=top if logprobs else None)
     stream = fields.take("stream", False, bool, "true or false")
     options = _Body(fields.take("stream_options", {}, dict, "an object", lambda value: stream))
     usage = options.take("include_usage", False, bool, "true or false")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jax_ccm.sessions.conversations import Reply
+from jax_ccm.sessions.turns import Logprob, Reply
 
 
 def new_id(kind: str) -> str:
@@ -38,14 +38,19 @@ class Completion:
             "index": 0,
             "message": {"role": "assistant", "content": reply.text, "refusal": None},
             "finish_reason": reply.ended,
-            "logprobs": None,
+            "logprobs": None if reply.logprobs is None else _logprobs(reply.logprobs),
         }
         return self._object("chat.completion", [choice]) | {"usage": self.usage(reply)}
 
-    def piece(self, text: str, *, first: bool) -> dict[str, Any]:
-        """What the answer goes on with."""
-        delta = ({"role": "assistant"} if first else {}) | {"content": text}
-        return self._object("chat.completion.chunk", [{"index": 0, "delta": delta, "finish_reason": None}])
+    def piece(self, text: str, *, first: bool, logprobs: Sequence[Logprob] = ()) -> dict[str, Any]:
+        """What the answer goes on with, and the log-probabilities of the tokens that came since the last piece."""
+        choice = {
+            "index": 0,
+            "delta": ({"role": "assistant"} if first else {}) | {"content": text},
+            "logprobs": _logprobs(logprobs) if logprobs else None,
+            "finish_reason": None,
+        }
+        return self._object("chat.completion.chunk", [choice])
 
     def ends(self, reply: Reply, *, usage: bool) -> Iterator[dict[str, Any]]:
         """What stands behind the last piece."""
@@ -139,3 +144,8 @@ class Response:
 
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _logprobs(of: Sequence[Logprob]) -> dict[str, Any]:
+    each = lambda x: {"token": x.token, "logprob": x.value, "bytes": None if x.bytes is None else list(x.bytes)}
+    return {"content": [each(x) | {"top_logprobs": list(map(each, x.top))} for x in of], "refusal": None}

@@ -10,16 +10,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_ccm.config.loading import Experiment
 from jax_ccm.errors import UserError
 from jax_ccm.memory import files
-from jax_ccm.memory.cache import check, remove, select
+from jax_ccm.memory.cache import choose, put_row, remove
 from jax_ccm.memory.closing import Closing
 from jax_ccm.memory.generation import Sampling
 from jax_ccm.rules.types import Kind, MemoryCache
-from jax_ccm.sessions.engine import AT_A_TIME, NOTHING, Answering, Chunks, Engine
+from jax_ccm.sessions.engine import NOTHING, Answering, Engine
+from jax_ccm.sessions.scratch import AT_A_TIME, Scratch, take
+from jax_ccm.sessions.turns import Exchange, Reply, Turn, Turns
 from jax_ccm.weights.identity import describe_base
 
 
@@ -40,29 +43,8 @@ class State:
     said: tuple[np.ndarray, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """An answer, as far as it is made.
-
-    Attributes:
-      text: of it.
-      tokens: of which it is made.
-      read: tokens of the turn that it answers, with what stands around it.
-      known: text tokens that the session had read before.
-      ended: "stop" (a token or text that ends it), "length" (its limit), or empty while it goes on.
-      refused: why it has not become memory, and the session is as it was; None once it has, or while it goes on.
-    """
-
-    text: str
-    tokens: int
-    read: int
-    known: int
-    ended: str = ""
-    refused: UserError | None = None
-
-
 class Conversations:
-    """Sessions that talk side by side: any of them in one call, while the others wait.
+    """Sessions that talk side by side: any of them in one call, or each by itself (`turn`).
 
     What is read and closed is what training lays out for the same turns (`jax_ccm.data.formats.session`): an answer is
     made with its question in place, behind the memory of all that was said before. Then both become memory: each by
@@ -72,7 +54,8 @@ class Conversations:
     Attributes:
       engine: how turns are read, answered and closed.
       how: answers are made where nothing else is asked for.
-      state: replaced as a whole once turns are answered, so that a call that is refused or interrupted changes nothing.
+      scratch: where turns are worked on until they are kept.
+      state: replaced as a whole once turns are kept, so that a call that is refused or interrupted changes nothing.
     """
 
     def __init__(
@@ -99,6 +82,7 @@ class Conversations:
           UserError: for a model of other data, or a method whose text cannot be closed in that way.
         """
         self.engine = Engine(experiment, rows, closing=closing)
+        self.scratch = Scratch(self.engine)
         self.how = Answering(sampling=sampling, seed=seed, stop=tuple(stop))
         self.state = State(self.engine.empty(), ((),) * rows, (0,) * rows, (NOTHING,) * rows)
 
@@ -132,13 +116,7 @@ class Conversations:
                     shown[row] = text
 
     def replies(
-        self,
-        turns: Mapping[int, str],
-        how: Mapping[int, Answering],
-        *,
-        at_a_time: int = 1,
-        apart: bool = False,
-        left: Collection[int] = (),
+        self, turns: Mapping[int, str], how: Mapping[int, Answering], *, at_a_time: int = 1
     ) -> Iterator[dict[int, Reply]]:
         """The answers to turns as they are made, again and again; with the last ones all have become memory.
 
@@ -146,46 +124,65 @@ class Conversations:
           turns: what is said, by row.
           how: each row's answer is made.
           at_a_time: most tokens between two results.
-          apart: what cannot become memory is refused for itself (`Reply.refused`), and the others go on; otherwise it
-            refuses the whole call.
-          left: rows that nobody waits for any more, looked at between two results: they stay as they were.
 
         Raises:
           UserError: if one of the turns cannot be answered; all sessions are then as they were.
         """
         self._require(turns)
-        engine, state = self.engine, self.state
-        said = dict(enumerate(state.said))
-        questions = {row: engine.question(text, first=not state.tokens[row]) for row, text in turns.items()}
-        most = max(how[row].max_tokens for row in turns)
-        before = engine.before(state.cache, questions, said, most)
-        made, after, reply = {}, before, {}
-        numbers = {row: len(state.turns[row]) for row in turns}
-        for made, after, ready in engine.answers(  # noqa: B007  (the last ones are used)
-            before, questions, how, at_a_time=at_a_time, numbers=numbers, left=left
-        ):
-            for row, tokens in made.items():
-                ended = "length" if len(tokens) == how[row].max_tokens else "stop"
-                reply[row] = Reply(
-                    engine.text(tokens), len(tokens), len(questions[row]), state.tokens[row], ended * (row in ready)
-                )
-            if len(ready) < len(turns):
-                yield dict(reply)
-        stay = {row: question for row, question in questions.items() if row not in left}
-        if stay:
-            after, chunks = engine.closed(stay, {row: made[row] for row in stay}, before, after, said)
-            after = after if len(stay) == len(turns) else engine.choose(stay, after, state.cache)
-            refused = self._keep(after, chunks, turn=True, apart=apart)
-            reply |= {row: dataclasses.replace(reply[row], refused=why) for row, why in refused.items()}
-        yield reply
+        yield from self._all([self.turn(row, text, how[row]) for row, text in turns.items()], at_a_time)
+
+    def turn(
+        self,
+        row: int,
+        text: str | None,
+        how: Answering | None = None,
+        *,
+        told: Sequence[tuple[str, str]] = (),
+        shorter: bool = False,
+    ) -> Turn:
+        """A turn for `Turns`, which answers any number of them side by side; `keep` it once it is over.
+
+        Args:
+          row: the session; nothing else may change it until the turn has left.
+          text: what is said; None to be told something only.
+          how: the answer is made; None for `how`.
+          told: turns before it that were answered elsewhere.
+          shorter: whether the answer may be made shorter than ``how`` says, where there is no room for so much.
+
+        Raises:
+          UserError: for a row that does not exist, or a text with nothing to read.
+        """
+        self._require([row])
+        known, exchanges = self.state.tokens[row], []
+        for asked, answered in told:
+            question = self.engine.question(asked, first=not known)
+            exchanges.append(Exchange(self.engine.chunks(question, self.engine.answer(answered))))
+            known += sum(map(len, exchanges[-1].chunks))
+        return self._turn(row, told=exchanges, text=text, how=how or self.how, shorter=shorter)
+
+    def keep(self, turns: Sequence[Turn]) -> None:
+        """Makes sessions what they have become by turns that are over and were not refused."""
+        state = self.state
+        done = {turn.row: turn for turn in turns}
+        cache = _choose(self.scratch.mask(done), self.scratch.cache, state.cache)
+        ends = {row: [end for part, end in turn.exchanges if part.turn] for row, turn in done.items()}
+        read = {
+            row: sum(len(chunk) for part, _ in turn.exchanges for chunk in part.chunks) for row, turn in done.items()
+        }
+        self.state = State(
+            cache,
+            tuple((*known, *ends.get(row, ())) for row, known in enumerate(state.turns)),
+            tuple(count + read.get(row, 0) for row, count in enumerate(state.tokens)),
+            tuple(done[row].said if row in done else said for row, said in enumerate(state.said)),
+        )
 
     def say_alone(self, turns: Mapping[int, str], *, max_tokens: int = 48) -> dict[int, str]:
         """What the same model answers to these turns alone, without memory. Arguments and errors as `say`."""
         self._require(turns)
-        engine = self.engine
-        questions = {row: engine.question(text, first=True) for row, text in turns.items()}
-        *_, (made, _, _) = engine.answers(engine.empty(), questions, self._alike(turns, max_tokens))
-        return {row: engine.text(tokens) for row, tokens in made.items()}
+        how, nobody = dataclasses.replace(self.how, max_tokens=max_tokens), self.engine.nobody
+        new = lambda row, text: Turn(self.scratch, row, lambda: nobody, text=text, how=how, keeps=False)
+        *_, replies = self._all([new(row, text) for row, text in turns.items()], AT_A_TIME, keep=False)
+        return {row: reply.text for row, reply in replies.items()}
 
     def tell(self, exchanges: Mapping[int, Sequence[tuple[str, str]]]) -> None:
         """Reads turns that were answered elsewhere into some sessions, as if they had been said here.
@@ -197,19 +194,7 @@ class Conversations:
           UserError: for empty text, or where there is no room; all sessions are then as they were.
         """
         self._require(exchanges)
-        before, engine = self.state, self.engine
-        try:
-            for number in range(max(map(len, exchanges.values()))):
-                now = {row: pairs[number] for row, pairs in exchanges.items() if number < len(pairs)}
-                chunks = {}
-                for row, (asked, answered) in now.items():
-                    question = engine.question(asked, first=not self.state.tokens[row])
-                    chunks[row] = engine.chunks(question, engine.answer(answered))
-                cache = self.engine.absorb(self.state.cache, chunks, dict(enumerate(self.state.said)))
-                self._keep(cache, chunks, turn=True)
-        except BaseException:
-            self.state = before
-            raise
+        list(self._all([self.turn(row, None, told=pairs) for row, pairs in exchanges.items()]))
 
     def read(self, texts: Mapping[int, str]) -> None:
         """Reads a text of any length into each of some sessions: in chunks as long as a turn of the data may be.
@@ -221,9 +206,11 @@ class Conversations:
           UserError: if there is no room, or the method keeps nothing of what was said before.
         """
         self._require(texts)
-        state, engine = self.state, self.engine
-        chunks = {row: engine.document(text, first=not state.tokens[row]) for row, text in texts.items()}
-        self._keep(engine.absorb(state.cache, chunks, dict(enumerate(state.said))), chunks, turn=False)
+        turns = []
+        for row, text in texts.items():
+            chunks = self.engine.document(text, first=not self.state.tokens[row])
+            turns.append(self._turn(row, told=[Exchange(chunks, turn=False)]))
+        list(self._all(turns))
 
     def reset(self, row: int) -> None:
         """Makes a session empty.
@@ -232,7 +219,7 @@ class Conversations:
           UserError: for a row that does not exist.
         """
         self._require([row])
-        self._put(row, self.engine.empty(), (), 0, NOTHING)
+        self._put(row, self.engine.nobody, (), 0, NOTHING)
 
     def restore(self, row: int, earlier: State) -> None:
         """Makes a session what it was in an earlier state; the others stay.
@@ -241,7 +228,8 @@ class Conversations:
           UserError: for a row that does not exist.
         """
         self._require([row])
-        self._put(row, earlier.cache, earlier.turns[row], earlier.tokens[row], earlier.said[row])
+        one = take(earlier.cache, np.int32(row))
+        self._put(row, one, earlier.turns[row], earlier.tokens[row], earlier.said[row])
 
     def forget(self, row: int, turn: int) -> int:
         """Drops the memory of a turn and its answer, or their text where that is still there.
@@ -275,8 +263,9 @@ class Conversations:
             raise UserError(f"there is no turn {turn + 1}; the session has {len(turns)}")
         slots, (first, end) = state.cache.slots, turns[turn]
         is_of = slots.live & (slots.kind != Kind.SINK) & (slots.segment >= first) & (slots.segment < end)
-        gone = np.asarray(is_of) & self.engine.mask([row])[:, None]
-        self._put(row, remove(state.cache, gone), turns, state.tokens[row], state.said[row])
+        gone = np.asarray(is_of) & self.scratch.mask([row])[:, None]
+        one = take(remove(state.cache, gone), np.int32(row))
+        self._put(row, one, turns, state.tokens[row], state.said[row])
         return int(gone.sum())
 
     def fork(self, row: int, to: int) -> None:
@@ -287,7 +276,7 @@ class Conversations:
         """
         self._require([row, to])
         state = self.state
-        self._put(to, self._everywhere(state.cache, row), state.turns[row], state.tokens[row], state.said[row])
+        self._put(to, take(state.cache, np.int32(row)), state.turns[row], state.tokens[row], state.said[row])
 
     def save(self, row: int, path: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
         """Writes the memory of a session to a file, with where its turns lie in it.
@@ -304,7 +293,7 @@ class Conversations:
         self._require_memory_alone(row)
         experiment = self.engine.experiment
         files.save(
-            select(self.state.cache, np.asarray([row])),
+            take(self.state.cache, np.int32(row)),
             path,
             experiment.model,
             fingerprints=self.fingerprints,
@@ -328,6 +317,12 @@ class Conversations:
             template or method, or holds more than a row has room for.
         """
         self._require_memory_alone(row)
+        held, one = self.opened(path)
+        self._put(row, one, held.turns, int(np.asarray(one.tokens)[0]), NOTHING)
+        return held.header["about"]
+
+    def opened(self, path: str | Path) -> tuple[files.Held, MemoryCache]:
+        """What a file holds, and the session in it. Raises as `load`; no session changes."""
         experiment, cache = self.engine.experiment, self.engine.experiment.config.cache
         held = files.read(path)
         if held.header["sessions"] != 1:
@@ -341,8 +336,7 @@ class Conversations:
             raw_capacity=cache.raw_capacity,
             overflow=cache.overflow,
         )
-        self._put(row, self._everywhere(one, 0), held.turns, int(one.tokens[0]), NOTHING)
-        return held.header["about"]
+        return held, one
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -368,7 +362,7 @@ class Conversations:
     def memory_bytes(self, row: int = 0) -> tuple[int, int, int]:
         """Live slots (memory, and text that stays); their bytes; and what full context would hold by now."""
         cache, sizes = self.state.cache, self.engine.experiment.model_config
-        slots = int(np.asarray(cache.slots.live[row]).sum())
+        slots = int(np.asarray(cache.slots.live)[row].sum())
         each, mixed = sizes.kv_bytes_per_slot(cache.k.dtype.itemsize), sizes.kv_bytes_per_slot(4)
         ours = slots * each + self.engine.experiment.method.mixed_slots * mixed
         return slots, ours, self.state.tokens[row] * each
@@ -376,56 +370,42 @@ class Conversations:
     def _alike(self, rows: Collection[int], max_tokens: int) -> dict[int, Answering]:
         return dict.fromkeys(rows, dataclasses.replace(self.how, max_tokens=max_tokens))
 
-    def _keep(self, cache: MemoryCache, chunks: Chunks, *, turn: bool, apart: bool = False) -> dict[int, UserError]:
-        """Makes the sessions those of the state, if they are valid.
+    def _turn(self, row: int, **options: Any) -> Turn:
+        """A turn that goes on from a session as it is."""
+        state = self.state
+        return Turn(
+            self.scratch, row, lambda: take(self.state.cache, np.int32(row)), known=state.tokens[row],
+            number=len(state.turns[row]), said=state.said[row], **options,
+        )  # fmt: skip
 
-        Args:
-          cache: the sessions.
-          chunks: what they have read, by row.
-          turn: whether that was a turn of the user's, and its answer.
-          apart: sessions that are not valid stay as they were, and the others go on.
-
-        Returns:
-          Which they are, and why.
-        """
-        refused = {}
+    def _all(self, turns: Sequence[Turn], at_a_time: int = 1, *, keep: bool = True) -> Iterator[dict[int, Reply]]:
+        """Goes through with turns, of which all are kept, or none; their replies as they grow."""
+        going = Turns(self.scratch)
         try:
-            check(cache, self.engine.mask(chunks))
-        except UserError:
-            if not apart:
-                raise
-            for row in chunks:
-                try:
-                    check(cache, self.engine.mask([row]))
-                except UserError as why:
-                    refused[row] = why
-            chunks = {row: parts for row, parts in chunks.items() if row not in refused}
-        cache = self.engine.choose(chunks, cache, self.state.cache) if refused else cache
-        state, keep_text = self.state, self.engine.experiment.method.context == "joined"
-        read = [sum(map(len, chunks.get(row, ()))) for row in range(self.engine.rows)]
-        before, after = np.asarray(state.cache.chunks).tolist(), np.asarray(cache.chunks).tolist()
-        # Where all text is compressed anew there is one chunk, of all turns.
-        ends = {row: (0 if keep_text else before[row], after[row]) for row in chunks if turn}
-        self.state = State(
-            cache,
-            tuple((*known, *([ends[row]] if row in ends else [])) for row, known in enumerate(state.turns)),
-            tuple(n + more for n, more in zip(state.tokens, read, strict=True)),
-            tuple(np.concatenate([x, *chunks.get(row, ())]) if keep_text else x for row, x in enumerate(state.said)),
-        )
-        return refused
+            for turn in turns:
+                going.join(turn)
+            while not going.over:
+                moved = going.step(at_a_time)
+                for turn in turns:
+                    if turn.refused is not None:
+                        raise turn.refused
+                if moved and not going.over:
+                    yield {turn.row: turn.reply for turn in turns}
+            if keep:
+                self.keep(turns)
+        finally:
+            for turn in turns:
+                going.leave(turn.row)
+        yield {turn.row: turn.reply for turn in turns}
 
     def _put(
-        self, row: int, sessions: MemoryCache, turns: tuple[tuple[int, int], ...], tokens: int, said: np.ndarray
+        self, row: int, one: MemoryCache, turns: tuple[tuple[int, int], ...], tokens: int, said: np.ndarray
     ) -> None:
-        """Takes a row from other sessions."""
+        """Makes a row a copy of a session."""
         at = lambda values, new: (*values[:row], new, *values[row + 1 :])
         state = self.state
-        cache = self.engine.choose([row], sessions, state.cache)
+        cache = _put(state.cache, one, np.int32(row))
         self.state = State(cache, at(state.turns, turns), at(state.tokens, tokens), at(state.said, said))
-
-    def _everywhere(self, cache: MemoryCache, row: int) -> MemoryCache:
-        """B copies of a session."""
-        return select(cache, np.full(self.engine.rows, row))
 
     def _require(self, rows: Collection[int]) -> None:
         if not rows:
@@ -440,3 +420,7 @@ class Conversations:
         method = self.engine.experiment.method
         if method.context == "joined":
             raise UserError(f"method {method.name!r} compresses all text anew each turn: its memory alone goes nowhere")
+
+
+_choose = jax.jit(choose)
+_put = jax.jit(put_row)

@@ -1,34 +1,23 @@
-"""How sessions read, answer and close: from a cache to the next, side by side in its rows."""
+"""What sessions read and say as tokens: how turns are laid out, which end an answer, and what there is room for."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from jax_ccm.config.loading import Experiment
 from jax_ccm.data.config import TurnsConfig
 from jax_ccm.data.formats import turns_a_chunk
 from jax_ccm.errors import UserError
-from jax_ccm.memory import steps
-from jax_ccm.memory.cache import choose, init_cache, raw_capacity
-from jax_ccm.memory.closing import Closing, policy, prefill
-from jax_ccm.memory.generation import Sampling, for_decoding, generate
+from jax_ccm.memory.cache import init_cache
+from jax_ccm.memory.closing import Closing, policy
+from jax_ccm.memory.generation import TOP, Sampling, for_decoding
 from jax_ccm.records.parsing import require_text
-from jax_ccm.rules import rows
 from jax_ccm.rules.types import Kind, MemoryCache
 
-# Chunks are padded to whole multiples, so that turns of any length share few compilations.
-MULTIPLE = 32
-# Most tokens that are made at a time: an interrupt waits for so many.
-AT_A_TIME = 8
 NOTHING = np.zeros(0, np.int32)
-# int32 tokens by the row that they are for, and several arrays of them.
-Texts = Mapping[int, np.ndarray]
-Chunks = Mapping[int, Sequence[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +29,22 @@ class Answering:
       sampling: how they are drawn.
       seed: of the sampling.
       stop: texts that end it, and are left out of it.
+      logprobs: how many of the most likely tokens are told at each place, with their log-probabilities and that of the
+        token itself; None for none of it.
 
     Raises:
-      UserError: for fewer than one token, or an empty text that ends it.
+      UserError: for fewer than one token, an empty text that ends it, or more log-probabilities than there are.
     """
 
     max_tokens: int = 48
     sampling: Sampling = Sampling()
     seed: int = 0
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self):
+        if self.logprobs is not None and not 0 <= self.logprobs <= TOP:
+            raise UserError(f"logprobs is {self.logprobs}; give a number from 0 to {TOP}, or None")
         if self.max_tokens < 1 or not all(self.stop):
             raise UserError(
                 f"max_tokens is {self.max_tokens} and the stop texts are {list(self.stop)}; give 1 or more tokens, and "
@@ -65,14 +59,18 @@ class Answering:
 
 
 class Engine:
-    """Reads turns, makes answers and closes both, in any rows of a cache; the other rows stay as they are.
+    """How turns become tokens and chunks of memory, the same for all sessions.
 
-    Methods differ in what an answer may see and in what can be closed as it was read; here is where that counts.
+    Methods differ in what an answer may see and in what can be closed as it was read; `Engine.behind` says what that
+    means for an exchange, and `jax_ccm.sessions.turns` does it.
 
     Attributes:
       experiment: model, adapter, method and tokenizer.
       rows: B, sessions of a cache.
       template: what turns are put together with.
+      closing: where text is compressed while it is read and made; None for turn by turn.
+      nobody: a cache of one empty session.
+      decoder: the form of the model that makes tokens.
       stops: ids of tokens that end an answer.
     """
 
@@ -93,16 +91,17 @@ class Engine:
         assert experiment.template is not None
         self.experiment, self.rows, self.template, self.data = experiment, rows, experiment.template, data
         self.closing = closing
+        self.nobody = self.empty(1)
         self.decoder = for_decoding(experiment.model, self.empty())
         self.stops = experiment.reply_ends
 
-    def empty(self) -> MemoryCache:
-        """A cache of the sizes that the config gives."""
+    def empty(self, rows: int | None = None) -> MemoryCache:
+        """A cache of the sizes that the config gives, of so many rows; None for all."""
         config = self.experiment.config.cache
         return init_cache(
             self.experiment.model,
             self.experiment.method,
-            self.rows,
+            self.rows if rows is None else rows,
             memory_capacity=config.memory_capacity,
             raw_capacity=config.raw_capacity,
             overflow=config.overflow,
@@ -172,80 +171,7 @@ class Engine:
             )
         return chunks
 
-    def before(self, cache: MemoryCache, questions: Texts, said: Texts, max_tokens: int) -> MemoryCache:
-        """The sessions that answers are made in.
-
-        Raises:
-          UserError: where all text is compressed anew and finds no room.
-        """
-        if self.experiment.method.context == "joined":
-            for row, question in questions.items():
-                self.require_room(len(said[row]) + len(question) + len(self.template.answer) + max_tokens)
-        return self.choose(questions, self.empty(), cache) if self.experiment.method.context == "dropped" else cache
-
-    def answers(
-        self,
-        cache: MemoryCache,
-        questions: Texts,
-        how: Mapping[int, Answering],
-        *,
-        at_a_time: int = AT_A_TIME,
-        numbers: Mapping[int, int] | None = None,
-        left: Collection[int] = (),
-    ) -> Iterator[tuple[dict[int, np.ndarray], MemoryCache, set[int]]]:
-        """Makes answers: their int32 tokens so far, the cache that has read them, and the rows that are ready.
-
-        Args:
-          cache: the sessions.
-          questions: the turns (`question`).
-          how: each row's answer is made.
-          at_a_time: most tokens between two results. The cache of the last one counts.
-          numbers: of the turn of each session, so that each draws other tokens; none for its first.
-          left: rows that nobody waits for any more; looked at between two results.
-        """
-        most = max(how[row].max_tokens for row in questions)
-        opened = {row: np.concatenate([question, self.template.answer]) for row, question in questions.items()}
-        before, cache = cache, self.read(cache, opened, query=True, room=most)
-        made, running, cut = dict.fromkeys(questions, NOTHING), set(questions), set()
-        of_row = lambda row: how.get(row, Answering())
-        keys = [(of_row(row).seed, (numbers or {}).get(row, 0)) for row in range(self.rows)]
-        keys = _keys(*np.asarray(keys, np.uint32).T)
-        # All pieces of one size: each size is a program of its own.
-        whole = math.gcd(*(how[row].max_tokens for row in questions))
-        count = max(size for size in range(1, at_a_time + 1) if whole % size == 0)
-        for done in range(0, most, count):
-            cache, tokens, lengths = generate(
-                self.decoder,
-                cache,
-                keys,
-                method=self.experiment.method,
-                max_tokens=count,
-                sampling=[of_row(row).sampling for row in range(self.rows)],
-                stop_tokens=self.stops,
-                rows=self.mask(running),
-                closing=self.closing,
-                vocabulary=len(self.experiment.tokenizer),
-                start=done,
-            )
-            tokens, lengths = np.asarray(tokens), np.asarray(lengths)
-            for row in sorted(running):
-                made[row] = np.concatenate([made[row], tokens[row, : lengths[row]]])
-                end = self._stopped(made[row], how[row].stop)
-                if end is not None:
-                    made[row] = made[row][:end]
-                    cut.add(row)
-                if end is not None or lengths[row] < count or len(made[row]) == how[row].max_tokens:
-                    running.discard(row)
-            running -= set(left)
-            if not running:
-                break
-            yield dict(made), cache, set(questions) - running
-        if cut:  # more was read than what counts
-            again = self.read(before, {row: np.concatenate([opened[row], made[row]]) for row in cut}, query=True)
-            cache = self.choose(cut, again, cache)
-        yield dict(made), cache, set(questions)
-
-    def _stopped(self, answer: np.ndarray, stops: Sequence[str]) -> int | None:
+    def stopped(self, answer: np.ndarray, stops: Sequence[str]) -> int | None:
         """How many tokens of an answer stand in front of a text that ends it; None if there is none."""
         text = self._decode(answer) if stops else ""
         found = [at for stop in stops if (at := text.find(stop)) >= 0]
@@ -253,35 +179,7 @@ class Engine:
             return None
         return max(n for n in range(len(answer)) if len(self._decode(answer[:n])) <= min(found))
 
-    def closed(
-        self, questions: Texts, made: Texts, before: MemoryCache, after: MemoryCache, said: Texts
-    ) -> tuple[MemoryCache, dict[int, list[np.ndarray]]]:
-        """Sessions whose exchange has become memory, and the chunks that it is.
-
-        Args:
-          questions: the turns.
-          made: the answers.
-          before: the sessions before the turns.
-          after: the sessions that have read turns and answers.
-          said: as for `absorb`.
-        """
-        method = self.experiment.method
-        chunks = {row: self.chunks(question, made[row]) for row, question in questions.items()}
-        if method.context == "joined":
-            return self.absorb(before, chunks, said), chunks
-        if method.context == "dropped":
-            return self.close(after, chunks), chunks
-        rest = {row: self._behind(questions[row], made[row], chunks[row]) for row in chunks}
-        again = {row: chunks[row] for row in chunks if rest[row] is None and self.closing is None}
-        more = {row: tokens for row, tokens in rest.items() if tokens is not None and len(tokens)}
-        stands = [row for row in chunks if row not in again]
-        if stands:
-            after = self.close(self.read(after, more) if more else after, stands)
-        if again:
-            after = self.absorb(self.choose(again, before, after), again, said)
-        return after, chunks
-
-    def _behind(self, question: np.ndarray, answer: np.ndarray, chunks: Sequence[np.ndarray]) -> np.ndarray | None:
+    def behind(self, question: np.ndarray, answer: np.ndarray, chunks: Sequence[np.ndarray]) -> np.ndarray | None:
         """int32, what is still to be read of an exchange before what was read for the answer can be closed.
 
         None if it cannot, and the exchange has to be read once more, as context.
@@ -293,33 +191,6 @@ class Engine:
         if not alike or apart or not np.array_equal(read, whole[: len(read)]):
             return None
         return whole[len(read) :]
-
-    def absorb(self, cache: MemoryCache, chunks: Chunks, said: Texts) -> MemoryCache:
-        """Sessions that have read chunks as context, and closed each.
-
-        Args:
-          cache: the sessions.
-          chunks: of each row.
-          said: all text before them, which methods that compress all of it anew read again.
-        """
-        if self.experiment.method.context == "joined":
-            # All that was said is one chunk.
-            chunks = {row: [np.concatenate([said[row], *parts])] for row, parts in chunks.items()}
-            for (text,) in chunks.values():
-                self.require_room(len(text))
-            cache = self.choose(chunks, self.empty(), cache)
-        for number in range(max(map(len, chunks.values()))):
-            now = {row: parts[number] for row, parts in chunks.items() if number < len(parts)}
-            cache = self.close(self.read(cache, now), now)
-        return cache
-
-    def mask(self, wanted: Collection[int]) -> np.ndarray:
-        """``bool [B]``, true in some rows."""
-        return np.isin(np.arange(self.rows), list(wanted))
-
-    def choose(self, wanted: Collection[int], here: MemoryCache, there: MemoryCache) -> MemoryCache:
-        """Some rows of one cache, and the others of another."""
-        return _choose(self.mask(wanted), here, there)
 
     def _decode(self, tokens: np.ndarray) -> str:
         return self.experiment.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -337,33 +208,12 @@ class Engine:
                 "compresses turn by turn (method.online: true for gist)"
             )
 
-    def close(self, cache: MemoryCache, wanted: Collection[int]) -> MemoryCache:
-        # A method that cuts text itself has compressed what was full already.
-        method = self.experiment.method
-        return cache if method.chunk else _compress(self.experiment.model, cache, self.mask(wanted), method=method)
-
-    def read(self, cache: MemoryCache, texts: Texts, *, query: bool = False, room: int = 0) -> MemoryCache:
-        """Sessions that have read a text each; with room for so many tokens of an answer, and what closes it."""
-        longest = max(map(len, texts.values()))
-        self.require_fit(longest, room, self._recent(cache, texts))
-        size, most = -(-longest // MULTIPLE) * MULTIPLE, raw_capacity(cache)
-        if self.experiment.method.chunk or self.closing:
-            most = size  # it is closed as it is read
-        chunk = rows.chunk(
-            [texts.get(row, NOTHING) for row in range(self.rows)],
-            min(size, most),
-            self.experiment.model_config.vocab_size,
-        )
-        return _read(
-            self.experiment.model, cache, chunk, method=self.experiment.method, query=query, closing=self.closing
-        )
-
-    def _recent(self, cache: MemoryCache, wanted: Collection[int]) -> int:
-        """Most tokens that one of some sessions still holds as text, of closed chunks and of an open one."""
+    def held(self, one: MemoryCache) -> int:
+        """Tokens that a session (`take_row`) still holds as text, of closed chunks and of an open one."""
         if not self.experiment.method.recent:
             return 0
-        text = np.asarray(cache.slots.live & (cache.slots.kind != Kind.MEMORY) & (cache.slots.kind != Kind.SINK))
-        return int(text.sum(axis=1)[list(wanted)].max(initial=0))
+        kind = np.asarray(one.slots.kind)
+        return int(np.isin(kind, (Kind.PAD, Kind.MEMORY, Kind.SINK), invert=True).sum())
 
     def require_fit(self, tokens: int, room: int, held: int = 0) -> None:
         """Refuses a text that is too long to be read at once.
@@ -397,9 +247,3 @@ class Engine:
     @property
     def _tail(self) -> int:
         return len(self.template.tails["assistant"])
-
-
-_read = jax.jit(prefill, static_argnames=("method", "query", "closing"))
-_compress = jax.jit(steps.compress, static_argnames="method")
-_choose = jax.jit(choose)
-_keys = jax.jit(jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number)))

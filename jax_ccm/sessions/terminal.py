@@ -17,7 +17,8 @@ from jax_ccm.evals.scoring import base_only
 from jax_ccm.memory import files
 from jax_ccm.methods import build
 from jax_ccm.rules.types import Kind
-from jax_ccm.sessions.conversations import Conversations, Reply, State
+from jax_ccm.sessions.conversations import Conversations, State
+from jax_ccm.sessions.turns import Reply
 
 HELP = """/memory       what the memory holds, turn by turn
 /save FILE    write the memory to a file; a memory is personal data

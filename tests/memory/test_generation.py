@@ -14,7 +14,7 @@ import pytest
 from jax_ccm.errors import UserError
 from jax_ccm.memory import steps
 from jax_ccm.memory.cache import init_cache, select
-from jax_ccm.memory.generation import Sampling, _loop, for_decoding, generate, sample
+from jax_ccm.memory.generation import TOP, Draws, Sampling, _loop, for_decoding, generate, sample
 from jax_ccm.methods import build
 from jax_ccm.nn import positions
 from jax_ccm.rules.types import Chunk
@@ -85,10 +85,10 @@ def test_what_is_not_a_number_is_not_kept():
 def test_no_copy_of_the_cache_for_a_token():
     """What the loop of a decoder with layers apart needs on a CPU is less than a copy of a large cache."""
     cache = init_cache(MODEL, METHOD, 2, memory_capacity=2000, raw_capacity=3000)
-    each = jax.random.split(jax.random.key(0)), jnp.zeros(2), jnp.zeros(2, jnp.int32), jnp.ones(2)
-    sampling = *each, jnp.int32(0), jnp.asarray([-1]), jnp.ones(2, bool)
+    none, keys = jnp.zeros(2, jnp.int32), jax.random.split(jax.random.key(0))
+    draws = Draws(keys, jnp.zeros(2), none, jnp.ones(2), none, none + 4, jnp.zeros(2, bool), jnp.asarray([-1]))
     static = dict(method=METHOD, max_tokens=4, closing=None, query=True, vocabulary=None)
-    program = _loop.lower(MODEL.unstacked(), cache, *sampling, **static).compile()
+    program = _loop.lower(MODEL.unstacked(), cache, draws, **static).compile()
     assert program.memory_analysis().temp_size_in_bytes < cache.k.nbytes
 
 
@@ -179,6 +179,25 @@ def test_each_row_draws_for_itself():
     np.testing.assert_array_equal(np.concatenate([first, last], axis=1), together)
     with pytest.raises(UserError, match="2 samplings for 3 sessions"):
         run(prompt(), max_tokens=2, sampling=how[:2])
+
+
+def test_rows_have_limits_of_their_own_and_tell_how_likely_their_tokens_were():
+    """One program: as the same rows one by one, with the log-softmax of the logits that each token was drawn from."""
+    limit = np.asarray([3, 0, 5], np.int32)
+    none, keys = np.zeros(3, np.int32), jax.random.split(jax.random.key(0), 3)
+    draws = Draws(keys, np.zeros(3, np.float32), none, np.ones(3, np.float32), none, limit, limit > 3, none[:1] - 1)
+    static = dict(method=METHOD, max_tokens=6, closing=None, query=True, vocabulary=None)
+    cache, drawn = _loop(MODEL, prompt(), draws, **static)
+    tokens = by_hand(prompt(), 5)[0]
+    assert drawn.lengths.tolist() == limit.tolist() and not np.asarray(drawn.logprobs[:2]).any()
+    for number, count in enumerate(limit):
+        assert drawn.tokens[number].tolist() == [*tokens[number, :count].tolist(), *[0] * (6 - count)]
+    assert (cache.tokens - prompt().tokens).tolist() == limit.tolist()
+    before = [by_hand(prompt(), count)[1] if count else prompt() for count in range(5)]
+    expected = np.asarray(jax.nn.log_softmax(jnp.stack([state.logits[2] for state in before]), axis=-1))
+    np.testing.assert_allclose(drawn.top_logprobs[2, :5], -np.sort(-expected)[:, :TOP], atol=1e-5)
+    np.testing.assert_allclose(drawn.logprobs[2, :5], expected.max(axis=1), atol=1e-5)
+    assert drawn.top_tokens[2, :5, 0].tolist() == tokens[2].tolist() and not np.asarray(drawn.logprobs[2, 5:]).any()
 
 
 def test_bad_input():

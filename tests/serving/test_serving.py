@@ -22,8 +22,9 @@ from jax_ccm.serving.metrics import Metrics
 from jax_ccm.serving.pool import Busy, Limits, Missing, Pool, Turn
 from jax_ccm.serving.requests import Defaults
 from jax_ccm.serving.store import Store
-from jax_ccm.sessions.conversations import Conversations, Reply
+from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
+from jax_ccm.sessions.turns import Reply
 from tests.test_chat import experiment
 
 ROWS = 2
@@ -100,7 +101,7 @@ def test_a_session_sends_what_is_new(client, url, oracle):
         usage = reply.usage
         assert usage.prompt_tokens_details.cached_tokens == seen and 0 < usage.completion_tokens <= 4
         assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-        assert len(text) <= usage.prompt_tokens - seen <= len(text) + 6
+        assert len(text) <= usage.prompt_tokens - seen <= len(text) + 9
         held = httpx.get(f"{url}/sessions/clara/memory")
         assert held.status_code == 200 and held.content[8:9] == b"{"
         seen = _tokens(url, "clara")
@@ -137,6 +138,57 @@ def test_a_stream_is_the_answer(client, oracle):
     assert usage.prompt_tokens > len("my name is Clarahiwhat") and usage.prompt_tokens_details.cached_tokens == 0
 
 
+def test_how_likely_the_tokens_were(client):
+    """Each token with its log-probability and the most likely ones; a stream tells the same, piece by piece."""
+    options = dict(logprobs=True, top_logprobs=3, max_tokens=6, temperature=1.2, seed=3)
+    whole = ask(client, "hello", **options).choices[0]
+    content = whole.logprobs.content
+    squeezed = whole.message.content.replace(" ", "")  # this tokenizer decodes tokens apart
+    assert "".join(each.token for each in content).replace(" ", "") == squeezed and 1 <= len(content) <= 6
+    for each in content:
+        values = [top.logprob for top in each.top_logprobs]
+        assert len(values) == 3 and values == sorted(values, reverse=True) and each.logprob <= values[0] < 0
+        assert each.bytes is None or bytes(each.bytes).decode() == each.token
+    pieces = [event.choices[0].logprobs for event in ask(client, "hello", stream=True, **options) if event.choices]
+    assert [each for piece in pieces if piece for each in piece.content] == content
+    assert ask(client, "hello", logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+    assert ask(client, "hello").choices[0].logprobs is None
+
+
+def test_who_ends_makes_room(made, tmp_path):
+    """The next turn has the row between the tokens of the others, and an order about another session need not wait."""
+    store, heard, done = Store(tmp_path), [], threading.Event()
+    talk = Conversations(made, ROWS)
+    talk.engine.stops = [-1]  # all answers are as long as they may be
+    pool = Pool(talk, store, metrics=Metrics())
+
+    def turn(name, count):
+        def hear(what):
+            heard.append(name)
+            if what.ended and name == "long":
+                done.set()
+
+        return Turn("hello", Answering(max_tokens=count), hear, start=name, keep=name)
+
+    held, free = threading.Event(), threading.Event()
+    first = threading.Thread(target=pool.do, args=(lambda: (held.set(), free.wait()),))
+    first.start()
+    held.wait()
+    for name, count in (("long", 30), ("short", 2), ("next", 2), ("last", 2)):
+        pool.say(turn(name, count))
+    free.set()
+    first.join()
+    try:
+        pool.do(lambda: heard.append("order"), "nobody")
+        assert done.wait(60)
+    finally:
+        pool.close()
+        store.close()
+    assert heard[-1] == "long" and heard.count("long") == 31
+    assert [name for name in dict.fromkeys(heard) if name != "order"] == ["long", "short", "next", "last"]
+    assert heard.index("order") < len(heard) - 10
+
+
 def test_more_sessions_than_rows(client, url, server, oracle):
     """Told secrets in turn and asked for them, at once, each goes on as it would alone: on disk or not."""
     secrets = {f"s{number}": [f"secret {number}{number}", "what is it"] for number in range(5)}
@@ -153,7 +205,7 @@ def test_more_sessions_than_rows(client, url, server, oracle):
     text = httpx.get(f"{url}/metrics").text
     count = lambda name: float(next(line.split()[-1] for line in text.splitlines() if line.startswith(name)))
     assert count("jax_ccm_evictions_total") >= 3 and count("jax_ccm_loads_total") >= 3
-    assert count("jax_ccm_batch_count") < count("jax_ccm_first_token_count"), "some were answered side by side"
+    assert count("jax_ccm_batch_count") < count("jax_ccm_batch_sum"), "some were answered side by side"
     assert count("jax_ccm_sessions_on_disk") >= 5
 
 
@@ -261,7 +313,9 @@ USER = [{"role": "user", "content": "hi"}]
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"temperature": 3}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -347,20 +401,14 @@ def test_whoever_goes_away_takes_the_turn_back(url, client, server, oracle):
     ask(client, "hello", "gone")
     before = httpx.get(f"{url}/sessions/gone/memory").content
     body = {"model": MODEL, "messages": USER, "session_id": "gone", "stream": True, "max_tokens": 16}
-    generate, slow = server[1].talk.replies, threading.Event()
-
-    def held(*given, **options):
-        for replies in generate(*given, **options):
-            yield replies
-            slow.wait(0.1)
-
-    server[1].talk.replies = held
+    step = server[1]._going.step
+    server[1]._going.step = lambda: (time.sleep(0.05), step())[1]
     try:
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
             next(answer.iter_lines())
     finally:
-        server[1].talk.replies = generate
-    server[1].do(lambda: None)  # after the turn that was going on
+        server[1]._going.step = step
+    server[1].do(lambda: None, "gone")  # after the turn that was going on
     assert httpx.get(f"{url}/sessions/gone/memory").content == before
     assert ask(client, "what", "gone").choices[0].message.content == oracle(["hello", "what"])[1]
 
@@ -404,7 +452,7 @@ def test_a_restart_reads_nothing_again(made, tmp_path, oracle, durable):
         second = ask(client, "what", "clara")
         assert second.choices[0].message.content == oracle(["my name is Clara", "what"])[1]
         cached = second.usage.prompt_tokens_details.cached_tokens
-        assert cached >= first.usage.total_tokens and second.usage.prompt_tokens - cached <= len("what") + 6
+        assert cached >= first.usage.total_tokens and second.usage.prompt_tokens - cached <= len("what") + 9
         with pytest.raises(openai.RateLimitError, match="has 2 turns, as many"):
             ask(client, "what", "clara")
         with pytest.raises(openai.RateLimitError, match="keeps 1 sessions"):

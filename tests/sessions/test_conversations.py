@@ -13,7 +13,8 @@ from jax_ccm.memory.cache import select
 from jax_ccm.memory.generation import Sampling
 from jax_ccm.rules.types import Kind
 from jax_ccm.sessions.conversations import Conversations
-from jax_ccm.sessions.engine import Answering, Engine
+from jax_ccm.sessions.engine import Answering
+from jax_ccm.sessions.turns import Turns
 from tests.test_chat import LAID_OUT, experiment
 
 
@@ -87,17 +88,22 @@ def test_answers_come_as_they_are_made():
 def test_a_text_that_ends_an_answer(name):
     """What stands in front of it is the answer, and what becomes memory; later tokens were never read."""
     made = experiment(name, "exchange", **LAID_OUT[name])
-    engine = Engine(made, 1)
-    question = engine.question("hello", first=True)
-    made_with = lambda count, stop=(): {0: Answering(count, stop=stop)}
-    *_, (tokens, _, _) = engine.answers(engine.empty(), {0: question}, made_with(8))
-    words = made.tokenizer.convert_ids_to_tokens(tokens[0])
+    talk = Conversations(made)
+
+    def said(how):
+        """The tokens of an answer, and what the session has become."""
+        talk.reset(0)
+        (turn,) = turns = [talk.turn(0, "hello", how)]
+        list(talk._all(turns))
+        return turn.made, row(talk, 0)
+
+    tokens, _ = said(Answering(8))
+    words = made.tokenizer.convert_ids_to_tokens(tokens)
     at = next(n for n in range(1, 8) if words[n] not in words[:n] and words[n].isascii())
-    stop = made.tokenizer.decode(tokens[0][at : at + 1])
-    *_, (short, after, _) = engine.answers(engine.empty(), {0: question}, made_with(8, ("never said", stop)))
-    np.testing.assert_array_equal(short[0], tokens[0][:at])
-    *_, (_, expected, _) = engine.answers(engine.empty(), {0: question}, made_with(at))
-    assert close(*([np.asarray(x) for x in jax.tree.leaves(cache)] for cache in (after, expected)))
+    stop = made.tokenizer.decode(tokens[at : at + 1])
+    short, after = said(Answering(8, stop=("never said", stop)))
+    np.testing.assert_array_equal(short, tokens[:at])
+    assert close(after, said(Answering(at))[1])
     assert stop not in Conversations(made, stop=(stop,)).say({0: "hello"}, max_tokens=8)[0]
 
 
@@ -179,15 +185,25 @@ def test_rows_are_answered_each_in_its_own_way():
         assert alone[number] == replies[number]
     reply = replies[0]
     assert reply.ended in ("stop", "length") and reply.tokens <= 3 and reply.known == 0
-    assert reply.read == len(together.engine.question("hello", first=True))
+    opened = len(together.engine.question("hello", first=True)) + len(together.engine.template.answer)
+    assert reply.read == opened
     # One leaves after the first token; one has a full memory.
-    talk, left = Conversations(made, 3), set()
+    talk = Conversations(made, 3)
     talk.tell({2: [("a", "b")] * 6})
     before = [row(talk, number) for number in range(3)]
-    for replies in talk.replies(turns, how, apart=True, left=left):  # noqa: B007
-        left.add(0)
+    going = Turns(talk.scratch)
+    for number, text in turns.items():
+        going.join(talk.turn(number, text, how[number]))
+    with pytest.raises(UserError, match="session 1 is in the middle of a turn"):
+        talk.say({1: "more"})
+    while not going.running[0].reply.tokens:
+        going.step()
+    going.leave(0)
+    while not going.over:
+        going.step()
+    assert "larger memory_capacity" in str(going.running[2].refused)
+    talk.keep([going.running[1]])
     assert all(map(np.array_equal, row(talk, 0), before[0])) and all(map(np.array_equal, row(talk, 2), before[2]))
-    assert "larger memory_capacity" in str(replies[2].refused) and replies[1].refused is None
     assert close(row(talk, 1), row(together, 1)) and list(map(len, talk.state.turns)) == [0, 1, 6]
 
 

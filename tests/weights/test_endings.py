@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from jax_ccm.errors import UserError
-from jax_ccm.sessions.engine import Answering, Engine
+from jax_ccm.sessions.conversations import Conversations
+from jax_ccm.sessions.engine import Answering
+from jax_ccm.sessions.turns import Turns
 from jax_ccm.weights.endings import end_tokens
 from tests.test_chat import experiment
 from tests.weights import ggufs
@@ -76,7 +78,10 @@ def test_any_of_them_stops_a_reply(tmp_path):
 
 def answer(made) -> np.ndarray:
     """The tokens of an answer."""
-    running = Engine(made, 1)
-    questions = {0: running.question("hello there", first=True)}
-    *_, (tokens, _, _) = running.answers(running.empty(), questions, {0: Answering(max_tokens=6)})
-    return tokens[0]
+    talk = Conversations(made)
+    turn = talk.turn(0, "hello there", Answering(max_tokens=6))
+    going = Turns(talk.scratch)
+    going.join(turn)
+    while not going.over:
+        going.step()
+    return turn.made

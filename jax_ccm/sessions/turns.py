@@ -1,0 +1,325 @@
+"""Turns that are answered side by side: each joins, goes on and leaves by itself, between the tokens of the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+
+import numpy as np
+
+from jax_ccm.errors import UserError
+from jax_ccm.rules.types import MemoryCache
+from jax_ccm.sessions.engine import NOTHING, Answering, Engine
+from jax_ccm.sessions.scratch import PIECES, Made, Scratch, Want
+
+# Each step says how many tokens are wanted, 0 for none, and is sent them.
+Steps = Generator[int, Made, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """How likely a token of an answer was to the model.
+
+    Attributes:
+      token: as text.
+      bytes: of which it is made; None where the tokenizer does not say.
+      value: its log-probability.
+      top: the most likely tokens at its place, from the likeliest on.
+    """
+
+    token: str
+    bytes: tuple[int, ...] | None
+    value: float
+    top: tuple[Logprob, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer, as far as it is made.
+
+    Attributes:
+      text: of it.
+      tokens: of which it is made.
+      read: tokens that were read for it: the turn and the turns that were told before it, with what stands around them
+        and opens the answer.
+      known: text tokens that the session had read before.
+      ended: "stop" (a token or text that ends it), "length" (its limit), or empty while it goes on.
+      logprobs: of its tokens, if they were asked for.
+    """
+
+    text: str
+    tokens: int
+    read: int
+    known: int
+    ended: str = ""
+    logprobs: tuple[Logprob, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """What becomes memory.
+
+    Attributes:
+      chunks: int32 tokens, each closed by itself.
+      turn: whether it is a turn of the user's, and its answer; otherwise a text.
+    """
+
+    chunks: Sequence[np.ndarray]
+    turn: bool = True
+
+
+class Turn:
+    """What is read into a session and, if something is asked, answered; in a row of a scratch until it is kept.
+
+    Attributes:
+      row: of the session.
+      exchanges: what has become memory so far, each with the numbers of the first chunk and the one behind the last.
+      said: int32, all text so far; only for methods that compress all of it anew.
+      made: int32 tokens of the answer.
+      wants: how many tokens it waits for; 0 while it reads, closes, or is over.
+      over: whether there is nothing left to do.
+      refused: why it cannot be done; None if it can.
+    """
+
+    def __init__(
+        self,
+        scratch: Scratch,
+        row: int,
+        start: Callable[[], MemoryCache],
+        *,
+        known: int = 0,
+        number: int = 0,
+        said: np.ndarray = NOTHING,
+        told: Sequence[Exchange] = (),
+        text: str | None = None,
+        how: Answering = Answering(),
+        shorter: bool = False,
+        keeps: bool = True,
+    ):
+        """Nothing is done before `go_on`.
+
+        Args:
+          scratch: where it is worked on.
+          row: of the session.
+          start: gives the session as it was.
+          known: text tokens that it has read.
+          number: of its turns.
+          said: all text so far.
+          told: what it reads first.
+          text: what is asked; None for nothing.
+          how: the answer is made.
+          shorter: whether the answer may be made shorter than ``how`` says, where there is no room for so much.
+          keeps: whether question and answer become memory.
+
+        Raises:
+          UserError: if there is nothing to read in the text.
+        """
+        self.scratch, self.row, self.how = scratch, row, how
+        self.said, self.exchanges, self.refused = said, [], None
+        self.wants, self.over, self.read = 0, False, sum(len(chunk) for part in told for chunk in part.chunks)
+        self._known, self._start, self._told, self._shorter, self._keeps = known, start, told, shorter, keeps
+        self._number = number + sum(part.turn for part in told)
+        self.made, self._logprobs, self._ended = NOTHING, [], ""
+        engine = scratch.engine
+        self._question = None if text is None else engine.question(text, first=not known + self.read)
+        self._steps = self._go()
+
+    @property
+    def reply(self) -> Reply:
+        """The answer so far."""
+        engine, opened = self.scratch.engine, 0
+        if self._question is not None:
+            opened = len(self._question) + len(engine.template.answer)
+        told = None if self.how.logprobs is None else tuple(self._logprobs)
+        return Reply(engine.text(self.made), len(self.made), self.read + opened, self._known, self._ended, told)
+
+    @property
+    def text(self) -> str:
+        """The part of the answer that will stay as it is."""
+        text = self.reply.text
+        return text if self._ended else self.how.sure(text)
+
+    def want(self, most: int) -> Want:
+        """The tokens that it waits for, up to so many."""
+        return Want(self.how, self._number, len(self.made), min(self.wants, most))
+
+    def go_on(self, made: Made | None = None) -> None:
+        """Reads or closes one piece, or takes the tokens that it waited for."""
+        try:
+            if not self.scratch.owns(self.row, self):
+                raise UserError(f"the turn of session {self.row} was interrupted; say it again")
+            self.wants = next(self._steps) if made is None else self._steps.send(made)
+        except StopIteration:
+            self.wants, self.over = 0, True
+        except Exception as e:
+            self.wants, self.over, self.refused = 0, True, e
+
+    def _go(self) -> Steps:
+        self._begin()
+        for part in self._told:
+            yield from self._absorb(part)
+        if self._question is not None:
+            if self._told:
+                told = self.scratch.take(self.row)
+                self._start = lambda: told
+            yield from self._answer(self._question, self.scratch.chunks(self.row))
+        self.scratch.check(self.row)
+
+    def _answer(self, question: np.ndarray, first: int) -> Steps:
+        """Makes the answer, and then memory of both; ``first`` is the number of their first chunk."""
+        engine = self.scratch.engine
+        method, opened = engine.experiment.method, np.concatenate([question, engine.template.answer])
+        held = engine.held(self._start()) if method.recent else 0
+        room = engine.room_after(len(opened) + held)
+        if self._shorter and room is not None and 1 <= room < self.how.max_tokens:
+            self.how = dataclasses.replace(self.how, max_tokens=room)
+        if method.context == "joined":
+            engine.require_room(len(self.said) + len(opened) + self.how.max_tokens)
+        engine.require_fit(len(opened), self.how.max_tokens, held)
+        if method.context == "dropped":
+            self._start = lambda: engine.nobody
+            self._begin()
+        yield from self._read(opened, query=True)
+        cut = False
+        while not self._ended:
+            made = yield self.how.max_tokens - len(self.made)
+            self.scratch.check(self.row)
+            cut = self._take(made)
+        if self._keeps:
+            yield from self._remember(question, opened, first, cut)
+
+    def _take(self, made: Made) -> bool:
+        """Takes tokens into the answer; whether a text has ended it, so that more was read than what counts."""
+        engine = self.scratch.engine
+        self.made = np.concatenate([self.made, made.tokens])
+        self._logprobs += [_logprob(engine, *each) for each in made.logprobs]
+        end = engine.stopped(self.made, self.how.stop)
+        if end is not None:
+            self.made = self.made[:end]
+            del self._logprobs[end:]
+        if len(self.made) == self.how.max_tokens:
+            self._ended = "length"
+        elif made.ended or end is not None:
+            self._ended = "stop"
+        return end is not None
+
+    def _remember(self, question: np.ndarray, opened: np.ndarray, first: int, cut: bool) -> Steps:
+        """Closes question and answer as training does; where the answer saw something else, both are read again."""
+        engine = self.scratch.engine
+        method, chunks = engine.experiment.method, engine.chunks(question, self.made)
+        rest = NOTHING if method.context == "dropped" else engine.behind(question, self.made, chunks)
+        if method.context == "joined" or rest is None and engine.closing is None:
+            self._begin()
+            yield from self._absorb(Exchange(chunks))
+            return
+        if cut:
+            self._begin()
+            yield from self._read(np.concatenate([opened, self.made]), query=True)
+        if rest is not None:
+            yield from self._read(rest)
+        yield from self._close()
+        self._note(Exchange(chunks), first)
+
+    def _absorb(self, part: Exchange) -> Steps:
+        """Reads chunks as context, and closes each."""
+        engine, first = self.scratch.engine, self.scratch.chunks(self.row)
+        chunks = part.chunks
+        if engine.experiment.method.context == "joined":
+            # All that was said is one chunk.
+            chunks, first = [np.concatenate([self.said, *chunks])], 0
+            engine.require_room(len(chunks[0]))
+            self.scratch.put(self.row, engine.nobody)
+        for chunk in chunks:
+            held = engine.held(self.scratch.take(self.row)) if engine.experiment.method.recent else 0
+            engine.require_fit(len(chunk), 0, held)
+            yield from self._read(chunk)
+            yield from self._close()
+        self._note(part, first)
+
+    def _note(self, part: Exchange, first: int) -> None:
+        """Notes what has become memory."""
+        self.exchanges.append((part, (first, self.scratch.chunks(self.row))))
+        if self.scratch.engine.experiment.method.context == "joined":
+            self.said = np.concatenate([self.said, *part.chunks])
+
+    def _begin(self) -> None:
+        self.scratch.put(self.row, self._start())
+
+    def _read(self, tokens: np.ndarray, *, query: bool = False) -> Steps:
+        for at in range(0, len(tokens), PIECES[-1]):
+            self.scratch.read(self.row, tokens[at : at + PIECES[-1]], query=query)
+            yield 0
+
+    def _close(self) -> Steps:
+        # A method that cuts text itself has compressed what was full already.
+        if not self.scratch.engine.experiment.method.chunk:
+            self.scratch.close(self.row)
+            yield 0
+
+
+class Turns:
+    """Turns that are worked on side by side.
+
+    Each step does one piece of reading or closing, for one turn after the other, and makes tokens for all that wait for
+    them: a long text keeps nobody waiting for longer than a piece takes.
+
+    Attributes:
+      running: by row; those that are over, too, until they leave.
+    """
+
+    def __init__(self, scratch: Scratch):
+        """Nobody is there yet."""
+        self.scratch = scratch
+        self.running: OrderedDict[int, Turn] = OrderedDict()
+
+    def join(self, turn: Turn) -> None:
+        """Takes a turn on.
+
+        Raises:
+          UserError: if its session is in the middle of another one.
+        """
+        if not self.scratch.claim(turn.row, turn):
+            raise UserError(f"session {turn.row} is in the middle of a turn; wait for its end, or give it up")
+        self.running[turn.row] = turn
+
+    def leave(self, row: int) -> None:
+        """Ends a turn, whether it is over or not; its session is as it was, unless the turn was kept before."""
+        turn = self.running.pop(row, None)
+        if turn is not None:
+            self.scratch.release(row, turn)
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to do."""
+        return all(turn.over for turn in self.running.values())
+
+    def step(self, most: int = 1) -> set[int]:
+        """Goes on with all turns by a little.
+
+        Args:
+          most: most tokens that each is given at a time, up to `AT_A_TIME`, while nobody reads.
+
+        Returns:
+          The rows whose answers have grown, or whose turns are over.
+        """
+        moved = set()
+        reading = next((turn for turn in self.running.values() if not turn.over and not turn.wants), None)
+        if reading is not None:
+            self.running.move_to_end(reading.row)
+            reading.go_on()
+            if reading.over:
+                moved.add(reading.row)
+            most = 1
+        making = {row: turn for row, turn in self.running.items() if turn.wants}
+        if making:
+            made = self.scratch.make({row: turn.want(most) for row, turn in making.items()})
+            for row, turn in making.items():
+                turn.go_on(made[row])
+        return moved | set(making)
+
+
+def _logprob(engine: Engine, token: int, value: float, top: Sequence[tuple[int, float]]) -> Logprob:
+    text = engine.experiment.tokenizer.decode([token])
+    spelled = None if "\ufffd" in text else tuple(text.encode())
+    return Logprob(text, spelled, value, tuple(_logprob(engine, *each, ()) for each in top))
