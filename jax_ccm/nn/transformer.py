@@ -7,7 +7,6 @@ memory is either packed out of the tokens themselves (`Packed`, parallel) or giv
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,127 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_ccm.attention.dispatch import memory_attention
 from jax_ccm.distributed.sharding import constrain, in_order, path_of
-from jax_ccm.nn import rope
+from jax_ccm.nn.blocks import Block, RMSNorm
 from jax_ccm.nn.config import AdapterConfig, ModelConfig
+from jax_ccm.nn.layer import LayerInputs
 from jax_ccm.nn.linear import Fused, Linear, transposed
 from jax_ccm.numerics import Precision
 from jax_ccm.rules.types import MemoryCache, Packed, Rule, Slots
-from jax_ccm.rules.visibility import with_window
 
 Remat = Literal["none", "dots", "all"]
-
-
-class RMSNorm(nnx.Module):
-    """``x / rms(x) * scale`` over the last axis, computed in float32; with an offset ``1 + scale``."""
-
-    def __init__(self, size: int, config: ModelConfig, dtype):
-        self.offset = config.norm_offset
-        self.scale = nnx.Param((jnp.zeros if self.offset else jnp.ones)((size,), dtype))
-        self.eps = config.norm_eps
-
-    def __call__(self, x):
-        h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        if self.offset:
-            # Rounded once, as Gemma does.
-            return ((1 + self.scale[...].astype(jnp.float32)) * h).astype(x.dtype)
-        return self.scale[...] * h.astype(x.dtype)
-
-
-def _projection(name: str, key, inputs: int, outputs: int, bias: bool, *, adapter: AdapterConfig | None, precision):
-    lora = adapter if adapter is not None and name in adapter.targets else None
-    return Linear(key, inputs, outputs, bias=bias, adapter=lora, precision=precision)
-
-
-class Attention(nnx.Module):
-    """Projections, rotation and output of one attention layer."""
-
-    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, precision: Precision):
-        keys = jax.random.split(key, 4)
-        heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
-        make = functools.partial(_projection, adapter=adapter, precision=precision)
-        self.q_proj = make("q_proj", keys[0], config.hidden_size, heads * size, config.qkv_bias)
-        self.k_proj = make("k_proj", keys[1], config.hidden_size, kv_heads * size, config.qkv_bias)
-        self.v_proj = make("v_proj", keys[2], config.hidden_size, kv_heads * size, config.qkv_bias)
-        self.o_proj = make("o_proj", keys[3], heads * size, config.hidden_size, config.o_bias)
-        self.q_norm = RMSNorm(size, config, precision.params) if config.qk_norm else None
-        self.k_norm = RMSNorm(size, config, precision.params) if config.qk_norm else None
-        self.head_dim = size
-        self.fused: Fused | None = None
-
-    def project(self, x, gate, keys):
-        """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``, not yet rotated."""
-        heads = lambda y: constrain(y.reshape(*y.shape[:-1], -1, self.head_dim), "rows", "tokens", "heads")
-        if self.fused is not None:
-            q, k, v = map(heads, self.fused(x, gate, keys[:3]))
-        else:
-            layers = self.q_proj, self.k_proj, self.v_proj
-            q, k, v = (heads(layer(x, gate, key)) for layer, key in zip(layers, keys[:3], strict=True))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
-
-
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-
-
-class MLP(nnx.Module):
-    """A gated MLP: SwiGLU or GeGLU."""
-
-    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, precision: Precision):
-        keys = jax.random.split(key, 3)
-        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        make = functools.partial(_projection, adapter=adapter, precision=precision)
-        self.gate_proj = make("gate_proj", keys[0], d, f, bias)
-        self.up_proj = make("up_proj", keys[1], d, f, bias)
-        self.down_proj = make("down_proj", keys[2], f, d, bias)
-        self.activation = config.activation
-        self.fused: Fused | None = None
-
-    def __call__(self, x, gate, keys):
-        """``[B, T, D]``; ``gate`` and a dropout key for each of the three projections as for `Linear`."""
-        if self.fused is not None:
-            open, up = self.fused(x, gate, keys[:2])
-        else:
-            open, up = self.gate_proj(x, gate, keys[0]), self.up_proj(x, gate, keys[1])
-        return self.down_proj(constrain(self.gated(open, up), "rows", "tokens", "inner"), gate, keys[2])
-
-    def gated(self, open, up):
-        """``activation(open) * up``; these two alone, a layer's largest arrays, are kept for the backward pass."""
-        gated = lambda open, up: ACTIVATIONS[self.activation](open) * up
-        # As in `Transformer.__call__`: within a loop over layers nothing is computed once where it was asked for twice.
-        return jax.checkpoint(gated, prevent_cse=False)(open, up)
-
-
-class Block(nnx.Module):
-    """Attention and MLP, with norms before them, and behind them where the model has `ModelConfig.post_norms`.
-
-    Norms have Hugging Face's names: "post_attention_layernorm" stands before the MLP, or, if there are norms behind,
-    there.
-    """
-
-    def __init__(self, key, config: ModelConfig, adapter: AdapterConfig | None, precision: Precision):
-        key_attn, key_mlp = jax.random.split(key)
-        self.input_layernorm = RMSNorm(config.hidden_size, config, precision.params)
-        self.self_attn = Attention(key_attn, config, adapter, precision)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, precision.params)
-        self.mlp = MLP(key_mlp, config, adapter, precision)
-        self.post_norms = config.post_norms
-        if config.post_norms:
-            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, precision.params)
-            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, precision.params)
-
-    def after_attention(self, y):
-        """What is added for the output ``y`` of attention."""
-        return self.post_attention_layernorm(y) if self.post_norms else y
-
-    def feed_forward(self, x, gate, keys):
-        """What the MLP adds; ``gate`` and ``keys`` as for `MLP`."""
-        if not self.post_norms:
-            return self.mlp(self.post_attention_layernorm(x), gate, keys)
-        return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), gate, keys))
 
 
 class Embedding(nnx.Module):
@@ -240,59 +127,17 @@ class Transformer(nnx.Module):
           attention received by the tokens themselves ``float32 [L, B, T, K]`` and by the entries of the cache
           ``[L, B, S, K]``, summed over the heads of a group.
         """
-        config = self.config
-        # Where layers differ, each picks its own of two.
-        windowed = jnp.asarray(config.windowed)
-        kinds = [config.as_seen(kind) for kind in sorted(set(config.windowed))]
-        rules = [with_window(rule, kind.sliding_window) for kind in kinds]
-        turns = lambda positions: [rope.angles(kind, positions) for kind in kinds]
-        by_index = positions is not None
-        own_angles = turns(positions if by_index else slots.position)
-        past = (memory.k, memory.v) if isinstance(memory, MemoryCache) else None
-        memory_slots = memory.slots if memory is not None else None
-        past_places = jnp.arange(past[0].shape[2])[None] if by_index and past is not None else None
-        past_angles = None if past_places is None else turns(past_places)
         implementation = None if self.attention == "auto" else self.attention
-        seen = dict(slots=slots, memory_slots=memory_slots, in_order=True, implementation=implementation)
-        seen |= dict(scale=config.query_scalar and config.query_scalar**-0.5, cap=config.score_cap)
-        attends = [functools.partial(memory_attention, rule=rule, **seen) for rule in rules]
+        run = LayerInputs.of(
+            self.config, self.precision, slots, gate, rule, memory,
+            by_index=positions, observe=observe, single=tokens.shape[1] == 1, implementation=implementation,
+        )  # fmt: skip
 
         def body(carry, scanned):
             x, whole = carry
             block, past, number, key = scanned
             held = None if whole is None else tuple(in_order(each[number], "rows", None, "heads") for each in whole)
-            past = past if held is None else held[:2]
-            keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-            which = None if len(kinds) == 1 else windowed[number]
-            pick = lambda options: (
-                options[0] if which is None else jax.tree.map(lambda no, yes: jnp.where(which, yes, no), *options)
-            )
-            attend = attends[0] if which is None else functools.partial(jax.lax.cond, which, *reversed(attends))
-            cos, sin = pick(own_angles)
-            q, k, v = block.self_attn.project(block.input_layernorm(x), gate, keys)
-            rotated = rope.rotate(k, cos, sin)
-            if past is not None:
-                mk, mv = past
-                if past_angles is not None:
-                    mk = rope.rotate(mk, *pick(past_angles))
-            elif memory is not None:
-                mk, mv = pack(memory, rotated), pack(memory, v)
-            else:
-                mk = mv = None
-            q, more = rope.rotate(q, cos, sin), None
-            # A single query waits for its keys to be read, not for arithmetic: they stay as they are.
-            compute = self.precision.compute if tokens.shape[1] > 1 else self.precision.output
-            operand = lambda each: None if each is None else each.astype(compute)
-            attended = functools.partial(attend, operand(q), operand(rotated))
-            if observe is None:
-                y = attended(operand(v), operand(mk), operand(mv))
-            else:
-                y, more = accumulated_attention(
-                    lambda v, mv: attended(v, operand(mk), mv), operand(v), operand(mv), observe
-                )
-            x = x + block.after_attention(block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), gate, keys[3]))
-            out = constrain(x + block.feed_forward(x, gate, keys[4:]), "rows", "tokens")
-            new = (k if by_index else rotated, v)
+            out, new, more = run.layer(block, x, past if held is None else held[:2], number, key)
             if whole is not None and held is not None:
                 replaced = (in_order(layer, "rows", None, "heads") for layer in store(held, new))
                 update = lambda each, layer: jax.lax.dynamic_update_index_in_dim(each, layer, number, 0)
@@ -303,9 +148,10 @@ class Transformer(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         x = constrain(self.embed_tokens(tokens), "rows", "tokens")
-        if config.scale_embeddings:
-            x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+        past = (memory.k, memory.v) if isinstance(memory, MemoryCache) else None
         whole, past = (None, past) if store is None else (memory.stored, None)
         numbers = jnp.arange(self.config.num_layers)
         (hidden, whole), (new, more) = _over_layers(body, (x, whole), (self.layers, past, numbers, keys))
@@ -406,40 +252,6 @@ def _over_layers(body, carry, scanned):
         carry, out = body(carry, (layer, *jax.tree.map(lambda x, number=number: x[number], rest)))
         outs.append(out)
     return carry, jax.tree.map(lambda *x: jnp.stack(x), *outs)
-
-
-def accumulated_attention(attend, v, memory_v, weights):
-    """Runs attention and measures what each key receives, whatever computes the attention.
-
-    The output is linear in the values, ``o_q = sum_s p_qs v_s``: pulled back through it, a cotangent of w_q for each
-    query is ``sum_q w_q p_qs``, the weighted attention that key s receives.
-
-    Args:
-      attend: ``(v, memory_v) -> [B, T, N, H]``.
-      v: ``[B, T, K, H]``.
-      memory_v: ``[B, M, K, H]``.
-      weights: ``float32 [B, T]`` of the queries.
-
-    Returns:
-      The output, and ``float32 [B, T, K]`` and ``[B, M, K]``.
-    """
-    y, pull = jax.vjp(attend, v, memory_v)
-    own, past = pull(jnp.broadcast_to(weights[:, :, None, None], y.shape).astype(y.dtype))
-    return y, (own[..., 0].astype(jnp.float32), past[..., 0].astype(jnp.float32))
-
-
-def pack(memory: Packed, x):
-    """Memory entries ``[B, M, K, H]`` out of the tokens' keys or values ``[B, T, K, H]``."""
-    source = jnp.take_along_axis(x, memory.source[:, :, None, None], axis=1)
-    if memory.share is not None:
-        parts = source.astype(jnp.float32) * memory.share[:, :, None, None]
-        return jnp.sum(parts.reshape(*memory.slots.kind.shape, -1, *x.shape[2:]), axis=2).astype(x.dtype)
-    if memory.mix is None:
-        return source
-    # In full: a TPU would round weights such as 1/3 to bfloat16, which the recurrence does not.
-    full = jax.lax.Precision.HIGHEST
-    mixed = jnp.einsum("bmp,bpkh->bmkh", memory.mix, source.astype(jnp.float32), precision=full)
-    return mixed.astype(x.dtype)
 
 
 def abstract_transformer(

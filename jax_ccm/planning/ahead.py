@@ -25,7 +25,8 @@ from jax_ccm.distributed.sharding import AXES, make_mesh
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.methods import build
 from jax_ccm.nn import ModelConfig, rope
-from jax_ccm.nn.transformer import Attention, pack
+from jax_ccm.nn.blocks import Attention
+from jax_ccm.nn.layer import pack
 from jax_ccm.numerics import NAMED
 from jax_ccm.planning import chips, gpus, programs
 from jax_ccm.records import output

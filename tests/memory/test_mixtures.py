@@ -17,7 +17,7 @@ from jax_ccm.evals import parity
 from jax_ccm.memory import steps, writing
 from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.methods import build
-from jax_ccm.nn.transformer import pack
+from jax_ccm.nn.layer import pack
 from jax_ccm.rules import rows
 from jax_ccm.rules.types import Chunk
 from tests import cases

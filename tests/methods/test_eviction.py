@@ -17,7 +17,7 @@ from jax_ccm.evals.scoring import base_only
 from jax_ccm.memory import files, steps
 from jax_ccm.memory.cache import check, init_cache, reset, select
 from jax_ccm.methods import build
-from jax_ccm.nn.transformer import accumulated_attention
+from jax_ccm.nn.layer import accumulated_attention
 from jax_ccm.rules.rows import Sizes, arrange, batch
 from jax_ccm.rules.types import Chunk, Kind, Slots
 from jax_ccm.rules.visibility import visible
