@@ -29,7 +29,7 @@ run jax_ccm.chat smollm2-135m-concat --compare True --max_tokens 24 --workdir "$
     "Where do I live?" \
     "When does my train leave?" \
     "What is my name?"
-echo "A first adapter, trained for an hour on a CPU: some of it is right, some mixed up. How often, by age of the fact: docs/results.md"
+echo "An early adapter, trained for some hours on a CPU: it knows what kind of thing was told, and often mixes up the names. How often, by age of the fact: docs/results.md"
 
 say "2. The proof: a tiny model learns to put eight facts into eight memory slots"
 run jax_ccm.train configs/recall_tiny.yaml --workdir "$runs/recall"
