@@ -87,8 +87,13 @@ def test_what_is_repeated(tmp_path, monkeypatch, capsys, by):
     experiment = load_experiment(load_config(config))
     model = with_random_b(experiment.model)
     adapter = Adapter.of(model, method=experiment.method, base="from scratch").write(tmp_path / "adapter")
-    code, printed, err = run(monkeypatch, capsys, config, "--workdir", tmp_path / "out", "--adapter", adapter)
-    assert code == 0 and "repeated" in printed, err
+    given = (config, "--workdir", tmp_path / "out", "--adapter", adapter, "--store", tmp_path / "scores")
+    code, printed, err = run(monkeypatch, capsys, *given)
+    assert code == 0 and "repeated" in printed and "before" not in printed, err
+    first = json.loads((tmp_path / "out" / "results.json").read_text())["steps"]
+    code, printed, err = run(monkeypatch, capsys, *given)
+    assert code == 0 and "repetition" in printed and "before" in printed.split("repetition")[1], err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["steps"] == first
     said = json.loads((tmp_path / "out" / "results.json").read_text())["steps"][0]["systems"]["memory"]["repetition"]
     read = jax.jit(steps.compress_step, static_argnames="method")
     repeat = jax.jit(steps.repeat, static_argnames=("method", "length", "back"))

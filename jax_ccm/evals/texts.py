@@ -109,12 +109,25 @@ def _guessed(system: System, examples: Sequence[Example], rows: int, store, log)
 
 def _generated(system: System, examples: Sequence[Example], rows: int, store, log) -> list[list[np.ndarray]]:
     """Which tokens of each closed chunk of each text come out right, generated one after the other."""
-    del store  # what is generated follows from no score
-    start = time.perf_counter()
-    said = repeat_recurrently(system.model, system.method, examples, rows=rows)
-    if log is not None:
-        seconds = time.perf_counter() - start
-        log(f"{system.name}, repetition: {len(examples):,} texts, generated chunk by chunk, {seconds:.0f} s")
-    texts = [closed(system.method, arrange(system.method, example)) for example in examples]
-    right = lambda chunks, segments: [words == s.tokens for words, s in zip(chunks, segments, strict=True)]
-    return [right(chunks, segments) for chunks, segments in zip(said, texts, strict=True)]
+    log = log or (lambda line: None)
+    texts = [[s.tokens for s in closed(system.method, arrange(system.method, example))] for example in examples]
+    what = f"{system.name}, repetition: {len(examples):,} texts"
+    path = None if store is None else store.path(system.identity, system.method, examples, "repetition, generated")
+    if store is not None and path is not None and (known := store.load(path, ("tokens",))) is not None:
+        log(f"{what}, generated before ({path})")
+        said = known["tokens"]
+    else:
+        start = time.perf_counter()
+        chunks = [
+            chunk for row in repeat_recurrently(system.model, system.method, examples, rows=rows) for chunk in row
+        ]
+        said = np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
+        log(f"{what}, generated chunk by chunk, {time.perf_counter() - start:.0f} s")
+        if store is not None and path is not None:
+            store.save(path, tokens=said)
+    found, begin = [], 0
+    for row in texts:
+        ends = begin + np.cumsum([0, *map(len, row)])
+        found.append([said[a:b] == text for a, b, text in zip(ends, ends[1:], row, strict=False)])
+        begin = int(ends[-1])
+    return found
