@@ -165,16 +165,21 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
       UserError: for anything that is missing, damaged or does not fit.
     """
     from jax_ccm.weights.adapters import Adapter
+    from jax_ccm.weights.hf import parameters
 
     config = with_precision(config)
     method = build_method(config)
     shape = _adapter_config(config, method)
-    stored = None
+    stored, fresh = None, shape
     if adapter or config.adapter.load:
         stored = Adapter.read(adapter or config.adapter.load, method=method)
         if not adapter:
             _require_shape(stored.config, shape, config.adapter.load)
-        shape = dataclasses.replace(stored.config, dropout=config.adapter.dropout)
+        targets = stored.config.targets
+        # What the adapter to start from lacks is as in a fresh one, and changes nothing until it is trained.
+        new = () if adapter else tuple(target for target in shape.targets if target not in targets)
+        fresh = dataclasses.replace(shape, targets=new, tokens=0) if new else None
+        shape = dataclasses.replace(stored.config, dropout=config.adapter.dropout, targets=(*targets, *new))
     source = base_source(config)
     if stored is not None and TRAINED_BASE in stored.extra:
         source = str(paths.of(f"{stored.source}/{stored.extra[TRAINED_BASE]}"))
@@ -182,7 +187,7 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         _require_base(source, stored.source)
     tokenizer = tokenizer_of(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
-    model = _base(config, source, shape if stored is None else None, tokenizer, mesh)
+    model = _base(config, source, fresh, tokenizer, mesh)
     on = {"base": base_source(config), "accept_quantised_base": config.adapter.accept_quantised_base}
     if config.adapter.merge:
         model = Adapter.read(config.adapter.merge).merged_into(model, **on)
@@ -193,7 +198,9 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
             stacklevel=2,
         )
     if stored is not None:
-        trained = dataclasses.replace(stored, config=shape)
+        trained = stored.with_targets(shape, parameters(nnx.state(model, nnx.LoRAParam)))
+        if fresh is not None:
+            print(f"adapter.targets: {', '.join(fresh.targets)} start fresh; the others come from {stored.source}")
         shardings = _shardings(mesh, model.config, shape, config.model.precision)
         model = trained.onto(model.with_adapter(None), method=method, shardings=shardings, **on)
     return Experiment(config, model, method, tokenizer, mesh, source, stored)
@@ -224,14 +231,18 @@ def _adapter_config(config: Config, method: Method) -> AdapterConfig:
 
 
 def _require_shape(stored: AdapterConfig, wanted: AdapterConfig, path: str) -> None:
-    """An adapter to continue from must be the one that the config describes."""
+    """An adapter to continue from must be the one that the config describes, on the same projections or fewer."""
     for name in ("rank", "alpha", "targets"):
         have, want = getattr(stored, name), getattr(wanted, name)
         if name == "targets":
-            have, want = sorted(have), sorted(want)
-        if have != want:
+            have, want, fits = sorted(have), sorted(want), set(have) <= set(want)
+        else:
+            fits = have == want
+        if not fits:
+            more = " or to more of them" if name == "targets" else ""
             raise UserError(
-                f"adapter.{name} is {want!r}, but the adapter to start from, {path}, has {have!r}; set the key to that"
+                f"adapter.{name} is {want!r}, but the adapter to start from, {path}, has {have!r}; set the key to "
+                f"that{more}"
             )
 
 

@@ -138,7 +138,8 @@ class AdapterSource:
     targets: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Projections with a LoRA: of attention, and of the MLP (gate_proj, up_proj, down_proj)."""
     load: str = ""
-    """An adapter of the same sizes to start from, a folder or "org/name@revision" on the hub; empty for a fresh one."""
+    """An adapter of the same sizes to start from, a folder, a name or "org/name@revision" on the hub; empty for a fresh
+    one. `targets` may name more projections than it has: those start fresh."""
     merge: str = ""
     """A plain LoRA of an earlier stage that is merged into the base weights first (the paper's two stages)."""
     accept_quantised_base: bool = False

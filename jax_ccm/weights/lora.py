@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import numpy as np
 
@@ -57,6 +58,15 @@ class Lora:
                 )
             if not np.isfinite(x).all():
                 raise UserError(f"{where}: tensor {name!r} holds NaN or infinite numbers, from a run that failed")
+
+    def with_targets(self, config: AdapterConfig, fresh: Mapping[str, Any]) -> Self:
+        """With another config that names further projections.
+
+        Args:
+          config: of the same rank, with all targets of this one.
+          fresh: arrays of the further projections, by path.
+        """
+        return dataclasses.replace(self, config=config, arrays={**self.arrays, **fresh})
 
 
 def names(config: AdapterConfig) -> list[str]:

@@ -27,14 +27,17 @@ from jax_ccm.config.loading import load_experiment
 from jax_ccm.config.schema import from_mapping, load_config, save_config
 from jax_ccm.data.batches import prepare
 from jax_ccm.errors import RunError, UserError
+from jax_ccm.memory.cache import init_cache
 from jax_ccm.memory.losses import mean_loss
-from jax_ccm.memory.steps import parallel_forward
+from jax_ccm.memory.steps import compress_step, parallel_forward
 from jax_ccm.numerics import precision
 from jax_ccm.rules.objective import Objective
+from jax_ccm.rules.types import Chunk
 from jax_ccm.training import step as training_step
 from jax_ccm.training.checkpoints import Checkpoints
 from jax_ccm.training.metrics import Metrics, clock, cut
 from jax_ccm.training.run import Run, _grouped
+from jax_ccm.weights.adapters import Adapter
 
 ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load("""
@@ -348,6 +351,32 @@ def test_weight_decay_spares_scales_and_biases():
 def test_continue_from_an_adapter_of_other_sizes_is_refused(whole):
     with pytest.raises(UserError, match="adapter.rank is 4, but the adapter to start from, .*, has 2"):
         load_experiment(tiny(adapter={"rank": 4, "load": str(whole[0] / "adapter")}))
+    with pytest.raises(UserError, match="adapter.targets is .'q_proj'., but .*; set the key to that or to more"):
+        load_experiment(tiny(adapter={"rank": 2, "targets": ["q_proj"], "load": str(whole[0] / "adapter")}))
+
+
+def test_continue_from_an_adapter_on_fewer_projections(whole, tmp_path, capsys):
+    source = str(whole[0] / "adapter")
+    four = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    old = tiny(adapter={"load": source})
+    wider = tiny(adapter={"load": source, "targets": [*four, "up_proj", "down_proj"]})
+    before, after = load_experiment(old), load_experiment(wider)
+    assert "adapter.targets: up_proj, down_proj start fresh" in capsys.readouterr().out
+    found = Adapter.of(after.model, method=after.method, base="").arrays
+    new = {f"layers.mlp.{name}.{leaf}" for name in ("up_proj", "down_proj") for leaf in ("lora_a", "lora_b")}
+    assert found.keys() - Adapter.of(before.model, method=before.method, base="").arrays.keys() == new
+    assert found["layers.mlp.up_proj.lora_a"].any() and not found["layers.mlp.up_proj.lora_b"].any()
+    chunk = Chunk(jnp.arange(1, 9)[None], jnp.ones((1, 8), bool))
+    sizes = {"batch": 1, "memory_capacity": 4, "raw_capacity": 16}
+    caches = [
+        compress_step(x.model, init_cache(x.model, x.method, **sizes), chunk, method=x.method) for x in (before, after)
+    ]
+    np.testing.assert_array_equal(*(cache.k for cache in caches))
+    Run(wider, tmp_path / "wider").train()
+    trained = Adapter.read(tmp_path / "wider" / "adapter")
+    assert trained.arrays["layers.mlp.up_proj.lora_b"].any()
+    # Its own shape holds where it is named on the command line.
+    assert load_experiment(old, adapter=tmp_path / "wider" / "adapter").adapter_config.targets == trained.config.targets
 
 
 @pytest.mark.parametrize(
