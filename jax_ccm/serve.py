@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import ipaddress
 import os
 import signal
 from pathlib import Path
@@ -29,8 +28,9 @@ class Options:
 
     POST /v1/chat/completions with `session_id` in the body (or the header x-session-id) and the new messages alone;
     POST /v1/responses with `previous_response_id`; both with `stream`. GET, PUT and DELETE /sessions/{id}/memory carry
-    memories in and out; /v1/models, /tokenize, /health and /metrics are there, too. What is not supported is refused
-    with 400 and the field's name. A token is needed beyond loopback: set JAX_CCM_TOKEN, or --token_file.
+    memories in and out, POST /slots/{id} saves and restores them here; /v1/models, /tokenize, /health and /metrics are
+    there, too. What is not supported is refused with 400 and the field's name. A token is needed beyond loopback: set
+    JAX_CCM_TOKEN, or --token_file.
     """
 
     adapter: Folder | None = None
@@ -43,6 +43,8 @@ class Options:
     """What the model is called in requests; empty for the last part of the adapter's name."""
     workdir: Folder = Path("sessions")
     """Where sessions are kept: personal data. One server at a time."""
+    slot_save_path: Folder | None = None
+    """Folder to which clients may save sessions, and from which they restore them (/slots); None for no such thing."""
     rows: int = 8
     """Sessions that speak side by side; the others wait on disk."""
     durable: bool = True
@@ -84,7 +86,7 @@ def main() -> int:
     processes.refuse_several(devices=True)
     from jax_ccm.serving.store import Store
 
-    store = Store(options.workdir)  # a folder that is taken is said before anything is loaded
+    store = Store(options.workdir, options.slot_save_path)  # a folder that is taken is said before anything is loaded
     name = options.name or Path(str(options.adapter or config.adapter.load)).name
     return serve(load_experiment(config, adapter=options.adapter), store, name, token, options)
 
@@ -122,13 +124,11 @@ def _token(options: Options) -> str:
       UserError: if there is none, and others than this machine could ask.
     """
     token = read_text(options.token_file).strip() if options.token_file else os.environ.get(TOKEN, "").strip()
-    try:
-        loopback = options.host == "localhost" or ipaddress.ip_address(options.host).is_loopback
-    except ValueError:
-        loopback = False
+    from jax_ccm.serving.access import is_loopback
+
     if options.token_file and not token:
         raise UserError(f"--token_file {options.token_file} is empty; give a file that holds a token")
-    if not token and not loopback:
+    if not token and not is_loopback(options.host):
         raise UserError(
             f"--host {options.host} lets other machines ask, and there is no token; set {TOKEN}, give --token_file, or "
             "serve at 127.0.0.1"

@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import functools
-import hmac
 import json
-import logging
-import os
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.responses import Response as Answer
 from starlette.routing import Route
 
-from jax_ccm.errors import UserError
 from jax_ccm.memory import files
-from jax_ccm.records.parsing import parse_json
 from jax_ccm.serving import requests, shapes
-from jax_ccm.serving.pool import Busy, Missing, Pool, Turn
+from jax_ccm.serving.access import Access, Door, as_refused, refusal
+from jax_ccm.serving.memories import Memories
+from jax_ccm.serving.pool import Pool, Turn
 from jax_ccm.serving.requests import Asked, Defaults, Refused
+from jax_ccm.serving.store import RESPONSE, require_session
 from jax_ccm.sessions.turns import Reply
-
-# Ids of responses are names of sessions, too, and no client may choose such a name for one.
-RESPONSE = "resp_"
-log = logging.getLogger("jax_ccm.serve")
-
-
-@dataclasses.dataclass(frozen=True)
-class Access:
-    """Who may ask, and how much at a time.
-
-    Attributes:
-      token: that each request has to bring; empty for none.
-      body: most bytes of a JSON body.
-      memory: most bytes of a memory file.
-      seconds: in which a body has to be there.
-    """
-
-    token: str = ""
-    body: int = 2**20
-    memory: int = 2**28
-    seconds: float = 30.0
 
 
 class Server:
@@ -56,7 +30,8 @@ class Server:
 
     def __init__(self, pool: Pool, defaults: Defaults, access: Access = Access()):
         """Serves a pool."""
-        self.pool, self.defaults, self.access = pool, defaults, access
+        self.pool, self.defaults, self.door = pool, defaults, Door(access, pool.metrics)
+        self.memories = Memories(pool, self.door)
 
     def app(self) -> Starlette:
         """The application, for an ASGI server. Its end drains the pool."""
@@ -66,75 +41,27 @@ class Server:
             yield
             await run_in_threadpool(self.pool.close)
 
-        one = "/v1/responses/{id}"
+        guard, memories = self.door.guard, self.memories
         routes = [
-            Route("/health", self._guard(self.health, open=True)),
-            Route("/metrics", self._guard(self.metrics)),
-            Route("/v1/models", self._guard(self.models)),
-            Route("/v1/models/{id:path}", self._guard(self.model)),
-            Route("/v1/chat/completions", self._guard(self.chat), methods=["POST"]),
-            Route("/v1/responses", self._guard(self.respond), methods=["POST"]),
-            Route(one, self._guard(self.response), methods=["GET"]),
-            Route(one, self._guard(self.delete_response), methods=["DELETE"]),
-            Route("/tokenize", self._guard(self.tokenize), methods=["POST"]),
-            Route("/sessions/{id}/memory", self._guard(self.memory), methods=["GET"]),
-            Route("/sessions/{id}/memory", self._guard(self.put_memory), methods=["PUT"]),
-            Route("/sessions/{id}/memory", self._guard(self.delete_memory), methods=["DELETE"]),
+            Route("/health", guard(self.health, open=True)),
+            Route("/metrics", guard(self.metrics)),
+            Route("/v1/models", guard(self.models)),
+            Route("/v1/models/{id:path}", guard(self.model)),
+            Route("/v1/chat/completions", guard(self.chat), methods=["POST"]),
+            Route("/v1/responses", guard(self.respond), methods=["POST"]),
+            Route("/v1/responses/{id}", guard(self.response), methods=["GET"]),
+            Route("/v1/responses/{id}", guard(self.delete_response), methods=["DELETE"]),
+            Route("/tokenize", guard(self.tokenize), methods=["POST"]),
+            Route("/sessions/{id}/memory", guard(memories.memory), methods=["GET"]),
+            Route("/sessions/{id}/memory", guard(memories.put_memory), methods=["PUT"]),
+            Route("/sessions/{id}/memory", guard(memories.delete_memory), methods=["DELETE"]),
+            Route("/slots", guard(memories.slots)),
+            Route("/slots/{id}", guard(memories.slot), methods=["POST"]),
         ]
-        nowhere = lambda request, error: _refusal(
+        nowhere = lambda request, error: refusal(
             Refused(f"{request.method} {request.url.path} is nothing here", status=error.status_code)
         )
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: nowhere, 405: nowhere})
-
-    def _guard(self, endpoint: Callable[[Request], Awaitable[Answer]], *, open: bool = False):
-        """The endpoint behind the token, its errors in the API's form, counted."""
-
-        @functools.wraps(endpoint)
-        async def guarded(request: Request) -> Answer:
-            try:
-                if not open:
-                    self._require_token(request)
-                answer = await endpoint(request)
-            except ClientDisconnect:
-                answer = Answer(status_code=499)
-            except Exception as e:
-                answer = _refusal(_as_refused(e))
-            route = request.scope["route"].path if "route" in request.scope else endpoint.__name__
-            labels = f'path="{route}",method="{request.method}",status="{answer.status_code}"'
-            self.pool.metrics.add("requests", 1, labels)
-            return answer
-
-        return guarded
-
-    def _require_token(self, request: Request) -> None:
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self.access.token.encode())
-        if self.access.token and not (kind.lower() == "bearer" and right):
-            raise Refused("give the server's token: Authorization: Bearer TOKEN", status=401, code="invalid_api_key")
-
-    async def _bytes(self, request: Request, most: int) -> bytes:
-        """The body of a request.
-
-        Raises:
-          Refused: if it is too large, or does not come.
-        """
-        body = bytearray()
-        too_large = Refused(f"the body has more than {most:,} bytes, the most that is taken here", status=413)
-        length = request.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > most:
-            raise too_large
-        try:
-            async with asyncio.timeout(self.access.seconds):
-                async for block in request.stream():
-                    body += block
-                    if len(body) > most:
-                        raise too_large
-        except TimeoutError:
-            raise Refused(f"the body did not come within {self.access.seconds:g} s", status=408) from None
-        return bytes(body)
-
-    async def _json(self, request: Request) -> Any:
-        return parse_json(await self._bytes(request, self.access.body), "the body")
 
     async def health(self, request: Request) -> Answer:
         """Whether it answers."""
@@ -162,13 +89,13 @@ class Server:
     async def tokenize(self, request: Request) -> Answer:
         """The tokens of a text."""
         template = self.pool.talk.engine.template
-        return JSONResponse(requests.tokenize(await self._json(request), lambda text: template.plain([text])[0]))
+        return JSONResponse(requests.tokenize(await self.door.json(request), lambda text: template.plain([text])[0]))
 
     async def chat(self, request: Request) -> Answer:
         """``/v1/chat/completions``."""
-        asked = requests.chat(await self._json(request), self.defaults, request.headers.get("x-session-id"))
+        asked = requests.chat(await self.door.json(request), self.defaults, request.headers.get("x-session-id"))
         if asked.session is not None:
-            self._require_session(asked.session)
+            require_session(asked.session)
         made = shapes.Completion(self.defaults.model)
         replies = self._replies(request, asked, asked.session, asked.session, lambda reply: {})
         if not asked.stream:
@@ -191,14 +118,14 @@ class Server:
                         for event in made.ends(reply, usage=asked.usage):
                             yield _sse(event)
             except Exception as e:
-                yield _sse(_as_refused(e).body())
+                yield _sse(as_refused(e).body())
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
 
     async def respond(self, request: Request) -> Answer:
         """``/v1/responses``: each is a memory of its own, from which several may go on."""
-        asked = requests.response(await self._json(request), self.defaults)
+        asked = requests.response(await self.door.json(request), self.defaults)
         if asked.previous is not None:
             self._require_response(asked.previous)
         settings = {
@@ -224,7 +151,7 @@ class Server:
                         for event in made.ends(reply):
                             yield _sse(event, named=True)
             except Exception as e:
-                refused = _as_refused(e)
+                refused = as_refused(e)
                 yield _sse(made.fails(str(refused), refused.code or "server_error"), named=True)
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -272,48 +199,8 @@ class Server:
         """Removes it, and its memory."""
         name = request.path_params["id"]
         self._require_response(name)
-        await self._remove(name)
+        await self.memories.remove(name)
         return JSONResponse({"id": name, "object": "response", "deleted": True})
-
-    async def memory(self, request: Request) -> Answer:
-        """The memory file of a session."""
-        name = self._require_session(request.path_params["id"])
-        path = await run_in_threadpool(self.pool.do, lambda: self.pool.saved(name), name)
-        return FileResponse(path, media_type="application/octet-stream", filename=path.name)
-
-    async def put_memory(self, request: Request) -> Answer:
-        """Makes a memory file that of a session, whether it was there or not."""
-        name = self._require_session(request.path_params["id"])
-        body = await self._bytes(request, self.access.memory)
-        path = self.pool.store.folder / f".{uuid.uuid4().hex}.tmp"
-        try:
-            await run_in_threadpool(path.write_bytes, body)
-            await run_in_threadpool(self.pool.do, lambda: self.pool.put(name, path), name)
-        except UserError as e:
-            raise type(e)(str(e).replace(str(path), "the memory")) from None
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-        return JSONResponse({"id": name, "object": "session.memory", "bytes": len(body)})
-
-    async def delete_memory(self, request: Request) -> Answer:
-        """Removes every copy of a session."""
-        name = self._require_session(request.path_params["id"])
-        await self._remove(name)
-        return JSONResponse({"id": name, "object": "session.memory", "deleted": True})
-
-    async def _remove(self, name: str) -> None:
-        if not await run_in_threadpool(self.pool.do, lambda: self.pool.remove(name), name):
-            raise Missing(f"there is no session {name!r}")
-
-    def _require_session(self, name: str) -> str:
-        try:
-            self.pool.store.path(name)
-        except UserError as e:
-            raise Refused(str(e), "session_id") from None
-        if name.startswith(RESPONSE):
-            raise Refused(f"{name!r} is the name of a response, not of a session", "session_id")
-        return name
 
     def _require_response(self, name: str) -> None:
         if not name.startswith(RESPONSE):
@@ -344,23 +231,3 @@ async def _pieces(first: Reply, rest: AsyncIterator[Reply], asked: Asked) -> Asy
 
 def _sse(event: Mapping[str, Any], *, named: bool = False) -> str:
     return (f"event: {event['type']}\n" if named else "") + f"data: {json.dumps(event)}\n\n"
-
-
-def _as_refused(error: Exception) -> Refused:
-    if isinstance(error, Refused):
-        return error
-    for kind, status, code in (
-        (Missing, 404, "not_found"),
-        (Busy, 429, "rate_limit_exceeded"),
-        (files.Foreign, 409, "conflict"),
-        (UserError, 400, None),
-    ):
-        if isinstance(error, kind):
-            return Refused(str(error), status=status, code=code)
-    log.error("a request failed", exc_info=error)
-    return Refused("something went wrong in the server; its log says what", status=500, code="server_error")
-
-
-def _refusal(refused: Refused) -> Answer:
-    headers = {"www-authenticate": "Bearer"} if refused.status == 401 else None
-    return JSONResponse(refused.body(), status_code=refused.status, headers=headers)

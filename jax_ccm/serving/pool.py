@@ -15,7 +15,7 @@ from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
 from jax_ccm.memory import files
 from jax_ccm.serving.metrics import Metrics
-from jax_ccm.serving.store import Store
+from jax_ccm.serving.store import RESPONSE, Store
 from jax_ccm.sessions import turns
 from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
@@ -183,7 +183,19 @@ class Pool:
             self.talk.reset(row)
 
     def remove(self, name: str) -> bool:
-        """Removes every copy of a session; whether it was there. To be called by `do`."""
+        """Removes every copy of a session; whether there was one. To be called by `do`.
+
+        With it go the responses that were made in it, those that went on from these, and the files it was saved to.
+        """
+        responses, saved = self.store.made_in(name)
+        responses += [other for other, about in self._dirty.items() if about.get("session") == name]
+        for path in saved:
+            path.unlink(missing_ok=True)
+        gone = [self.erase(each) for each in dict.fromkeys((name, *responses))]
+        return bool(saved) or any(gone)
+
+    def erase(self, name: str) -> bool:
+        """Removes a session, but not what was made of it; whether it was there. To be called by `do`."""
         row, dirty = self._rows.pop(name, None), self._dirty.pop(name, None)
         if row is not None:
             self.talk.reset(row)
@@ -192,6 +204,32 @@ class Pool:
     def names(self) -> set[str]:
         """Of all sessions. To be called by `do`."""
         return {*self.store.names(), *self._rows}
+
+    def slots(self) -> list[dict[str, Any]]:
+        """The sessions that have a row, as llama.cpp shows its slots. To be called by `do`."""
+        busy = {turn.keep: row for row, turn in self._seated.items() if turn.keep is not None}
+        rows, state = {**busy, **self._rows}, self.talk.state
+        return [
+            {
+                "id": name, "is_processing": name in busy, "n_ctx": int(state.cache.k.shape[2]),
+                "n_past": state.tokens[row] if name in self._rows else 0,
+            }
+            for name, row in rows.items()
+            if not name.startswith(RESPONSE)  # whoever knows the name of one may go on from it
+        ]  # fmt: skip
+
+    def require_disk(self) -> None:
+        """Raises unless one more file may be kept. To be called by `do`.
+
+        Raises:
+          Busy: with what is there, and what is allowed.
+        """
+        count, size = self.store.size()
+        if count + len(self._dirty) >= self.limits.sessions or size >= self.limits.disk:
+            raise Busy(
+                f"this server keeps {count:,} sessions in {size:,} bytes, as many as it may "
+                f"({self.limits.sessions:,} in {self.limits.disk:,}); remove one"
+            )
 
     def live(self) -> int:
         """Sessions that have a row."""
@@ -331,12 +369,7 @@ class Pool:
             raise Busy(f"the session {name!r} has {turns} turns, as many as this server allows")
         if name in self._rows or name in self.store:
             return
-        count, size = self.store.size()
-        if count + len(self._dirty) >= self.limits.sessions or size >= self.limits.disk:
-            raise Busy(
-                f"this server keeps {count:,} sessions in {size:,} bytes, as many as it may "
-                f"({self.limits.sessions:,} in {self.limits.disk:,}); remove one"
-            )
+        self.require_disk()
 
     def _seat(self, start: str | None, keep: str | None) -> int:
         """The row in which a session speaks now."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from jax_ccm.errors import UserError
 from jax_ccm.memory.generation import TOP, Sampling
+from jax_ccm.records.parsing import parse_json
 from jax_ccm.sessions.engine import Answering
 
 
@@ -275,3 +276,17 @@ def tokenize(body: Any, encode: Callable[[str], Sequence[int]]) -> Mapping[str, 
         raise Refused("give the text as prompt, or as content", "prompt")
     tokens = list(map(int, encode(content)))
     return {"tokens": tokens, "count": len(tokens)}
+
+
+def filename(body: bytes, *, needed: bool) -> str:
+    """The file that a request of ``/slots`` names; empty where none is needed.
+
+    Raises:
+      Refused: naming the field.
+    """
+    fields = _Body(parse_json(body, "the body") if body.strip() else {})
+    name = fields.take("filename", "", str, "the name of a file") if needed else ""
+    fields.end()
+    if needed and not name:
+        raise Refused("filename is missing; name the file in the folder of --slot_save_path", "filename")
+    return name

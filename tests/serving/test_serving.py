@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
@@ -13,82 +12,17 @@ import jax
 import numpy as np
 import openai
 import pytest
-import uvicorn
 
 from jax_ccm.errors import UserError
-from jax_ccm.memory import files
-from jax_ccm.serving.app import Access, Server
+from jax_ccm.serving.app import Access
 from jax_ccm.serving.metrics import Metrics
 from jax_ccm.serving.pool import Busy, Limits, Missing, Pool, Turn
-from jax_ccm.serving.requests import Defaults
 from jax_ccm.serving.store import Store
 from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
 from jax_ccm.sessions.turns import Reply
+from tests.serving.clients import MODEL, ROWS, ask, serving, tokens_read
 from tests.test_chat import experiment
-
-ROWS = 2
-MODEL = "tiny"
-
-
-@pytest.fixture(scope="module")
-def made():
-    return experiment("ccm_concat", comp_tokens=2, sink=True)
-
-
-@contextlib.contextmanager
-def serving(made, folder, access=Access(), **options):
-    """A server in a thread; its address and its pool."""
-    store = Store(folder)
-    pool = Pool(Conversations(made, ROWS), store, metrics=Metrics(), **options)
-    app = Server(pool, Defaults(MODEL, max_tokens=4, most_tokens=16), access).app()
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", loop="asyncio"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        (socket,) = server.servers[0].sockets
-        yield f"http://127.0.0.1:{socket.getsockname()[1]}", pool
-    finally:
-        server.should_exit = True
-        thread.join()
-        store.close()
-
-
-@pytest.fixture(scope="module")
-def server(made, tmp_path_factory):
-    with serving(made, tmp_path_factory.mktemp("sessions")) as found:
-        yield found
-
-
-@pytest.fixture
-def url(server):
-    return server[0]
-
-
-@pytest.fixture
-def client(url):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def oracle(made):
-    """Answers of one conversation at a time."""
-    talk = Conversations(made, ROWS)
-
-    def answers(turns, max_tokens=4):
-        talk.reset(0)
-        return [talk.say({0: text}, max_tokens=max_tokens)[0] for text in turns]
-
-    return answers
-
-
-def ask(client, text, session=None, **options):
-    body = {"session_id": session} if session else None
-    messages = [{"role": "user", "content": text}]
-    return client.chat.completions.create(model=MODEL, messages=messages, extra_body=body, **options)
 
 
 def test_a_session_sends_what_is_new(client, url, oracle):
@@ -104,23 +38,12 @@ def test_a_session_sends_what_is_new(client, url, oracle):
         assert len(text) <= usage.prompt_tokens - seen <= len(text) + 9
         held = httpx.get(f"{url}/sessions/clara/memory")
         assert held.status_code == 200 and held.content[8:9] == b"{"
-        seen = _tokens(url, "clara")
+        seen = tokens_read(url, "clara")
     headers = {"x-session-id": "by-header"}
     first = client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": turns[0]}], extra_headers=headers
     )
-    assert first.choices[0].message.content == expected[0] and _tokens(url, "by-header") > 0
-
-
-def _tokens(url, name) -> int:
-    """Tokens that a session has read, as its file says."""
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "m.ccm")
-        path.write_bytes(httpx.get(f"{url}/sessions/{name}/memory").content)
-        return int(files.read(path).arrays["tokens"][0])
+    assert first.choices[0].message.content == expected[0] and tokens_read(url, "by-header") > 0
 
 
 def test_a_stream_is_the_answer(client, oracle):
@@ -229,7 +152,7 @@ def test_a_session_that_two_begin_at_once_has_both_turns(client, url, server):
         thread.join()
     known = sorted(reply.usage.prompt_tokens_details.cached_tokens for reply in replies)
     assert known[0] == 0 and known[1] > 0
-    assert _tokens(url, "twice") > known[1]
+    assert tokens_read(url, "twice") > known[1]
 
 
 def test_who_has_an_answer_waits_no_more(made, tmp_path):
@@ -371,6 +294,20 @@ def test_small_routes(url, client, made):
         assert answer.status_code == status and "error" in answer.json(), answer.text
 
 
+def test_pages_of_other_sites_ask_nothing(url):
+    """Neither by a foreign origin, nor by a name that was made to mean this machine; the server's own page may ask."""
+    port = url.rsplit(":", 1)[1]
+    for headers, status in (
+        ({"origin": "https://example.org"}, 403),
+        ({"origin": "null"}, 403),
+        ({"host": f"example.org:{port}", "origin": f"http://example.org:{port}"}, 403),
+        ({"host": f"localhost:{port}", "origin": f"http://localhost:{port}"}, 200),
+        ({"host": f"[::1]:{port}"}, 200),
+        ({"origin": url}, 200),
+    ):
+        assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status, headers
+
+
 def test_memories_are_carried(url, client, made, oracle, server, tmp_path):
     """Out, in under another name, and away with every copy; not of another model, nor damaged, nor by a path."""
     ask(client, "my name is Clara", "carry")
@@ -416,7 +353,7 @@ def test_whoever_goes_away_takes_the_turn_back(url, client, server, oracle):
 def test_a_disk_that_is_full(client, server, monkeypatch, url):
     """The turn is refused, and the session is as it was."""
     ask(client, "hello", "full")
-    before = _tokens(url, "full")
+    before = tokens_read(url, "full")
 
     def fails(*_, **__):
         raise UserError("full.ccm cannot be written: No space left on device")
@@ -427,7 +364,7 @@ def test_a_disk_that_is_full(client, server, monkeypatch, url):
             ask(client, "what", "full")
         with pytest.raises(openai.BadRequestError, match="No space left"):
             ask(client, "what", "new")
-    assert _tokens(url, "full") == before and httpx.get(f"{url}/sessions/new/memory").status_code == 404
+    assert tokens_read(url, "full") == before and httpx.get(f"{url}/sessions/new/memory").status_code == 404
     row = server[1]._rows["full"]
     assert server[1].talk.state.tokens[row] == before
 
