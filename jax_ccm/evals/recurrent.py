@@ -20,8 +20,8 @@ from jax_ccm.memory.cache import check, init_cache, select
 from jax_ccm.memory.steps import compress, compress_step, read, repeat, stream_step
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.examples import Example, Segment, concat
-from jax_ccm.rules.rows import Sizes, arrange, chunk, closed, measure
-from jax_ccm.rules.types import RAW, Array, Chunk, MemoryCache, Method
+from jax_ccm.rules.rows import WITH_SINK, Sizes, arrange, chunk, closed, measure
+from jax_ccm.rules.types import RAW, Array, Chunk, Kind, MemoryCache, Method
 
 # Chunks and tails are padded to multiples of this, so that a few shapes serve all lengths.
 MULTIPLE = 32
@@ -219,8 +219,9 @@ class Stream:
 def stream(method: Method, examples: Sequence[Example]) -> Stream:
     """Lays examples out for the recurrence."""
     rows = [arrange(method, example) for example in examples]
-    if any(s.kept is not None and s.kept.any() for row in rows for s in row) and not method.keeps_text:
-        raise UserError(f"method {method.name!r} keeps no text, but a segment has text to keep")
+    marked = any(s.kept is not None and s.kept.any() for row in rows for s in row[:-1])
+    if marked and method.kept_kind is None:
+        raise UserError(f"method {method.name!r} keeps no text, but a segment has text to keep{WITH_SINK}")
     time = max(len(row) for row in rows) - 1
     length = max((len(s.tokens) for row in rows for s in row[:-1]), default=1)
     tail = max(len(row[-1].tokens) for row in rows)
@@ -242,11 +243,12 @@ def stream(method: Method, examples: Sequence[Example]) -> Stream:
             for array, value in zip(tail_arrays if last else context_arrays, values, strict=True):
                 array[(i, slice(count)) if last else (number, i, slice(count))] = value
             first += count
-    # The tail is of kind QUERY as a whole; what is kept in it makes no difference.
-    kept = context_arrays[4] if method.keeps_text else None
+    keeps = method.kept_kind is not None and (method.keeps_text or marked)
+    # The tail is of kind QUERY as a whole; only a system message in it makes a difference.
+    begins = method.kept_kind is Kind.SINK and bool(tail_arrays[4].any())
     return Stream(
-        Chunk(*context_arrays[:2], kept),
-        Chunk(*tail_arrays[:2]),
+        Chunk(*context_arrays[:2], context_arrays[4] if keeps else None),
+        Chunk(*tail_arrays[:2], tail_arrays[4] if begins else None),
         (context_arrays[2], tail_arrays[2]),
         (context_arrays[3], tail_arrays[3]),
     )
@@ -259,7 +261,8 @@ def cache_for(model: Transformer, method: Method, examples: Sequence[Example]) -
     # Text that some later segment can see stays in the cache.
     keeps = any(set(clause.key) & set(RAW) and clause.farthest > 0 for clause in method.rule.sees)
     lengths = [[len(segment.tokens) for segment in row] for row in rows]
-    raw, unit = max(sum(row) if keeps else max(row) for row in lengths), method.chunk or 1
+    kept = max(0 if row[0].kept is None else int(row[0].kept.sum()) for row in rows)
+    raw, unit = max(sum(row) if keeps else max(row) for row in lengths) + kept, method.chunk or 1
     return init_cache(
         model,
         method,

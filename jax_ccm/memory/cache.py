@@ -164,8 +164,9 @@ def check(cache: MemoryCache, rows=None) -> None:
     if (spoiled := np.flatnonzero(np.asarray(cache.spoiled) & rows)).size:
         raise UserError(
             f"sessions {spoiled.tolist()} are spoiled: reading or closing their text gave numbers that are not finite "
-            "(NaN or infinity). Weights may be damaged, or too large for the type that they were loaded in; float32 "
-            "or bfloat16 hold what float16 does not. Start these sessions anew (`cache.reset`), or from a copy of "
+            "(NaN or infinity), or text was to be kept behind other text by a method that keeps what a session begins "
+            "with. Weights may be damaged, or too large for the type that they were loaded in; float32 or bfloat16 "
+            "hold what float16 does not. Start these sessions anew (`cache.reset`), or from a copy of "
             "before that text"
         )
     lost = np.asarray(cache.lost)

@@ -21,6 +21,7 @@ from jax_ccm.memory import writing
 from jax_ccm.memory.cache import append, open_raw, raw_capacity, with_room
 from jax_ccm.nn.linear import Gate
 from jax_ccm.nn.transformer import Remat, Transformer
+from jax_ccm.rules.rows import WITH_SINK
 from jax_ccm.rules.types import RAW, Array, Batch, Chunk, Kind, MemoryCache, Method, Slots
 from jax_ccm.rules.visibility import gate, is_in
 
@@ -83,10 +84,11 @@ def read(
     Returns:
       The cache, with the pending logits of each row's last token; and logits ``float32 [B, C, V]`` after each token
       (not computed under jit if unused). A row with a hidden state that is not finite keeps nothing of the text and
-      is spoiled (`MemoryCache.spoiled`).
+      is spoiled (`MemoryCache.spoiled`), and one with text to keep where the method cannot (`Method.kept_kind`) is
+      spoiled, too.
 
     Raises:
-      UserError: for a chunk longer than the region of raw text.
+      UserError: for a chunk longer than the region of raw text, or with text to keep for a method that keeps none.
     """
     length = chunk.tokens.shape[1]
     if length > raw_capacity(cache):
@@ -97,8 +99,16 @@ def read(
     rank = jnp.cumsum(chunk.valid, axis=1) - 1
     position = cache.tokens[:, None] + rank
     text = Kind.QUERY if query else Kind.TEXT
+    misplaced = jnp.zeros(cache.tokens.shape, bool)
     if chunk.kept is not None:
-        text = jnp.where(chunk.kept, Kind.QUERY, text)
+        if method.kept_kind is None:
+            raise UserError(f"a chunk has text to keep, but method {method.name!r} keeps none{WITH_SINK}")
+        text = jnp.where(chunk.kept, method.kept_kind, text)
+        if method.kept_kind is Kind.SINK:
+            # Sinks stand in front of all else, so that closing a chunk need not move them.
+            begun = jnp.any(cache.slots.live & (cache.slots.kind != Kind.SINK), axis=1, keepdims=True)
+            behind = begun | (jnp.cumsum(chunk.valid & ~chunk.kept, axis=1) > 0)
+            misplaced = jnp.any(chunk.valid & chunk.kept & behind, axis=1)
     kind = jnp.where(chunk.valid, text, Kind.PAD)
     if method.sink:
         kind = jnp.where(chunk.valid & (position < method.sink), Kind.SINK, kind)
@@ -140,7 +150,7 @@ def read(
         cache,
         tokens=cache.tokens + count,
         logits=jnp.where(some[:, None], model.logits(final), cache.logits),
-        spoiled=cache.spoiled | ~kept[:, 0],
+        spoiled=cache.spoiled | ~kept[:, 0] | misplaced,
     )
     return cache, model.logits(hidden)
 
@@ -191,7 +201,9 @@ def compress(
         writing_rows = jnp.any(selected, axis=1)
     # Positions and order of what is written follow the chunk's last token.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
-    begin = jnp.min(jnp.where(selected, slots.index, last), axis=1, keepdims=True)
+    # A system message is no part of what is compressed.
+    begins = selected & ((slots.kind != Kind.SINK) | (slots.index < method.sink))
+    begin = jnp.min(jnp.where(begins, slots.index, last), axis=1, keepdims=True)
     if method.eviction is not None:
         k, v, attention, slots, lost = writing.best(cache, method, selected, closing)
         lost = lost if cache.overflow == "error" else 0

@@ -15,7 +15,8 @@ class Segment:
     Attributes:
       tokens: int32 ``[c]``.
       scored: bool ``[c]``, True on tokens that are targets.
-      kept: bool ``[c]``, True on tokens that are never compressed; None for none. Only methods that keep text know it.
+      kept: bool ``[c]``, True on tokens that are never compressed; None for none. Only methods that keep text know it
+        (`Method.kept_kind`).
     """
 
     tokens: np.ndarray
@@ -34,6 +35,7 @@ class Example:
       id: names the record in error messages.
       num_comp_tokens: how many of the method's tokens close its chunks, the first ones; None for all.
       repeats: whether its closed chunks are repeated, where the method has a `Method.repeat`.
+      keeps_start: whether ``start`` is never compressed: it holds a system message.
     """
 
     start: np.ndarray
@@ -42,6 +44,7 @@ class Example:
     id: str = ""
     num_comp_tokens: int | None = None
     repeats: bool = True
+    keeps_start: bool = False
 
 
 def concat(*segments: Segment) -> Segment:
@@ -56,11 +59,12 @@ def concat(*segments: Segment) -> Segment:
     )
 
 
-def with_prefix(prefix: np.ndarray, segment: Segment) -> Segment:
-    """The segment with unscored tokens in front, kept if its first token is."""
+def with_prefix(prefix: np.ndarray, segment: Segment, *, keep: bool = False) -> Segment:
+    """The segment with unscored tokens in front, kept if its first token is, or if that is asked for."""
     if not len(prefix):
         return segment
     kept = None if segment.kept is None else np.repeat(segment.kept[:1], len(prefix))
+    kept = np.ones(len(prefix), bool) if keep else kept
     return concat(Segment(prefix, np.zeros(len(prefix), bool), kept), segment)
 
 

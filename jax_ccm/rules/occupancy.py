@@ -37,7 +37,9 @@ def occupancy(
     segment = np.repeat(np.arange(closed + 1), [*sizes, still_open])
     marked = np.zeros(len(place), bool)
     marked[:read] = False if kept is None else kept
-    kind = np.where(place < method.sink, Kind.SINK, np.where(marked, Kind.QUERY, Kind.TEXT))
+    kind = np.where(marked, method.kept_kind or Kind.QUERY, Kind.TEXT)
+    kind = np.where(place < method.sink, Kind.SINK, kind)
+    sinks = int((kind == Kind.SINK).sum())
     text = Slots(kind, segment, place, place)
     now = np.array([closed]), np.array([len(place)])
     seen = lambda slots: reachable(method.rule, slots.map(lambda x: x[None]), *now)[0]
@@ -51,7 +53,7 @@ def occupancy(
     if method.pool:
         hidden = place[(kind != Kind.SINK) & ~seen(text)]
         chunk = segment[hidden]
-        share = (hidden - np.maximum(begins[chunk], method.sink)) // method.pool
+        share = (hidden - np.maximum(begins[chunk], sinks)) // method.pool
         # The last token of each share: so many tokens on from the first of its chunk, or the last of the chunk.
         last = np.append((np.diff(share) != 0) | (np.diff(chunk) != 0), True)[: len(hidden)]
         parts.append(memory(chunk[last], hidden[last], hidden[last]))
@@ -59,7 +61,7 @@ def occupancy(
         count = 0
         for number, (begin, size) in enumerate(zip(begins, sizes, strict=True), 1):
             # A chunk may have fewer tokens than slots.
-            there = count + size - min(max(method.sink - begin, 0), size)
+            there = count + size - min(max(sinks - begin, 0), size)
             count = min(method.memory_slots(number), there, there if capacity is None else capacity)
         newest = np.arange(read - count, read)
         parts.append(memory(np.full(count, closed - 1), newest, newest))

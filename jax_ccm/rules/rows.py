@@ -22,16 +22,20 @@ from jax_ccm.rules.examples import Example, Segment, concat, cut, join, with_pre
 from jax_ccm.rules.mixtures import Mix
 from jax_ccm.rules.types import TEXT, Batch, Chunk, Kind, Method, Packed, Slots
 
+# What to do for a method that keeps no text.
+WITH_SINK = "; with method.sink: true, where it has one, it keeps a system message"
+
 
 def arrange(method: Method, example: Example) -> tuple[Segment, ...]:
     """The segments as the method is fed them, openings included; the last is the tail."""
     count = len(example.segments)
     if method.context == "dropped":
-        return (with_prefix(example.start, example.segments[-1]),)
+        return (with_prefix(example.start, example.segments[-1], keep=example.keeps_start),)
     if method.context == "joined" and count > 2:
         example = join(example, [count - 1, 1])
     first, *rest = example.segments
-    segments = (with_prefix(example.start, first), *(with_prefix(example.separator, segment) for segment in rest))
+    start = with_prefix(example.start, first, keep=example.keeps_start)
+    segments = (start, *(with_prefix(example.separator, segment) for segment in rest))
     return segments if method.chunk is None else cut(concat(*segments), method.chunk)
 
 
@@ -92,8 +96,15 @@ def _measure(method: Method, segments: Sequence[Segment]) -> Sizes:
     slots = chunks * method.slots_per_chunk
     if method.pool:
         ends = np.cumsum([0] + [len(segment.tokens) for segment in segments[:-1]])
-        slots = int(np.sum(-(-np.diff(np.maximum(ends - method.sink, 0)) // method.pool)))
+        slots = int(np.sum(-(-np.diff(np.maximum(ends - _sinks(method, segments[0]), 0)) // method.pool)))
     return Sizes(text + repeated + chunks * len(method.closes), slots, scored + repeated)
+
+
+def _sinks(method: Method, first: Segment) -> int:
+    """Tokens at the beginning of a session that everybody sees: the method's own, or a system message."""
+    if method.kept_kind is not Kind.SINK or first.kept is None:
+        return method.sink
+    return max(method.sink, int(first.kept.sum()))
 
 
 def bound(method: Method, text: int, chunks: int, scored: int) -> Sizes:
@@ -198,14 +209,14 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
     for number, piece in enumerate(segments):
         closes = number < len(closed(method, segments))
         tail = number == len(segments) - 1 and not closes
-        _check_segment(method, piece, vocab, tail, f"{where}: segment {number}")
-        kept = np.full(len(piece.tokens), tail) if piece.kept is None else piece.kept | tail
+        _check_segment(method, piece, vocab, number == 0, tail, f"{where}: segment {number}")
+        kept = np.zeros(len(piece.tokens), bool) if piece.kept is None else piece.kept
         if closes:
             _check_span(method, kept, f"{where}: segment {number}")
-        parts.append(_segment(method, piece, kept, number, int(begins[number]), closes, vocab))
+        parts.append(_segment(method, piece, kept, tail, number, int(begins[number]), closes, vocab))
     row = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
     row["index"] = np.arange(len(row["tokens"]))
-    row["kind"][np.flatnonzero(np.isin(row["kind"], TEXT))[: method.sink]] = Kind.SINK
+    row["kind"][np.flatnonzero(np.isin(row["kind"], (*TEXT, Kind.SINK)))[: method.sink]] = Kind.SINK
     scored, answers = row.pop("scored"), row.pop("answers")
     row |= _targets(row, scored, answers)
     row |= _memory(method, row, len(segments), sizes.memory)
@@ -217,7 +228,7 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
     return _padded(row, sizes, method.pool or 1)
 
 
-def _check_segment(method: Method, piece: Segment, vocab: int, tail: bool, where: str) -> None:
+def _check_segment(method: Method, piece: Segment, vocab: int, first: bool, tail: bool, where: str) -> None:
     """Refuses text that cannot be laid out: none, ids that are no text, another length than the method's chunks."""
     count = len(piece.tokens)
     if not count:
@@ -230,8 +241,14 @@ def _check_segment(method: Method, piece: Segment, vocab: int, tail: bool, where
         )
     if method.chunk and not tail and count != method.chunk:
         raise UserError(f"{where} has {count} tokens; method {method.name!r} takes {method.chunk}")
-    if not tail and piece.kept is not None and piece.kept.any() and not method.keeps_text:
-        raise UserError(f"{where} has text to keep, but method {method.name!r} keeps none")
+    if piece.kept is None or not piece.kept.any():
+        return
+    if not tail and method.kept_kind is None:
+        raise UserError(f"{where} has text to keep, but method {method.name!r} keeps none{WITH_SINK}")
+    if method.kept_kind is Kind.SINK and (not first or (piece.kept[1:] > piece.kept[:-1]).any()):
+        raise UserError(
+            f"{where} has text to keep behind other text; method {method.name!r} keeps what a session begins with"
+        )
 
 
 def _check_span(method: Method, kept: np.ndarray, where: str) -> None:
@@ -243,7 +260,7 @@ def _check_span(method: Method, kept: np.ndarray, where: str) -> None:
 
 
 def _segment(
-    method: Method, piece: Segment, kept: np.ndarray, number: int, begin: int, closes: bool, vocab: int
+    method: Method, piece: Segment, kept: np.ndarray, tail: bool, number: int, begin: int, closes: bool, vocab: int
 ) -> dict[str, np.ndarray]:
     """A segment's part of the row: its text, the tokens that close it, and, in training, what repeats it.
 
@@ -251,6 +268,7 @@ def _segment(
       method: the method.
       piece: the text.
       kept: ``bool [c]``, text that stays as it is.
+      tail: whether it is the tail, which nothing closes.
       number: of the segment.
       begin: position of its first token.
       closes: whether it is closed in this row.
@@ -266,9 +284,10 @@ def _segment(
     place = [(span if token.from_begin else begin + count) + token.offset for token in closing]
     fed = _repeating(method, piece.tokens, vocab) if closes else piece.tokens[:0]
     again = len(fed)
+    text = np.where(kept, method.kept_kind or Kind.QUERY, Kind.QUERY if tail else Kind.TEXT)
     parts = {
         "tokens": (piece.tokens, [vocab + token.embedding_index for token in closing], fed),
-        "kind": (np.where(kept, Kind.QUERY, Kind.TEXT), [t.kind for t in closing], np.full(again, Kind.REPEAT)),
+        "kind": (text, [t.kind for t in closing], np.full(again, Kind.REPEAT)),
         "segment": (np.full(count + len(closing) + again, number),),
         "position": (begin + np.arange(count), np.maximum(place, 0), begin + np.arange(again)),
         "answers": (np.full(count + len(closing), -1), piece.tokens[:again]),

@@ -287,6 +287,18 @@ class Method:
         return any(Kind.QUERY in clause.key and clause.farthest > self.recent for clause in self.rule.sees)
 
     @property
+    def kept_kind(self) -> Kind | None:
+        """What raw text that was marked as kept is, so that later segments go on seeing it; None if there is nothing.
+
+        Where the rule has a sink (`Kind.SINK`) and no other, only text at the very beginning of a session can be kept,
+        such as a system message. Chunks of fixed length (`chunk`) leave none out.
+        """
+        if self.keeps_text:
+            return Kind.QUERY
+        sink = any(Kind.SINK in c.key and c.farthest == INF for c in self.rule.sees)
+        return Kind.SINK if sink and self.chunk is None else None
+
+    @property
     def heeds_marks(self) -> bool:
         """Whether it matters which raw text was marked as kept: later segments see that, and no other raw text."""
         return self.keeps_text and not any(Kind.TEXT in c.key and c.farthest > 0 for c in self.rule.sees)
@@ -372,7 +384,8 @@ class Chunk:
       tokens: ``int32 [B, C]``.
       valid: ``bool [B, C]``; False on padding, which may stand on either side. A row with no valid
         token takes no part: its session is left as it is.
-      kept: ``bool [B, C]``, text that is never compressed; None for none. Only methods that keep text know it.
+      kept: ``bool [B, C]``, text that is never compressed; None for none. Only methods that keep text know it, and
+        some only at the beginning of a session (`Method.kept_kind`).
     """
 
     tokens: Array
@@ -400,8 +413,8 @@ class MemoryCache:
         rounded values: each chunk is blended into these. None for other methods.
       lost: ``int32 [B]``, slots for which there was no room. Not zero means that the session is
         invalid; `cache.check` raises.
-      spoiled: ``bool [B]``, whether reading or closing gave numbers that are not finite. The session is invalid for
-        good; `cache.check` raises.
+      spoiled: ``bool [B]``, whether reading or closing gave numbers that are not finite, or text was to be kept where
+        the method cannot. The session is invalid for good; `cache.check` raises.
       memory_capacity: static, most memory slots of a session (sinks included).
       overflow: static, what happens when a session's memory is full: "error", or "evict" the oldest.
     """

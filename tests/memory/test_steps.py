@@ -59,6 +59,45 @@ def test_parallel_is_recurrent(name):
         assert gap(parallel, without) > 0.05
 
 
+KEEPS_BEGINNING = {name: method for name, method in TABLE.items() if method.kept_kind is Kind.SINK}
+
+
+@pytest.mark.parametrize("name", [n for n in KEEPS_BEGINNING if n in cases.METHODS])
+def test_a_system_message_stays(name):
+    """The same logits in parallel and as a recurrence behind system messages of any length, which matter to the end."""
+    method = KEEPS_BEGINNING[name]
+    long, none, short = (
+        dataclasses.replace(session, start=np.arange(5, 5 + size, dtype=np.int32), keeps_start=True)
+        for session, size in zip(cases.sessions(start=0), (7, 0, 2), strict=True)
+    )
+    sessions = [long, none, short]
+    recurrent = parity.recurrent_logits(MODEL, method, sessions)
+    assert gap(parity.parallel_logits(MODEL, method, sessions), recurrent) < 1e-5
+    other = dataclasses.replace(long, start=long.start[::-1])
+    assert np.abs(parity.recurrent_logits(MODEL, method, [other])[0][-1] - recurrent[0][-1]).max() > 0.01
+    plain = dataclasses.replace(long, keeps_start=False)
+    assert context_slots(method, long) > context_slots(method, plain) or method.kept_kind is not Kind.SINK
+
+
+def test_text_can_be_kept_at_the_beginning_alone():
+    method = build("ccm_concat", sink=True)
+    cache = memory.init_cache(MODEL, method, 3, memory_capacity=4, raw_capacity=16)
+    kept = np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
+    chunk = Chunk(np.full((3, 4), 7), np.ones((3, 4), bool), kept)
+    read, _ = steps.read(MODEL, cache, chunk, method=method)
+    assert read.spoiled.tolist() == [False, True, False]
+    assert read.slots.kind[0, :4].tolist() == [Kind.SINK, Kind.SINK, Kind.TEXT, Kind.TEXT]
+    again, _ = steps.read(MODEL, steps.compress(MODEL, read, method=method), chunk, method=method)
+    assert again.spoiled.tolist() == [True, True, False]
+    with pytest.raises(UserError, match="text was to be kept behind other text"):
+        memory.check(again)
+    for name, options in (("ccm_concat", {}), ("loma", dict(ratio=2, memory_tokens=2, sink=True)), ("none", {})):
+        other = build(name, **options)
+        cache = memory.init_cache(MODEL, other, 3, memory_capacity=4, raw_capacity=16)
+        with pytest.raises(UserError, match="keeps none; with method.sink: true"):
+            steps.read(MODEL, cache, chunk, method=other)
+
+
 def test_every_method_is_in_the_table():
     """What is in `METHODS` is put to the common tests; one of each name to those that take long."""
     assert {method.name for method in TABLE.values()} == set(METHODS)
@@ -274,7 +313,9 @@ def test_one_program_and_slots_by_formula(name):
         lengths = rng.integers(0, 9, 3)
         tokens, valid = rng.integers(3, 90, (3, 8)), np.arange(8) < lengths[:, None]
         # What is kept stands in front of a span.
-        kept = np.arange(8) < (lengths // 2)[:, None] if method.keeps_text else None
+        kept = np.arange(8) < (lengths // 2)[:, None] if method.kept_kind is not None else None
+        if kept is not None and method.kept_kind is Kind.SINK:
+            kept &= (np.asarray(cache.tokens) == 0)[:, None]
         cache = step(MODEL, cache, Chunk(tokens, valid, kept))
         for row, count in enumerate(lengths):
             if count:

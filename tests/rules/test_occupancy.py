@@ -37,6 +37,8 @@ def test_two_chunks_and_an_open_token(name, options, kinds, positions):
 def test_text_that_is_kept():
     live = occupancy(build("sentinel"), [3, 2], np.array([True, False, False, False, False]))
     assert live.kind.tolist() == [Q, M, M] and live.position[0] == 0
+    live = occupancy(build("ccm_merge", sink=True), [3, 2], np.array([True, True, False, False, False]))
+    assert live.kind.tolist() == [S, S, M] and live.position.tolist() == [0, 1, 5]
 
 
 def test_the_oldest_are_gone_without_room():
