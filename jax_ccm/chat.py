@@ -46,6 +46,9 @@ class Options:
     """Texts that end an answer, and are left out of it."""
     context: Folder | None = None
     """A text file that is read into the memory first, in chunks as long as a turn of the data may be."""
+    system: str = ""
+    """A system message with which the conversation begins, and which stays as it is beside the memory: for a model with
+    a chat template, and a method with a sink."""
     load: Folder | None = None
     """A memory file (.ccm) to go on from."""
     temperature: float = 0.0
@@ -82,12 +85,16 @@ def _talk(experiment: Experiment, options: Options) -> int:
     elif options.sentences:
         raise UserError("--sentences needs --span, the most tokens of a span")
     talk = Conversations(experiment, sampling=sampling, seed=options.seed, closing=closing, stop=options.stop)
+    if options.system and options.load is not None:
+        raise UserError("--system begins a conversation, and --load goes on with one; leave one of them out")
+    if options.system:
+        talk.instruct({0: options.system})
     if options.load is not None:
         talk.load(0, options.load)
     if options.context is not None:
         talk.read({0: read_text(options.context)})
     record = Record(options.workdir)
-    terminal = Terminal(talk, max_tokens=options.max_tokens, alone=options.compare)
+    terminal = Terminal(talk, max_tokens=options.max_tokens, alone=options.compare, system=options.system)
     print(
         f"{experiment.method.name} on {experiment.base_name}; /help lists commands, an empty line ends the conversation"
     )

@@ -23,11 +23,14 @@ class ChatTemplate:
       start: in front of the first message; without the system message that some templates put in by themselves.
       heads: role -> text before the content of its messages.
       tails: role -> text behind it.
+      system: in front of the content of a system message, which stands before all others and takes the place of
+        `start`, and behind it; None if the template writes none, or writes it into the message of somebody else.
     """
 
     start: str
     heads: dict[str, str]
     tails: dict[str, str]
+    system: tuple[str, str] | None = None
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate:
@@ -54,17 +57,19 @@ class ChatTemplate:
         found = cls(before.removesuffix(heads["user"]), heads, {"user": user_tail, "assistant": end})
         if found.text(said) != whole:
             raise _uncut(f"it writes {', '.join(map(repr, around))} around turns")
-        return dataclasses.replace(found, start=_start(tokenizer, found))
+        return dataclasses.replace(found, start=_start(tokenizer, found), system=_system(tokenizer, found, said))
 
-    def text(self, turns: Sequence[str]) -> str:
-        """A conversation of whole turns, the first one the user's."""
+    def text(self, turns: Sequence[str], system: str = "") -> str:
+        """A conversation of whole turns, the first one the user's, behind a system message if there is one."""
         roles = [ROLES[number % 2] for number in range(len(turns))]
         parts = (self.heads[role] + turn + self.tails[role] for role, turn in zip(roles, turns, strict=True))
-        return self.start + "".join(parts)
+        before, behind = self.system if self.system and system else (self.start, "")
+        return before + system + behind + "".join(parts)
 
 
-def _render(tokenizer: Any, turns: Sequence[str], prompt: bool = False) -> str:
+def _render(tokenizer: Any, turns: Sequence[str], prompt: bool = False, system: str = "") -> str:
     messages = [{"role": ROLES[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    messages = [{"role": "system", "content": system}] * bool(system) + messages
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # whatever the template itself raises
@@ -88,6 +93,17 @@ def _start(tokenizer: Any, template: ChatTemplate) -> str:
     # A token that opens every message (ChatML) is the message's own.
     own = template.heads["user"].startswith(bos)
     return bos if bos and template.start.startswith(bos) and not own else ""
+
+
+def _system(tokenizer: Any, template: ChatTemplate, said: Sequence[str]) -> tuple[str, str] | None:
+    """What stands around a system message, if it stands apart."""
+    probe = "system-of-probe"
+    try:
+        before, between, *_ = _cut(whole := _render(tokenizer, said, system=probe), [probe, *said])
+    except UserError:
+        return None
+    found = dataclasses.replace(template, system=(before, between.removesuffix(template.heads["user"])))
+    return found.system if found.text(said, probe) == whole else None
 
 
 def _uncut(why: str) -> UserError:

@@ -43,8 +43,9 @@ class DataConfig:
     test: tuple[str, ...] = ()
     """Sources to report on."""
     format: Format = "dialogue"
-    """What a record holds: "dialogue" ``{"turns", "scored"?}``, "online"
-    ``{"contexts", "query", "target", "choices"?}``, "fewshot" ``{"text", "label"}`` (each source is one task), "text"
+    """What a record holds: "dialogue" ``{"turns", "scored"?, "system"?}``, "online"
+    ``{"contexts", "query", "target", "choices"?, "system"?}``,
+    "fewshot" ``{"text", "label"}`` (each source is one task), "text"
     ``{"text"}``, "recall" (generated)."""
     batch_size: int = 8
     """Rows of a batch, over all processes."""

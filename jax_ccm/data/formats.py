@@ -94,12 +94,14 @@ class Unit:
       id: names the record.
       pieces: read-only int32 tokens of its turns, contexts or chunks, in order; the last is the target (or tail).
       marked: numbers of the turns that the record names for the loss; None for all.
+      start: int32 tokens of a system message with which the session begins; None for the template's own beginning.
       task: what the record is an example of, "" where there are no tasks; accuracies are averaged over tasks.
     """
 
     id: str
     pieces: tuple[np.ndarray, ...]
     marked: frozenset[int] | None = dataclasses.field(default=None, kw_only=True)
+    start: np.ndarray | None = dataclasses.field(default=None, kw_only=True)
     task: str = dataclasses.field(default="", kw_only=True)
 
     def __post_init__(self):
@@ -189,6 +191,7 @@ def session(
     unit: int = 1,
     roles: Sequence[str] = ROLES,
     marked: frozenset[int] | None = None,
+    start: np.ndarray | None = None,
     id: str = "",
 ) -> Example:
     """A dialogue as an example: ``unit`` turns a chunk, up to the tail ``query answer target end``.
@@ -202,6 +205,7 @@ def session(
       unit: turns of a chunk, counted back from the query; what is left over in front is a smaller one.
       roles: whose turns are scored; the target always is.
       marked: numbers of the turns that are scored, of those; None for all.
+      start: int32 tokens of a system message, which is never compressed; None for the template's own beginning.
       id: names the record in messages.
     """
     *context, query, target = turns
@@ -226,7 +230,8 @@ def session(
     )
     ends = reversed(range(len(context), 0, -unit))
     chunks = [written(range(max(end - unit, 0), end)) for end in ends]
-    return Example(template.start, template.separator, (*chunks, tail), id)
+    begin = template.start if start is None else start
+    return Example(begin, template.separator, (*chunks, tail), id, keeps_start=start is not None)
 
 
 def despace(text: str) -> str:
@@ -257,7 +262,7 @@ def most_tokens(config: LimitedConfig, evaluation: bool) -> int:
 
 
 class Dialogue(NoChoices):
-    """``{"turns", "scored"?}``: every turn is a time step (CCM, section 4.1; the reference's DailyDialog protocol).
+    """``{"turns", "scored"?, "system"?}``: every turn is a time step (CCM, section 4.1).
 
     With ``loss="last"`` a draw takes the first k turns, k uniform from ``min_turns`` to all, and scores the last of
     them; ``loss="every"`` takes all turns, and scores those that the record's ``scored`` names (numbers from 0), if
@@ -268,7 +273,7 @@ class Dialogue(NoChoices):
         self.config, self.template = config, template
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
-        report, ids, dialogues, marked = Report("dialogues"), [], [], []
+        report, ids, dialogues, marked, systems = Report("dialogues"), [], [], [], []
         longest = None if evaluation else self.config.max_turns
         for where, record in used(sources, "dialogue", report, "with one of their turns empty"):
             turns = record["turns"]
@@ -279,6 +284,7 @@ class Dialogue(NoChoices):
             bounds = np.linspace(0, len(turns), count + 1).astype(int)
             for number in range(count):
                 ids.append(where + (f" piece {number}" if count > 1 else ""))
+                systems.append(record.get("system", ""))
                 dialogues.append(turns[bounds[number] : bounds[number + 1]])
                 own = range(bounds[number], bounds[number + 1])
                 marked.append(None if named is None else frozenset(i - own[0] for i in named if i in own))
@@ -286,7 +292,8 @@ class Dialogue(NoChoices):
         later = iter(self.template.later([turn for turns in dialogues for turn in turns[1:]]))
         tokens = [(head, *(next(later) for _ in turns[1:])) for head, turns in zip(first, dialogues, strict=True)]
         least = self.config.min_turns
-        return limited(self.config, ids, tokens, evaluation, report, least, "turns", marked), report
+        starts = self.template.starts(systems, ids)
+        return limited(self.config, ids, tokens, evaluation, report, least, "turns", marked, starts), report
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         every = self.config.loss == "every"
@@ -301,12 +308,14 @@ class Dialogue(NoChoices):
     def ask(self, unit: Unit, step: int, target: np.ndarray | None = None) -> Example:
         size = turns_a_chunk(self.config)
         turns = unit.pieces[: step * size + 2]
-        return session(self.template, turns, every=False, score_end=False, unit=size, id=unit.id)
+        return session(self.template, turns, every=False, score_end=False, unit=size, start=unit.start, id=unit.id)
 
     def _session(self, unit: Unit, count: int, every: bool) -> Example:
         size, roles = turns_a_chunk(self.config), self.config.roles or ROLES
         turns, marked = unit.pieces[:count], unit.marked
-        return session(self.template, turns, every=every, unit=size, roles=roles, marked=marked, id=unit.id)
+        return session(
+            self.template, turns, every=every, unit=size, roles=roles, marked=marked, start=unit.start, id=unit.id
+        )
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         every, least = self.config.loss == "every", self.config.min_turns
@@ -339,7 +348,7 @@ def _marked(record: Record, where: str) -> frozenset[int] | None:
 
 
 class Online:
-    """``{"contexts", "query", "target"}``: contexts are time steps; the whole record is always used."""
+    """``{"contexts", "query", "target", "system"?}``: contexts are time steps; the whole record is always used."""
 
     tokenized = True
 
@@ -365,11 +374,12 @@ class Online:
             (head, *(next(later) for _ in texts[1:]), target)
             for head, texts, target in zip(first, inputs, targets, strict=True)
         ]
-        return limited(self.config, ids, tokens, evaluation, report, 2, "pieces"), report
+        starts = self.template.starts([record.get("system", "") for record in records], ids)
+        return limited(self.config, ids, tokens, evaluation, report, 2, "pieces", starts=starts), report
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         every, size, roles = self.config.loss == "every", turns_a_chunk(self.config), self.config.roles or ROLES
-        return session(self.template, unit.pieces, every=every, unit=size, roles=roles, id=unit.id)
+        return session(self.template, unit.pieces, every=every, unit=size, roles=roles, start=unit.start, id=unit.id)
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
         return measure(method, self.draw(unit, np.random.default_rng(0)))
@@ -381,7 +391,7 @@ class Online:
         *contexts, query, own = unit.pieces
         size = turns_a_chunk(self.config)
         turns = (*contexts[: step * size], query, own if target is None else target)
-        return session(self.template, turns, every=False, score_end=False, unit=size, id=unit.id)
+        return session(self.template, turns, every=False, score_end=False, unit=size, start=unit.start, id=unit.id)
 
     def answers(self, unit: Unit) -> tuple[Sequence[np.ndarray], int]:
         record = self._records[unit.id]
@@ -408,12 +418,14 @@ def limited(
     least: int,
     noun: str,
     marked: Sequence[frozenset[int] | None] | None = None,
+    starts: Sequence[np.ndarray | None] | None = None,
 ) -> list[Unit]:
     """The sessions within the limits, as units; the others are counted in the report."""
     units: list[Unit] = []
     longest, most = config.max_turn_tokens, most_tokens(config, evaluation)
     report.units += len(tokens)
-    for id, pieces, named in zip(ids, tokens, marked or [None] * len(ids), strict=True):
+    nothing = [None] * len(ids)
+    for id, pieces, named, start in zip(ids, tokens, marked or nothing, starts or nothing, strict=True):
         if not all(map(len, pieces)) and len(pieces) >= least:
             # White space, or what the tokenizer leaves out.
             report.drop(f"with one of their {noun} empty", id)
@@ -421,9 +433,9 @@ def limited(
             report.drop(f"with fewer than {least} {noun}")
         elif max(map(len, pieces)) > longest:
             report.drop(f"with one of their {noun} longer than {longest} tokens")
-        elif sum(map(len, pieces)) > most:
+        elif sum(map(len, pieces)) + (0 if start is None else len(start)) > most:
             report.drop(f"of more than {most} tokens")
         else:
-            units.append(Unit(id, pieces, marked=named))
+            units.append(Unit(id, pieces, marked=named, start=start))
     report.kept = len(units)
     return units

@@ -27,8 +27,15 @@ OWN = "python:"
 
 # What each format reads from a record: field -> whether it is a list of strings. A trailing "?" marks an optional one.
 FIELDS: dict[str, dict[str, bool]] = {
-    "dialogue": {"turns": True},
-    "online": {"contexts": True, "query": False, "target": False, "choices?": True, "answers?": True},
+    "dialogue": {"turns": True, "system?": False},
+    "online": {
+        "contexts": True,
+        "query": False,
+        "target": False,
+        "choices?": True,
+        "answers?": True,
+        "system?": False,
+    },
     "fewshot": {"text": False, "label": False},
     "text": {"text": False},
     "recall": {},
@@ -232,7 +239,12 @@ def blank(record: Record, format: str) -> bool:
     """Whether one of the texts that a format reads from a record is empty or white space: it would be no chunk."""
     for field, is_list in FIELDS[format].items():
         name = field.rstrip("?")
-        if name in record and not all(text.strip() for text in (record[name] if is_list else [record[name]])):
+        # An empty system message is none.
+        if (
+            name in record
+            and name != "system"
+            and not all(text.strip() for text in (record[name] if is_list else [record[name]]))
+        ):
             return True
     return False
 

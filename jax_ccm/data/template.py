@@ -78,6 +78,7 @@ class Template:
             return
         nothing = np.zeros(0, np.int32)
         self.heads, self.tails = dict.fromkeys(ROLES, nothing), dict.fromkeys(ROLES, nothing)
+        self._system, self._messages = None, False
         self._opening, self._separator, self._answer = opening, separator, answer
         self.end = self._special("eos", eos)
         bos_ids = self._special("bos", bos)
@@ -104,6 +105,7 @@ class Template:
             template.heads["assistant"],
         )
         self.start = self._encode([self._encoder.template(template.start)])[0]
+        self._system, self._messages = template.system, True
         self.separator = np.zeros(0, np.int32)
         self.answer = np.concatenate([self.tails["user"], self.heads["assistant"]])
         self.end = self.tails["assistant"]
@@ -119,6 +121,29 @@ class Template:
     def target(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 tokens of each text as a target behind a query and `answer`; without `end`."""
         return self._behind("a" + self._answer, texts)
+
+    def starts(self, systems: Sequence[str], ids: Sequence[str]) -> list[np.ndarray | None]:
+        """int32 tokens with which sessions begin that have a system message, in the place of `start`.
+
+        Args:
+          systems: the messages; sessions whose message is empty or white space begin as others do, None.
+          ids: name them in messages.
+
+        Raises:
+          UserError: for a message where sessions have none.
+        """
+        given = [number for number, text in enumerate(systems) if text.strip()]
+        if not given:
+            return [None] * len(systems)
+        if self._system is None:
+            why = "turns are lines of text; set data.chat_template: true"
+            if self._messages:
+                why = "this chat template writes none that stands by itself; leave it out, or say it in the first turn"
+            raise UserError(f"{ids[given[0]]}: there is a system message, but {why}")
+        before, behind = (self._encode([self._encoder.template(text)])[0] for text in self._system)
+        said = self._behind(self._system[0], [systems[number] for number in given])
+        made = {number: np.concatenate([before, tokens, behind]) for number, tokens in zip(given, said, strict=True)}
+        return [made.get(number) for number in range(len(systems))]
 
     def plain(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 tokens of each text by itself, unstripped."""

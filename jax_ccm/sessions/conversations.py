@@ -137,6 +137,7 @@ class Conversations:
         text: str | None,
         how: Answering | None = None,
         *,
+        system: str = "",
         told: Sequence[tuple[str, str]] = (),
         shorter: bool = False,
     ) -> Turn:
@@ -146,14 +147,19 @@ class Conversations:
           row: the session; nothing else may change it until the turn has left.
           text: what is said; None to be told something only.
           how: the answer is made; None for `how`.
+          system: a message with which an empty session begins, and which is never compressed; "" for none.
           told: turns before it that were answered elsewhere.
           shorter: whether the answer may be made shorter than ``how`` says, where there is no room for so much.
 
         Raises:
-          UserError: for a row that does not exist, or a text with nothing to read.
+          UserError: for a row that does not exist, a text with nothing to read, or a system message in a session that
+            has begun, or for a model or method that has none.
         """
         self._require([row])
-        known, exchanges = self.state.tokens[row], []
+        known, exchanges = self.state.tokens[row], [Exchange.instructing(self.engine, system)] if system else []
+        if system and known:
+            raise UserError("a system message begins a conversation, and this one has begun; reset it first")
+        known += sum(len(part.chunks[0]) for part in exchanges)
         for asked, answered in told:
             question = self.engine.question(asked, first=not known)
             exchanges.append(Exchange(self.engine.chunks(question, self.engine.answer(answered))))
@@ -176,13 +182,23 @@ class Conversations:
             tuple(done[row].said if row in done else said for row, said in enumerate(state.said)),
         )
 
-    def say_alone(self, turns: Mapping[int, str], *, max_tokens: int = 48) -> dict[int, str]:
-        """What the same model answers to these turns alone, without memory. Arguments and errors as `say`."""
+    def say_alone(self, turns: Mapping[int, str], *, system: str = "", max_tokens: int = 48) -> dict[int, str]:
+        """What the same model answers to these turns alone, without memory. Arguments, errors as `say`, `turn`."""
         self._require(turns)
         how, nobody = dataclasses.replace(self.how, max_tokens=max_tokens), self.engine.nobody
-        new = lambda row, text: Turn(self.scratch, row, lambda: nobody, text=text, how=how, keeps=False)
+        told = [Exchange.instructing(self.engine, system)] if system else []
+        new = lambda row, text: Turn(self.scratch, row, lambda: nobody, told=told, text=text, how=how, keeps=False)
         *_, replies = self._all([new(row, text) for row, text in turns.items()], AT_A_TIME, keep=False)
         return {row: reply.text for row, reply in replies.items()}
+
+    def instruct(self, systems: Mapping[int, str]) -> None:
+        """Begins empty sessions with a system message each, which all later text sees and which is never compressed.
+
+        Raises:
+          UserError: as `turn`; all sessions are then as they were.
+        """
+        self._require(systems)
+        list(self._all([self.turn(row, None, system=text) for row, text in systems.items()]))
 
     def tell(self, exchanges: Mapping[int, Sequence[tuple[str, str]]]) -> None:
         """Reads turns that were answered elsewhere into some sessions, as if they had been said here.

@@ -15,6 +15,7 @@ from jax_ccm.memory.cache import init_cache
 from jax_ccm.memory.closing import Closing, policy
 from jax_ccm.memory.generation import TOP, Sampling, for_decoding
 from jax_ccm.records.parsing import require_text
+from jax_ccm.rules.rows import WITH_SINK
 from jax_ccm.rules.types import Kind, MemoryCache
 
 NOTHING = np.zeros(0, np.int32)
@@ -118,6 +119,25 @@ class Engine:
         opening = self.template.start if begins else self.template.separator
         return np.concatenate([opening, self.template.heads["user"], tokens])
 
+    def instruction(self, text: str) -> np.ndarray:
+        """int32 tokens of a system message, with which a session begins and which stays as it is.
+
+        Raises:
+          UserError: for an empty one, or a model or method that has none.
+        """
+        method = self.experiment.method
+        require_text(text, "the system message")
+        if not text.strip():
+            raise UserError("the system message is empty; leave it out")
+        if method.kept_kind is None or method.context != "chunks":
+            raise UserError(
+                f"method {method.name!r} keeps no text as it is, and so no system message{WITH_SINK}; or say it in the "
+                "first turn"
+            )
+        (tokens,) = self.template.starts([text], ["this conversation"])
+        assert tokens is not None
+        return tokens
+
     def answer(self, text: str) -> np.ndarray:
         """int32 tokens of an answer that was made elsewhere, not opened; none for an empty one."""
         require_text(text, "the answer")
@@ -209,11 +229,12 @@ class Engine:
             )
 
     def held(self, one: MemoryCache) -> int:
-        """Tokens that a session (`take_row`) still holds as text, of closed chunks and of an open one."""
-        if not self.experiment.method.recent:
-            return 0
-        kind = np.asarray(one.slots.kind)
-        return int(np.isin(kind, (Kind.PAD, Kind.MEMORY, Kind.SINK), invert=True).sum())
+        """Tokens that a session (`take_row`) still holds as text: a system message, closed chunks and an open one."""
+        method, kind = self.experiment.method, np.asarray(one.slots.kind)
+        kept = max(int((kind == Kind.SINK).sum()) - method.sink, 0)
+        if not method.recent:
+            return kept
+        return kept + int(np.isin(kind, (Kind.PAD, Kind.MEMORY, Kind.SINK), invert=True).sum())
 
     def require_fit(self, tokens: int, room: int, held: int = 0) -> None:
         """Refuses a text that is too long to be read at once.

@@ -99,13 +99,15 @@ class Scratch:
         """A copy of a row."""
         return take(self.cache, np.int32(row))
 
-    def read(self, row: int, piece: np.ndarray, *, query: bool) -> None:
-        """Reads int32 tokens into a row, up to the largest of `PIECES`."""
+    def read(self, row: int, piece: np.ndarray, *, query: bool, keep: bool = False) -> None:
+        """Reads int32 tokens into a row, up to the largest of `PIECES`; ``keep``: they are never compressed."""
         experiment, closing = self.engine.experiment, self.engine.closing
         size = next(size for size in PIECES if size >= len(piece))
         if experiment.method.chunk is None and closing is None:
             size = min(size, raw_capacity(self.cache))
         chunk = rows.chunk([piece.tolist()], size, experiment.model_config.vocab_size)
+        if keep:
+            chunk = dataclasses.replace(chunk, kept=chunk.valid)
         method = experiment.method
         self._run(_read, np.int32(row), experiment.model, chunk, method=method, query=query, closing=closing)
 

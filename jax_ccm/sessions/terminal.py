@@ -40,26 +40,31 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclasses.dataclass
 class _Told:
-    """A conversation, and what of it is known here: the texts of its turns, or None if it came from a file."""
+    """A conversation, and what of it is known here: the texts of its turns, or None if it came from a file; and the
+    system message with which it begins."""
 
     state: State
     past: list[tuple[str, str]] | None
+    system: str
 
 
 class Terminal:
     """Talks in one session of some conversations, and prints."""
 
-    def __init__(self, talk: Conversations, *, max_tokens: int, alone: bool = False):
+    def __init__(self, talk: Conversations, *, max_tokens: int, alone: bool = False, system: str = ""):
         """Begins in the session that is there.
 
         Args:
           talk: conversations of one row.
           max_tokens: most tokens of a reply.
           alone: whether each turn is also answered without memory.
+          system: the system message with which the session that is there begins.
         """
         self.talk, self.max_tokens, self.alone = talk, max_tokens, alone
+        self.system = system
         # A text that was read first is not known turn by turn.
-        self._past: list[tuple[str, str]] | None = None if talk.state.tokens[0] else []
+        begun = talk.state.tokens[0] - (len(talk.engine.instruction(system)) if system else 0)
+        self._past: list[tuple[str, str]] | None = None if begun else []
         self._last: tuple[str, _Told] | None = None
         self._behind: list[_Told] = []
 
@@ -70,9 +75,9 @@ class Terminal:
           UserError: if it cannot be answered; the memory is as it was.
         """
         if self.alone:
-            entry["without_memory"] = self.talk.say_alone({0: text}, max_tokens=self.max_tokens)[0]
+            entry["without_memory"] = self._alone(text)
             print(f"without  {printable(entry['without_memory'])}")
-        before = _Told(self.talk.state, self._past)
+        before = self._here()
         reply, first, seconds = self._reply(text, "memory " if self.alone else "model  ")
         self._last = text, before
         self._past = None if self._past is None else [*self._past, (text, reply.text)]
@@ -158,11 +163,11 @@ class Terminal:
 
     def _load(self, path: str) -> None:
         self.talk.load(0, path)
-        self._past, self._last = None, None
+        self._past, self._last, self.system = None, None, ""
         print(f"goes on from {path}: {len(self.talk.state.turns[0])} turns, {self.talk.state.tokens[0]:,} tokens read")
 
     def _fork(self) -> None:
-        self._behind.append(_Told(self.talk.state, self._past))
+        self._behind.append(self._here())
         print(f"this is a copy; /back returns to the conversation as it is now ({len(self._behind)} to return to)")
 
     def _back(self) -> None:
@@ -179,9 +184,9 @@ class Terminal:
         print(f"turn {int(number)} is forgotten, {slots} slots; later turns, which have seen it, stay")
 
     def _reset(self) -> None:
-        self.talk.reset(0)
+        self._anew()
         self._past, self._last = [], None
-        print("the memory is empty")
+        print("the memory is empty" + ", but for the system message" * bool(self.system))
 
     def _compare(self) -> None:
         if self._last is None:
@@ -195,10 +200,21 @@ class Terminal:
             else:
                 print(f"full     {printable(self._from_all(before, text))}")
         with self._at(before):
-            self.talk.reset(0)
+            self._anew()
             self.talk.tell({0: OTHER})
             self._reply(text, "another")
-        print(f"nothing  {printable(self.talk.say_alone({0: text}, max_tokens=self.max_tokens)[0])}")
+        print(f"nothing  {printable(self._alone(text))}")
+
+    def _alone(self, text: str) -> str:
+        return self.talk.say_alone({0: text}, system=self.system, max_tokens=self.max_tokens)[0]
+
+    def _anew(self) -> None:
+        self.talk.reset(0)
+        if self.system:
+            self.talk.instruct({0: self.system})
+
+    def _here(self) -> _Told:
+        return _Told(self.talk.state, self._past, self.system)
 
     def _from_all(self, before: _Told, text: str) -> str:
         """What the base answers that holds all text; as much room is made as that takes."""
@@ -213,6 +229,8 @@ class Terminal:
         )
         how = self.talk.how
         other = Conversations(full, sampling=how.sampling, seed=how.seed, stop=how.stop)
+        if before.system:
+            other.instruct({0: before.system})
         if before.past:
             other.tell({0: before.past})
         return other.say({0: text}, max_tokens=self.max_tokens)[0]
@@ -220,7 +238,7 @@ class Terminal:
     @contextlib.contextmanager
     def _at(self, there: _Told) -> Iterator[None]:
         """The conversation as it was at another time, for as long as this lasts."""
-        here = _Told(self.talk.state, self._past)
+        here = self._here()
         self._put(there, last=self._last)
         try:
             yield
@@ -228,7 +246,7 @@ class Terminal:
             self._put(here, last=self._last)
 
     def _put(self, there: _Told, last: tuple[str, _Told] | None = None) -> None:
-        self.talk.state, self._past, self._last = there.state, there.past, last
+        self.talk.state, self._past, self.system, self._last = there.state, there.past, there.system, last
 
 
 def printable(text: str) -> str:

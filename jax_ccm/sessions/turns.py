@@ -63,10 +63,17 @@ class Exchange:
     Attributes:
       chunks: int32 tokens, each closed by itself.
       turn: whether it is a turn of the user's, and its answer; otherwise a text.
+      stays: whether it becomes no memory but stays as it is: a system message.
     """
 
     chunks: Sequence[np.ndarray]
     turn: bool = True
+    stays: bool = False
+
+    @classmethod
+    def instructing(cls, engine: Engine, system: str) -> Exchange:
+        """A system message. Raises as `Engine.instruction`."""
+        return cls([engine.instruction(system)], turn=False, stays=True)
 
 
 class Turn:
@@ -170,7 +177,7 @@ class Turn:
         """Makes the answer, and then memory of both; ``first`` is the number of their first chunk."""
         engine = self.scratch.engine
         method, opened = engine.experiment.method, np.concatenate([question, engine.template.answer])
-        held = engine.held(self._start()) if method.recent else 0
+        held = engine.held(self._start())
         room = engine.room_after(len(opened) + held)
         if self._shorter and room is not None and 1 <= room < self.how.max_tokens:
             self.how = dataclasses.replace(self.how, max_tokens=room)
@@ -231,10 +238,10 @@ class Turn:
             engine.require_room(len(chunks[0]))
             self.scratch.put(self.row, engine.nobody)
         for chunk in chunks:
-            held = engine.held(self.scratch.take(self.row)) if engine.experiment.method.recent else 0
-            engine.require_fit(len(chunk), 0, held)
-            yield from self._read(chunk)
-            yield from self._close()
+            engine.require_fit(len(chunk), 0, engine.held(self.scratch.take(self.row)))
+            yield from self._read(chunk, keep=part.stays)
+            if not part.stays:
+                yield from self._close()
         self._note(part, first)
 
     def _note(self, part: Exchange, first: int) -> None:
@@ -246,9 +253,9 @@ class Turn:
     def _begin(self) -> None:
         self.scratch.put(self.row, self._start())
 
-    def _read(self, tokens: np.ndarray, *, query: bool = False) -> Steps:
+    def _read(self, tokens: np.ndarray, *, query: bool = False, keep: bool = False) -> Steps:
         for at in range(0, len(tokens), PIECES[-1]):
-            self.scratch.read(self.row, tokens[at : at + PIECES[-1]], query=query)
+            self.scratch.read(self.row, tokens[at : at + PIECES[-1]], query=query, keep=keep)
             yield 0
 
     def _close(self) -> Steps:

@@ -1,5 +1,6 @@
 """Chat templates are cut into messages that put together again are what the template writes."""
 
+import dataclasses
 import importlib.util
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from jax_ccm.data.chat_template import ChatTemplate
 from jax_ccm.data.config import BY_FORMAT, DialogueConfig, kind_of
-from jax_ccm.data.formats import session
+from jax_ccm.data.formats import Dialogue, session
+from jax_ccm.data.sources import Records
 from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
@@ -114,6 +116,72 @@ def test_messages_are_what_the_template_writes():
         tokenize=False,
     )
     assert "".join([one, two, tail.replace("</s></s>", "</s>")]) == whole
+
+
+MESSAGES = "{% for m in messages %}{{ '[' + m['role'] + ']\n' + m['content'] + '</s>' }}{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "around"),
+    [
+        ("{{ bos_token }}" + MESSAGES + PROMPT, ("<s>[system]\n", "</s>")),
+        # One that the template puts in by itself is no part of sessions without one.
+        (
+            "{% if messages[0]['role'] != 'system' %}[system]\nbe good</s>{% endif %}"
+            + MESSAGES + PROMPT,
+            ("[system]\n", "</s>"),
+        ),
+        (TEMPLATES["only questions are marked"][0].replace("{% else %}", "{% elif m['role'] == 'assistant' %}"), None),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+            + MESSAGES + PROMPT,
+            None,
+        ),
+    ],
+    ids=["behind the bos token", "a default", "left out", "refused"],
+)  # fmt: skip
+def test_system_messages(template, around):
+    found = ChatTemplate.of(with_template(template))
+    assert found.system == around
+    made = Template(with_template(template), chat_template=found)
+    if around is None:
+        with pytest.raises(UserError, match="record 7: there is a system message, but this chat template writes none"):
+            made.starts(["", "be brief"], ["record 6", "record 7"])
+        assert made.starts(["", " "], ["a", "b"]) == [None, None]
+        return
+    nothing, start = made.starts(["", "be </s> on"], ["a", "b"])
+    assert nothing is None and text_of(start) == around[0] + "be </s> on" + around[1]
+    # What somebody wrote is text.
+    assert (start == made.end[0]).sum() == 1
+    turns = ["hi", "the one", "in here", "on"]
+    tokens = [*made.first(turns[:1]), *made.later(turns[1:-1]), *made.target(turns[-1:])]
+    example = session(made, tokens, every=True, unit=2, start=start)
+    first, _ = rows.arrange(build("ccm_concat", sink=True), example)
+    assert first.kept is not None and first.kept.sum() == len(start)
+    whole = "".join(text_of(s.tokens) for s in rows.arrange(build("full"), example))
+    assert whole == found.text(turns, "be </s> on")
+
+
+def test_system_messages_of_records():
+    """Each session that is cut out of a dialogue has it, and it counts."""
+    template = "{{ bos_token }}" + MESSAGES + PROMPT
+    records = [{"turns": ["hi", "the one"] * 4, "system": "be on"}, {"turns": ["hi", "on"] * 2, "system": ""}]
+    config = DialogueConfig(chat_template=True, max_turns=4, max_tokens=100, loss="every")
+    format = Dialogue(config, Template.of(config, with_template(template)))
+    units, _ = format.load([Records("records", records)])
+    starts = [text_of(format.draw(unit, np.random.default_rng(0)).start) for unit in units]
+    assert starts == ["<s>[system]\nbe on</s>"] * 2 + ["<s>"]
+    example, method = format.ask(units[0], 1), build("ccm_concat", sink=True)
+    assert example.keeps_start and not format.ask(units[2], 1).keeps_start
+    assert (
+        format.needs(units[0], method).tokens > format.needs(dataclasses.replace(units[0], start=None), method).tokens
+    )
+    units, report = format.load([Records("records", [records[0] | {"system": "be on " * 40}])])
+    assert not units and "of more than 100 tokens" in str(report)
+    lines = DialogueConfig(loss="every")
+    with pytest.raises(UserError, match=r"records.0.: there is a system message, but turns are lines of text"):
+        Dialogue(lines, Template.of(lines, with_template(template))).load([Records("records", records)])
 
 
 def test_options_that_a_template_decides():

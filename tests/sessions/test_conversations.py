@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from jax_ccm.data.formats import session
 from jax_ccm.errors import UserError
+from jax_ccm.evals import parity
 from jax_ccm.memory.cache import select
 from jax_ccm.memory.generation import Sampling
 from jax_ccm.rules.types import Kind
@@ -156,6 +158,57 @@ def test_recent_turns_stay_as_text():
     with pytest.raises(UserError, match="do not fit cache.raw_capacity"):
         talk.say({0: "x"}, max_tokens=room - 8)
     talk.say({1: "x"}, max_tokens=room - 8)  # a session that has said nothing has room
+
+
+@pytest.mark.parametrize("name", ["ccm_concat", "ccm_merge", "full"])
+def test_a_system_message_stays_as_it_is(name, tmp_path):
+    """It is what training lays out, is seen in all turns, takes room, and goes with copies and files."""
+    sink = {} if name == "full" else {"comp_tokens": 2, "sink": True}
+    made = experiment(name, "exchange", {"max_turn_tokens": 64, "chat_template": True}, **sink)
+    talk = Conversations(made, 3)
+    talk.instruct({1: "be brief"})
+    start = talk.engine.instruction("be brief")
+    assert talk.state.tokens[1] == len(start) and talk.state.turns[1] == ()
+    pairs = [("hello", "yes"), ("what", "that")]
+    talk.tell({1: pairs})
+    if name != "full":
+        kind = np.asarray(talk.state.cache.slots.kind)[1]
+        assert (kind == Kind.SINK).sum() == len(start) and not (kind == Kind.TEXT).any()
+    # The parallel form of the same conversation, as the data write it.
+    text = [text for pair in (*pairs, ("and", "x")) for text in pair]
+    template = talk.engine.template
+    tokens = [*template.first(text[:1]), *template.later(text[1:-1]), *template.target(text[-1:])]
+    example = session(template, tokens, every=False, unit=2, start=start)
+    (logits,) = parity.parallel_logits(made.model, made.method, [example])
+    (_, reply) = next(iter(talk.stream({1: "and"}, max_tokens=1)), (1, ""))
+    assert reply == talk.engine.text(np.argmax(logits[:1], axis=1))
+    talk.fork(1, 2)
+    talk.save(1, tmp_path / "brief.ccm")
+    other = Conversations(made, 3)
+    other.load(0, tmp_path / "brief.ccm")
+    assert close(row(other, 0), row(talk, 1)) and close(row(talk, 2), row(talk, 1))
+    # In one go, and alone.
+    again = Conversations(made, 3)
+    list(again._all([again.turn(1, None, system="be brief", told=pairs)]))
+    assert again.state.tokens[1] == len(start) + sum(len(s.tokens) for s in example.segments[:-1])
+    assert talk.say_alone({0: "and"}, max_tokens=4) != talk.say_alone({0: "and"}, system="be brief", max_tokens=4)
+    with pytest.raises(UserError, match="a system message begins a conversation, and this one has begun"):
+        talk.instruct({1: "be long"})
+    if name != "full":
+        with pytest.raises(UserError, match=f"of which {len(start) - 1} are taken"):
+            talk.say({1: "x" * 40}, max_tokens=40)
+
+
+def test_system_messages_where_there_are_none():
+    for name, data, options, message in (
+        ("ccm_concat", {"chat_template": True}, {}, "keeps no text as it is.*with method.sink: true"),
+        ("ccm_concat", {}, {"sink": True}, "turns are lines of text; set data.chat_template: true"),
+        ("none", {"chat_template": True}, {}, "keeps no text as it is"),
+    ):
+        talk = Conversations(experiment(name, "exchange", data, **options))
+        with pytest.raises(UserError, match=message):
+            talk.instruct({0: "be brief"})
+        assert not talk.state.tokens[0]
 
 
 def test_turns_of_elsewhere_are_what_they_would_have_been():

@@ -20,6 +20,23 @@ def terminal(made):
     return Terminal(Conversations(made), max_tokens=4)
 
 
+def test_a_system_message_stays_when_the_memory_goes(capsys):
+    made = experiment(
+        "ccm_concat", "exchange", {"max_turn_tokens": 64, "chat_template": True}, comp_tokens=2, sink=True
+    )
+    talk = Conversations(made)
+    talk.instruct({0: "be brief"})
+    begun = talk.state.tokens[0]
+    terminal = Terminal(talk, max_tokens=4, alone=True, system="be brief")
+    terminal.say("hello", {})
+    terminal.command("/compare")
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:7].strip()]
+    assert lines == ["without", "memory", "memory", "full", "another", "nothing"]
+    terminal.command("/reset")
+    assert talk.state.tokens[0] == begun and "but for the system message" in capsys.readouterr().out
+    assert len(talk.state.turns[0]) == 0
+
+
 def test_commands(terminal, tmp_path, capsys):
     """Each does what it says, and a mistake changes nothing."""
     talk, entry = terminal.talk, {}
