@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def listing() -> Iterator[str]:
     """Formats and sources, in lines."""
+    from jax_ccm.data.converters.table import CONVERTERS
     from jax_ccm.data.generated import COMMON, GENERATED, SPLITS
     from jax_ccm.data.sources import FIELDS, prepared
 
@@ -65,6 +66,10 @@ def listing() -> Iterator[str]:
     yield f"\ngenerated data sets; all take {written(COMMON)}; splits: {', '.join(SPLITS)}, which share nothing"
     for name, kind in GENERATED.items():
         yield f"  generated:{name + written(kind.options)}"
+        yield f"      {kind.format}: {kind.about}"
+    yield "\nfiles in formats of others (.jsonl, .json, .parquet), read by name; docs/sources.md tells of each"
+    for name, kind in CONVERTERS.items():
+        yield f"  {name}:PATH{written(kind.options) if kind.options else ''}"
         yield f"      {kind.format}: {kind.about}"
     folder, found = prepared()
     yield f"\nprepared data sets of tensorflow-datasets in {folder}"

@@ -11,7 +11,8 @@ import numpy as np
 
 from jax_ccm.data import documents
 from jax_ccm.data.config import DataConfig, TextConfig
-from jax_ccm.data.formats import Format, Report, Unit
+from jax_ccm.data.counts import Report
+from jax_ccm.data.formats import Format, Unit
 from jax_ccm.data.sources import Source, open_sources
 from jax_ccm.errors import UserError
 from jax_ccm.rules import examples

@@ -22,6 +22,8 @@ class DataConfig:
     * ``path/to/file.jsonl`` (``*`` allowed), one record a line;
     * ``path/to/file.txt``, or a folder of ``.txt`` files, one text a file;
     * ``tfds:NAME[/CONFIG]:SPLIT?data_dir=DIR``, a prepared data set of tensorflow-datasets;
+    * ``openai:PATH``, ``sharegpt:PATH``: files in formats of others, of which ``python -m jax_ccm.prepare list`` names
+      all, with their options;
     * ``python:PACKAGE.MODULE:FUNCTION?name=value``, a function of your own that returns `jax_ccm.data.sources.Records`;
     * ``generated:conversations?split=train&size=2000&seed=0``, ``generated:questions?…``, ``generated:recall?…``;
       of a user who tells and asks and an assistant who answers, ``generated:chats?…&turns=6-24&age=4`` and
@@ -87,7 +89,7 @@ class DataConfig:
         if self.weights and len(self.weights) != len(self.train):
             raise UserError(
                 f"data.weights has {len(self.weights)} numbers for the {len(self.train)} sources of data.train; give "
-                "one for each"
+                "one for each, or none (on the command line --data.weights with nothing behind it)"
             )
         if any(not (weight > 0 and math.isfinite(weight)) for weight in self.weights):
             raise UserError(

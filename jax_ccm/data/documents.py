@@ -10,8 +10,9 @@ import numpy as np
 
 from jax_ccm.data import recall, spans
 from jax_ccm.data.config import DataConfig, TextConfig
+from jax_ccm.data.counts import Report
 from jax_ccm.data.fewshot import FewShot
-from jax_ccm.data.formats import Askable, Dialogue, NoChoices, Online, Report, Unit, segment, used
+from jax_ccm.data.formats import Askable, Dialogue, NoChoices, Online, Unit, segment, used
 from jax_ccm.data.sources import Source
 from jax_ccm.data.template import Template
 from jax_ccm.rules.examples import Example, concat

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_ccm.data.config import FewShotConfig
-from jax_ccm.data.formats import Report, Unit, segment, used
+from jax_ccm.data.counts import Report
+from jax_ccm.data.formats import Unit, segment, used
 from jax_ccm.data.sources import Source
 from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError

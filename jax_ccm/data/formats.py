@@ -6,8 +6,8 @@ keeps is read-only, and an example is put together anew at each draw.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import itertools
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,8 @@ import numpy as np
 
 from jax_ccm.data.chat_template import ROLES
 from jax_ccm.data.config import DialogueConfig, LimitedConfig, OnlineConfig, TurnsConfig
-from jax_ccm.data.sources import Record, Source, blank
+from jax_ccm.data.counts import Report
+from jax_ccm.data.sources import Record, Records, Source, blank
 from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
 from jax_ccm.rules.examples import Example, Segment, concat, with_prefix
@@ -25,57 +26,18 @@ from jax_ccm.rules.rows import Sizes, measure
 from jax_ccm.rules.types import Method
 
 
-@dataclasses.dataclass
-class Report:
-    """What became of the records.
-
-    Attributes:
-      noun: what a unit is called, in the plural.
-      records: records read.
-      units: sessions made of them; fewer or more than records, if records are short or are cut.
-      kept: sessions within the limits.
-      dropped: reason -> how many were dropped for it.
-      first: reason -> the first of them, where it is told.
-    """
-
-    noun: str
-    records: int = 0
-    units: int = 0
-    kept: int = 0
-    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    first: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def drop(self, reason: str, where: str = "") -> None:
-        """Counts a dropped unit; ``where`` names a record that somebody may want to mend."""
-        self.dropped[reason] += 1
-        if where:
-            self.first.setdefault(reason, where)
-
-    def joined(self, other: Report) -> Report:
-        """What became of the records of both."""
-        return Report(
-            self.noun,
-            self.records + other.records,
-            self.units + other.units,
-            self.kept + other.kept,
-            self.dropped + other.dropped,
-            other.first | self.first,
-        )
-
-    def __str__(self) -> str:
-        made = "" if self.units == self.records else f" (made of {self.records:,} records)"
-        text = f"{self.kept:,} of {self.units:,} {self.noun}{made} are used"
-        if self.dropped:
-            place = lambda reason: f" (the first: {self.first[reason]})" if reason in self.first else ""
-            text += "; dropped: " + ", ".join(
-                f"{n:,} {reason}{place(reason)}" for reason, n in self.dropped.most_common()
-            )
-        return text
-
-
 def used(sources: Sequence[Source], format: str, report: Report, blanks: str) -> Iterator[tuple[str, Record]]:
-    """Name and content of each record, all of whose texts say something; the others are counted as ``blanks``."""
+    """Name and content of each record, all of whose texts say something; the others are counted as ``blanks``.
+
+    What a converter left out is counted, too.
+    """
     for source in sources:
+        if isinstance(source, Records):
+            report.changed.update(source.changed)
+            for reason, where in source.dropped:
+                report.records += 1
+                report.units += 1
+                report.drop(reason, where)
         for index in range(len(source)):
             record = source[index]
             report.records += 1
@@ -264,9 +226,9 @@ def most_tokens(config: LimitedConfig, evaluation: bool) -> int:
 class Dialogue(NoChoices):
     """``{"turns", "scored"?, "system"?}``: every turn is a time step (CCM, section 4.1).
 
-    With ``loss="last"`` a draw takes the first k turns, k uniform from ``min_turns`` to all, and scores the last of
-    them; ``loss="every"`` takes all turns, and scores those that the record's ``scored`` names (numbers from 0), if
-    it does; the last always.
+    With ``loss="last"`` a draw takes the first k turns, k uniform from ``min_turns`` to all (with a chat template as
+    many as leave the last one to whoever has it), and scores the last of them; ``loss="every"`` takes all turns, and
+    scores those that the record's ``scored`` names (numbers from 0), if it does; the last always.
     """
 
     def __init__(self, config: DialogueConfig, template: Template):
@@ -280,13 +242,11 @@ class Dialogue(NoChoices):
             if self.config.clean:
                 turns = [despace(turn) for turn in turns]
             named = _marked(record, where)
-            count = -(-len(turns) // longest) if longest else 1
-            bounds = np.linspace(0, len(turns), count + 1).astype(int)
-            for number in range(count):
-                ids.append(where + (f" piece {number}" if count > 1 else ""))
+            cuts = _cuts(len(turns), longest, turns_a_chunk(self.config) if not self.config.chat_template else 2)
+            for number, own in enumerate(cuts):
+                ids.append(where + (f" piece {number}" if len(cuts) > 1 else ""))
                 systems.append(record.get("system", ""))
-                dialogues.append(turns[bounds[number] : bounds[number + 1]])
-                own = range(bounds[number], bounds[number + 1])
+                dialogues.append(turns[own.start : own.stop])
                 marked.append(None if named is None else frozenset(i - own[0] for i in named if i in own))
         first = self.template.first([turns[0] if turns else "" for turns in dialogues])
         later = iter(self.template.later([turn for turns in dialogues for turn in turns[1:]]))
@@ -299,7 +259,10 @@ class Dialogue(NoChoices):
         every = self.config.loss == "every"
         count = len(unit.pieces)
         if not every:
-            count = int(rng.integers(self.config.min_turns, count + 1))
+            # Of messages the last is always the same side's.
+            step = 2 if self.config.chat_template else 1
+            most = (count - self.config.min_turns) // step
+            count += step * (int(rng.integers(0, most + 1)) - most)
         return self._session(unit, count, every)
 
     def chunks(self, unit: Unit) -> int:
@@ -328,6 +291,19 @@ class Dialogue(NoChoices):
         counts = range(least, len(unit.pieces) + 1)
         tokens = max(measure(method, self._session(unit, k, False)).tokens for k in counts)
         return Sizes(tokens, 0, scored)
+
+
+def _cuts(turns: int, longest: int | None, unit: int) -> list[range]:
+    """The numbers of the turns of each piece of a dialogue, of up to ``longest``; ``unit`` turns stay together.
+
+    They are counted back from the last turn, so that a piece ends with a turn of whoever ends the dialogue.
+    """
+    if longest is None or turns <= longest:
+        return [range(turns)]
+    units = -(-turns // unit)
+    count = -(-units // max(longest // unit, 1))
+    bounds = np.linspace(0, units, count + 1).astype(int) * unit - (units * unit - turns)
+    return [range(max(first, 0), last) for first, last in itertools.pairwise(bounds.tolist())]
 
 
 def _marked(record: Record, where: str) -> frozenset[int] | None:

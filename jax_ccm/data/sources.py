@@ -1,4 +1,4 @@
-"""Where records come from: JSONL and text files, tensorflow-datasets, and the generators.
+"""Where records come from: JSONL and text files, files of others, tensorflow-datasets, and the generators.
 
 Every source has random access, so that grain can shuffle and resume it by index.
 """
@@ -13,9 +13,11 @@ import pathlib
 import re
 import reprlib
 import urllib.parse
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from jax_ccm.data.converters.table import CONVERTERS
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.records import named, paths
 from jax_ccm.records.parsing import Repeated, parse_json, require_text
@@ -64,6 +66,9 @@ class Records:
     name: str
     records: Sequence[Record]
     locations: Sequence[str] | None = None
+    # Of what was converted: (reason, place) of what became no record, and what was done to how many.
+    dropped: Sequence[tuple[str, str]] = ()
+    changed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -123,13 +128,21 @@ def _open(source: str, fields: dict[str, bool], format: str) -> list[Source]:
     if scheme in openers:
         address, _, query = rest.partition("?")
         return [openers[scheme](source, address, _options(source, query), fields, format)]
-    if "*" in source:
-        files = _in_bucket(source) if paths.is_remote(source) else sorted(glob.glob(source, recursive=True))
-        if not files:
-            raise UserError(f"no file matches the data source {source!r}")
-    else:
-        files = [source]
-    return [_local(paths.local(file, ("*.txt",)), fields) for file in files]
+    if scheme in CONVERTERS:
+        address, _, query = rest.partition("?")
+        given = _options(source, query)
+        return [_converted(scheme, file, given, fields, format) for file in _files(address)]
+    return [_local(paths.local(file, ("*.txt",)), fields) for file in _files(source)]
+
+
+def _files(source: str) -> list[str]:
+    """The files that a path names, several where it has ``*``."""
+    if "*" not in source:
+        return [source]
+    files = _in_bucket(source) if paths.is_remote(source) else sorted(glob.glob(source, recursive=True))
+    if not files:
+        raise UserError(f"no file matches the data source {source!r}")
+    return files
 
 
 def _in_bucket(source: str) -> list[str]:
@@ -163,7 +176,7 @@ def _local(path: pathlib.Path, fields: dict[str, bool]) -> Source:
     elif not path.is_file():
         raise UserError(
             f"data source '{path}' does not exist. Allowed: a .jsonl or .txt file, a folder of .txt files, "
-            "tfds:NAME:SPLIT, generated:NAME?…, python:MODULE:FUNCTION?…"
+            f"tfds:NAME:SPLIT, generated:NAME?…, python:MODULE:FUNCTION?…, and NAME:FILE for {', '.join(CONVERTERS)}"
         )
     elif path.suffix == ".txt":
         files = [path]
@@ -263,6 +276,29 @@ def _own(source: str, address: str, options: dict[str, str], fields: dict[str, b
     for index in range(len(made)):
         _check(made[index], fields, made.where(index))
     return made
+
+
+def _converted(name: str, file: str, options: dict[str, str], fields: dict[str, bool], format: str) -> Source:
+    """What a converter makes of a file."""
+    converter, what = CONVERTERS[name], f"data source '{name}:{file}'"
+    if converter.format != format:
+        raise UserError(
+            f"{what} gives records for format {converter.format!r}, but data.format is {format!r}; set data.format: "
+            f"{converter.format}"
+        )
+    path = paths.local(file)
+    if not path.exists():
+        raise UserError(f"{what}: there is no {path}. {name} reads {converter.about}")
+    for option in options:
+        if option not in converter.options:
+            raise unknown(f"option of {what}:", option, converter.options)
+    made = converter.convert(**named.arguments(converter.convert, {"path": str(path), **options}, what))
+    if not made.records:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in Counter(r for r, _ in made.dropped).items())
+        raise UserError(f"{what}: nothing of it can be used ({reasons or 'it is empty'})")
+    for record, where in zip(made.records, made.places, strict=True):
+        _check(record, fields, where)
+    return Records(f"{name}:{file}", made.records, made.places, made.dropped, made.changed)
 
 
 def prepared() -> tuple[pathlib.Path, list[tuple[str, list[str]]]]:

@@ -104,6 +104,13 @@ def test_long_dialogues_are_cut():
     assert str(report) == "4 of 4 dialogues (made of 2 records) are used"
 
 
+def test_pieces_of_messages_end_with_whoever_ends_the_dialogue():
+    """A cut never makes a target of the user's turn, and an exchange stays together."""
+    _, units, _ = load(dialogues(14, 13), max_turns=6, unit_of_memory="exchange")
+    assert [len(unit.pieces) for unit in units] == [4, 4, 6, 3, 4, 6]
+    assert [text_of(unit.pieces[-1])[-9:] for unit in units[:3]] == ["rn 3 of 0", "rn 7 of 0", "n 13 of 0"]
+
+
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
