@@ -17,6 +17,8 @@ def test_the_page_has_every_format_with_its_options():
         (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}:PATH")]
         assert all(f"{option}={default}" in PAGE for option, default in kind.options.items()), name
         assert f"`{kind.format}`" in row
+        if kind.citation:
+            assert f"| {kind.licence} | {kind.citation} | {kind.splits} | {'yes' if kind.seen else 'never'} |" in row
 
 
 def test_listed(capsys):

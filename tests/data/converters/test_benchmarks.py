@@ -1,0 +1,164 @@
+"""Small files in the formats of benchmarks become questions behind contexts."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from jax_ccm.data.config import OnlineConfig
+from jax_ccm.data.questions import Evaluation
+from jax_ccm.data.sources import open_sources
+from jax_ccm.errors import UserError
+from tests.data.support import tokenizer, write
+
+
+def records(source: str) -> list[dict]:
+    (opened,) = open_sources([source], "online")
+    return [opened[index] for index in range(len(opened))]
+
+
+def as_parquet(path, rows: list[dict]) -> str:
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+BABILONG = [
+    {"input": "It was dark. Mary went to the garden. Call me Ishmael, he said.", "question": "Where is Mary?",
+     "target": "garden"},
+    {"input": "John is in the hall.", "question": "Where is John?", "target": "hall"},
+]  # fmt: skip
+
+
+def test_babilong(tmp_path):
+    path = as_parquet(tmp_path / "qa1.parquet", BABILONG)
+    first, second = records(f"babilong:{path}?words=8")
+    assert first == {
+        "contexts": ["It was dark. Mary went to the garden.", "Call me Ishmael, he said."],
+        "query": "Where is Mary?", "target": "garden", "choices": ["garden", "hall"],
+    }  # fmt: skip
+    assert second["contexts"] == ["John is in the hall."]
+    (tmp_path / "qa1.json").write_text(json.dumps(BABILONG))
+    assert "choices" not in records(f"babilong:{tmp_path / 'qa1.json'}?choices=1")[0]
+    assert max(len(text.split()) for text in records(f"babilong:{path}?words=3")[0]["contexts"]) == 3
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"bad.parquet cannot be read as Parquet"):
+        records(f"babilong:{tmp_path / 'bad.parquet'}")
+    with pytest.raises(UserError, match="words=0 of a source must be at least 1"):
+        records(f"babilong:{path}?words=0")
+
+
+def memory(id: str = "q1", kind: str = "knowledge-update") -> dict:
+    said = lambda *texts: [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    return {
+        "question_id": id, "question_type": kind, "question": "Where do I live?", "answer": 7,
+        "question_date": "2023/06/01 (Thu) 10:00", "haystack_session_ids": ["b", "a"], "answer_session_ids": ["b"],
+        "haystack_dates": ["2023/05/20 (Sat) 02:21", "2023/05/01 (Mon) 02:21"],
+        "haystack_sessions": [said("I moved to seven.", "Good."), said("Hi one two three", "Hello!", "Bye")],
+    }  # fmt: skip
+
+
+def test_longmemeval(tmp_path):
+    path = tmp_path / "longmemeval_s.json"
+    path.write_text(json.dumps([memory(), memory("q2_abs"), memory("q3", "multi-session")]))
+    (source,) = open_sources([f"longmemeval:{path}?words=3"], "online")
+    assert source[0] == {
+        "contexts": [
+            "[2023/05/01 (Mon) 02:21] Hi one two", "Hello!", "[2023/05/20 (Sat) 02:21] I moved to", "Good.",
+        ],
+        "query": "[2023/06/01 (Thu) 10:00] Where do I live?", "target": "7",
+    }  # fmt: skip
+    assert source.where(1) == f"{path}[2] (multi-session)" and len(source) == 2
+    assert source.changed["messages cut after 3 words"] == 4
+    assert len(records(f"longmemeval:{path}?type=abstention")) == 1
+    with pytest.raises(UserError, match="did you mean 'multi-session'"):
+        records(f"longmemeval:{path}?type=multi-sesion")
+    path.write_text(json.dumps([memory() | {"haystack_dates": []}]))
+    with pytest.raises(UserError, match=r"s\.json\[0\]: there are 2 haystack_sessions, but 0 haystack_dates"):
+        records(f"longmemeval:{path}")
+
+
+def test_locomo(tmp_path):
+    turns = [{"speaker": "Ann", "dia_id": "D1:1", "text": "Hi!"},
+             {"speaker": "Bob", "dia_id": "D1:2", "text": "Look.", "blip_caption": "a dog"}]  # fmt: skip
+    talk = {"speaker_a": "Ann", "session_10": turns[:1], "session_10_date_time": "later", "session_2": turns,
+            "session_2_date_time": "1 May"}  # fmt: skip
+    asked = [{"question": "Who?", "answer": 2022, "category": 2, "evidence": ["D1:1"]},
+             {"question": "What?", "adversarial_answer": "a cat", "category": 5}]  # fmt: skip
+    path = tmp_path / "locomo10.json"
+    path.write_text(json.dumps([{"sample_id": "x", "conversation": talk, "qa": asked}]))
+    assert records(f"locomo:{path}") == [
+        {"contexts": ["[1 May] Ann: Hi!", "Bob: Look. [shares a picture: a dog]", "[later] Ann: Hi!"],
+         "query": "Who?", "target": "2022"}
+    ]  # fmt: skip
+    (never,) = records(f"locomo:{path}?category=5")
+    assert never["choices"] == ["Not mentioned in the conversation", "a cat"]
+    with pytest.raises(UserError, match="ask them by themselves"):
+        records(f"locomo:{path}?category=4,5")
+    path.write_text(json.dumps([{"conversation": talk, "qa": [{"question": "Who?", "category": 1}]}]))
+    with pytest.raises(UserError, match=r"locomo10\.json\[0\]: qa\[0\]: there is no field 'answer'"):
+        records(f"locomo:{path}")
+
+
+def test_kvpress(tmp_path):
+    row = {"context": "The number is 7. The other is 8.", "question": "Which?", "answer_prefix": " They are",
+           "answer": ["7", "8"], "max_new_tokens": 16, "task": "niah"}  # fmt: skip
+    path = as_parquet(tmp_path / "ruler.parquet", [row, row | {"task": "qa", "answer_prefix": ""}])
+    assert records(f"kvpress:{path}?words=5&task=niah") == [
+        {"contexts": ["The number is 7.", "The other is 8."], "query": "Which?\nThey are", "target": "7, 8"}
+    ]
+    assert records(f"kvpress:{path}")[1]["query"] == "Which?"
+    path = write(tmp_path / "loogle.jsonl", [row | {"answer": 5}])
+    with pytest.raises(UserError, match=r"loogle\.jsonl:1: field 'answer' must be a list, it is 5"):
+        records(f"kvpress:{path}")
+
+
+def test_movielens(tmp_path):
+    """The three layouts of its releases say the same; users stand in one split each."""
+    rated = [(user, movie, 1 + (user + movie) % 5, 100 - movie) for user in range(30) for movie in (1, 2, 3)]
+    for name, between, title, between_titles, heads in (
+        ("ratings.csv", ",", "movies.csv", ",", True), ("ratings.dat", "::", "movies.dat", "::", False),
+        ("u.data", "\t", "u.item", "|", False),
+    ):  # fmt: skip
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = ["userId,movieId,rating,timestamp"] * heads + [between.join(map(str, row)) for row in rated]
+        (folder / name).write_text("\n".join(lines))
+        lines = ["movieId,title,genres"] * heads + [between_titles.join((str(m), f"M{m}", "A|B")) for m in (1, 2, 3)]
+        (folder / title).write_text("\n".join(lines), encoding="latin-1")
+        splits = [records(f"movielens:{folder}?history=2&split={split}") for split in ("train", "validation", "test")]
+        assert sum(map(len, splits)) == 30 and all(splits)
+        genres = "" if name == "u.data" else " (A, B)"
+        record = splits[0][0]
+        # The latest first in the file is the last in time.
+        assert record["contexts"][0].startswith(f"M3{genres}: ") and record["query"] == f"M1{genres}:"
+        assert record["choices"] == ["1", "2", "3", "4", "5"] and record["target"] in record["choices"]
+    with pytest.raises(UserError, match="nothing of it can be used .* of users with 5 ratings or fewer"):
+        records(f"movielens:{folder}?history=5")
+    with pytest.raises(UserError, match="holds no MovieLens"):
+        records(f"movielens:{tmp_path}")
+    (folder / "u.data").write_text("1\t2\tgood\t3")
+    with pytest.raises(UserError, match=r"u\.data:1: rating and time must be numbers"):
+        records(f"movielens:{folder}")
+
+
+def test_gsm8k(tmp_path):
+    problems = [{"question": f"How many {n}?", "answer": f"It is <<1+{n}=2>>{n}.\n#### 1,0{n}"} for n in range(5)]
+    path = write(tmp_path / "test.jsonl", problems)
+    made = records(f"gsm8k:{path}?shots=2")
+    assert made[3]["target"] == "It is 3.\n#### 1,03" and made[3]["answers"] == ["103"]
+    for number, record in enumerate(made):
+        assert len(record["contexts"]) == 4 and f"How many {number}?" not in record["contexts"]
+        assert record["contexts"][1] == f"It is {record['contexts'][0][9]}.\n#### 1,0{record['contexts'][0][9]}"
+    assert made == records(f"gsm8k:{path}?shots=2") != records(f"gsm8k:{path}?shots=2&seed=1")
+    with pytest.raises(UserError, match="has 5 problems, too few for 5"):
+        records(f"gsm8k:{path}?shots=5")
+
+
+def test_they_can_be_asked(tmp_path):
+    path = as_parquet(tmp_path / "qa1.parquet", BABILONG)
+    config = OnlineConfig(test=(f"babilong:{path}?words=8",))
+    evaluation = Evaluation.open(config, tokenizer())
+    assert [len(choice.examples) for choice in evaluation.choices(1)] == [2, 2]
