@@ -27,13 +27,13 @@ from jax_ccm.methods import build as build
 from jax_ccm.nn import AdapterConfig as AdapterConfig
 from jax_ccm.nn import ModelConfig as ModelConfig
 from jax_ccm.nn import Transformer as Transformer
+from jax_ccm.rules.batch import Batch as Batch
 from jax_ccm.rules.examples import Example as Example
 from jax_ccm.rules.examples import Segment as Segment
 from jax_ccm.rules.rows import Sizes as Sizes
 from jax_ccm.rules.rows import batch as batch
 from jax_ccm.rules.rows import chunk as chunk
 from jax_ccm.rules.rows import measure as measure
-from jax_ccm.rules.types import Batch as Batch
 from jax_ccm.rules.types import Chunk as Chunk
 from jax_ccm.rules.types import Clause as Clause
 from jax_ccm.rules.types import Kind as Kind

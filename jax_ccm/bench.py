@@ -22,8 +22,8 @@ from jax_ccm.config.loading import Experiment, load_experiment
 from jax_ccm.config.schema import Config, save_config, to_mapping
 from jax_ccm.distributed import processes, sharding
 from jax_ccm.records import output
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.rows import batch, measure
-from jax_ccm.rules.types import Batch
 from jax_ccm.training.step import init_state, make_optimizer, make_schedule, make_step, split
 
 COMMAND = "jax_ccm.bench"

@@ -41,6 +41,8 @@ CCM = {
     "n2_say": dict(comp_tokens=2, sink=True, repeat=True, repeat_by="text"),
     "n2_recent": dict(comp_tokens=2, sink=True, recent=1),
     "n1_recent2": dict(comp_tokens=1, recent=2),
+    # Chunks of 1 to 7 tokens have one, two and three slots.
+    "n3_ratio": dict(comp_tokens=3, sink=True, ratio=2),
 }
 
 # Every method of the library that has a parallel form, with the options that change its computation.
@@ -59,7 +61,17 @@ METHODS: dict[str, Method] = {
     **{
         f"{name}_{label}": build(f"ccm_{name}", **CCM[label])
         for name, labels in {
-            "concat": ("n1", "n2_sink", "n3_independent", "n2_all", "n2_repeat", "n2_say", "n2_recent", "n1_recent2"),
+            "concat": (
+                "n1",
+                "n2_sink",
+                "n3_independent",
+                "n2_all",
+                "n2_repeat",
+                "n2_say",
+                "n2_recent",
+                "n1_recent2",
+                "n3_ratio",
+            ),
             "merge": ("n1", "n2_sink", "n2_independent_sink", "n2_repeat", "n2_recent"),
             "ema": ("n1", "n3_independent", "n2_all", "n2_repeat", "n1_recent2"),
         }.items()

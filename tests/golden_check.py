@@ -27,9 +27,10 @@ from jax_ccm.memory.generation import generate
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
 from jax_ccm.rules import rows, visibility
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import Sizes
-from jax_ccm.rules.types import Batch, Chunk, Kind, Method
+from jax_ccm.rules.types import Chunk, Kind, Method
 from jax_ccm.weights import load_model
 from jax_ccm.weights.adapters import Adapter, load_adapter
 from jax_ccm.weights.reference import reference_tensors

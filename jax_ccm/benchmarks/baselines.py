@@ -182,7 +182,8 @@ def _note(method: Method) -> str:
         return f"the best {slots(method.eviction.slots)} {'in all' if method.eviction.constant else of}"
     if method.slots_per_chunk:
         grows = _memory(method, MANY) > _memory(method, MANY // 2)
-        return f"{slots(method.slots_per_chunk)} {of}" if grows else f"{slots(_memory(method, MANY))} in all"
+        most = "up to " * (method.ratio is not None)
+        return f"{most}{slots(method.slots_per_chunk)} {of}" if grows else f"{slots(_memory(method, MANY))} in all"
     if not any(_later(clause) for clause in method.rule.sees):
         return "nothing"
     width = _newest(method)

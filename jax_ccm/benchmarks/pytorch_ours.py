@@ -17,8 +17,9 @@ from jax_ccm.memory.losses import mean_loss
 from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, Transformer
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.rows import batch, measure
-from jax_ccm.rules.types import Array, Batch, Method
+from jax_ccm.rules.types import Array, Method
 from jax_ccm.rules.visibility import visible
 from jax_ccm.weights import load_model
 

@@ -19,9 +19,10 @@ from jax_ccm.memory import steps, teacher
 from jax_ccm.memory.generation import pays_unstacked
 from jax_ccm.methods import build
 from jax_ccm.nn import ModelConfig, Transformer
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import batch, measure
-from jax_ccm.rules.types import Batch, Chunk, Kind, MemoryCache, Method
+from jax_ccm.rules.types import Chunk, Kind, MemoryCache, Method
 
 
 def single_steps(

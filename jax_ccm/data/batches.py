@@ -17,8 +17,9 @@ from jax_ccm.data.sources import Source, open_sources
 from jax_ccm.errors import UserError
 from jax_ccm.rules import examples
 from jax_ccm.rules import rows as layout
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.examples import Example
-from jax_ccm.rules.types import Batch, Method
+from jax_ccm.rules.types import Method
 
 
 def caps(config: DataConfig, method: Method) -> layout.Sizes:

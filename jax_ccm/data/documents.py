@@ -16,7 +16,7 @@ from jax_ccm.data.formats import Askable, Dialogue, NoChoices, Online, Unit, seg
 from jax_ccm.data.sources import Source
 from jax_ccm.data.template import Template
 from jax_ccm.rules.examples import Example, concat
-from jax_ccm.rules.rows import Sizes, measure
+from jax_ccm.rules.rows import Sizes, bound, measure
 from jax_ccm.rules.types import Method
 
 
@@ -108,6 +108,9 @@ class Text(NoChoices):
         # A draw may have more spans than this one.
         assert isinstance(unit, TextUnit)
         more = self._sampler.most(unit.begins[:-1], self._words) - (len(example.segments) - 1)
+        if method.ratio is not None:
+            spans = len(example.segments) - 1 + more
+            return bound(method, sum(len(s.tokens) for s in example.segments), spans, sizes.scored)
         return Sizes(
             sizes.tokens + more * len(method.closes), sizes.memory + more * method.slots_per_chunk, sizes.scored
         )

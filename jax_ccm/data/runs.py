@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.rules import rows, visibility
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.examples import Example
-from jax_ccm.rules.types import Batch, Kind, Method
+from jax_ccm.rules.types import Kind, Method
 
 
 @dataclasses.dataclass(frozen=True)

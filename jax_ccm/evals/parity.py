@@ -22,9 +22,10 @@ from jax_ccm.memory.cache import check
 from jax_ccm.memory.losses import mean_loss, scored_logits
 from jax_ccm.memory.steps import compress, parallel_forward, read
 from jax_ccm.nn.transformer import Transformer
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import arrange, batch
-from jax_ccm.rules.types import Batch, MemoryCache, Method
+from jax_ccm.rules.types import MemoryCache, Method
 
 LOGIT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4

@@ -23,9 +23,10 @@ from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.nn.positions import warn_beyond
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.records import output, paths
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import Sizes, arrange, batch, measure
-from jax_ccm.rules.types import Batch, Method
+from jax_ccm.rules.types import Method
 
 # What compiling one more shape costs, in tokens of forward pass: a second or two of a CPU, more of anything faster.
 SHAPE_COST = {"cpu": 1024}

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax_ccm.distributed.sharding import constrain
 from jax_ccm.memory import teacher
 from jax_ccm.nn.transformer import Transformer, capped
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.objective import Objective
-from jax_ccm.rules.types import Batch, Kind, Method
+from jax_ccm.rules.types import Kind, Method
 
 # Logits that exist at once, forward and backward: 64 MiB of float32, unless a few columns of the batch are more.
 BLOCK = 2**24

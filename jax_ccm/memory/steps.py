@@ -21,8 +21,9 @@ from jax_ccm.memory import writing
 from jax_ccm.memory.cache import append, open_raw, raw_capacity, with_room
 from jax_ccm.nn.linear import Gate
 from jax_ccm.nn.transformer import Remat, Transformer
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.rows import WITH_SINK
-from jax_ccm.rules.types import RAW, Array, Batch, Chunk, Kind, MemoryCache, Method, Slots
+from jax_ccm.rules.types import RAW, Array, Chunk, Kind, MemoryCache, Method, Slots
 from jax_ccm.rules.visibility import gate, is_in
 
 
@@ -201,8 +202,10 @@ def compress(
         writing_rows = jnp.any(selected, axis=1)
     # Positions and order of what is written follow the chunk's last token.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
-    # A system message is no part of what is compressed.
-    begins = selected & ((slots.kind != Kind.SINK) | (slots.index < method.sink))
+    # A system message is no part of what is compressed; a sink begins its chunk.
+    compressed = selected & (slots.kind != Kind.SINK)
+    sinks = jnp.sum(selected & ~compressed, axis=1, keepdims=True)
+    begins = jnp.where(sinks > method.sink, compressed, selected)
     begin = jnp.min(jnp.where(begins, slots.index, last), axis=1, keepdims=True)
     if method.eviction is not None:
         k, v, attention, slots, lost = writing.best(cache, method, selected, closing)
@@ -213,7 +216,8 @@ def compress(
     if not count:
         return writing.write(cache, method, *writing.pooled(cache, method, closing), closing, whole=whole)
     row = lambda values: jnp.asarray(values, jnp.int32)[None]
-    kind = jnp.where(writing_rows[:, None], row([token.kind for token in method.closes]), Kind.PAD)
+    runs = writing_rows[:, None] & (row(range(count)) < _num_closing(method, compressed))
+    kind = jnp.where(runs, row([token.kind for token in method.closes]), Kind.PAD)
     segment = jnp.broadcast_to(segment, kind.shape)
     offsets = row([token.offset for token in method.closes])
     position = jnp.where(row([token.from_begin for token in method.closes]) > 0, begin, last + 1) + offsets
@@ -228,7 +232,7 @@ def compress(
     written = jnp.asarray([i for i, token in enumerate(method.closes) if token.kind in method.writes], jnp.int32)
     pick = lambda x: jnp.take(x, written, axis=1)
     entry = Slots(
-        jnp.where(writing_rows[:, None], jnp.full((1, len(written)), Kind.MEMORY), Kind.PAD),
+        jnp.where(pick(runs), Kind.MEMORY, Kind.PAD),
         pick(comp.segment),
         jnp.broadcast_to(last, (kind.shape[0], len(written))),
         pick(comp.position),
@@ -244,8 +248,15 @@ def compress(
         store=lambda own, new: store(own, tuple(map(pick, new))),
     )
     # Closing tokens see themselves: keys and values that are not finite show in what follows from them.
-    finite = jnp.all(jnp.isfinite(hidden), axis=(1, 2)) | ~writing_rows
+    finite = jnp.all(jnp.isfinite(hidden) | ~runs[:, :, None], axis=(1, 2))
     return dataclasses.replace(after.storing(stored), spoiled=after.spoiled | ~finite)
+
+
+def _num_closing(method: Method, compressed):
+    """``int32 [B, 1]``, how many of the method's tokens close what is compressed, ``bool [B, S]``."""
+    if method.ratio is None:
+        return jnp.full((compressed.shape[0], 1), len(method.closes), jnp.int32)
+    return method.num_closing(jnp.sum(compressed, axis=1, keepdims=True))
 
 
 def repeat(

@@ -37,6 +37,7 @@ def concat(
     repeat_share: float = 1.0,
     min_comp_tokens: int | None = None,
     recent: int = 0,
+    ratio: int = 0,
 ) -> Method:
     """CCM-concat: memory grows by ``comp_tokens`` slots a chunk (section 3.1).
 
@@ -56,7 +57,13 @@ def concat(
         ``comp_tokens``: one adapter then serves every such ``comp_tokens``; in no paper.
       recent: the last so many closed chunks stay as text, and are compressed when newer ones have taken their place;
         in no paper. An adapter that was trained without serves any number.
+      ratio: if not 0, a compression token for every so many text tokens of a chunk, and for the rest, up to
+        ``comp_tokens``: long chunks get more slots than short ones; in no paper.
     """
+    if ratio < 0:
+        raise UserError(
+            f"ratio is {ratio}; it must be at least 1 text token a slot, or 0 for comp_tokens slots a chunk"
+        )
     if comp_tokens < 1:
         raise UserError(f"comp_tokens is {comp_tokens}; a chunk is compressed into at least 1 token")
     if min_comp_tokens is not None and not 1 <= min_comp_tokens <= comp_tokens:
@@ -98,6 +105,7 @@ def concat(
         repeat_by=repeat_by,
         repeat_share=repeat_share,
         min_comp_tokens=min_comp_tokens,
+        ratio=ratio or None,
     )
 
 

@@ -16,7 +16,8 @@ from jax_ccm.nn import rope
 from jax_ccm.nn.blocks import Block
 from jax_ccm.nn.config import ModelConfig
 from jax_ccm.numerics import Precision
-from jax_ccm.rules.types import MemoryCache, Packed, Rule, Slots
+from jax_ccm.rules.batch import Packed
+from jax_ccm.rules.types import MemoryCache, Rule, Slots
 from jax_ccm.rules.visibility import with_window
 
 

@@ -20,7 +20,8 @@ from jax_ccm.nn.config import AdapterConfig, ModelConfig
 from jax_ccm.nn.layer import LayerInputs
 from jax_ccm.nn.linear import Fused, Linear, transposed
 from jax_ccm.numerics import Precision
-from jax_ccm.rules.types import MemoryCache, Packed, Rule, Slots
+from jax_ccm.rules.batch import Packed
+from jax_ccm.rules.types import MemoryCache, Rule, Slots
 
 Remat = Literal["none", "dots", "all"]
 

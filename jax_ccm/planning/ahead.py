@@ -31,7 +31,8 @@ from jax_ccm.numerics import NAMED
 from jax_ccm.planning import chips, gpus, programs
 from jax_ccm.records import output
 from jax_ccm.records.parsing import read_json
-from jax_ccm.rules.types import Packed, Rule, Slots
+from jax_ccm.rules.batch import Packed
+from jax_ccm.rules.types import Rule, Slots
 
 # The smallest topology of each generation.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}

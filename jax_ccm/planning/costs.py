@@ -11,7 +11,7 @@ from jax_ccm.nn import ModelConfig
 from jax_ccm.numerics import Precision
 from jax_ccm.planning.chips import Chip
 from jax_ccm.planning.measure import Need
-from jax_ccm.rules.types import Batch
+from jax_ccm.rules.batch import Batch
 
 
 @dataclasses.dataclass(frozen=True)

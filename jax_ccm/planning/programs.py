@@ -18,8 +18,9 @@ from jax_ccm.memory.steps import compress, read
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
 from jax_ccm.numerics import Precision
 from jax_ccm.rules import rows as layout
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.examples import Example, Segment
-from jax_ccm.rules.types import Batch, Chunk, MemoryCache, Method
+from jax_ccm.rules.types import Chunk, MemoryCache, Method
 from jax_ccm.training.step import init_state, make_optimizer, make_schedule, make_step, split
 
 Tree = Any

@@ -92,7 +92,8 @@ def label(method: dict[str, Any]) -> str:
     """A described method in a few words, such as "ccm_merge (2 tokens, sink)"."""
     closes, words = len(method.get("closes", ())), []
     if closes:
-        words.append(f"{closes} token{'s' * (closes != 1)}")
+        each = f", one for {method['ratio']} of text" if method.get("ratio") else ""
+        words.append("up to " * bool(each) + f"{closes} token{'s' * (closes != 1)}{each}")
     if policy := method.get("eviction"):
         # ByAttention -> by attention
         words.append(re.sub("(?<=.)([A-Z])", r" \1", policy["kind"]).lower())

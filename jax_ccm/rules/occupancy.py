@@ -46,10 +46,13 @@ def occupancy(
     memory = lambda segment, index, position: Slots(np.full(len(index), int(Kind.MEMORY)), segment, index, position)
     parts = [text]
     older = max(closed - method.recent, 0)
-    for token in method.closes:
+    # Sinks and what is kept are not compressed.
+    counts = method.num_closing(np.bincount(segment[kind == Kind.TEXT], minlength=closed)[:older])
+    for rank, token in enumerate(method.closes):
         if token.kind in method.writes:
-            position = (begins if token.from_begin else ends) + token.offset
-            parts.append(memory(np.arange(older), ends[:older] - 1, np.maximum(position[:older], 0)))
+            position = np.maximum((begins if token.from_begin else ends) + token.offset, 0)
+            has = np.flatnonzero(counts > rank)
+            parts.append(memory(has, ends[has] - 1, position[has]))
     if method.pool:
         hidden = place[(kind != Kind.SINK) & ~seen(text)]
         chunk = segment[hidden]

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_ccm.errors import UserError
+from jax_ccm.rules.batch import Batch, Packed
 from jax_ccm.rules.examples import Example, Segment, concat, cut, join, with_prefix
 from jax_ccm.rules.mixtures import Mix
-from jax_ccm.rules.types import TEXT, Batch, Chunk, Kind, Method, Packed, Slots
+from jax_ccm.rules.types import TEXT, Chunk, Kind, Method, Slots, Token
 
 # What to do for a method that keeps no text.
 WITH_SINK = "; with method.sink: true, where it has one, it keeps a system message"
@@ -93,11 +94,21 @@ def _measure(method: Method, segments: Sequence[Segment]) -> Sizes:
     text = sum(len(segment.tokens) for segment in segments)
     scored = sum(int(segment.scored.sum()) for segment in segments) - int(segments[0].scored[:1].sum())
     repeated = sum(len(segment.tokens) for segment in segments[:chunks]) if method.repeat else 0
-    slots = chunks * method.slots_per_chunk
+    closing = int(np.sum(method.num_closing(_compressed(method, segments)[:chunks])))
+    slots = closing if method.slots_per_chunk == len(method.closes) else chunks * method.slots_per_chunk
     if method.pool:
         ends = np.cumsum([0] + [len(segment.tokens) for segment in segments[:-1]])
         slots = int(np.sum(-(-np.diff(np.maximum(ends - _sinks(method, segments[0]), 0)) // method.pool)))
-    return Sizes(text + repeated + chunks * len(method.closes), slots, scored + repeated)
+    return Sizes(text + repeated + closing, slots, scored + repeated)
+
+
+def _compressed(method: Method, segments: Sequence[Segment]) -> np.ndarray:
+    """int ``[segments]``, how much text of each is compressed where it is closed: all but sinks and what is kept."""
+    sizes = np.array([len(segment.tokens) for segment in segments])
+    if method.kept_kind is not Kind.SINK:
+        sizes = sizes - [0 if segment.kept is None else segment.kept.sum() for segment in segments]
+    begins = np.cumsum(sizes) - sizes
+    return sizes - np.clip(_sinks(method, segments[0]) - begins, 0, sizes)
 
 
 def _sinks(method: Method, first: Segment) -> int:
@@ -112,7 +123,8 @@ def bound(method: Method, text: int, chunks: int, scored: int) -> Sizes:
     if method.chunk is not None:
         chunks = (text if method.repeat else max(text - 1, 0)) // method.chunk
     repeated = text if method.repeat else 0
-    return Sizes(text + repeated + chunks * len(method.closes), most_slots(method, text, chunks), scored + repeated)
+    closing = _most_closing(method, text, chunks)
+    return Sizes(text + repeated + closing, most_slots(method, text, chunks), scored + repeated)
 
 
 def closed(method: Method, segments: Sequence[Segment]) -> Sequence[Segment]:
@@ -128,9 +140,17 @@ def closed(method: Method, segments: Sequence[Segment]) -> Sequence[Segment]:
 
 def most_slots(method: Method, text: int, chunks: int) -> int:
     """Memory slots enough for any row of at most so many text tokens and context chunks."""
+    if method.ratio is not None:
+        return _most_closing(method, text, chunks)
     # Each chunk may have a rest.
     pooled = min(text, text // method.pool + chunks) if method.pool else 0
     return chunks * method.slots_per_chunk + pooled
+
+
+def _most_closing(method: Method, text: int, chunks: int) -> int:
+    """Closing tokens enough for any row of at most so many text tokens and context chunks."""
+    most = chunks * len(method.closes)
+    return most if method.ratio is None else min(most, text // method.ratio + chunks)
 
 
 def require_parallel(method: Method) -> None:
@@ -205,7 +225,7 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
     """The arrays of one row, padded on the right."""
     where = f"example {name!r}" if name else "an example"
     begins = np.cumsum([0, *(len(segment.tokens) for segment in segments)])
-    parts = []
+    counts, parts = method.num_closing(_compressed(method, segments)), []
     for number, piece in enumerate(segments):
         closes = number < len(closed(method, segments))
         tail = number == len(segments) - 1 and not closes
@@ -213,7 +233,8 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
         kept = np.zeros(len(piece.tokens), bool) if piece.kept is None else piece.kept
         if closes:
             _check_span(method, kept, f"{where}: segment {number}")
-        parts.append(_segment(method, piece, kept, tail, number, int(begins[number]), closes, vocab))
+        closing = method.closes[: counts[number]] if closes else None
+        parts.append(_segment(method, piece, kept, tail, number, int(begins[number]), closing, vocab))
     row = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
     row["index"] = np.arange(len(row["tokens"]))
     row["kind"][np.flatnonzero(np.isin(row["kind"], (*TEXT, Kind.SINK)))[: method.sink]] = Kind.SINK
@@ -260,7 +281,14 @@ def _check_span(method: Method, kept: np.ndarray, where: str) -> None:
 
 
 def _segment(
-    method: Method, piece: Segment, kept: np.ndarray, tail: bool, number: int, begin: int, closes: bool, vocab: int
+    method: Method,
+    piece: Segment,
+    kept: np.ndarray,
+    tail: bool,
+    number: int,
+    begin: int,
+    closing: Sequence[Token] | None,
+    vocab: int,
 ) -> dict[str, np.ndarray]:
     """A segment's part of the row: its text, the tokens that close it, and, in training, what repeats it.
 
@@ -271,18 +299,21 @@ def _segment(
       tail: whether it is the tail, which nothing closes.
       number: of the segment.
       begin: position of its first token.
-      closes: whether it is closed in this row.
+      closing: the tokens that close it; None if it stays open in this row.
       vocab: V.
 
     Returns:
       Arrays of one length: tokens, kind, segment, position; ``scored``, text that is a target; ``answers``, the token
       that a repeating place is to be answered with, elsewhere -1.
     """
-    count, closing = len(piece.tokens), method.closes if closes else ()
-    # What a closing compresses begins behind the text that is kept.
-    span = begin + (int(np.argmin(kept)) if not kept.all() else count)
+    count, fed = len(piece.tokens), piece.tokens[:0]
+    if closing is not None:
+        fed = _repeating(method, piece.tokens, vocab)
+    closing = closing or ()
+    # What a closing compresses begins behind the text that is kept, if that is more than a sink.
+    apart = 0 if method.kept_kind is Kind.SINK and kept.sum() <= method.sink else int(kept.sum())
+    span = begin + apart
     place = [(span if token.from_begin else begin + count) + token.offset for token in closing]
-    fed = _repeating(method, piece.tokens, vocab) if closes else piece.tokens[:0]
     again = len(fed)
     text = np.where(kept, method.kept_kind or Kind.QUERY, Kind.QUERY if tail else Kind.TEXT)
     parts = {

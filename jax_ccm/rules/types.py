@@ -176,6 +176,8 @@ class Method:
       repeat_share: share of the training examples whose chunks are repeated, drawn at random.
       min_comp_tokens: if set, each training example closes its chunks with a random number of the tokens in `closes`,
         the first ones, from this many to all; the adapter then serves any such number.
+      ratio: if set, a chunk is closed by one of the tokens in `closes` for every so many of its text tokens, the first
+        ones, and by all of them at most; a rest of fewer has one, too.
       eviction: if set, closing a chunk runs no token and writes the entries that this policy selects; excludes
         `closes` and `mix`.
     """
@@ -197,6 +199,7 @@ class Method:
     repeat_weight: float = 1.0
     repeat_share: float = 1.0
     min_comp_tokens: int | None = None
+    ratio: int | None = None
     eviction: EvictionPolicy | None = None
 
     def __post_init__(self):
@@ -216,6 +219,12 @@ class Method:
                 f"method {self.name!r}: repeat_by={self.repeat_by!r} must be 'placeholders' or 'text', and "
                 f"repeat_share={self.repeat_share} lie in (0, 1]"
             )
+        unwritten = any(token.kind not in self.writes for token in self.closes)
+        if self.ratio is not None and (self.ratio < 1 or not self.closes or unwritten or self.mix is not None):
+            raise ValueError(
+                f"method {self.name!r}: ratio={self.ratio} must be at least 1, and goes with closing tokens that all "
+                "become memory, and with no mix"
+            )
         if self.pool is not None and (
             self.pool < 1 or self.closes or self.mix is not None or self.eviction is not None
         ):
@@ -231,6 +240,17 @@ class Method:
     def closed_by(self, count: int | None) -> Method:
         """The method with only the first ``count`` of its closing tokens; None for all."""
         return self if count is None else dataclasses.replace(self, closes=self.closes[:count])
+
+    def num_closing(self, tokens: Array) -> Array:
+        """How many of the tokens in `closes` close chunks of so many text tokens: integers ``[...]``, for both.
+
+        In numpy or under jit.
+        """
+        most = len(self.closes)
+        if self.ratio is None:
+            return most + 0 * tokens
+        needed = -(-tokens // self.ratio)
+        return needed - (needed - most) * (needed > most)
 
     def mixing(self, mix: Mix | None) -> Method:
         """The method with a mixture for its memory, of whose states text sees the latest; itself without one."""
@@ -254,7 +274,7 @@ class Method:
 
     @property
     def slots_per_chunk(self) -> int:
-        """Memory slots that the closing tokens of a chunk write."""
+        """Memory slots that the closing tokens of a chunk write, at most (`ratio`)."""
         return sum(token.kind in self.writes for token in self.closes)
 
     @property
@@ -321,58 +341,15 @@ class Method:
     def memory_slots(self, chunks: int, tokens: int = 0) -> int:
         """Most memory slots after ``chunks`` closed chunks of up to ``tokens`` text tokens each, the sink not counted.
 
-        The tokens matter only where text is pooled.
+        The tokens matter only where text is pooled, or the slots follow from them (`ratio`).
         """
         if self.eviction is not None:
             return self.eviction.slots * (1 if self.eviction.constant else chunks)
         farthest = max((c.farthest for c in self.rule.sees if Kind.MEMORY in c.key), default=0) - self.recent
-        pooled = -(-tokens // self.pool) if self.pool else 0
-        return (self.slots_per_chunk + pooled) * min(max(chunks - self.recent, 0), farthest)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """The memory of a parallel forward: which tokens write it, how, and its slots.
-
-    Attributes:
-      source: ``int32 [B, P]``, indices in the row of the tokens that write memory; unused entries are 0
-        and reach only slots of kind PAD, or have no share.
-      slots: `Slots` of ``[B, M]``, kind MEMORY or PAD.
-      mix: ``float32 [B, M, P]``, weights of the sources in each memory slot, or None where memory slot
-        j is source j (M = P). Rows of dead slots are zero.
-      share: ``float32 [B, P]`` or None. If given, memory slot j is the sum of the c = P / M sources from ``j c`` on,
-        each times its share (pooling).
-    """
-
-    source: Array
-    slots: Slots
-    mix: Array | None
-    share: Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Fixed-shape arrays of a parallel forward with loss. Made on the host by `rows.batch`.
-
-    Attributes:
-      tokens: ``int32 [B, T]``; ids of compression tokens are V, V + 1, ...; 0 on padding.
-      slots: `Slots` of ``[B, T]``.
-      memory: `Packed`, or None for a method that writes no memory.
-      indices: ``int32 [B, Q]``, index in the row of the token whose hidden state predicts each scored token.
-      targets: ``int32 [B, Q]``, the scored tokens.
-      weights: ``float32 [B, Q]``, 1 where scored, 0 on padding.
-      steps: ``int32 [B, Q]``, number of chunks that were closed before each scored token.
-    """
-
-    tokens: Array
-    slots: Slots
-    memory: Packed | None
-    indices: Array
-    targets: Array
-    weights: Array
-    steps: Array
+        slots = -(-tokens // self.pool) if self.pool else self.slots_per_chunk
+        if self.ratio is not None and tokens:
+            slots = int(self.num_closing(tokens))
+        return slots * min(max(chunks - self.recent, 0), farthest)
 
 
 @jax.tree_util.register_dataclass

@@ -21,8 +21,8 @@ from jax_ccm.data.batches import TrainingSet, prepare
 from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.records import output, paths
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.rows import require_parallel
-from jax_ccm.rules.types import Batch
 from jax_ccm.training import inputs
 from jax_ccm.training.checkpoints import Checkpoints, require_same
 from jax_ccm.training.exports import export

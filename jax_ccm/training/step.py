@@ -18,8 +18,9 @@ from jax_ccm.distributed import sharding
 from jax_ccm.memory.losses import mean_loss, repeated, scored_losses
 from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.nn.transformer import Transformer
+from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.objective import Objective
-from jax_ccm.rules.types import Batch, Kind, Method
+from jax_ccm.rules.types import Kind, Method
 
 Tree = Any
 

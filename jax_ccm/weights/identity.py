@@ -40,8 +40,9 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     """Compares the method that an adapter was trained for with the one it is to serve.
 
     Streaming is no difference, an adapter that was trained with a random number of closing tokens
-    (`Method.min_comp_tokens`) serves any of these numbers, one that was trained to repeat chunks also serves the method
-    without it, and how many recent chunks stay as text changes nothing in how one is compressed. Among methods that
+    (`Method.min_comp_tokens`) serves any of these numbers, and any `Method.ratio` where they begin at 1, one that was
+    trained to repeat chunks also serves the method without it, and how many recent chunks stay as text changes nothing
+    in how one is compressed. Among methods that
     compress nothing only whether the LoRA acts counts: a plain LoRA serves full context, a window and no context alike,
     and text that is pooled.
 
@@ -56,6 +57,8 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
         if method.repeat is None:
             there, here = _without_repetition(there), _without_repetition(here)
         there, here = _without_recent(there), _without_recent(here)
+        if there["min_comp_tokens"] == 1:
+            there = there | {"ratio": here["ratio"]}  # a short chunk has one
         differ = [key for key in sorted(there | here) if there.get(key) != here.get(key) and key not in _IRRELEVANT]
     else:
         differ = ["gate"] * (bool(there["gate"]) != bool(here["gate"]))

@@ -12,7 +12,8 @@ import numpy as np
 from jax_ccm.attention.shared import Score
 from jax_ccm.evals import recurrent
 from jax_ccm.rules import rows, visibility
-from jax_ccm.rules.types import Batch, Kind, Method, Rule, Slots
+from jax_ccm.rules.batch import Batch
+from jax_ccm.rules.types import Kind, Method, Rule, Slots
 from tests import cases
 
 LENGTHS = ((9, 7, 5, 6, 12), (3, 8), (1, 17, 2, 2, 4, 3))

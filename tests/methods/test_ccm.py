@@ -15,8 +15,11 @@ from jax_ccm.evals import parity
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
 from jax_ccm.rules import rows
+from jax_ccm.rules.describe import describe_method
+from jax_ccm.rules.mixtures import Mean
 from jax_ccm.rules.types import Kind
 from jax_ccm.weights.adapters import Adapter, load_adapter
+from jax_ccm.weights.identity import check_method
 from tests import cases
 from tests.data.support import VOCAB, dialogues, tokenizer, write
 
@@ -63,6 +66,40 @@ def test_one_adapter_serves_them(tmp_path):
     for options in (dict(comp_tokens=1), dict(comp_tokens=4), dict(comp_tokens=2, sink=True)):
         with pytest.raises(UserError, match="was trained for the method"):
             load_adapter(path, base, method=build("ccm_merge", **options), base="tiny")
+
+
+def test_slots_by_the_length_of_a_chunk():
+    method = build("ccm_concat", comp_tokens=3, sink=True, ratio=4)
+    assert [int(method.num_closing(np.array(c))) for c in (0, 1, 4, 5, 8, 9, 40)] == [0, 1, 1, 2, 2, 3, 3]
+    assert method.memory_slots(2, tokens=5) == 4 and method.memory_slots(2) == 6
+    # Rows of any lengths fit into sizes by bound, which is less than three slots a chunk.
+    sessions = cases.sessions(((1, 9, 4), (12, 2)))
+    sizes = rows.bound(method, 40, 2, 40)
+    assert rows.batch(method, sessions, sizes, cases.VOCAB).tokens.shape == (2, sizes.tokens)
+    assert rows.bound(method, 12, 4, 12).memory == 7
+    # What is kept is not compressed, and asks for no slots.
+    kept = dataclasses.replace(sessions[0], start=np.arange(30, 50, dtype=np.int32), keeps_start=True)
+    assert rows.measure(method, kept).memory == 1 + 3
+    for name, options, message in (
+        ("ccm_concat", {"ratio": -1}, "ratio is -1; it must be at least 1"),
+        ("ccm_merge", {"ratio": 2}, "unknown option of method 'ccm_merge'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build(name, **options)
+    for fields in ({"mix": Mean()}, {"ratio": 0}, {"closes": ()}, {"writes": (Kind.OPEN,)}):
+        with pytest.raises(ValueError, match="must be at least 1, and goes with"):
+            dataclasses.replace(method, **fields)
+
+
+def test_an_adapter_for_any_number_serves_any_ratio():
+    stored = describe_method(build("ccm_concat", comp_tokens=3, min_comp_tokens=1))
+    check_method(stored, build("ccm_concat", comp_tokens=3, ratio=4), "x")
+    check_method(stored, build("ccm_concat", comp_tokens=2, ratio=4), "x")
+    for trained in (dict(comp_tokens=3, min_comp_tokens=2), dict(comp_tokens=3), dict(comp_tokens=3, ratio=2)):
+        with pytest.raises(UserError, match="ratio: .* there, 4 here"):
+            check_method(
+                describe_method(build("ccm_concat", **trained)), build("ccm_concat", comp_tokens=3, ratio=4), "x"
+            )
 
 
 @pytest.mark.parametrize("min_comp_tokens", [0, 3])
