@@ -1,4 +1,4 @@
-"""``python -m jax_ccm.prepare list | inspect CONFIG``: which data there are, and what a config makes of them."""
+"""``python -m jax_ccm.prepare list | inspect CONFIG | audit CONFIG``: which data there are, and what they become."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax_ccm.config.schema import Config
 from jax_ccm.errors import UserError, unknown
 
 COMMAND = "jax_ccm.prepare"
-ACTIONS = ("list", "inspect")
+ACTIONS = ("list", "inspect", "audit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,13 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
+class Audit:
+    """Counts the records of a config's data that stand in two splits, or twice in one; and, of online records, says how
+    far each question is answered by its own conversation alone.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
 class Listing:
     """Names the formats of records, the generated data sets with their options, and the prepared ones of tfds."""
 
@@ -46,10 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif first == "inspect" or first in ("-h", "--help"):
         options, config, _ = cli.parse(Options, rest if first == "inspect" else argv, command=f"{COMMAND} inspect")
         show(config, options)
+    elif first == "audit":
+        from jax_ccm.data import audit
+
+        _, config, _ = cli.parse(Audit, rest, command=f"{COMMAND} audit")
+        print(*audit.lines(config.data), sep="\n")
     elif first:
         raise unknown("action of prepare", first, ACTIONS)
     else:
-        raise UserError(f"say what to do: python -m {COMMAND} list, or inspect CONFIG")
+        raise UserError(f"say what to do: python -m {COMMAND} list, inspect CONFIG, or audit CONFIG")
 
 
 def listing() -> Iterator[str]:
