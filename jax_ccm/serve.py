@@ -29,8 +29,8 @@ class Options:
     POST /v1/chat/completions with `session_id` in the body (or the header x-session-id) and the new messages alone;
     POST /v1/responses with `previous_response_id`; both with `stream`. GET, PUT and DELETE /sessions/{id}/memory carry
     memories in and out, POST /slots/{id} saves and restores them here; /v1/models, /tokenize, /health and /metrics are
-    there, too. What is not supported is refused with 400 and the field's name. A token is needed beyond loopback: set
-    JAX_CCM_TOKEN, or --token_file.
+    there, too, and a page to look at. What is not supported is refused with 400 and the field's name. A token is needed
+    beyond loopback: set JAX_CCM_TOKEN, or --token_file.
     """
 
     adapter: Folder | None = None

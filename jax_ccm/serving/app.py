@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,14 +15,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 from starlette.responses import Response as Answer
 from starlette.routing import Route
 
-from jax_ccm.memory import files
 from jax_ccm.serving import requests, shapes
 from jax_ccm.serving.access import Access, Door, as_refused, refusal
 from jax_ccm.serving.memories import Memories
+from jax_ccm.serving.page import page
 from jax_ccm.serving.pool import Pool, Turn
 from jax_ccm.serving.requests import Asked, Defaults, Refused
 from jax_ccm.serving.store import RESPONSE, require_session
-from jax_ccm.sessions.turns import Reply
+from jax_ccm.sessions.turns import Logprob, Reply
 
 
 class Server:
@@ -43,15 +43,18 @@ class Server:
 
         guard, memories = self.door.guard, self.memories
         routes = [
+            Route("/", guard(self.page, open=True)),
             Route("/health", guard(self.health, open=True)),
             Route("/metrics", guard(self.metrics)),
             Route("/v1/models", guard(self.models)),
             Route("/v1/models/{id:path}", guard(self.model)),
             Route("/v1/chat/completions", guard(self.chat), methods=["POST"]),
             Route("/v1/responses", guard(self.respond), methods=["POST"]),
+            Route("/v1/responses/compact", guard(self.compact), methods=["POST"]),
             Route("/v1/responses/{id}", guard(self.response), methods=["GET"]),
             Route("/v1/responses/{id}", guard(self.delete_response), methods=["DELETE"]),
             Route("/tokenize", guard(self.tokenize), methods=["POST"]),
+            Route("/sessions/{id}", guard(memories.session), methods=["GET"]),
             Route("/sessions/{id}/memory", guard(memories.memory), methods=["GET"]),
             Route("/sessions/{id}/memory", guard(memories.put_memory), methods=["PUT"]),
             Route("/sessions/{id}/memory", guard(memories.delete_memory), methods=["DELETE"]),
@@ -62,6 +65,10 @@ class Server:
             Refused(f"{request.method} {request.url.path} is nothing here", status=error.status_code)
         )
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: nowhere, 405: nowhere})
+
+    async def page(self, request: Request) -> Answer:
+        """The page to look at; it holds nothing that needs the token."""
+        return page()
 
     async def health(self, request: Request) -> Answer:
         """Whether it answers."""
@@ -97,7 +104,7 @@ class Server:
         if asked.session is not None:
             require_session(asked.session)
         made = shapes.Completion(self.defaults.model)
-        replies = self._replies(request, asked, asked.session, asked.session, lambda reply: {})
+        replies = self._replies(request, asked, start=asked.session, keep=asked.session)
         if not asked.stream:
             return JSONResponse(made.whole(await _last(replies)))
         first = await anext(replies)
@@ -105,12 +112,7 @@ class Server:
         async def events() -> AsyncIterator[str]:
             try:
                 begins = True
-                told = 0
-                async for text, reply in _pieces(first, replies, asked):
-                    # What is held back of the text may still be cut off, with its tokens.
-                    sure = reply.ended or asked.how.sure(reply.text) == reply.text
-                    logprobs = reply.logprobs[told:] if reply.logprobs and sure else ()
-                    told += len(logprobs)
+                async for text, logprobs, reply in _pieces(first, replies, asked):
                     if text or logprobs or begins:
                         yield _sse(made.piece(text, first=begins, logprobs=logprobs))
                         begins = False
@@ -125,17 +127,23 @@ class Server:
 
     async def respond(self, request: Request) -> Answer:
         """``/v1/responses``: each is a memory of its own, from which several may go on."""
-        asked = requests.response(await self.door.json(request), self.defaults)
-        if asked.previous is not None:
-            self._require_response(asked.previous)
+        asked = requests.response(await self.door.json(request), self.defaults, request.headers.get("x-session-id"))
+        if asked.session is not None:
+            require_session(asked.session)
+        within = asked.session or await self._session_of(asked.previous)
         settings = {
             "temperature": asked.how.sampling.temperature,
             "top_p": asked.how.sampling.top_p,
             "max_output_tokens": asked.how.max_tokens,
         }
         made = shapes.Response(self.defaults.model, asked.previous, settings, store=asked.store)
-        keep = made.id if asked.store else None
-        replies = self._replies(request, asked, asked.previous, keep, lambda reply: {"response": made.whole(reply)})
+        place = dict(start=asked.previous, keep=made.id)
+        if asked.session is not None:
+            place = dict(start=asked.session, keep=asked.session, snapshot=made.id)
+        if not asked.store:
+            place = dict(start=place["start"])
+        about = lambda reply: {"response": made.whole(reply)} | ({"session": within} if within else {})
+        replies = self._replies(request, asked, within=within, about=about, **place)
         if not asked.stream:
             return JSONResponse(made.whole(await _last(replies)))
         first = await anext(replies)
@@ -144,9 +152,9 @@ class Server:
             try:
                 for event in made.begins():
                     yield _sse(event, named=True)
-                async for text, reply in _pieces(first, replies, asked):
-                    if text:
-                        yield _sse(made.piece(text), named=True)
+                async for text, logprobs, reply in _pieces(first, replies, asked):
+                    if text or logprobs:
+                        yield _sse(made.piece(text, logprobs), named=True)
                     if reply.ended:
                         for event in made.ends(reply):
                             yield _sse(event, named=True)
@@ -156,9 +164,29 @@ class Server:
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
 
-    async def _replies(
-        self, request: Request, asked: Asked, start: str | None, keep: str | None, about: Callable[[Reply], Mapping]
-    ) -> AsyncIterator[Reply]:
+    async def compact(self, request: Request) -> Answer:
+        """``/v1/responses/compact``: what is told becomes a memory, and nothing is answered."""
+        asked = requests.compact(await self.door.json(request), self.defaults)
+        within = await self._session_of(asked.previous)
+        made = shapes.Compaction(self.defaults.model)
+        about = lambda reply: {"response": made.whole(reply)} | ({"session": within} if within else {})
+        replies = self._replies(request, asked, start=asked.previous, keep=made.id, within=within, about=about)
+        return JSONResponse(made.whole(await _last(replies)))
+
+    async def _session_of(self, response: str | None) -> str | None:
+        """The session that a response was made in.
+
+        Raises:
+          Refused: for what is no id of a response.
+          Missing: if there is no such response.
+        """
+        if response is None:
+            return None
+        self._require_response(response)
+        about = await run_in_threadpool(self.pool.do, lambda: self.pool.about(response), response)
+        return about.get("session")
+
+    async def _replies(self, request: Request, asked: Asked, **place: Any) -> AsyncIterator[Reply]:
         """The replies to a turn as they come; a client that goes away takes its turn back."""
         heard: asyncio.Queue[Reply | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -167,9 +195,7 @@ class Server:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(heard.put_nowait, what)
 
-        turn = Turn(
-            asked.text, asked.how, hear, told=asked.told, start=start, keep=keep, shorter=asked.shorter, about=about
-        )
+        turn = Turn(asked.text, asked.how, hear, told=asked.told, shorter=asked.shorter, **place)
         self.pool.say(turn)
         try:
             while True:
@@ -192,8 +218,8 @@ class Server:
         """A response that was stored."""
         name = request.path_params["id"]
         self._require_response(name)
-        path = await run_in_threadpool(self.pool.do, lambda: self.pool.saved(name), name)
-        return JSONResponse((await run_in_threadpool(files.read, path)).header["about"]["response"])
+        about = await run_in_threadpool(self.pool.do, lambda: self.pool.about(name), name)
+        return JSONResponse(about["response"])
 
     async def delete_response(self, request: Request) -> Answer:
         """Removes it, and its memory."""
@@ -216,14 +242,18 @@ async def _last(replies: AsyncIterator[Reply]) -> Reply:
     return reply
 
 
-async def _pieces(first: Reply, rest: AsyncIterator[Reply], asked: Asked) -> AsyncIterator[tuple[str, Reply]]:
-    """What a text goes on with, and the reply so far."""
-    shown, reply = "", first
+async def _pieces(
+    first: Reply, rest: AsyncIterator[Reply], asked: Asked
+) -> AsyncIterator[tuple[str, Sequence[Logprob], Reply]]:
+    """What a text goes on with, the log-probabilities of the tokens that came with it, and the reply so far."""
+    shown, told, reply = "", 0, first
     while True:
         text = reply.text if reply.ended else asked.how.sure(reply.text)
-        if len(text) > len(shown) or reply.ended:
-            yield text[len(shown) :], reply
-            shown = text
+        # What is held back of the text may still be cut off, with its tokens.
+        logprobs = reply.logprobs[told:] if reply.logprobs and text == reply.text else ()
+        if len(text) > len(shown) or logprobs or reply.ended:
+            yield text[len(shown) :], logprobs, reply
+            shown, told = max(shown, text, key=len), told + len(logprobs)
         if reply.ended:
             return
         reply = await anext(rest)

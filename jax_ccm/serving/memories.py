@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse
@@ -16,6 +17,7 @@ from starlette.responses import Response as Answer
 
 from jax_ccm.errors import UserError
 from jax_ccm.memory import files
+from jax_ccm.rules.types import Kind
 from jax_ccm.serving import requests
 from jax_ccm.serving.access import Door
 from jax_ccm.serving.pool import Busy, Missing, Pool
@@ -29,6 +31,12 @@ class Memories:
     def __init__(self, pool: Pool, door: Door):
         """Handles the sessions of a pool."""
         self.pool, self.door = pool, door
+
+    async def session(self, request: Request) -> Answer:
+        """What a session has come to."""
+        name = _session(request)
+        held = await self._do(lambda: files.read(self.pool.saved(name)), name)
+        return JSONResponse({"id": name, "object": "session"} | figures(held))
 
     async def memory(self, request: Request) -> Answer:
         """The memory file of a session."""
@@ -118,6 +126,30 @@ class Memories:
 
     async def _do(self, act: Callable[[], Any], name: str | None = None) -> Any:
         return await run_in_threadpool(self.pool.do, act, name)
+
+
+def figures(held: files.Held) -> dict[str, Any]:
+    """A session in numbers: its turns, what it holds of them, and what full context would."""
+    arrays, method = held.arrays, held.header["method"]
+    tokens, of = _tokens(held), np.zeros(len(arrays["kind"]), int)
+    # Slots that are of all turns together carry the number of the newest chunk.
+    if not method.get("mix") and not method.get("eviction"):
+        for number, (first, end) in enumerate(held.turns, 1):
+            is_of = (arrays["segment"] >= first) & (arrays["segment"] < end) & (arrays["kind"] != Kind.SINK)
+            of[is_of] = number
+    each = 2 * arrays["k"].nbytes // max(len(of), 1)
+    mixed = sum(arrays[name].nbytes for name in ("mixed_k", "mixed_v") if name in arrays)
+    return {
+        "method": files.called(method),
+        "turns": len(held.turns),
+        "tokens": tokens,
+        "bytes": len(of) * each + mixed,
+        "full_context_bytes": tokens * each,
+        "slots": [
+            {"kind": Kind(kind).name.lower(), "turn": int(turn) or None, "position": int(position)}
+            for kind, turn, position in zip(arrays["kind"], of, arrays["position"], strict=True)
+        ],
+    }
 
 
 def _session(request: Request) -> str:

@@ -37,24 +37,28 @@ class Turn:
     """A turn that waits for its answer.
 
     Attributes:
-      text: what is said.
+      text: what is said; None to be told something only.
       how: the answer is made.
       told: turns before it that were answered elsewhere.
       start: the session that it goes on from; None for an empty one. One that is to be kept under this name begins if
         it is not there when its turn comes.
       keep: the session that it makes, or changes; None to keep nothing.
+      snapshot: a name under which what the session has come to is kept, too; None for none.
+      within: the session whose memory it goes on from under another name: it goes when that one is removed.
       shorter: whether the answer may be made shorter than `how` says, if there is no room for so much.
-      about: JSON values to keep with it, made of the reply.
+      about: JSON values to keep with it, or with the snapshot if there is one, made of the reply.
       hear: called with each reply so far, from another thread; the last one has `Reply.ended`. With what went wrong
         instead, if something did.
     """
 
-    text: str
+    text: str | None
     how: Answering
     hear: Callable[[Reply | Exception], None]
     told: Sequence[tuple[str, str]] = ()
     start: str | None = None
     keep: str | None = None
+    snapshot: str | None = None
+    within: str | None = None
     shorter: bool = False
     about: Callable[[Reply], Mapping[str, Any]] = lambda reply: {}
     left: bool = False
@@ -170,6 +174,10 @@ class Pool:
             raise Missing(f"there is no session {name!r}")
         return self.store.path(name)
 
+    def about(self, name: str) -> Mapping[str, Any]:
+        """What was kept with a session. To be called by `do`. Raises as `saved`."""
+        return self._dirty[name] if name in self._dirty else files.read(self.saved(name)).header["about"]
+
     def put(self, name: str, path: Path) -> None:
         """Makes a file that came from elsewhere that of a session. To be called by `do`.
 
@@ -192,6 +200,8 @@ class Pool:
         for path in saved:
             path.unlink(missing_ok=True)
         gone = [self.erase(each) for each in dict.fromkeys((name, *responses))]
+        for row in set(range(self.talk.engine.rows)) - set(self._seated):  # where turns of it were worked on
+            self.talk.scratch.put(row, self.talk.engine.nobody)
         return bool(saved) or any(gone)
 
     def erase(self, name: str) -> bool:
@@ -219,11 +229,7 @@ class Pool:
         ]  # fmt: skip
 
     def require_disk(self) -> None:
-        """Raises unless one more file may be kept. To be called by `do`.
-
-        Raises:
-          Busy: with what is there, and what is allowed.
-        """
+        """Raises `Busy` unless one more file may be kept. To be called by `do`."""
         count, size = self.store.size()
         if count + len(self._dirty) >= self.limits.sessions or size >= self.limits.disk:
             raise Busy(
@@ -294,6 +300,8 @@ class Pool:
             row = self._seat(turn.start, turn.keep)
             if turn.keep is not None:
                 self._require_room(turn.keep, len(self.talk.state.turns[row]) + len(turn.told))
+                if turn.snapshot is not None:
+                    self._require_room(turn.snapshot, 0)
             self._going.join(self.talk.turn(row, turn.text, turn.how, told=turn.told, shorter=turn.shorter))
         except Exception as e:
             if row is not None:
@@ -333,10 +341,15 @@ class Pool:
             if not turn.left and turn.keep is not None:
                 before = self.talk.state
                 self.talk.keep([going])
+                about = turn.about(reply)
                 try:
-                    self._keep(turn.keep, row, turn.about(reply))
+                    if turn.snapshot is not None:
+                        self.talk.save(row, self.store.path(turn.snapshot), about=about)
+                    self._keep(turn.keep, row, {} if turn.snapshot is not None else about)
                 except Exception:
                     self.talk.restore(row, before)
+                    if turn.snapshot is not None:
+                        self.store.remove(turn.snapshot)
                     raise
         except Exception as e:
             self._stand_up(row, turn, e)
@@ -426,9 +439,9 @@ class Pool:
     def _expire(self, busy: set[str]) -> None:
         if self.limits.idle:
             for name in set(self.store.older(self.limits.idle)) - busy:
-                self.remove(name)
+                self.erase(name)
 
 
 def _names(of: Sequence[Turn]) -> set[str]:
     """The sessions that turns are about."""
-    return {name for turn in of for name in (turn.start, turn.keep) if name is not None}
+    return {name for turn in of for name in (turn.start, turn.keep, turn.within) if name is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ class Asked:
 
     Attributes:
       told: turns before the last one, each with its answer.
-      text: the last turn.
+      text: the last turn; None if nothing is asked.
       how: the answer is made.
       shorter: whether the limit is the server's own, and may be lower where there is less room.
       stream: whether it is sent as it is made.
@@ -67,7 +68,7 @@ class Asked:
     """
 
     told: tuple[tuple[str, str], ...]
-    text: str
+    text: str | None
     how: Answering
     shorter: bool = False
     stream: bool = False
@@ -87,6 +88,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 # What says who asks, and asks for nothing.
 _NAMES = ("user", "safety_identifier", "prompt_cache_key")
+LOGPROBS = "message.output_text.logprobs"
 
 
 class _Body:
@@ -105,6 +107,12 @@ class _Body:
         if isinstance(value, bool) and bool not in kinds or not isinstance(value, kinds) or not fits(value):
             raise Refused(f"{name} is {_show(value)}; it must be {what}", name)
         return value
+
+    def only(self, where: str, *names: str) -> None:
+        """Refuses all other fields of an object inside the body."""
+        for name in self._left:
+            if name not in names:
+                raise Refused(f"{where}.{name} is not supported here. Leave it out", f"{where}.{name}")
 
     def end(self) -> None:
         for name, value in self._left.items():
@@ -135,19 +143,14 @@ def chat(body: Any, defaults: Defaults, session: str | None) -> Asked:
     fields = _Body(body)
     _require_model(fields, defaults)
     told, text = _turns(fields.take("messages", [], list, "a list of messages"), "messages")
-    named = fields.take("session_id", None, str, "the name of a session")
-    if named is not None and session is not None and named != session:
-        raise Refused("session_id of the body is not that of the header x-session-id; give one", "session_id")
+    named = _session(fields, session)
     older = fields.take("max_tokens", None, int, "a whole number")
     limit = fields.take("max_completion_tokens", older, int, "a whole number")
     if older is not None and limit != older:
         raise Refused("max_tokens and max_completion_tokens are different; give one of them", "max_tokens")
     how = _answering(fields, defaults, limit, "max_tokens" if older is not None else "max_completion_tokens")
     logprobs = fields.take("logprobs", False, bool, "true or false")
-    most = lambda value: 0 <= value <= (TOP if logprobs else 0)
-    what = f"a whole number from 0 to {TOP}" if logprobs else "left out, unless logprobs is true"
-    top = fields.take("top_logprobs", 0, int, what, most)
-    how = dataclasses.replace(how, logprobs=top if logprobs else None)
+    how = dataclasses.replace(how, logprobs=_top(fields, logprobs, "logprobs is true"))
     stream = fields.take("stream", False, bool, "true or false")
     options = _Body(fields.take("stream_options", {}, dict, "an object", lambda value: stream))
     usage = options.take("include_usage", False, bool, "true or false")
@@ -156,26 +159,71 @@ def chat(body: Any, defaults: Defaults, session: str | None) -> Asked:
     except Refused as e:
         raise Refused(str(e), f"stream_options.{e.param}") from None
     fields.end()
-    return Asked(told, text, how, limit is None, stream, usage, session=named or session)
+    return Asked(told, text, how, limit is None, stream, usage, session=named)
 
 
-def response(body: Any, defaults: Defaults) -> Asked:
-    """A request of ``/v1/responses``.
-
-    Raises:
-      Refused: naming the field.
-    """
+def response(body: Any, defaults: Defaults, session: str | None) -> Asked:
+    """A request of ``/v1/responses``. Arguments and errors as `chat`."""
     fields = _Body(body)
     _require_model(fields, defaults)
-    given = fields.take("input", [], (str, list), "a text, or a list of messages")
-    told, text = _turns([{"role": "user", "content": given}] if isinstance(given, str) else given, "input")
+    previous, messages, offset = _input(fields)
+    told, text = _turns(messages, "input", offset)
     limit = fields.take("max_output_tokens", None, int, "a whole number")
     how = _answering(fields, defaults, limit, "max_output_tokens")
+    what = f"a list that holds {LOGPROBS!r}, or nothing"
+    include = fields.take("include", [], list, what, lambda value: all(x == LOGPROBS for x in value))
+    how = dataclasses.replace(how, logprobs=_top(fields, bool(include), f"include holds {LOGPROBS!r}"))
     stream = fields.take("stream", False, bool, "true or false")
-    previous = fields.take("previous_response_id", None, str, "the id of a response")
+    named = _session(fields, session)
+    if named is not None and previous is not None:
+        raise Refused("a response goes on from a session or from a response; give one of them", "session_id")
     store = fields.take("store", True, bool, "true or false")
     fields.end()
-    return Asked(told, text, how, limit is None, stream, previous=previous, store=store)
+    return Asked(told, text, how, limit is None, stream, session=named, previous=previous, store=store)
+
+
+def compact(body: Any, defaults: Defaults) -> Asked:
+    """A request of ``/v1/responses/compact``: nothing is asked, all of it is told. Arguments and errors as `chat`."""
+    fields = _Body(body)
+    _require_model(fields, defaults)
+    previous, messages, offset = _input(fields)
+    fields.end()
+    if not messages and previous is None:
+        raise Refused("there is nothing to compact; give input, previous_response_id, or both", "input")
+    told = _exchanges(messages, "input", offset) if messages else ()
+    return Asked(told, None, Answering(), previous=previous)
+
+
+def _session(fields: _Body, header: str | None) -> str | None:
+    """The session that a body or a header names."""
+    named = fields.take("session_id", None, str, "the name of a session")
+    if named is not None and header is not None and named != header:
+        raise Refused("session_id of the body is not that of the header x-session-id; give one", "session_id")
+    return header if named is None else named
+
+
+def _top(fields: _Body, asked: bool, where: str) -> int | None:
+    """How many log-probabilities are told at each place; None for none at all."""
+    what = f"a whole number from 0 to {TOP}" if asked else f"left out, unless {where}"
+    top = fields.take("top_logprobs", 0, int, what, lambda value: 0 <= value <= (TOP if asked else 0))
+    return top if asked else None
+
+
+def _input(fields: _Body) -> tuple[str | None, list[Any], int]:
+    """The response that an input goes on from, its messages, and the place of the first of them."""
+    given = fields.take("input", [], (str, list), "a text, or a list of messages")
+    previous = fields.take("previous_response_id", None, str, "the id of a response")
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    first = messages[0] if messages else None
+    if not isinstance(first, dict) or first.get("type") != "compaction":
+        return previous, messages, 0
+    if previous is not None:
+        raise Refused("input begins with a compaction, and previous_response_id is given; give one", "input[0]")
+    _Body(first).only("input[0]", "type", "id", "encrypted_content", "created_by")
+    name = first.get("encrypted_content")
+    if not isinstance(name, str):
+        raise Refused("input[0].encrypted_content is missing; pass a compaction on as it came", "input[0]")
+    return name, messages[1:], 1
 
 
 def _require_model(fields: _Body, defaults: Defaults) -> None:
@@ -206,25 +254,42 @@ def _answering(fields: _Body, defaults: Defaults, limit: int | None, name: str) 
     return Answering(limit or defaults.max_tokens, sampling, seed % 2**32, tuple(stop))
 
 
-def _turns(messages: Sequence[Any], name: str) -> tuple[tuple[tuple[str, str], ...], str]:
-    """Turns with their answers, and the last turn, which has none.
+def _turns(messages: Sequence[Any], name: str, offset: int = 0) -> tuple[tuple[tuple[str, str], ...], str]:
+    """Turns with their answers, and the last turn, which has none. Raises as `_exchanges`."""
+    if not messages:
+        raise Refused(f"{name} has no message; the last one must be the user's", name)
+    if len(messages) % 2 == 0:
+        _exchanges(messages, name, offset)
+        raise Refused(f"the last of {name} is the assistant's; there is nothing to answer", name)
+    *told, (text, _) = _exchanges(messages, name, offset)
+    return tuple(told), text
+
+
+def _exchanges(messages: Sequence[Any], name: str, offset: int) -> tuple[tuple[str, str], ...]:
+    """Turns with their answers; that of the last one may be missing, and is empty.
+
+    Args:
+      messages: JSON values.
+      name: of the field.
+      offset: the place of the first message in it.
 
     Raises:
       Refused: for messages that are none, or in an order that no conversation has.
     """
-    if not messages:
-        raise Refused(f"{name} is empty; the last message must be the user's", name)
     texts: list[str] = []
     for number, message in enumerate(messages):
-        where = f"{name}[{number}]"
+        where = f"{name}[{number + offset}]"
         if not isinstance(message, dict):
             raise Refused(f"{where} is {_show(message)}; it must be an object with role and content", where)
+        if message.get("type", "message") != "message":
+            raise Refused(
+                f"{where}.type is {_show(message['type'])}; only messages are read here, and a compaction in front",
+                f"{where}.type",
+            )
         known = {"role", "content", "name", "type", "id", "status"}
         for key, value in message.items():
             if key not in known and value not in (None, [], {}):
                 raise Refused(f"{where}.{key} is not supported here. Leave it out", f"{where}.{key}")
-        if message.get("type", "message") != "message":
-            raise Refused(f"{where}.type is {_show(message['type'])}; only messages are read here", f"{where}.type")
         role = message.get("role")
         if role in ("system", "developer"):
             raise Refused(
@@ -240,9 +305,7 @@ def _turns(messages: Sequence[Any], name: str) -> tuple[tuple[tuple[str, str], .
                 f"{where}.role",
             )
         texts.append(_text(message.get("content"), f"{where}.content"))
-    if len(texts) % 2 == 0:
-        raise Refused(f"the last of {name} is the assistant's; there is nothing to answer", name)
-    return tuple(zip(texts[:-1:2], texts[1::2], strict=True)), texts[-1]
+    return tuple(itertools.zip_longest(texts[::2], texts[1::2], fillvalue=""))
 
 
 def _text(content: Any, where: str) -> str:

@@ -72,17 +72,6 @@ class Response:
         self._fixed = {"model": model, "previous_response_id": previous, "store": store, **how}
         self._number = 0
 
-    def usage(self, reply: Reply) -> dict[str, Any]:
-        """As for `Completion`."""
-        read = reply.known + reply.read
-        return {
-            "input_tokens": read,
-            "input_tokens_details": {"cached_tokens": reply.known},
-            "output_tokens": reply.tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": read + reply.tokens,
-        }
-
     def whole(self, reply: Reply | None, error: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The response as it stands: in progress without a reply."""
         status = "in_progress" if reply is None else "completed" if reply.ended == "stop" else "incomplete"
@@ -95,12 +84,12 @@ class Response:
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": None,
             "metadata": {},
-            "output": [] if reply is None else [self._message(reply.text, status)],
+            "output": [] if reply is None else [self._message(_part(reply.text, reply.logprobs or ()), status)],
             "parallel_tool_calls": False,
             "tool_choice": "none",
             "tools": [],
             "truncation": "disabled",
-            "usage": None if reply is None else self.usage(reply),
+            "usage": None if reply is None else _response_usage(reply),
             **self._fixed,
         }
 
@@ -108,19 +97,20 @@ class Response:
         """Events in front of the text."""
         yield self._event("response.created", response=self.whole(None))
         yield self._event("response.in_progress", response=self.whole(None))
-        item = self._message("", "in_progress") | {"content": []}
+        item = self._message(_part(""), "in_progress") | {"content": []}
         yield self._event("response.output_item.added", output_index=0, item=item)
         yield self._event("response.content_part.added", **self._place(), part=_part(""))
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """What the text goes on with."""
-        return self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])
+    def piece(self, text: str, logprobs: Sequence[Logprob] = ()) -> dict[str, Any]:
+        """What the text goes on with, and the log-probabilities of the tokens that came since the last piece."""
+        told = _part("", logprobs)["logprobs"]
+        return self._event("response.output_text.delta", **self._place(), delta=text, logprobs=told)
 
     def ends(self, reply: Reply) -> Iterator[dict[str, Any]]:
         """Events behind the text."""
-        whole = self.whole(reply)
-        yield self._event("response.output_text.done", **self._place(), text=reply.text, logprobs=[])
-        yield self._event("response.content_part.done", **self._place(), part=_part(reply.text))
+        whole, part = self.whole(reply), _part(reply.text, reply.logprobs or ())
+        yield self._event("response.output_text.done", **self._place(), text=reply.text, logprobs=part["logprobs"])
+        yield self._event("response.content_part.done", **self._place(), part=part)
         yield self._event("response.output_item.done", output_index=0, item=whole["output"][0])
         yield self._event(f"response.{whole['status']}", response=whole)
 
@@ -131,10 +121,8 @@ class Response:
     def _place(self) -> dict[str, Any]:
         return {"item_id": self.item, "output_index": 0, "content_index": 0}
 
-    def _message(self, text: str, status: str) -> dict[str, Any]:
-        return {
-            "id": self.item, "type": "message", "role": "assistant", "status": status, "content": [_part(text)],
-        }  # fmt: skip
+    def _message(self, part: Mapping[str, Any], status: str) -> dict[str, Any]:
+        return {"id": self.item, "type": "message", "role": "assistant", "status": status, "content": [part]}
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         event = {"type": kind, "sequence_number": self._number, **fields}
@@ -142,8 +130,43 @@ class Response:
         return event
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+class Compaction:
+    """An answer of ``/v1/responses/compact``: a memory that can be gone on from as from a response."""
+
+    def __init__(self, model: str):
+        """Begins one."""
+        self.id, self.model, self.created = new_id("resp"), model, int(time.time())
+
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """The compaction. What it holds stays with the server: the item says where, and is as small as that."""
+        item = {"id": new_id("cmp"), "type": "compaction", "encrypted_content": self.id}
+        return {
+            "id": self.id,
+            "object": "response.compaction",
+            "created_at": self.created,
+            "model": self.model,
+            "output": [item],
+            "usage": _response_usage(reply),
+        }
+
+
+def _response_usage(reply: Reply) -> dict[str, Any]:
+    """As `Completion.usage`, by the other API's names."""
+    read = reply.known + reply.read
+    return {
+        "input_tokens": read,
+        "input_tokens_details": {"cached_tokens": reply.known},
+        "output_tokens": reply.tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": read + reply.tokens,
+    }
+
+
+def _part(text: str, logprobs: Sequence[Logprob] = ()) -> dict[str, Any]:
+    # Here bytes have to be a list: an empty one where the tokenizer does not say of which bytes a token is made.
+    each = lambda x: {"token": x.token, "logprob": x.value, "bytes": list(x.bytes or ())}
+    told = [each(x) | {"top_logprobs": list(map(each, x.top))} for x in logprobs]
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": told}
 
 
 def _logprobs(of: Sequence[Logprob]) -> dict[str, Any]:

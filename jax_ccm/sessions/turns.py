@@ -44,7 +44,8 @@ class Reply:
       read: tokens that were read for it: the turn and the turns that were told before it, with what stands around them
         and opens the answer.
       known: text tokens that the session had read before.
-      ended: "stop" (a token or text that ends it), "length" (its limit), or empty while it goes on.
+      ended: "stop" (a token or text that ends it, or nothing was asked), "length" (its limit), or empty while it goes
+        on.
       logprobs: of its tokens, if they were asked for.
     """
 
@@ -171,6 +172,7 @@ class Turn:
                 told = self.scratch.take(self.row)
                 self._start = lambda: told
             yield from self._answer(self._question, self.scratch.chunks(self.row))
+        self._ended = self._ended or "stop"
         self.scratch.check(self.row)
 
     def _answer(self, question: np.ndarray, first: int) -> Steps:
