@@ -1,4 +1,4 @@
-"""``python -m jax_ccm.convert FROM TO --format peft``: an adapter from one format to another; two memories as one."""
+"""``python -m jax_ccm.convert FROM TO --format peft``: an adapter, or a memory, from one format to another."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ class Options:
 
     FIRST.ccm BOTH.ccm --merge SECOND.ccm makes one memory of two, the second conversation behind the first, where the
     method has a meaning for it: appended slots, and means.
+
+    MEMORY.ccm PREFIX.safetensors --format dynamic_cache makes a memory a prefix that PyTorch users prepend:
+    transformers takes it as past_key_values. PREFIX.safetensors MEMORY.ccm makes it a memory again.
     """
 
     source: Annotated[Folder, tyro.conf.Positional]
-    """Folder of the adapter; or a memory file."""
+    """Folder of the adapter; or a memory file, or a prefix."""
     target: Annotated[Folder, tyro.conf.Positional]
-    """Folder to write; or the memory file."""
-    format: Literal["own", "peft", "reference"] = "own"
-    """Format to write."""
+    """Folder to write; or the memory file, or the prefix."""
+    format: Literal["own", "peft", "reference", "dynamic_cache"] = "own"
+    """Format to write: of an adapter, own, peft or reference; of a memory, own or dynamic_cache."""
     merge: Folder | None = None
     """A memory file that is put behind the source, which is one, too."""
     stored: Literal["float32", "bfloat16"] = "float32"
@@ -57,6 +60,11 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, prog="python -m jax_ccm.convert", use_underscores=True)
+    if options.merge is not None or options.source.is_file():
+        _convert_memory(options)
+        return
+    if options.format == "dynamic_cache":
+        raise UserError(f"dynamic_cache is a format of memories, and {options.source} is no memory file")
     from jax_ccm.config.adapters import FILE, chosen, config_beside, open_config
     from jax_ccm.config.schema import Config, to_yaml
     from jax_ccm.evals import card
@@ -64,20 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from jax_ccm.weights.adapters import Adapter
     from jax_ccm.weights.peft import is_conditional
 
-    if options.merge is not None:
-        from jax_ccm.memory import files
-        from jax_ccm.memory.merging import merge
-
-        files.write(merge(files.read(options.source), files.read(options.merge)), options.target)
-        print(f"wrote {options.target}: {options.source}, and {options.merge} behind it")
-        return
     names = ("comp_tokens", "sink", "independent", "conditional")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if given and options.method is None:
         raise UserError(f"--{next(iter(given))} describes a method; name it: --method ccm_concat, for instance")
     method = build(options.method, **given) if options.method is not None else None
-    if options.source.resolve() == options.target.resolve():
-        raise UserError(f"source and target are both {options.source}; give another folder to write")
+    _require_another(options, "folder")
     results = [card.read_results(path) for path in options.results]
     adapter, config = Adapter.read(options.source, method=method), config_beside(options.source)
     if options.base and config is None:
@@ -107,6 +107,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     elif options.format == "peft" and shape.tokens:
         print("note: PEFT passes over the embeddings of compression tokens, which lie in the same file")
+
+
+def _require_another(options: Options, what: str) -> None:
+    if options.source.resolve() == options.target.resolve():
+        raise UserError(f"source and target are both {options.source}; give another {what} to write")
+
+
+def _convert_memory(options: Options) -> None:
+    """Two memories as one, a memory as a prefix, or a prefix as a memory."""
+    from jax_ccm.memory import files, prefixes
+    from jax_ccm.memory.merging import merge
+
+    _require_another(options, "file")
+    if options.merge is not None and options.format == "own":
+        files.write(merge(files.read(options.source), files.read(options.merge)), options.target)
+        print(f"wrote {options.target}: {options.source}, and {options.merge} behind it")
+    elif options.merge is not None:
+        raise UserError(f"--merge makes a memory, and --format is {options.format}; do one, and then the other")
+    elif prefixes.is_prefix(options.source):
+        files.write(prefixes.read(options.source), options.target)
+        print(f"wrote {options.target}: the memory that {options.source} was made of")
+    elif options.format == "dynamic_cache":
+        held = files.read(options.source)
+        prefixes.write(held, options.target)
+        print(f"wrote {options.target}: {len(held.arrays['kind'])} slots, for transformers' past_key_values")
+        if prefixes.runs(held) != "base":
+            print("note: its LoRA acts on text, too: in PyTorch, load the adapter (--format peft) beside the base")
+    else:
+        raise UserError(f"{options.source} is a file: --merge another memory into it, or give --format dynamic_cache")
 
 
 if __name__ == "__main__":

@@ -160,11 +160,21 @@ def read(path: str | Path) -> Held:
                 f"{path} is of an earlier version ({form}), without a digest: damage would go unseen. Save it again",
                 stacklevel=3,
             )
-        held = Held(Path(path), header, "", arrays)
-        _check_shapes(path, header, {name: (x.shape, str(x.dtype)) for name, x in arrays.items()})
-    else:
-        _check_shapes(path, file.header, {name: (shape, _TYPES.get(t, t)) for name, (shape, t) in file.shapes.items()})
-        held = Held(Path(path), file.header, file.digest, file.arrays())
+        return checked(path, header, arrays)
+    _check_shapes(path, file.header, {name: (shape, _TYPES.get(t, t)) for name, (shape, t) in file.shapes.items()})
+    held = Held(Path(path), file.header, file.digest, file.arrays())
+    _check_slots(held)
+    return held
+
+
+def checked(path: str | Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Held:
+    """What another file holds of a memory, without a digest of its own.
+
+    Raises:
+      UserError: unless it is whole, and what this library writes.
+    """
+    _check_shapes(path, header, {name: (x.shape, str(x.dtype)) for name, x in arrays.items()})
+    held = Held(Path(path), header, "", arrays)
     _check_slots(held)
     return held
 

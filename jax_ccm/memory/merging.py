@@ -49,8 +49,8 @@ def merge(first: Held, second: Held) -> Held:
         raise UserError(f"{where} cannot be merged: method {called(method)} {reason}")
     for held in (first, second):
         if not np.isin(held.arrays["kind"], (Kind.MEMORY, Kind.SINK)).all():
-            raise UserError(f"{held.path} holds text that is not compressed yet, and cannot be merged; close it first")
-    turn = _turner(_config(first), method)
+            raise UserError(_still_text(held))
+    turn = turner(model_config(first), method)
     rows = [_merged_row(first, second, row, turn) for row in range(first.header["sessions"])]
     a, b = first.arrays, second.arrays
     arrays = {name: np.concatenate([row[name] for row in rows], axis=1) for name in ("k", "v")}
@@ -68,6 +68,26 @@ def merge(first: Held, second: Held) -> Held:
         "memory_capacity": max(first.header["memory_capacity"], second.header["memory_capacity"], memory),
     }
     return Held(first.path, header, "", arrays)
+
+
+def _still_text(held: Held) -> str:
+    """What is to be done about text in a memory that was to be merged."""
+    kind, chunks = held.arrays["kind"], held.arrays["chunks"]
+    is_text = ~np.isin(kind, (Kind.MEMORY, Kind.SINK))
+    of = np.repeat(np.arange(len(chunks)), held.arrays["live"])
+    is_open = is_text & (held.arrays["segment"] >= chunks[of])
+    text = f"{held.path} holds {int(is_text.sum())} tokens as text, "
+    if not held.header["method"]["closes"] or not is_open.any():
+        recent, name = held.header["method"].get("recent"), called(held.header["method"])
+        which = "for good" if not recent else "until the next is closed" if recent == 1 else f"for {recent} chunks"
+        return (
+            f"{text}which its method, {name}, keeps {which}, and only memory can be merged. Read the second "
+            "conversation behind the first instead: load that, then `tell` or `read` (`Conversations`)"
+        )
+    return (
+        f"{text}of which {int(is_open.sum())} are of a chunk that is still open, and only memory can be merged. Load "
+        "it, close the chunk (`jax_ccm.compress`; `Conversations` closes each turn by itself), and save it again"
+    )
 
 
 def _merged_row(first: Held, second: Held, row: int, turn) -> dict[str, np.ndarray]:
@@ -106,7 +126,7 @@ def _merged_row(first: Held, second: Held, row: int, turn) -> dict[str, np.ndarr
     }
 
 
-def _turner(config: ModelConfig, method: Mapping[str, Any]):
+def turner(config: ModelConfig, method: Mapping[str, Any]):
     """What turns keys ``[L, N, K, H]`` on by so many positions; each layer by its own frequencies."""
     if method.get("rope") == "cache":  # keys are turned when they are read
         return lambda keys, by: keys
@@ -122,7 +142,7 @@ def _turner(config: ModelConfig, method: Mapping[str, Any]):
     return turn
 
 
-def _config(held: Held) -> ModelConfig:
+def model_config(held: Held) -> ModelConfig:
     """The model's config as a file has it.
 
     Raises:

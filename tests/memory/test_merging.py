@@ -63,5 +63,9 @@ def test_what_cannot_be_merged(tmp_path):
             merge(one, file)
     chunk = Chunk(np.ones((2, 2), np.int32), np.ones((2, 2), bool))
     raw = held(steps.read(MODEL, read(concat, (1,)), chunk, method=concat)[0], tmp_path / "open", concat)
-    with pytest.raises(UserError, match="open holds text that is not compressed yet"):
+    with pytest.raises(UserError, match="open holds 4 tokens as text, of which 4 are .* open.*save it again"):
         merge(one, raw)
+    recent = build("ccm_concat", comp_tokens=2, recent=1)
+    raw = held(read(recent, (1,)), tmp_path / "recent", recent)
+    with pytest.raises(UserError, match="recent holds .* keeps until the next is closed, .*`tell`"):
+        merge(raw, raw)

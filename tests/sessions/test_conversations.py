@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.monitoring
 import numpy as np
 import pytest
 
@@ -66,6 +67,37 @@ def test_sessions_are_forked_reset_saved_and_loaded(tmp_path):
     assert all(map(np.array_equal, row(talk, 2), row(Conversations(made, 3), 2)))
     assert talk.memory_bytes(2)[::2] == (0, 0)
     assert talk.say({2: "hi"}, max_tokens=4) == Conversations(made, 3).say({2: "hi"}, max_tokens=4)
+
+
+@pytest.fixture
+def compilations():
+    """The programs that are compiled while the test runs, or taken from a folder of compiled ones."""
+    found = []
+
+    def hear(event, seconds, **what):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(what)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(hear)
+
+
+@pytest.mark.parametrize("name", ["ccm_concat", "ccm_merge"])
+def test_files_are_loaded_without_compiling(name, tmp_path, compilations):
+    """However many slots are in them: what is made of a file on the host has the sizes of the row that it goes to."""
+    made = experiment(name, comp_tokens=2)
+    talk, other = Conversations(made, 2), Conversations(made, 2)
+    for number in range(4):
+        talk.tell({0: [("hello", "hi")]})
+        talk.save(0, tmp_path / f"{number}.ccm")
+    other.load(1, tmp_path / "0.ccm")
+    assert compilations, "what is to be heard is heard"
+    compilations.clear()
+    for number in range(1, 4):
+        other.load(1, tmp_path / f"{number}.ccm")
+        talk.save(0, tmp_path / "again.ccm")
+    assert compilations == [] and close(row(other, 1), row(talk, 0))
 
 
 def test_answers_come_as_they_are_made():
