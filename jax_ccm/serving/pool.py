@@ -339,7 +339,7 @@ class Pool:
             if going.refused is not None:
                 raise going.refused
             if not turn.left and turn.keep is not None:
-                before = self.talk.state
+                before = self.talk.session(row)
                 self.talk.keep([going])
                 about = turn.about(reply)
                 try:

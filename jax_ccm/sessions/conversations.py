@@ -16,31 +16,16 @@ import numpy as np
 from jax_ccm.config.loading import Experiment
 from jax_ccm.errors import UserError
 from jax_ccm.memory import files
-from jax_ccm.memory.cache import choose, put_row, remove
+from jax_ccm.memory.cache import put_row, remove
 from jax_ccm.memory.closing import Closing
 from jax_ccm.memory.generation import Sampling
 from jax_ccm.rules.types import Kind, MemoryCache
 from jax_ccm.sessions.engine import NOTHING, Answering, Engine
+from jax_ccm.sessions.interrupts import whole
 from jax_ccm.sessions.scratch import AT_A_TIME, Scratch, take
+from jax_ccm.sessions.state import Session, State
 from jax_ccm.sessions.turns import Exchange, Reply, Turn, Turns
 from jax_ccm.weights.identity import describe_base
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What conversations have come to, each by its row.
-
-    Attributes:
-      cache: the sessions.
-      turns: of each session where its turns lie, ``(first, end)`` of their chunks; text that was read is none.
-      tokens: text tokens so far.
-      said: int32, all text so far; kept only for methods that compress all of it anew each turn.
-    """
-
-    cache: MemoryCache
-    turns: tuple[tuple[tuple[int, int], ...], ...]
-    tokens: tuple[int, ...]
-    said: tuple[np.ndarray, ...]
 
 
 class Conversations:
@@ -168,19 +153,22 @@ class Conversations:
 
     def keep(self, turns: Sequence[Turn]) -> None:
         """Makes sessions what they have become by turns that are over and were not refused."""
+        for turn in turns:
+            row, state = turn.row, self.state
+            ends = [end for part, end in turn.exchanges if part.turn]
+            read = sum(len(chunk) for part, _ in turn.exchanges for chunk in part.chunks)
+            made = Session(self.scratch.take(row), (*state.turns[row], *ends), state.tokens[row] + read, turn.said)
+            self.restore(row, made)
+
+    def session(self, row: int) -> Session:
+        """A session as it is now, for `restore`.
+
+        Raises:
+          UserError: for a row that does not exist.
+        """
+        self._require([row])
         state = self.state
-        done = {turn.row: turn for turn in turns}
-        cache = _choose(self.scratch.mask(done), self.scratch.cache, state.cache)
-        ends = {row: [end for part, end in turn.exchanges if part.turn] for row, turn in done.items()}
-        read = {
-            row: sum(len(chunk) for part, _ in turn.exchanges for chunk in part.chunks) for row, turn in done.items()
-        }
-        self.state = State(
-            cache,
-            tuple((*known, *ends.get(row, ())) for row, known in enumerate(state.turns)),
-            tuple(count + read.get(row, 0) for row, count in enumerate(state.tokens)),
-            tuple(done[row].said if row in done else said for row, said in enumerate(state.said)),
-        )
+        return Session(take(state.cache, np.int32(row)), state.turns[row], state.tokens[row], state.said[row])
 
     def say_alone(self, turns: Mapping[int, str], *, system: str = "", max_tokens: int = 48) -> dict[int, str]:
         """What the same model answers to these turns alone, without memory. Arguments, errors as `say`, `turn`."""
@@ -234,18 +222,21 @@ class Conversations:
         Raises:
           UserError: for a row that does not exist.
         """
-        self._require([row])
-        self._put(row, self.engine.nobody, (), 0, NOTHING)
+        self.restore(row, Session(self.engine.nobody))
 
-    def restore(self, row: int, earlier: State) -> None:
-        """Makes a session what it was in an earlier state; the others stay.
+    def restore(self, row: int, session: Session) -> None:
+        """Puts a copy of a session into a row; the other rows stay where they are.
 
         Raises:
           UserError: for a row that does not exist.
         """
         self._require([row])
-        one = take(earlier.cache, np.int32(row))
-        self._put(row, one, earlier.turns[row], earlier.tokens[row], earlier.said[row])
+        at = lambda values, new: (*values[:row], new, *values[row + 1 :])
+        with whole():
+            state = self.state
+            cache = _put(state.cache, session.cache, np.int32(row))
+            turns, tokens = at(state.turns, session.turns), at(state.tokens, session.tokens)
+            self.state = State(cache, turns, tokens, at(state.said, session.said))
 
     def forget(self, row: int, turn: int) -> int:
         """Drops the memory of a turn and its answer, or their text where that is still there.
@@ -263,7 +254,7 @@ class Conversations:
           UserError: for a row or turn that does not exist, or a method whose slots are not those of one turn each.
         """
         self._require([row])
-        method, state = self.engine.experiment.method, self.state
+        method = self.engine.experiment.method
         reason = (
             "blends all turns into the same slots" if method.mix is not None
             else "chooses what to keep from all turns" if method.eviction is not None
@@ -274,14 +265,12 @@ class Conversations:
         )  # fmt: skip
         if reason:
             raise UserError(f"method {method.name!r} {reason}: there is no memory of a single turn to drop")
-        turns = state.turns[row]
-        if not 0 <= turn < len(turns):
-            raise UserError(f"there is no turn {turn + 1}; the session has {len(turns)}")
-        slots, (first, end) = state.cache.slots, turns[turn]
-        is_of = slots.live & (slots.kind != Kind.SINK) & (slots.segment >= first) & (slots.segment < end)
-        gone = np.asarray(is_of) & self.scratch.mask([row])[:, None]
-        one = take(remove(state.cache, gone), np.int32(row))
-        self._put(row, one, turns, state.tokens[row], state.said[row])
+        session = self.session(row)
+        if not 0 <= turn < len(session.turns):
+            raise UserError(f"there is no turn {turn + 1}; the session has {len(session.turns)}")
+        slots, (first, end) = session.cache.slots, session.turns[turn]
+        gone = np.asarray(slots.live & (slots.kind != Kind.SINK) & (slots.segment >= first) & (slots.segment < end))
+        self.restore(row, dataclasses.replace(session, cache=remove(session.cache, gone)))
         return int(gone.sum())
 
     def fork(self, row: int, to: int) -> None:
@@ -291,8 +280,7 @@ class Conversations:
           UserError: for a row that does not exist.
         """
         self._require([row, to])
-        state = self.state
-        self._put(to, take(state.cache, np.int32(row)), state.turns[row], state.tokens[row], state.said[row])
+        self.restore(to, self.session(row))
 
     def save(self, row: int, path: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
         """Writes the memory of a session to a file, with where its turns lie in it.
@@ -334,7 +322,7 @@ class Conversations:
         """
         self._require_memory_alone(row)
         held, one = self.opened(path)
-        self._put(row, one, held.turns, int(np.asarray(one.tokens)[0]), NOTHING)
+        self.restore(row, Session(one, held.turns, int(np.asarray(one.tokens)[0])))
         return held.header["about"]
 
     def opened(self, path: str | Path) -> tuple[files.Held, MemoryCache]:
@@ -414,15 +402,6 @@ class Conversations:
                 going.leave(turn.row)
         yield {turn.row: turn.reply for turn in turns}
 
-    def _put(
-        self, row: int, one: MemoryCache, turns: tuple[tuple[int, int], ...], tokens: int, said: np.ndarray
-    ) -> None:
-        """Makes a row a copy of a session."""
-        at = lambda values, new: (*values[:row], new, *values[row + 1 :])
-        state = self.state
-        cache = _put(state.cache, one, np.int32(row))
-        self.state = State(cache, at(state.turns, turns), at(state.tokens, tokens), at(state.said, said))
-
     def _require(self, rows: Collection[int]) -> None:
         if not rows:
             raise UserError("there are no turns; give at least one")
@@ -438,5 +417,5 @@ class Conversations:
             raise UserError(f"method {method.name!r} compresses all text anew each turn: its memory alone goes nowhere")
 
 
-_choose = jax.jit(choose)
-_put = jax.jit(put_row)
+# Donated: a change costs a row, and not a copy of all of them.
+_put = jax.jit(put_row, donate_argnums=0)

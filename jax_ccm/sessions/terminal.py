@@ -17,7 +17,8 @@ from jax_ccm.evals.scoring import base_only
 from jax_ccm.memory import files
 from jax_ccm.methods import build
 from jax_ccm.rules.types import Kind
-from jax_ccm.sessions.conversations import Conversations, State
+from jax_ccm.sessions.conversations import Conversations
+from jax_ccm.sessions.state import Session
 from jax_ccm.sessions.turns import Reply
 
 HELP = """/memory       what the memory holds, turn by turn
@@ -43,7 +44,7 @@ class _Told:
     """A conversation, and what of it is known here: the texts of its turns, or None if it came from a file; and the
     system message with which it begins."""
 
-    state: State
+    session: Session
     past: list[tuple[str, str]] | None
     system: str
 
@@ -214,13 +215,13 @@ class Terminal:
             self.talk.instruct({0: self.system})
 
     def _here(self) -> _Told:
-        return _Told(self.talk.state, self._past, self.system)
+        return _Told(self.talk.session(0), self._past, self.system)
 
     def _from_all(self, before: _Told, text: str) -> str:
         """What the base answers that holds all text; as much room is made as that takes."""
         experiment = self.talk.engine.experiment
-        question = self.talk.engine.question(text, first=not before.state.tokens[0])
-        needed = before.state.tokens[0] + len(question) + self.max_tokens + 64
+        question = self.talk.engine.question(text, first=not before.session.tokens)
+        needed = before.session.tokens + len(question) + self.max_tokens + 64
         cache = dataclasses.replace(experiment.config.cache, raw_capacity=-(-needed // 256) * 256)
         full = dataclasses.replace(
             experiment,
@@ -246,7 +247,8 @@ class Terminal:
             self._put(here, last=self._last)
 
     def _put(self, there: _Told, last: tuple[str, _Told] | None = None) -> None:
-        self.talk.state, self._past, self.system, self._last = there.state, there.past, there.system, last
+        self.talk.restore(0, there.session)
+        self._past, self.system, self._last = there.past, there.system, last
 
 
 def printable(text: str) -> str:

@@ -15,6 +15,7 @@ from jax_ccm.evals import parity
 from jax_ccm.memory.cache import select
 from jax_ccm.memory.generation import Sampling
 from jax_ccm.rules.types import Kind
+from jax_ccm.sessions import conversations
 from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
 from jax_ccm.sessions.turns import Turns
@@ -67,6 +68,28 @@ def test_sessions_are_forked_reset_saved_and_loaded(tmp_path):
     assert all(map(np.array_equal, row(talk, 2), row(Conversations(made, 3), 2)))
     assert talk.memory_bytes(2)[::2] == (0, 0)
     assert talk.say({2: "hi"}, max_tokens=4) == Conversations(made, 3).say({2: "hi"}, max_tokens=4)
+
+
+def test_a_change_costs_a_row():
+    """All other rows stay where they are in memory; a session that was taken out stays as it was."""
+    talk = Conversations(experiment("ccm_concat", comp_tokens=2), 32)
+    talk.tell({3: [("my name is Clara", "hi")], 7: [("hello", "hi")]})
+    place = lambda: [x.unsafe_buffer_pointer() for x in jax.tree.leaves(talk.state.cache)]
+    here, taken, kept = place(), talk.session(3), row(talk, 3)
+    for act in (
+        lambda: talk.tell({5: [("hello", "hi")]}),
+        lambda: talk.fork(3, 31),
+        lambda: talk.forget(3, 0),
+        lambda: talk.reset(3),
+        lambda: talk.restore(3, taken),
+    ):
+        old = talk.state
+        act()
+        assert place() == here and old.cache.k.is_deleted()
+    assert all(map(np.array_equal, row(talk, 3), kept)) and talk.state.turns[3] == taken.turns
+    all_rows = sum(x.nbytes for x in jax.tree.leaves(talk.state.cache))
+    memory = conversations._put.lower(talk.state.cache, taken.cache, np.int32(0)).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= all_rows and memory.temp_size_in_bytes < all_rows / 8
 
 
 @pytest.fixture

@@ -29,7 +29,6 @@ ALL = (
     scratch._make,
     scratch._put,
     scratch.take,
-    conversations._choose,
     conversations._put,
 )
 programs = lambda: [program._cache_size() for program in ALL]
