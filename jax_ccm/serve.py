@@ -95,9 +95,10 @@ def serve(experiment: Experiment, store: Store, name: str, token: str, options: 
     """Serves until a signal asks for the end; answers that are being made end first."""
     import uvicorn
 
+    from jax_ccm.serving.admission import Limits
     from jax_ccm.serving.app import Access, Server
     from jax_ccm.serving.metrics import Metrics
-    from jax_ccm.serving.pool import Limits, Pool
+    from jax_ccm.serving.pool import Pool
     from jax_ccm.serving.requests import Defaults
     from jax_ccm.sessions.conversations import Conversations
 

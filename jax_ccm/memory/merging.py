@@ -50,6 +50,7 @@ def merge(first: Held, second: Held) -> Held:
     for held in (first, second):
         if not np.isin(held.arrays["kind"], (Kind.MEMORY, Kind.SINK)).all():
             raise UserError(_still_text(held))
+    _require_one_system(first, second)
     turn = turner(model_config(first), method)
     rows = [_merged_row(first, second, row, turn) for row in range(first.header["sessions"])]
     a, b = first.arrays, second.arrays
@@ -68,6 +69,26 @@ def merge(first: Held, second: Held) -> Held:
         "memory_capacity": max(first.header["memory_capacity"], second.header["memory_capacity"], memory),
     }
     return Held(first.path, header, "", arrays)
+
+
+def _require_one_system(first: Held, second: Held) -> None:
+    """Refuses to lose a system message: of the second memory only one that the first begins with, too."""
+    for row in range(first.header["sessions"]):
+        sinks = []
+        for held in (first, second):
+            at = held.of(row)
+            values = held.arrays["v"][:, at].astype(np.float32)
+            sinks.append(values[:, held.arrays["kind"][at] == Kind.SINK])
+        ours, theirs = sinks
+        if theirs.shape[1] <= int(first.header["method"].get("sink") or 0):
+            continue
+        # The same tokens, perhaps read in pieces of another length.
+        if ours.shape != theirs.shape or np.abs(ours - theirs).mean() > 0.01 * np.abs(theirs).mean():
+            raise UserError(
+                f"{second.path} begins with a system message that {first.path} does not begin with, and a merged "
+                "memory has one. Merge memories that begin alike, or read the second conversation behind the "
+                "first: load that, then `tell` or `read` (`Conversations`)"
+            )
 
 
 def _still_text(held: Held) -> str:

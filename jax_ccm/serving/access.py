@@ -19,8 +19,8 @@ from starlette.responses import Response as Answer
 from jax_ccm.errors import UserError
 from jax_ccm.memory import files
 from jax_ccm.records.parsing import parse_json
+from jax_ccm.serving.admission import Busy, Missing
 from jax_ccm.serving.metrics import Metrics
-from jax_ccm.serving.pool import Busy, Missing
 from jax_ccm.serving.requests import Refused
 
 log = logging.getLogger("jax_ccm.serve")

@@ -17,9 +17,10 @@ from starlette.routing import Route
 
 from jax_ccm.serving import requests, shapes
 from jax_ccm.serving.access import Access, Door, as_refused, refusal
+from jax_ccm.serving.admission import Turn
 from jax_ccm.serving.memories import Memories
 from jax_ccm.serving.page import page
-from jax_ccm.serving.pool import Pool, Turn
+from jax_ccm.serving.pool import Pool
 from jax_ccm.serving.requests import Asked, Defaults, Refused
 from jax_ccm.serving.store import RESPONSE, require_session
 from jax_ccm.sessions.turns import Logprob, Reply
@@ -195,7 +196,7 @@ class Server:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(heard.put_nowait, what)
 
-        turn = Turn(asked.text, asked.how, hear, told=asked.told, shorter=asked.shorter, **place)
+        turn = Turn(asked.text, asked.how, hear, system=asked.system, told=asked.told, shorter=asked.shorter, **place)
         self.pool.say(turn)
         try:
             while True:

@@ -20,7 +20,8 @@ from jax_ccm.memory import files
 from jax_ccm.rules.types import Kind
 from jax_ccm.serving import requests
 from jax_ccm.serving.access import Door
-from jax_ccm.serving.pool import Busy, Missing, Pool
+from jax_ccm.serving.admission import Busy, Missing
+from jax_ccm.serving.pool import Pool
 from jax_ccm.serving.requests import Refused
 from jax_ccm.serving.store import require_session
 

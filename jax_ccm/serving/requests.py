@@ -58,6 +58,7 @@ class Asked:
     Attributes:
       told: turns before the last one, each with its answer.
       text: the last turn; None if nothing is asked.
+      system: the message with which the conversation begins, which stays as it is; "" for none.
       how: the answer is made.
       shorter: whether the limit is the server's own, and may be lower where there is less room.
       stream: whether it is sent as it is made.
@@ -75,6 +76,7 @@ class Asked:
     usage: bool = False
     session: str | None = None
     previous: str | None = None
+    system: str = ""
     store: bool = True
 
 
@@ -89,6 +91,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # What says who asks, and asks for nothing.
 _NAMES = ("user", "safety_identifier", "prompt_cache_key")
 LOGPROBS = "message.output_text.logprobs"
+# The roles of a message that stands in front of the conversation.
+SYSTEM = ("system", "developer")
 
 
 class _Body:
@@ -142,7 +146,9 @@ def chat(body: Any, defaults: Defaults, session: str | None) -> Asked:
     """
     fields = _Body(body)
     _require_model(fields, defaults)
-    told, text = _turns(fields.take("messages", [], list, "a list of messages"), "messages")
+    messages = fields.take("messages", [], list, "a list of messages")
+    system, messages, offset = _system(messages, "messages", 0)
+    told, text = _turns(messages, "messages", offset)
     named = _session(fields, session)
     older = fields.take("max_tokens", None, int, "a whole number")
     limit = fields.take("max_completion_tokens", older, int, "a whole number")
@@ -159,14 +165,14 @@ def chat(body: Any, defaults: Defaults, session: str | None) -> Asked:
     except Refused as e:
         raise Refused(str(e), f"stream_options.{e.param}") from None
     fields.end()
-    return Asked(told, text, how, limit is None, stream, usage, session=named)
+    return Asked(told, text, how, limit is None, stream, usage, session=named, system=system)
 
 
 def response(body: Any, defaults: Defaults, session: str | None) -> Asked:
     """A request of ``/v1/responses``. Arguments and errors as `chat`."""
     fields = _Body(body)
     _require_model(fields, defaults)
-    previous, messages, offset = _input(fields)
+    previous, system, messages, offset = _input(fields)
     told, text = _turns(messages, "input", offset)
     limit = fields.take("max_output_tokens", None, int, "a whole number")
     how = _answering(fields, defaults, limit, "max_output_tokens")
@@ -179,19 +185,19 @@ def response(body: Any, defaults: Defaults, session: str | None) -> Asked:
         raise Refused("a response goes on from a session or from a response; give one of them", "session_id")
     store = fields.take("store", True, bool, "true or false")
     fields.end()
-    return Asked(told, text, how, limit is None, stream, session=named, previous=previous, store=store)
+    return Asked(told, text, how, limit is None, stream, session=named, previous=previous, store=store, system=system)
 
 
 def compact(body: Any, defaults: Defaults) -> Asked:
     """A request of ``/v1/responses/compact``: nothing is asked, all of it is told. Arguments and errors as `chat`."""
     fields = _Body(body)
     _require_model(fields, defaults)
-    previous, messages, offset = _input(fields)
+    previous, system, messages, offset = _input(fields)
     fields.end()
     if not messages and previous is None:
         raise Refused("there is nothing to compact; give input, previous_response_id, or both", "input")
     told = _exchanges(messages, "input", offset) if messages else ()
-    return Asked(told, None, Answering(), previous=previous)
+    return Asked(told, None, Answering(), previous=previous, system=system)
 
 
 def _session(fields: _Body, header: str | None) -> str | None:
@@ -209,7 +215,27 @@ def _top(fields: _Body, asked: bool, where: str) -> int | None:
     return top if asked else None
 
 
-def _input(fields: _Body) -> tuple[str | None, list[Any], int]:
+def _system(messages: list[Any], name: str, offset: int) -> tuple[str, list[Any], int]:
+    """The system message in front of others, "" for none; the others, and the place of the first of them."""
+    first = messages[0] if messages else None
+    if not isinstance(first, dict) or first.get("role") not in SYSTEM or first.get("type", "message") != "message":
+        return "", messages, offset
+    where = f"{name}[{offset}]"
+    _require_known(first, where)
+    return _text(first.get("content"), f"{where}.content").strip(), messages[1:], offset + 1
+
+
+def _input(fields: _Body) -> tuple[str | None, str, list[Any], int]:
+    """The response that an input goes on from, its system message, its turns, and the place of the first of them."""
+    previous, messages, offset = _given(fields)
+    instructions = fields.take("instructions", "", str, "a text").strip()
+    system, messages, offset = _system(messages, "input", offset)
+    if instructions and system:
+        raise Refused("input begins with a system message, and instructions are given; give one", "instructions")
+    return previous, instructions or system, messages, offset
+
+
+def _given(fields: _Body) -> tuple[str | None, list[Any], int]:
     """The response that an input goes on from, its messages, and the place of the first of them."""
     given = fields.take("input", [], (str, list), "a text, or a list of messages")
     previous = fields.take("previous_response_id", None, str, "the id of a response")
@@ -286,15 +312,12 @@ def _exchanges(messages: Sequence[Any], name: str, offset: int) -> tuple[tuple[s
                 f"{where}.type is {_show(message['type'])}; only messages are read here, and a compaction in front",
                 f"{where}.type",
             )
-        known = {"role", "content", "name", "type", "id", "status"}
-        for key, value in message.items():
-            if key not in known and value not in (None, [], {}):
-                raise Refused(f"{where}.{key} is not supported here. Leave it out", f"{where}.{key}")
+        _require_known(message, where)
         role = message.get("role")
-        if role in ("system", "developer"):
+        if role in SYSTEM:
             raise Refused(
-                f"{where}.role is {role!r}: this model's memory knows what users and assistants say, and nothing else. "
-                "Say it at the beginning of the first user message",
+                f"{where}.role is {role!r}: a conversation begins with its one system message. Say this in a user's "
+                "message",
                 f"{where}.role",
             )
         wanted = ("user", "assistant")[number % 2]
@@ -306,6 +329,13 @@ def _exchanges(messages: Sequence[Any], name: str, offset: int) -> tuple[tuple[s
             )
         texts.append(_text(message.get("content"), f"{where}.content"))
     return tuple(itertools.zip_longest(texts[::2], texts[1::2], fillvalue=""))
+
+
+def _require_known(message: Mapping[str, Any], where: str) -> None:
+    known = {"role", "content", "name", "type", "id", "status"}
+    for key, value in message.items():
+        if key not in known and value not in (None, [], {}):
+            raise Refused(f"{where}.{key} is not supported here. Leave it out", f"{where}.{key}")
 
 
 def _text(content: Any, where: str) -> str:

@@ -12,7 +12,7 @@ from jax_ccm.memory import files, steps
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.memory.merging import merge
 from jax_ccm.methods import build
-from jax_ccm.rules.types import Chunk
+from jax_ccm.rules.types import Chunk, Kind
 from tests import cases
 from tests.memory.test_files import alive
 
@@ -47,6 +47,25 @@ def test_as_if_read_one_after_the_other(name, tmp_path):
     expected = read(method, (2, 3, 4), read(method, (0, 1)))
     for ours, theirs in zip(jax.tree.leaves(alive(loaded)), jax.tree.leaves(alive(expected)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_system_message_is_not_lost(tmp_path):
+    method = build("ccm_concat", comp_tokens=2, sink=True)
+
+    def begun(name, tokens):
+        start = Chunk(np.array([tokens, tokens]), np.ones((2, len(tokens)), bool), np.ones((2, len(tokens)), bool))
+        cache = init_cache(MODEL, method, 2, memory_capacity=12, raw_capacity=24)
+        cache, _ = steps.read(MODEL, cache, start, method=method)
+        chunk = Chunk(np.full((2, 4), 7), np.ones((2, 4), bool))
+        return held(steps.compress_step(MODEL, cache, chunk, method=method), tmp_path / name, method)
+
+    brief, long, plain = begun("brief", [5, 6, 7]), begun("long", [5, 8, 9]), begun("plain", [5])
+    for first, second in ((brief, begun("again", [5, 6, 7])), (brief, plain)):
+        kinds = merge(first, second).arrays["kind"]
+        assert (kinds == Kind.SINK).sum() == 6 and (kinds == Kind.MEMORY).sum() == 8
+    for first, second in ((brief, long), (plain, brief)):
+        with pytest.raises(UserError, match="begins with a system message that .* does not begin with"):
+            merge(first, second)
 
 
 def test_what_cannot_be_merged(tmp_path):

@@ -14,9 +14,10 @@ import openai
 import pytest
 
 from jax_ccm.errors import UserError
+from jax_ccm.serving.admission import Busy, Limits, Missing, Turn
 from jax_ccm.serving.app import Access
 from jax_ccm.serving.metrics import Metrics
-from jax_ccm.serving.pool import Busy, Limits, Missing, Pool, Turn
+from jax_ccm.serving.pool import Pool
 from jax_ccm.serving.store import Store
 from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
@@ -59,6 +60,43 @@ def test_a_stream_is_the_answer(client, oracle):
     reply = client.chat.completions.create(model=MODEL, messages=[*messages, {"role": "user", "content": "what"}])
     usage = reply.usage
     assert usage.prompt_tokens > len("my name is Clarahiwhat") and usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_system_messages_stay_as_they_are(tmp_path):
+    """A conversation begins with one, in both forms of the API; it counts, and every turn sees it."""
+    made = experiment(
+        "ccm_concat", "exchange", {"max_turn_tokens": 64, "chat_template": True}, comp_tokens=2, sink=True
+    )
+    talk = Conversations(made, ROWS)
+    talk.instruct({0: "be brief"})
+    begun = talk.state.tokens[0]
+    wanted = [talk.say({0: text}, max_tokens=4)[0] for text in ("hello", "what")]
+    system = {"role": "system", "content": "be brief"}
+    with serving(made, tmp_path) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        said = lambda *messages, **options: client.chat.completions.create(model=MODEL, messages=messages, **options)
+        user = lambda text: {"role": "user", "content": text}
+        first = said(system, user("hello"), extra_body={"session_id": "s"})
+        second = said(user("what"), extra_body={"session_id": "s"})
+        assert [x.choices[0].message.content for x in (first, second)] == wanted
+        plain = said(user("hello"))
+        assert first.usage.prompt_tokens - plain.usage.prompt_tokens in (begun, begun - 1)  # the first token of all
+        with pytest.raises(openai.BadRequestError, match="begins a conversation, and this one has begun"):
+            said(system, user("and"), extra_body={"session_id": "s"})
+        whole = said(system, user("hello"), {"role": "assistant", "content": wanted[0]}, user("what"))
+        assert whole.usage.prompt_tokens > first.usage.prompt_tokens
+        made_of = client.responses.create(model=MODEL, instructions="be brief", input="hello", max_output_tokens=4)
+        after = client.responses.create(model=MODEL, input="what", previous_response_id=made_of.id, max_output_tokens=4)
+        assert [made_of.output_text, after.output_text] == wanted
+        with pytest.raises(openai.BadRequestError, match="instructions are given; give one"):
+            client.responses.create(model=MODEL, instructions="be brief", input=[system, user("hello")])
+
+
+def test_a_model_without_system_messages_says_so(client):
+    with pytest.raises(openai.BadRequestError, match="there is a system message, but turns are lines of text"):
+        client.chat.completions.create(
+            model=MODEL, messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "hi"}]
+        )
 
 
 def test_how_likely_the_tokens_were(client):
@@ -254,7 +292,9 @@ USER = [{"role": "user", "content": "hi"}]
         ({"session_id": "resp_1"}, "session_id"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
-        ({"messages": [{"role": "system", "content": "be kind"}, *USER]}, "messages[0].role"),
+        ({"messages": [{"role": "system", "content": ["be kind"]}, *USER]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "system", "content": "be kind"}]}, "messages"),
+        ({"messages": [*USER, {"role": "system", "content": "be kind"}, *USER]}, "messages[1].role"),
         ({"messages": [*USER, *USER]}, "messages[1].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
