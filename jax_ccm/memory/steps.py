@@ -202,10 +202,11 @@ def compress(
         writing_rows = jnp.any(selected, axis=1)
     # Positions and order of what is written follow the chunk's last token.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
-    # A system message is no part of what is compressed; a sink begins its chunk.
-    compressed = selected & (slots.kind != Kind.SINK)
-    sinks = jnp.sum(selected & ~compressed, axis=1, keepdims=True)
-    begins = jnp.where(sinks > method.sink, compressed, selected)
+    begins = selected
+    if any(token.from_begin for token in method.closes) and method.kept_kind is Kind.SINK:
+        # A system message is no part of what is compressed; a sink begins its chunk.
+        sinks = jnp.sum(selected & (slots.kind == Kind.SINK), axis=1, keepdims=True)
+        begins = selected & ((slots.kind != Kind.SINK) | (sinks <= method.sink))
     begin = jnp.min(jnp.where(begins, slots.index, last), axis=1, keepdims=True)
     if method.eviction is not None:
         k, v, attention, slots, lost = writing.best(cache, method, selected, closing)
@@ -216,7 +217,10 @@ def compress(
     if not count:
         return writing.write(cache, method, *writing.pooled(cache, method, closing), closing, whole=whole)
     row = lambda values: jnp.asarray(values, jnp.int32)[None]
-    runs = writing_rows[:, None] & (row(range(count)) < _num_closing(method, compressed))
+    runs = writing_rows[:, None]  # [B, 1], or [B, n] where chunks differ
+    if method.ratio is not None:
+        text = selected & (slots.kind != Kind.SINK)
+        runs = runs & (row(range(count)) < method.num_closing(jnp.sum(text, axis=1, keepdims=True)))
     kind = jnp.where(runs, row([token.kind for token in method.closes]), Kind.PAD)
     segment = jnp.broadcast_to(segment, kind.shape)
     offsets = row([token.offset for token in method.closes])
@@ -232,7 +236,8 @@ def compress(
     written = jnp.asarray([i for i, token in enumerate(method.closes) if token.kind in method.writes], jnp.int32)
     pick = lambda x: jnp.take(x, written, axis=1)
     entry = Slots(
-        jnp.where(pick(runs), Kind.MEMORY, Kind.PAD),
+        # Where chunks differ in how many tokens close them, all of these are written.
+        jnp.where(runs, jnp.full((1, len(written)), Kind.MEMORY), Kind.PAD),
         pick(comp.segment),
         jnp.broadcast_to(last, (kind.shape[0], len(written))),
         pick(comp.position),
@@ -250,13 +255,6 @@ def compress(
     # Closing tokens see themselves: keys and values that are not finite show in what follows from them.
     finite = jnp.all(jnp.isfinite(hidden) | ~runs[:, :, None], axis=(1, 2))
     return dataclasses.replace(after.storing(stored), spoiled=after.spoiled | ~finite)
-
-
-def _num_closing(method: Method, compressed):
-    """``int32 [B, 1]``, how many of the method's tokens close what is compressed, ``bool [B, S]``."""
-    if method.ratio is None:
-        return jnp.full((compressed.shape[0], 1), len(method.closes), jnp.int32)
-    return method.num_closing(jnp.sum(compressed, axis=1, keepdims=True))
 
 
 def repeat(
