@@ -42,9 +42,8 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     Streaming is no difference, an adapter that was trained with a random number of closing tokens
     (`Method.min_comp_tokens`) serves any of these numbers, and any `Method.ratio` where they begin at 1, one that was
     trained to repeat chunks also serves the method without it, and how many recent chunks stay as text changes nothing
-    in how one is compressed. Among methods that
-    compress nothing only whether the LoRA acts counts: a plain LoRA serves full context, a window and no context alike,
-    and text that is pooled.
+    in how one is compressed. Among methods that compress nothing only whether the LoRA acts counts: a plain LoRA serves
+    full context, a window and no context alike, and text that is pooled.
 
     Raises:
       UserError: with both names and what differs.
