@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jax_ccm.data import varied
 from jax_ccm.data.conversations import Fact, Talk, second_person, sentence, split_of, wordlist
 
 USER = 0
@@ -25,10 +26,12 @@ MOST_AGES = 32
 # Proper names, of which half are invented.
 NAMES = frozenset(["first_name", "surname", "city", "pet_name", "street", "code_word"])
 # Values that may be arbitrary words instead, and how these are written; numbers, times and codes are arbitrary anyway.
-PROPER = NAMES | {"full_name", "doctor", "restaurant", "film", "language"}
+PROPER = NAMES | {"full_name", "doctor", "restaurant", "film", "language", "country"}
 WORDS = {
     **dict.fromkeys((*NAMES, "full_name", "language"), "{}"),
     **dict.fromkeys(("dish", "drink", "color", "hobby", "allergen", "sport", "subject", "plant", "lost"), "{}"),
+    **dict.fromkeys(("animal", "produce", "snack", "game", "garment", "country"), "{}"), "car": "a {}", "thing": "a {}",
+    "place": "the {}",
     "doctor": "Dr. {}", "restaurant": "the {}", "film": "The {}", "job": "a {}", "gift": "a {}",
     "instrument": "the {}", "hiding": "in the {}",
 }  # fmt: skip
@@ -63,6 +66,8 @@ class Making:
         turn: the answer repeats it, so that all of its words are learned from and not a value alone.
       reactions: share of the assistant's turns that answer no question and are scored, too. Where none are, a memory
         learns to have everything answered from it, what the user says just now included.
+      varied: share of the facts that are of the several hundred kinds of `jax_ccm.data.varied` instead of the few dozen
+        that all conversations share. Validation has sentences of its own for them.
     """
 
     turns: tuple[int, ...]
@@ -71,6 +76,7 @@ class Making:
     wordy: float = 0.0
     quoted: float = 0.0
     reactions: float = 0.0
+    varied: float = 0.0
 
     @property
     def fewest(self) -> int:
@@ -87,16 +93,46 @@ class _Chat(Talk):
         own = wordlist("chats")[self.templates]
         self.questions, self.sayings, self.small_talk, self.short = (own[k] for k in ("ask", "say", "chat", "short"))
         self.rambling, self.quotes, self.echoes = (own[k] for k in ("ramble", "quote", "echo"))
+        self.varied = varied.kinds(split) if making.varied else {}
         self.kept_for_last: dict[int, Fact] = {}
         self.scored: list[int] = []
         # How many facts must still be told for last questions.
         self.due = 0
+
+    def entry(self, kind: str) -> dict[str, Any]:
+        return self.varied[kind] if kind in self.varied else super().entry(kind)
+
+    def asked(self, kind: str) -> list[str]:
+        """Questions for a kind of fact."""
+        return self.varied[kind]["ask"] if kind in self.varied else self.questions[kind]
+
+    def wrapped(self, question: str) -> str:
+        if not self.chance(self.making.varied / 2):
+            return question
+        return self.pick(varied.wrappers(self.split)).format(q=question, p=question[0].lower() + question[1:])
+
+    def new_fact(self, speaker: int) -> Fact:
+        """A fact of a kind that was not told; of varied ones, half are easily taken for another that was."""
+        if not self.chance(self.making.varied):
+            return super().new_fact(speaker)
+        told = {fact.kind for fact in self.facts}
+        # "My sister is called …" twice would leave no answer that is right.
+        about = {text for fact in self.facts for name, text in fact.slots.items() if name != "v"}
+        about |= {self.varied[kind]["member"] for kind in told & self.varied.keys()}
+        options = [kind for kind, entry in self.varied.items() if entry["member"] not in about and kind not in told]
+        if not options:
+            return super().new_fact(speaker)
+        values = {self.entry(kind)["value"] for kind in told}
+        alike = [kind for kind in options if self.varied[kind]["value"] in values]
+        return self.add_fact(speaker, self.pick(alike if alike and self.rng.random() < 0.5 else options))
 
     def chance(self, share: float) -> bool:
         """True in that share of the draws. Nothing is drawn for 0, so that an option without effect changes nothing."""
         return bool(share) and self.rng.random() < share
 
     def value(self, name: str) -> str:
+        if name == "invented":
+            return self.invented()
         if name in WORDS and self.rng.random() < self.making.arbitrary:
             text = self.word() if self.rng.random() < 0.7 else self.invented().lower()
             return WORDS[name].format(text.capitalize() if name in PROPER else text)
@@ -154,18 +190,18 @@ class _Chat(Talk):
         if draw < 0.25:
             return sentence(f"{self.pick(['Okay', 'I see', 'Noted', 'Good'])}, {second_person(self.clause(fact))}")
         if draw < 0.6:
-            return fact.fill(self.pick(wordlist("facts")[fact.kind][self.templates]["react"]))
+            return fact.fill(self.pick(self.entry(fact.kind)["react"]))
         return self.phrase("react")
 
     def correct(self) -> tuple[str, str] | None:
         """A turn that changes a fact, and the response, or None where nothing can change."""
-        changes = lambda fact: wordlist("facts")[fact.kind][self.templates]["change"]
+        changes = lambda fact: self.entry(fact.kind)["change"]
         able = [fact for fact in self.known() if changes(fact)]
         if not able:
             return None
         fact = self.pick(able)
         fact.past.append(fact.slots["v"])
-        fact.slots["v"] = self.new_value(wordlist("facts")[fact.kind]["value"])
+        fact.slots["v"] = self.new_value(self.entry(fact.kind)["value"])
         fact.told, fact.asked = len(self.turns), False
         lead = self.phrase("change") if self.rng.random() < 0.7 else ""
         return sentence(lead + fact.fill(self.pick(changes(fact)), old=fact.past[-1])), self.phrase("noted")
@@ -179,7 +215,7 @@ class _Chat(Talk):
         if fact.told not in kept and self.chance(self.making.quoted):
             return self.quote(fact)
         if self.rng.random() < 0.65:
-            question = fact.fill(self.pick(self.questions[fact.kind]))
+            question = self.wrapped(fact.fill(self.pick(self.asked(fact.kind))))
         else:
             question = self.phrase("ask_own").format(w=fact.fill(self.template(fact.kind, "wh")))
         bridge = self.phrase("bridge") if self.turns and self.rng.random() < 0.15 else ""

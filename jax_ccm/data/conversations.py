@@ -73,8 +73,8 @@ def _ordinal(day: int) -> str:
 def second_person(text: str) -> str:
     """A template about the speaker, said by the other."""
     swaps = {"i'm": "you're", "i am": "you are", "i was": "you were", "i": "you", "my": "your", "me": "you",
-             "myself": "yourself"}  # fmt: skip
-    return re.sub(r"\b(I'm|I am|I was|I|my|me|myself)\b", lambda match: swaps[match[0].lower()], text)
+             "mine": "yours", "myself": "yourself"}  # fmt: skip
+    return re.sub(r"\b(I'm|I am|I was|I|my|me|mine|myself)\b", lambda match: swaps[match[0].lower()], text)
 
 
 def sentence(text: str) -> str:
@@ -113,8 +113,13 @@ class Talk:
         # Of all the draws of `random`, only random() is promised to stay the same between versions of Python.
         return options[int(self.rng.random() * len(options))]
 
+    def entry(self, kind: str) -> dict[str, Any]:
+        """What a kind of fact is: ``value``, ``slots`` and the sentences of this split."""
+        entry = wordlist("facts")[kind]
+        return entry | entry[self.templates]
+
     def template(self, kind: str, part: str) -> str:
-        return self.pick(wordlist("facts")[kind][self.templates][part])
+        return self.pick(self.entry(kind)[part])
 
     def value(self, name: str) -> str:
         """An entity of a kind; some are put together of two."""
@@ -136,8 +141,10 @@ class Talk:
 
     def new_fact(self, speaker: int) -> Fact:
         known = {fact.kind for fact in self.facts if fact.owner == speaker}
-        kind = self.pick([kind for kind in wordlist("facts") if kind not in known])
-        entry = wordlist("facts")[kind]
+        return self.add_fact(speaker, self.pick([kind for kind in wordlist("facts") if kind not in known]))
+
+    def add_fact(self, speaker: int, kind: str) -> Fact:
+        entry = self.entry(kind)
         slots = {slot: self.value(name) for slot, name in entry["slots"].items()}
         fact = Fact(speaker, kind, slots | {"v": self.new_value(entry["value"])}, len(self.turns))
         self.facts.append(fact)
@@ -166,22 +173,19 @@ class Talk:
         lead = self.phrase(lead) if self.rng.random() < 0.6 else ""
 
         def react(plain: bool = False) -> str:
-            own = [
-                text for text in wordlist("facts")[fact.kind][self.templates]["react"] if not plain or "{v}" not in text
-            ]
+            own = [text for text in self.entry(fact.kind)["react"] if not plain or "{v}" not in text]
             return fact.fill(self.pick(own)) if self.rng.random() < 0.6 else self.phrase("react")
 
         return sentence(lead + text), react
 
     def change(self, speaker: int) -> tuple[str, Callable[..., str]] | None:
-        kinds = wordlist("facts")
-        own = [fact for fact in self.facts if fact.owner == speaker and kinds[fact.kind][self.templates]["change"]]
+        own = [fact for fact in self.facts if fact.owner == speaker and self.entry(fact.kind)["change"]]
         if not own:
             return None
         fact = self.pick(own)
         fact.told, fact.asked = len(self.turns), False
         fact.past.append(fact.slots["v"])
-        fact.slots["v"] = self.new_value(kinds[fact.kind]["value"])
+        fact.slots["v"] = self.new_value(self.entry(fact.kind)["value"])
         lead = self.phrase("change") if self.rng.random() < 0.7 else ""
         text = fact.fill(self.template(fact.kind, "change"), old=fact.past[-1])
         return sentence(lead + text), lambda plain=False: self.phrase("noted")
@@ -208,8 +212,8 @@ class Talk:
 
     def choices(self, fact: Fact, answer: Callable[..., str]) -> list[str]:
         """The answer about a fact with `CHOICES` values, in random order: superseded and other told ones first."""
-        name = wordlist("facts")[fact.kind]["value"]
-        heard = [other for other in self.facts if other is not fact and wordlist("facts")[other.kind]["value"] == name]
+        name = self.entry(fact.kind)["value"]
+        heard = [other for other in self.facts if other is not fact and self.entry(other.kind)["value"] == name]
         values = [fact.slots["v"], *fact.past[::-1], *(other.slots["v"] for other in heard)]
         values = list(dict.fromkeys(values))[:CHOICES]
         while len(values) < CHOICES:

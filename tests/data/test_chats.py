@@ -6,7 +6,7 @@ import string
 
 import pytest
 
-from jax_ccm.data import chats, conversations
+from jax_ccm.data import chats, conversations, varied
 from jax_ccm.data.chats import Making
 from jax_ccm.data.sources import open_sources
 from jax_ccm.errors import UserError
@@ -26,6 +26,44 @@ def test_every_kind_of_fact_has_questions_in_words_of_its_split():
     texts = lambda split: {text for those in own[split]["ask"].values() for text in those}
     assert not texts("train") & texts("test")
     assert not {str(pair) for pair in own["train"]["chat"]} & {str(pair) for pair in own["test"]["chat"]}
+
+
+def test_varied_kinds_of_facts_are_of_one_split():
+    """Neither what it is told of nor a sentence of validation or test stands in training."""
+    kinds = {split: varied.kinds(split) for split in ("train", "validation", "test")}
+    assert len(kinds["train"]) > 250 and all(len(found) > 30 for found in kinds.values())
+    for split, found in kinds.items():
+        for kind, entry in found.items():
+            for part in ("say", "wh", "ask", "react", "change"):
+                own = {"v", *entry["slots"]} | ({"old"} if part == "change" else set())
+                for text in entry[part]:
+                    fields = {field for _, field, _, _ in string.Formatter().parse(text) if field}
+                    assert fields <= own and (part not in ("say", "change") or "v" in fields), (kind, text)
+        for other in kinds.keys() - {split}:
+            assert not found.keys() & kinds[other].keys()
+    for family in conversations.wordlist("varied").values():
+        for part in ("say", "ask") if "say" in family["train"] else ():
+            splits = [set(family[split][part]) for split in kinds]
+            assert not splits[0] & splits[1] and not splits[0] & splits[2] and not splits[1] & splits[2]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_varied_facts_are_asked_for_once_they_are_told_and_have_one_answer(split):
+    found = set()
+    for index in range(60):
+        making = Making(tuple(range(12, 50)), arbitrary=0.3, quoted=0.1, varied=1.0)
+        made, fact, _ = chats._hold(split, 0, index, making)
+        assert fact.slots["v"].lower() in made.turns[-1].lower() and "{" not in " ".join(made.turns)
+        assert fact.slots["v"].lower() in made.turns[fact.told].lower()
+        members = [made.varied[other.kind]["member"] for other in made.facts if other.kind in made.varied]
+        assert len(members) == len(set(members))
+        found |= {other.kind for other in made.facts}
+    assert len(found & varied.kinds(split).keys()) > 30
+    for index in range(40):
+        record = chats.question(split, 1, index, Making((14,), (3,), varied=1.0))
+        assert record["target"] in record["choices"] and len(set(record["choices"])) == conversations.CHOICES
+    # So many facts that kinds run out.
+    assert len(chats.chat("validation", 0, 1, Making((200,), varied=1.0))["turns"]) == 200
 
 
 def test_invented_words_of_a_split_are_not_those_of_another():
