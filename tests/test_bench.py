@@ -20,6 +20,8 @@ from jax_ccm.methods import build
 from jax_ccm.rules.types import Kind
 from tests import cases
 
+pytestmark = pytest.mark.once
+
 TURN = 6
 BASELINES = baselines.compared("ccm_merge", dict(comp_tokens=2, sink=True), capacity=6, window=9)
 

@@ -23,6 +23,8 @@ from jax_ccm.weights.adapters import Adapter
 from tests.data import support as data
 from tests.test_evaluate import SCRATCH, run, with_random_b, write
 
+pytestmark = pytest.mark.once
+
 
 def text_config(tmp_path, name="c.yaml", method=None, **fields) -> str:
     data.tokenizer().save_pretrained(tmp_path / "tokenizer")

@@ -32,6 +32,8 @@ from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.training.run import Run
 from tests import cases, pretrained
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -9,6 +9,8 @@ from jax_ccm.errors import UserError
 from jax_ccm.sessions.conversations import Conversations
 from tests.test_chat import experiment
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("name", ["ccm_concat", "ccm_merge"])
 def test_one_and_two(name, tmp_path, capsys):

@@ -16,6 +16,8 @@ from jax_ccm.errors import UserError
 from jax_ccm.planning import chips, gpus, measure, models, programs, report, sessions, settings, training
 from jax_ccm.weights import read_config
 
+pytestmark = pytest.mark.once
+
 TINY = {
     "model": {
         "scratch": {"layers": 2, "heads": 4, "kv_heads": 4, "hidden": 512, "vocab_size": 256},

@@ -24,6 +24,8 @@ from jax_ccm.weights import sources
 from jax_ccm.weights.adapters import Adapter
 from tests import pretrained
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 
 

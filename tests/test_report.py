@@ -16,6 +16,8 @@ from jax_ccm.config import cli
 from jax_ccm.records import output
 from jax_ccm.reports.charts import INK
 
+pytestmark = pytest.mark.once
+
 RESULTS = Path(__file__).parents[1] / "results"
 VOID = {"meta", "br", "path", "use", "rect", "image"}
 

@@ -18,6 +18,8 @@ from jax_ccm.verify import Options
 from tests.test_compare import text_config
 from tests.test_evaluate import write
 
+pytestmark = pytest.mark.once
+
 
 def test_passes_without_an_adapter_and_without_data(tmp_path, capsys):
     config = load_config(write(tmp_path / "c.yaml", data={"format": "recall", "test": ["nothing/*.jsonl"]}))

@@ -16,6 +16,8 @@ from jax_ccm.rules.types import Kind, Slots
 from tests import cases
 from tests.attention.support import made_for
 
+pytestmark = pytest.mark.once
+
 
 def exact(rule, q: Slots, k: Slots, q_size: int, k_size: int) -> np.ndarray:
     """The definition: whether any place of the one block sees any of the other."""

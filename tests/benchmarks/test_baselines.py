@@ -16,6 +16,8 @@ from jax_ccm.methods import METHODS, beside, build
 from jax_ccm.rules.types import Chunk, Kind
 from tests import cases
 
+pytestmark = pytest.mark.once
+
 TURN = 6
 # Every name, each with options that change what is run.
 GIVEN = [

@@ -16,6 +16,8 @@ from jax_ccm.errors import UserError
 from jax_ccm.methods import build
 from tests.test_evaluate import write
 
+pytestmark = pytest.mark.once
+
 TINY = {"rows": 2, "tokens": 20, "chunk": 4, "steps": 1, "warm_up": 1, "threads": 1, "precisions": ("float32",)}
 # A peer without torch: logits that depend on nothing, and steps that take their turns as the real ones do.
 PEER = """

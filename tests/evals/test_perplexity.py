@@ -20,6 +20,8 @@ from tests import cases
 from tests.data import support as data
 from tests.evals.support import SMALL, bigram, random_sessions, session
 
+pytestmark = pytest.mark.once
+
 
 def questions(*examples) -> list[Choice]:
     return [Choice((example,), 0) for example in examples]

@@ -20,6 +20,8 @@ from jax_ccm.rules.rows import arrange, chunk
 from tests import cases, jitted
 from tests.evals.support import SMALL, bigram, random_sessions, session
 
+pytestmark = pytest.mark.once
+
 SAID = Asking(5, (3,), "", cases.VOCAB, lambda ids: " ".join(map(str, ids)))
 
 

@@ -18,6 +18,8 @@ from tests import cases
 from tests.evals.support import SMALL, bigram, random_sessions, session
 from tests.test_imports import imported
 
+pytestmark = pytest.mark.once
+
 
 def test_hand_computed_likelihoods():
     rng = np.random.default_rng(0)

@@ -20,6 +20,8 @@ from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.types import Kind
 from tests import cases
 
+pytestmark = pytest.mark.once
+
 MODEL = cases.model(tokens=2)
 EMPTY = np.zeros(0, np.int32)
 SENTINEL = build("sentinel")

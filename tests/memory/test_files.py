@@ -22,6 +22,8 @@ from jax_ccm.records import sealed
 from jax_ccm.rules.types import Chunk
 from tests import cases
 
+pytestmark = pytest.mark.once
+
 MODEL = cases.model(tokens=2)
 CONCAT, MERGE = build("ccm_concat", comp_tokens=2, sink=True), build("ccm_merge", comp_tokens=2, sink=True)
 NAMES = dict(fingerprints={"base": "model", "adapter": "a"}, method=CONCAT)

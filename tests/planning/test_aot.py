@@ -14,6 +14,7 @@ from jax_ccm.nn import ModelConfig
 from jax_ccm.planning import ahead
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.aot,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
     # libtpu says so of every process that only compiles.

@@ -12,7 +12,11 @@ import pytest
 from jax_ccm.planning import gpus
 
 MISSING = gpus.missing()
-pytestmark = [pytest.mark.aot, pytest.mark.skipif(MISSING is not None, reason=f"{MISSING} is not installed")]
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.aot,
+    pytest.mark.skipif(MISSING is not None, reason=f"{MISSING} is not installed"),
+]
 MIB = 2**20
 
 # Gradients of heads, type and rule named on the command line, at lengths that no block divides.

@@ -23,6 +23,8 @@ from jax_ccm.weights.sources import locate
 from tests import buckets
 from tests.training.test_run import records, tiny
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):

@@ -23,6 +23,8 @@ from jax_ccm.weights import load_tokenizer, save_hf
 from jax_ccm.weights.adapters import Adapter
 from tests.data import support as data
 
+pytestmark = pytest.mark.once
+
 METHOD = {"name": "ccm_concat", "comp_tokens": 1}
 
 
