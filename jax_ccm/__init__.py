@@ -48,6 +48,7 @@ from jax_ccm.rules.visibility import visible as visible
 if TYPE_CHECKING:
     from jax_ccm.memory.files import load as load
     from jax_ccm.memory.files import save as save
+    from jax_ccm.sessions.asynchronous import AsyncConversations as AsyncConversations
     from jax_ccm.sessions.conversations import Conversations as Conversations
     from jax_ccm.sessions.pretrained import from_pretrained as from_pretrained
     from jax_ccm.weights import load_model as load_model
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 # What stands on configs or on files of weights is imported when it is asked for: it takes longer than all the rest.
 _LATE = {
+    "AsyncConversations": "jax_ccm.sessions.asynchronous",
     "Conversations": "jax_ccm.sessions.conversations",
     "from_pretrained": "jax_ccm.sessions.pretrained",
     "load": "jax_ccm.memory.files",

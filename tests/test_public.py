@@ -15,10 +15,10 @@ API = Path(__file__).parents[1] / "docs" / "api.md"
 # A name leaves this list only with a version that says so (docs/versions.md).
 PUBLIC = set(
     """
-    AdapterConfig Batch Chunk Clause Closing Conversations Example Kind METHODS MemoryCache Method ModelConfig Rule
-    RunError Sampling Segment Sizes Slots Token Transformer UserError batch build check chunk compress compress_scan
-    compress_step for_decoding from_pretrained generate init_cache load load_adapter load_model load_tokenizer mean_loss
-    measure parallel_forward prefill read repeat reset save see select stream_step visible
+    AdapterConfig AsyncConversations Batch Chunk Clause Closing Conversations Example Kind METHODS MemoryCache Method
+    ModelConfig Rule RunError Sampling Segment Sizes Slots Token Transformer UserError batch build check chunk compress
+    compress_scan compress_step for_decoding from_pretrained generate init_cache load load_adapter load_model
+    load_tokenizer mean_loss measure parallel_forward prefill read repeat reset save see select stream_step visible
     """.split()
 )  # fmt: skip
 

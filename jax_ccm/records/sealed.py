@@ -8,6 +8,7 @@ import json
 import os
 import re
 import stat
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
     digest = hashlib.sha256(content).hexdigest()
     content[found.start(1) : found.end(1)] = digest.encode()
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with part.open("wb") as file:
             file.write(content)

@@ -284,6 +284,7 @@ class Pool:
                         self.talk.save(row, self.store.path(turn.snapshot), about=about)
                     self._keep(turn.keep, row, {} if turn.snapshot is not None else about)
                 except Exception:
+                    self._going.leave(row)
                     self.talk.restore(row, before)
                     if turn.snapshot is not None:
                         self.store.remove(turn.snapshot)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from jax_ccm.memory.closing import Closing
 from jax_ccm.memory.generation import Sampling
 from jax_ccm.rules.types import Kind, MemoryCache
 from jax_ccm.sessions.engine import NOTHING, Answering, Engine
-from jax_ccm.sessions.interrupts import whole
 from jax_ccm.sessions.scratch import AT_A_TIME, Scratch, take
+from jax_ccm.sessions.sharing import Shared
 from jax_ccm.sessions.state import Session, State
-from jax_ccm.sessions.turns import Exchange, Reply, Turn, Turns
+from jax_ccm.sessions.turns import Exchange, Reply, Turn, interrupted
 from jax_ccm.weights.identity import describe_base
 
 
@@ -35,6 +35,10 @@ class Conversations:
     made with its question in place, behind the memory of all that was said before. Then both become memory: each by
     itself, or, with ``data.unit_of_memory: exchange``, together. Where an answer saw something else than what training
     has closed chunks see, it is read once more.
+
+    It may be used by several threads. Calls that change the same session come one after the other; turns of different
+    sessions are answered side by side. An iterator of replies has its sessions from its first result to its last, or
+    until it is closed: until then they are what they were, and whatever would change them is refused, whoever asks.
 
     Attributes:
       engine: how turns are read, answered and closed.
@@ -70,6 +74,7 @@ class Conversations:
         self.scratch = Scratch(self.engine)
         self.how = Answering(sampling=sampling, seed=seed, stop=tuple(stop))
         self.state = State(self.engine.empty(), ((),) * rows, (0,) * rows, (NOTHING,) * rows)
+        self._shared = Shared(self.scratch, experiment.mesh)
 
     def say(self, turns: Mapping[int, str], *, max_tokens: int = 48) -> dict[int, str]:
         """Answers a turn in each of some sessions from its memory, then compresses turn and answer into it.
@@ -84,10 +89,12 @@ class Conversations:
         Raises:
           UserError: if one of the turns cannot be answered; all sessions are then as they were.
         """
-        *_, replies = self.replies(turns, self._alike(turns, max_tokens), at_a_time=AT_A_TIME)
+        self._require(turns)
+        with self._shared.sessions(turns):
+            *_, replies = self.replies(turns, self._alike(turns, max_tokens), at_a_time=AT_A_TIME)
         return {row: reply.text for row, reply in replies.items()}
 
-    def stream(self, turns: Mapping[int, str], *, max_tokens: int = 48) -> Iterator[tuple[int, str]]:
+    def stream(self, turns: Mapping[int, str], *, max_tokens: int = 48) -> Generator[tuple[int, str], None, None]:
         """`say`, with the answers as they are made: a row and what its answer goes on with, again and again.
 
         The turns have been said when the iterator has ended; one that is given up changes nothing.
@@ -102,7 +109,7 @@ class Conversations:
 
     def replies(
         self, turns: Mapping[int, str], how: Mapping[int, Answering], *, at_a_time: int = 1
-    ) -> Iterator[dict[int, Reply]]:
+    ) -> Generator[dict[int, Reply], None, None]:
         """The answers to turns as they are made, again and again; with the last ones all have become memory.
 
         Args:
@@ -114,7 +121,8 @@ class Conversations:
           UserError: if one of the turns cannot be answered; all sessions are then as they were.
         """
         self._require(turns)
-        yield from self._all([self.turn(row, text, how[row]) for row, text in turns.items()], at_a_time)
+        start = lambda: [self.turn(row, text, how[row]) for row, text in turns.items()]
+        yield from self._shared.replies(turns, start, self.keep, at_a_time)
 
     def turn(
         self,
@@ -152,13 +160,21 @@ class Conversations:
         return self._turn(row, told=exchanges, text=text, how=how or self.how, shorter=shorter)
 
     def keep(self, turns: Sequence[Turn]) -> None:
-        """Makes sessions what they have become by turns that are over and were not refused."""
-        for turn in turns:
-            row, state = turn.row, self.state
-            ends = [end for part, end in turn.exchanges if part.turn]
-            read = sum(len(chunk) for part, _ in turn.exchanges for chunk in part.chunks)
-            made = Session(self.scratch.take(row), (*state.turns[row], *ends), state.tokens[row] + read, turn.said)
-            self.restore(row, made)
+        """Makes sessions what they have become by turns that are over and were not refused; all of them, or none.
+
+        Raises:
+          UserError: if one of the turns was interrupted.
+        """
+        with self._shared.cache():
+            for turn in turns:
+                if not self.scratch.owns(turn.row, turn):
+                    raise interrupted(turn.row)
+            for turn in turns:
+                row, state = turn.row, self.state
+                ends = [end for part, end in turn.exchanges if part.turn]
+                read = sum(len(chunk) for part, _ in turn.exchanges for chunk in part.chunks)
+                made = Session(self.scratch.take(row), (*state.turns[row], *ends), state.tokens[row] + read, turn.said)
+                self._put(row, made)
 
     def session(self, row: int) -> Session:
         """A session as it is now, for `restore`.
@@ -167,8 +183,9 @@ class Conversations:
           UserError: for a row that does not exist.
         """
         self._require([row])
-        state = self.state
-        return Session(take(state.cache, np.int32(row)), state.turns[row], state.tokens[row], state.said[row])
+        with self._shared.cache():
+            state = self.state
+            return Session(take(state.cache, np.int32(row)), state.turns[row], state.tokens[row], state.said[row])
 
     def say_alone(self, turns: Mapping[int, str], *, system: str = "", max_tokens: int = 48) -> dict[int, str]:
         """What the same model answers to these turns alone, without memory. Arguments, errors as `say`, `turn`."""
@@ -176,7 +193,9 @@ class Conversations:
         how, nobody = dataclasses.replace(self.how, max_tokens=max_tokens), self.engine.nobody
         told = [Exchange.instructing(self.engine, system)] if system else []
         new = lambda row, text: Turn(self.scratch, row, lambda: nobody, told=told, text=text, how=how, keeps=False)
-        *_, replies = self._all([new(row, text) for row, text in turns.items()], AT_A_TIME, keep=False)
+        start = lambda: [new(row, text) for row, text in turns.items()]
+        with self._shared.sessions(turns):
+            *_, replies = self._shared.replies(turns, start, lambda turns: None, AT_A_TIME)
         return {row: reply.text for row, reply in replies.items()}
 
     def instruct(self, systems: Mapping[int, str]) -> None:
@@ -186,7 +205,7 @@ class Conversations:
           UserError: as `turn`; all sessions are then as they were.
         """
         self._require(systems)
-        list(self._all([self.turn(row, None, system=text) for row, text in systems.items()]))
+        self._all(systems, lambda row: self.turn(row, None, system=systems[row]))
 
     def tell(self, exchanges: Mapping[int, Sequence[tuple[str, str]]]) -> None:
         """Reads turns that were answered elsewhere into some sessions, as if they had been said here.
@@ -198,7 +217,7 @@ class Conversations:
           UserError: for empty text, or where there is no room; all sessions are then as they were.
         """
         self._require(exchanges)
-        list(self._all([self.turn(row, None, told=pairs) for row, pairs in exchanges.items()]))
+        self._all(exchanges, lambda row: self.turn(row, None, told=exchanges[row]))
 
     def read(self, texts: Mapping[int, str]) -> None:
         """Reads a text of any length into each of some sessions: in chunks as long as a turn of the data may be.
@@ -210,11 +229,8 @@ class Conversations:
           UserError: if there is no room, or the method keeps nothing of what was said before.
         """
         self._require(texts)
-        turns = []
-        for row, text in texts.items():
-            chunks = self.engine.document(text, first=not self.state.tokens[row])
-            turns.append(self._turn(row, told=[Exchange(chunks, turn=False)]))
-        list(self._all(turns))
+        chunks = lambda row: self.engine.document(texts[row], first=not self.state.tokens[row])
+        self._all(texts, lambda row: self._turn(row, told=[Exchange(chunks(row), turn=False)]))
 
     def reset(self, row: int) -> None:
         """Makes a session empty.
@@ -228,15 +244,11 @@ class Conversations:
         """Puts a copy of a session into a row; the other rows stay where they are.
 
         Raises:
-          UserError: for a row that does not exist.
+          UserError: for a row that does not exist, or is in the middle of a turn.
         """
         self._require([row])
-        at = lambda values, new: (*values[:row], new, *values[row + 1 :])
-        with whole():
-            state = self.state
-            cache = _put(state.cache, session.cache, np.int32(row))
-            turns, tokens = at(state.turns, session.turns), at(state.tokens, session.tokens)
-            self.state = State(cache, turns, tokens, at(state.said, session.said))
+        with self._shared.change(row):
+            self._put(row, session)
 
     def forget(self, row: int, turn: int) -> int:
         """Drops the memory of a turn and its answer, or their text where that is still there.
@@ -265,12 +277,13 @@ class Conversations:
         )  # fmt: skip
         if reason:
             raise UserError(f"method {method.name!r} {reason}: there is no memory of a single turn to drop")
-        session = self.session(row)
-        if not 0 <= turn < len(session.turns):
-            raise UserError(f"there is no turn {turn + 1}; the session has {len(session.turns)}")
-        slots, (first, end) = session.cache.slots, session.turns[turn]
-        gone = np.asarray(slots.live & (slots.kind != Kind.SINK) & (slots.segment >= first) & (slots.segment < end))
-        self.restore(row, dataclasses.replace(session, cache=remove(session.cache, gone)))
+        with self._shared.change(row):
+            session = self.session(row)
+            if not 0 <= turn < len(session.turns):
+                raise UserError(f"there is no turn {turn + 1}; the session has {len(session.turns)}")
+            slots, (first, end) = session.cache.slots, session.turns[turn]
+            gone = np.asarray(slots.live & (slots.kind != Kind.SINK) & (slots.segment >= first) & (slots.segment < end))
+            self._put(row, dataclasses.replace(session, cache=remove(session.cache, gone)))
         return int(gone.sum())
 
     def fork(self, row: int, to: int) -> None:
@@ -280,7 +293,8 @@ class Conversations:
           UserError: for a row that does not exist.
         """
         self._require([row, to])
-        self.restore(to, self.session(row))
+        with self._shared.sessions([row, to]), self._shared.change(to):
+            self._put(to, self.session(row))
 
     def save(self, row: int, path: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
         """Writes the memory of a session to a file, with where its turns lie in it.
@@ -295,9 +309,9 @@ class Conversations:
             needs the text of all turns.
         """
         self._require_memory_alone(row)
-        experiment = self.engine.experiment
+        experiment, session = self.engine.experiment, self.session(row)
         files.save(
-            take(self.state.cache, np.int32(row)),
+            session.cache,
             path,
             experiment.model,
             fingerprints=self.fingerprints,
@@ -305,7 +319,7 @@ class Conversations:
             about={
                 "base": experiment.base_name,
                 "adapter": experiment.loaded.source if experiment.loaded else "untrained",
-                "turns": [list(turn) for turn in self.state.turns[row]],
+                "turns": [list(turn) for turn in session.turns],
                 **(about or {}),
             },
         )
@@ -365,11 +379,14 @@ class Conversations:
 
     def memory_bytes(self, row: int = 0) -> tuple[int, int, int]:
         """Live slots (memory, and text that stays); their bytes; and what full context would hold by now."""
-        cache, sizes = self.state.cache, self.engine.experiment.model_config
-        slots = int(np.asarray(cache.slots.live)[row].sum())
-        each, mixed = sizes.kv_bytes_per_slot(cache.k.dtype.itemsize), sizes.kv_bytes_per_slot(4)
+        self._require([row])
+        sizes = self.engine.experiment.model_config
+        with self._shared.cache():
+            state = self.state
+            slots = int(np.asarray(state.cache.slots.live)[row].sum())
+        each, mixed = sizes.kv_bytes_per_slot(state.cache.k.dtype.itemsize), sizes.kv_bytes_per_slot(4)
         ours = slots * each + self.engine.experiment.method.mixed_slots * mixed
-        return slots, ours, self.state.tokens[row] * each
+        return slots, ours, state.tokens[row] * each
 
     def _alike(self, rows: Collection[int], max_tokens: int) -> dict[int, Answering]:
         return dict.fromkeys(rows, dataclasses.replace(self.how, max_tokens=max_tokens))
@@ -382,25 +399,18 @@ class Conversations:
             number=len(state.turns[row]), said=state.said[row], **options,
         )  # fmt: skip
 
-    def _all(self, turns: Sequence[Turn], at_a_time: int = 1, *, keep: bool = True) -> Iterator[dict[int, Reply]]:
-        """Goes through with turns, of which all are kept, or none; their replies as they grow."""
-        going = Turns(self.scratch)
-        try:
-            for turn in turns:
-                going.join(turn)
-            while not going.over:
-                moved = going.step(at_a_time)
-                for turn in turns:
-                    if turn.refused is not None:
-                        raise turn.refused
-                if moved and not going.over:
-                    yield {turn.row: turn.reply for turn in turns}
-            if keep:
-                self.keep(turns)
-        finally:
-            for turn in turns:
-                going.leave(turn.row)
-        yield {turn.row: turn.reply for turn in turns}
+    def _all(self, rows: Collection[int], turn: Callable[[int], Turn]) -> None:
+        """Goes through with a turn of each session, in which nothing is asked."""
+        with self._shared.sessions(rows):
+            list(self._shared.replies(rows, lambda: [turn(row) for row in rows], self.keep))
+
+    def _put(self, row: int, session: Session) -> None:
+        """Puts a session into a row, within `Shared.cache`."""
+        at = lambda values, new: (*values[:row], new, *values[row + 1 :])
+        state = self.state
+        cache = _put(state.cache, session.cache, np.int32(row))
+        turns, tokens = at(state.turns, session.turns), at(state.tokens, session.tokens)
+        self.state = State(cache, turns, tokens, at(state.said, session.said))
 
     def _require(self, rows: Collection[int]) -> None:
         if not rows:

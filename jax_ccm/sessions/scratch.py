@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_ccm.errors import UserError
 from jax_ccm.memory import steps
 from jax_ccm.memory.cache import check, put_row, raw_capacity, take_row
 from jax_ccm.memory.closing import policy, prefill
@@ -78,9 +79,23 @@ class Scratch:
             self._cache = self.engine.empty()
         return self._cache
 
-    def claim(self, row: int, owner: object) -> bool:
-        """Takes a row, unless it is taken."""
-        return self._owners.setdefault(row, owner) is owner
+    def claim(self, row: int, owner: object) -> None:
+        """Takes a row. Raises as `require_idle`."""
+        self.require_idle(row)
+        self._owners[row] = owner
+
+    def require_idle(self, row: int) -> None:
+        """Refuses a row that is taken.
+
+        Raises:
+          UserError: if its session is in the middle of a turn.
+        """
+        if row in self._owners:
+            raise UserError(f"session {row} is in the middle of a turn; wait for its end, or give it up")
+
+    def lose(self) -> None:
+        """Takes all rows from all: their turns are interrupted."""
+        self._owners.clear()
 
     def release(self, row: int, owner: object) -> None:
         """Gives a row back."""
@@ -180,7 +195,7 @@ class Scratch:
             self._cache, other = found if isinstance(found, tuple) else (found, None)
         finally:
             if self._cache is None:
-                self._owners.clear()
+                self.lose()
         return other
 
 

@@ -156,7 +156,7 @@ class Turn:
         """Reads or closes one piece, or takes the tokens that it waited for."""
         try:
             if not self.scratch.owns(self.row, self):
-                raise UserError(f"the turn of session {self.row} was interrupted; say it again")
+                raise interrupted(self.row)
             self.wants = next(self._steps) if made is None else self._steps.send(made)
         except StopIteration:
             self.wants, self.over = 0, True
@@ -288,8 +288,7 @@ class Turns:
         Raises:
           UserError: if its session is in the middle of another one.
         """
-        if not self.scratch.claim(turn.row, turn):
-            raise UserError(f"session {turn.row} is in the middle of a turn; wait for its end, or give it up")
+        self.scratch.claim(turn.row, turn)
         self.running[turn.row] = turn
 
     def leave(self, row: int) -> None:
@@ -301,7 +300,7 @@ class Turns:
     @property
     def over(self) -> bool:
         """Whether there is nothing left to do."""
-        return all(turn.over for turn in self.running.values())
+        return all(turn.over for turn in list(self.running.values()))
 
     def step(self, most: int = 1) -> set[int]:
         """Goes on with all turns by a little.
@@ -313,19 +312,25 @@ class Turns:
           The rows whose answers have grown, or whose turns are over.
         """
         moved = set()
-        reading = next((turn for turn in self.running.values() if not turn.over and not turn.wants), None)
+        running = list(self.running.values())  # the collector may end a stream that was given up at any time
+        reading = next((turn for turn in running if not turn.over and not turn.wants), None)
         if reading is not None:
             self.running.move_to_end(reading.row)
             reading.go_on()
             if reading.over:
                 moved.add(reading.row)
             most = 1
-        making = {row: turn for row, turn in self.running.items() if turn.wants}
+        making = {turn.row: turn for turn in running if turn.wants}
         if making:
             made = self.scratch.make({row: turn.want(most) for row, turn in making.items()})
             for row, turn in making.items():
                 turn.go_on(made[row])
         return moved | set(making)
+
+
+def interrupted(row: int) -> UserError:
+    """The error for a turn whose row of the scratch was lost."""
+    return UserError(f"the turn of session {row} was interrupted; say it again")
 
 
 def _logprob(engine: Engine, token: int, value: float, top: Sequence[tuple[int, float]]) -> Logprob:

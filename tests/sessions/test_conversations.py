@@ -18,12 +18,17 @@ from jax_ccm.rules.types import Kind
 from jax_ccm.sessions import conversations
 from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
-from jax_ccm.sessions.turns import Turns
+from jax_ccm.sessions.turns import Turn, Turns
 from tests.test_chat import LAID_OUT, experiment
 
 
 def row(talk: Conversations, number: int) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(select(talk.state.cache, np.asarray([number])))]
+
+
+def through(talk: Conversations, *turns: Turn) -> None:
+    """Goes through with turns that were made by hand."""
+    list(talk._shared.replies([turn.row for turn in turns], lambda: turns, talk.keep))
 
 
 def close(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
@@ -151,7 +156,7 @@ def test_a_text_that_ends_an_answer(name):
         """The tokens of an answer, and what the session has become."""
         talk.reset(0)
         (turn,) = turns = [talk.turn(0, "hello", how)]
-        list(talk._all(turns))
+        through(talk, *turns)
         return turn.made, row(talk, 0)
 
     tokens, _ = said(Answering(8))
@@ -244,7 +249,7 @@ def test_a_system_message_stays_as_it_is(name, tmp_path):
     assert close(row(other, 0), row(talk, 1)) and close(row(talk, 2), row(talk, 1))
     # In one go, and alone.
     again = Conversations(made, 3)
-    list(again._all([again.turn(1, None, system="be brief", told=pairs)]))
+    through(again, again.turn(1, None, system="be brief", told=pairs))
     assert again.state.tokens[1] == len(start) + sum(len(s.tokens) for s in example.segments[:-1])
     assert talk.say_alone({0: "and"}, max_tokens=4) != talk.say_alone({0: "and"}, system="be brief", max_tokens=4)
     with pytest.raises(UserError, match="a system message begins a conversation, and this one has begun"):

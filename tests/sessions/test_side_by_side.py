@@ -18,7 +18,7 @@ from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
 from jax_ccm.sessions.scratch import Scratch
 from jax_ccm.sessions.turns import Turns
-from tests.sessions.test_conversations import row
+from tests.sessions.test_conversations import row, through
 from tests.test_chat import LAID_OUT, experiment
 
 ROWS = 3
@@ -116,12 +116,12 @@ class Machine(RuleBasedStateMachine):
         other = self.alone.turn(number, text, how, told=told)
         if turn.refused is None:
             self.talk.keep([turn])
-            list(self.alone._all([other]))
+            through(self.alone, other)
             assert turn.reply == other.reply
         else:
             assert isinstance(turn.refused, UserError)
             with pytest.raises(UserError) as refused:
-                list(self.alone._all([other]))
+                through(self.alone, other)
             assert str(refused.value) == str(turn.refused)
         self.going.leave(number)
         self.same(number)
