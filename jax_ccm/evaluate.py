@@ -73,7 +73,7 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
 
 def _evaluate(experiment: Experiment, options: Options, command: str, start: float) -> dict[str, Any]:
     from jax_ccm.data.questions import Evaluation
-    from jax_ccm.evals import card, perplexity, recall, report
+    from jax_ccm.evals import card, perplexity, recall, report, streaming
     from jax_ccm.evals.replies import Asking
     from jax_ccm.evals.scoring import Store
     from jax_ccm.evals.systems import DEFAULT, ask, fingerprint, make_system, measure
@@ -83,6 +83,10 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     evaluation = Evaluation.open(config.data, experiment.tokenizer, options.split)
     print(f"{options.split} data: {evaluation.report}")
     choices = config.eval.by == "age" or (config.eval.by == "step" and evaluation.has_choices)
+    budget = None
+    if config.eval.by == "stream":
+        capacity = config.cache.memory_capacity
+        budget = streaming.Budget(config.eval.window, config.data.chunk, capacity, experiment.method)
     rest = dict(most=config.eval.max_examples, choices=choices, split=options.split)
     questions, missing = ask(evaluation, experiment.method, config.eval.by, config.eval.steps, **rest)
     store = Store(options.store) if options.store else None
@@ -93,7 +97,7 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     tokenizer, template, ends = experiment.tokenizer, experiment.template, experiment.reply_ends
     asking = Asking.of(config.data, tokenizer, template, ends, config.eval.reply_tokens)
     work = dict(by=config.eval.by, most=config.eval.max_examples, choices=choices, asking=asking)
-    work |= dict(rows=config.eval.batch_size, store=store, log=report.say)
+    work |= dict(rows=config.eval.batch_size, store=store, log=report.say, budget=budget)
     for name in [*(config.eval.methods or DEFAULT[config.eval.by]), *(["full_lora"] if options.full_adapter else [])]:
         system = make_system(name, experiment.model, experiment.method, **about)
         systems[name] = system.description
@@ -107,7 +111,9 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     )  # fmt: skip
     results["data"] |= {"report": str(evaluation.report), "steps_without_records": missing}
     results["kv_bytes_per_slot"] = slot_bytes
-    results["steps"] = perplexity.to_json(perplexity.summarise(questions, measured, slot_bytes))
+    # A longer stream holds the shorter one.
+    summary = perplexity.summarise(questions, measured, slot_bytes, pooled=budget is None)
+    results["steps"] = perplexity.to_json(summary)
     if config.eval.by == "age" and (cells := recall.grid(questions, measured, slot_bytes)):
         results["recall"] = cells
     results["seconds"] = round(time.perf_counter() - start, 1)

@@ -95,6 +95,7 @@ RECURRENT: dict[str, Method] = {
     "window_streaming": build("window", size=6, sink=True, sinks=2, streaming=True),
     "concat_streaming": build("ccm_concat", comp_tokens=2, sink=True, streaming=True),
     "evict": build("evict", slots=4),
+    "evict_streaming": build("evict", slots=4, constant=True, streaming=True),
     "evict_norm_constant": build("evict", score="norm", slots=3, constant=True, sink=False),
 }
 

@@ -16,7 +16,8 @@ import jax_ccm
 from jax_ccm import chat, convert, evaluate
 from jax_ccm.config import cli
 from jax_ccm.config.adapters import chosen, open_config
-from jax_ccm.config.schema import Config, check, from_mapping
+from jax_ccm.config.checks import check
+from jax_ccm.config.schema import Config, from_mapping
 from jax_ccm.errors import UserError
 from jax_ccm.evals import report
 from jax_ccm.training.run import Run

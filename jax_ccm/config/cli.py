@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 from jax_ccm.config.adapters import open_config
-from jax_ccm.config.schema import Config, check, in_format
+from jax_ccm.config.checks import check
+from jax_ccm.config.schema import Config, in_format
 from jax_ccm.distributed import processes
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.numerics.precision import processor_flags

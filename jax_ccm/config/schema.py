@@ -16,11 +16,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jax_ccm.config.checks import check
 from jax_ccm.config.yaml import convert, read_yaml
 from jax_ccm.data.config import BY_FORMAT, DataConfig, DialogueConfig, kind_of, own_options
 from jax_ccm.errors import UserError
 from jax_ccm.methods import METHODS, builder_of
-from jax_ccm.numerics import Precision
 from jax_ccm.records import named, paths
 from jax_ccm.records.card import CardConfig
 from jax_ccm.rules.objective import Objective
@@ -210,11 +210,16 @@ class TrainConfig:
 class EvalConfig:
     """Quality by time step, or of whole texts."""
 
-    by: Literal["step", "age", "text"] = "step"
+    by: Literal["step", "age", "text", "stream"] = "step"
     """Score a target behind so many chunks of context ("step"); questions by how long ago what they ask for was told
-    ("age"; online records with a field of that name); or every token of a plain "text"."""
+    ("age"; online records with a field of that name); every token of a plain "text"; or every token of a "stream" of
+    text that is read with a fixed number of slots, beside a window and StreamingLLM with as many."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 12)
-    """By step: time steps (closed chunks before the target) to report. By age: the ages."""
+    """By step: time steps (closed chunks before the target) to report. By age: the ages. By stream: lengths in text
+    tokens, up to data.chunk times data.max_chunks + 1."""
+    window: int = 160
+    """By stream: live slots (sink, memory and raw text) beyond which the oldest data.chunk tokens are closed; memory
+    beyond cache.memory_capacity is forgotten."""
     batch_size: int = 4
     """Rows of a batch."""
     max_examples: int = 0
@@ -396,54 +401,3 @@ def to_yaml(config: Config) -> str:
 def save_config(config: Config, path: str | Path) -> None:
     """Writes `to_yaml` of a config to a file."""
     paths.of(path).write_text(to_yaml(config), encoding="utf-8")
-
-
-def check(config: Config) -> None:
-    """Refuses values that no run could use.
-
-    Raises:
-      UserError: naming the key, its value and what is allowed.
-    """
-    at_least = {
-        "adapter.rank": 0, "optimizer.accumulation": 1, "optimizer.clip_norm": 0, "optimizer.weight_decay": 0,
-        "train.steps": 1, "train.log_every": 1, "train.eval_every": 0, "train.eval_examples": 1,
-        "train.checkpoint_every": 1, "train.keep": 1, "train.grace": 0, "train.heartbeat": 1, "train.seed": 0,
-        "eval.batch_size": 1, "eval.max_examples": 0, "eval.reply_tokens": 0,
-        "cache.memory_capacity": 1, "cache.raw_capacity": 1,
-    }  # fmt: skip
-    for path, least in at_least.items():
-        section, name = path.split(".")
-        value = getattr(getattr(config, section), name)
-        if not value >= least:
-            raise UserError(f"{path} is {value}; it must be at least {least}")
-    if config.eval.reply_tokens and config.data.format in ("text", "recall"):
-        raise UserError(
-            f"eval.reply_tokens is {config.eval.reply_tokens}, and data.format {config.data.format!r} asks nothing "
-            "that a reply could answer; set it to 0, or evaluate dialogues, online or few-shot records"
-        )
-    if not config.optimizer.learning_rate > 0:
-        raise UserError(f"optimizer.learning_rate is {config.optimizer.learning_rate}; it must be above 0")
-    if not 0 <= config.optimizer.warmup_ratio < 1:
-        raise UserError(f"optimizer.warmup_ratio is {config.optimizer.warmup_ratio}; it must lie in [0, 1)")
-    if not 0 <= config.adapter.dropout < 1:
-        raise UserError(f"adapter.dropout is {config.adapter.dropout}; it must lie in [0, 1)")
-    precision = config.model.precision
-    if precision != "auto" and Precision.of(precision).params != "float32" and config.train.trainable == "all":
-        raise UserError(
-            f"train.trainable is 'all' with model.precision {precision!r}: small updates would be lost in rounding. "
-            "Use float32, auto or params=float32,compute=bfloat16,output=float32, or train the adapter (always float32)"
-        )
-    if config.data.buckets and config.optimizer.accumulation > 1:
-        raise UserError(
-            f"optimizer.accumulation={config.optimizer.accumulation} needs micro-batches of one shape, and "
-            "data.buckets gives several; use a larger data.batch_size, or leave data.buckets empty"
-        )
-    if config.model.rope_length is not None and not config.model.source:
-        raise UserError("model.rope_length is given, but a model from scratch has no scaled rope; leave it out")
-    if config.model.revision and (not config.model.source or "@" in config.model.source):
-        raise UserError(
-            f"model.revision is {config.model.revision!r}, and model.source {config.model.source!r}; a revision is "
-            "that of a source on the hub, and is given once"
-        )
-    if config.adapter.merge and not config.model.source:
-        raise UserError("adapter.merge needs a pretrained base (model.source); a model from scratch has no first stage")

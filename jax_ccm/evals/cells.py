@@ -13,6 +13,8 @@ STYLE = {
     "full": ("#2f6db3", "full"),
     "full_lora": ("#2a9d6f", "full + LoRA"),
     "uncompressed": ("#8457a8", "uncompressed"),
+    "window": ("#8c8c8c", "window"),
+    "streaming_llm": ("#e08e2b", "StreamingLLM"),
     "memory": ("#d1495b", "memory"),
 }
 SHARES = {
@@ -27,6 +29,8 @@ def name_of_steps(results: Mapping[str, Any]) -> tuple[str, str, str]:
     """What the rows of the table are: as a column, as an axis, and as a word."""
     if results["config"]["eval"].get("by") == "age":
         return "age", "age of what is asked for: exchanges since it was told", "age"
+    if results["config"]["eval"].get("by") == "stream":
+        return "length", "text tokens read", "length"
     return "t", "time step: chunks of context before the question", "time step"
 
 

@@ -203,13 +203,16 @@ def answered(
     return [dataclasses.replace(own, said=pair) for own, pair in zip(measured, said, strict=True)]
 
 
-def summarise(questions: Sequence[Stage], measured: dict[str, list[Measured]], slot_bytes: int) -> list[dict[str, Any]]:
+def summarise(
+    questions: Sequence[Stage], measured: dict[str, list[Measured]], slot_bytes: int, *, pooled: bool = True
+) -> list[dict[str, Any]]:
     """The numbers of each time step, and of all together if there are several.
 
     Args:
       questions: the time steps.
       measured: what `measure` returned for each system, by name.
       slot_bytes: bytes of a key/value slot over all layers.
+      pooled: whether there is a row of all together.
 
     Returns:
       A nested dict for each time step, "step" being the number or "all"; leaves that are uncertain are `Estimate`.
@@ -218,7 +221,7 @@ def summarise(questions: Sequence[Stage], measured: dict[str, list[Measured]], s
         _summary(stage.step, [stage], {name: [steps[i]] for name, steps in measured.items()}, slot_bytes)
         for i, stage in enumerate(questions)
     ]
-    if len(rows) > 1:
+    if pooled and len(rows) > 1:
         rows.append(_summary("all", questions, measured, slot_bytes))
     return rows
 

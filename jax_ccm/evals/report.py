@@ -144,6 +144,9 @@ def legend(results: Mapping[str, Any]) -> list[str]:
     if results["steps"][-1]["step"] == "all":
         lines.append(f"all: every {name_of_steps(results)[2]} together")
     held = "holds at the end of its text" if _of_texts(results) else "carries from its context to the next turn"
+    if results["config"]["eval"].get("by") == "stream":
+        held = "holds at most"
+        lines.append("length: text tokens read; perplexity is that of all of them so far")
     if any(_mark(row, kind) for row in results["steps"]):
         why = "full context does no better behind the right context than behind a wrong one"
         lines.append(f"†: cannot tell memories apart: {why} (the 95 % interval of the difference reaches 0)")

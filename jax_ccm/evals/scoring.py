@@ -48,8 +48,8 @@ class Scores:
 
 # What scores are computed by: parts of the library, and packages.
 PARTS = (
-    "attention", "distributed", "errors.py", "evals/recurrent.py", "evals/replies.py", "evals/scoring.py", "memory",
-    "methods", "nn", "numerics", "records", "rules", "weights",
+    "attention", "distributed", "errors.py", "evals/recurrent.py", "evals/replies.py", "evals/scoring.py",
+    "evals/streaming.py", "memory", "methods", "nn", "numerics", "records", "rules", "weights",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "gguf")
 # Of a file of scores.

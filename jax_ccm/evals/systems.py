@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from jax_ccm.data.questions import Evaluation
-from jax_ccm.evals import perplexity, texts
+from jax_ccm.evals import perplexity, streaming, texts
 from jax_ccm.evals.perplexity import Measured, Stage, System
 from jax_ccm.evals.replies import Asking
 from jax_ccm.evals.scoring import base_only
+from jax_ccm.evals.streaming import Budget
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
 from jax_ccm.rules.describe import describe_method, label
@@ -25,6 +26,9 @@ from jax_ccm.weights.hf import is_adapter, parameters
 SYSTEMS = {"step": ("none", "full", "uncompressed", "memory"), "text": ("full", "uncompressed", "memory")}
 DEFAULT = {"step": ("none", "full", "memory"), "text": ("full", "uncompressed", "memory")}
 SYSTEMS["age"], DEFAULT["age"] = SYSTEMS["step"], DEFAULT["step"]
+SYSTEMS["stream"] = DEFAULT["stream"] = ("window", "streaming_llm", "memory")
+# First tokens that StreamingLLM keeps: its own choice. Without any it is a window.
+SINKS = {"streaming_llm": 4, "window": 0}
 
 
 def make_system(
@@ -55,6 +59,10 @@ def make_system(
         return System(name, model, base_only(build("none")), f"{base['name']}, no context", identity)
     if name == "full":
         return System(name, model, base_only(build("full")), f"{base['name']}, full context", identity)
+    if name in SINKS:
+        kept = f"its first {SINKS[name]} tokens and " if SINKS[name] else ""
+        method = base_only(build("streaming_llm", sinks=SINKS[name]))
+        return System(name, model, method, f"{base['name']}, {kept}the newest text", identity)
     if name == "uncompressed":
         text = f"{base['name']}, full context, the adapter on all text"
         return System(name, model, build("full"), text, f"{identity}|{fingerprint(model)}")
@@ -88,6 +96,7 @@ def measure(
     most: int,
     choices: bool,
     asking: Asking | None,
+    budget: Budget | None = None,
     **work: Any,
 ) -> list[Measured]:
     """All that is measured of a system.
@@ -98,10 +107,13 @@ def measure(
       questions: of `ask`.
       by, most, choices: as for `ask`.
       asking: how replies are made; None for no replies.
+      budget: slots of streams; None for anything else.
       **work: rows of a batch, store and log, as for `perplexity.measure`.
     """
     if by == "text":
         return texts.measure(system, evaluation, most, **work)
+    if budget is not None:
+        return streaming.measure(system, questions, budget, **work)
     answer = evaluation.answer if choices else None
     measured = perplexity.measure(system, questions, answer=answer, **work)
     return measured if asking is None else perplexity.answered(system, questions, measured, asking, **work)
@@ -124,8 +136,8 @@ def ask(
     Args:
       evaluation: the records.
       method: the compression method.
-      by: "step", "age" or "text".
-      steps: chunks of context before the question, or ages of what it asks for.
+      by: "step", "age", "text" or "stream".
+      steps: chunks of context before the question, ages of what it asks for, or lengths of streams.
       most: questions of a step, or windows; 0 for all.
       choices: whether candidates are scored, too.
       split: which records they are, for the lines.
@@ -133,6 +145,9 @@ def ask(
     if by == "text":
         questions = texts.windows(evaluation, method, most)
         print(f"{len(questions[0].right):,} windows of {split}")
+    elif by == "stream":
+        questions = streaming.stages(evaluation, steps, most)
+        print(f"{len(questions[0].right):,} streams of {split}, of {questions[-1].step:,} tokens")
     else:
         questions = perplexity.stages(evaluation, steps, most=most, choices=choices, ages=by == "age")
         for stage in questions:
@@ -140,6 +155,6 @@ def ask(
             print(f"{'age ' if by == 'age' else 't='}{stage.step}: {len(stage.right):,} of {split}, {control}")
     missing = sorted(set(steps) - {stage.step for stage in questions}) if by != "text" else []
     for step in missing:
-        what = "is of" if by == "age" else "has so many chunks of context as"
-        print(f"no record {what} {'age' if by == 'age' else 'time step'} {step}, which is left out")
+        what = {"age": "is of age", "stream": "is as long as"}.get(by, "has so many chunks of context as time step")
+        print(f"no record {what} {step:,}, which is left out")
     return questions, missing

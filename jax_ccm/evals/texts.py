@@ -29,12 +29,16 @@ def windows(evaluation: Evaluation, method: Method, most: int = 0) -> list[Stage
       method: what will read them: spans are drawn for methods that keep just what is outside of them.
       most: windows, taken at equal distances from all; 0 for all.
     """
-    found = evaluation.texts(marked=method.heeds_marks)
+    return [Stage("text", questions(evaluation.texts(marked=method.heeds_marks), most), None)]
+
+
+def questions(found: Sequence[Example], most: int = 0) -> list[Choice]:
+    """Windows of text as questions, so many of them at equal distances; 0 for all."""
     if most and len(found) > most:
         found = [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
     # Windows of one text are not independent of each other: they share its id, by which the bootstrap draws.
     named = [dataclasses.replace(example, id=example.id.rsplit(" from token ", 1)[0]) for example in found]
-    return [Stage("text", [Choice((example,), 0) for example in named], None)]
+    return [Choice((example,), 0) for example in named]
 
 
 def measure(system: System, evaluation: Evaluation, most: int = 0, **options: Any) -> list[Measured]:
@@ -46,16 +50,16 @@ def measure(system: System, evaluation: Evaluation, most: int = 0, **options: An
       most: as for `windows`.
       **options: as for `perplexity.measure`.
     """
-    questions = windows(evaluation, system.method, most)
-    measured = perplexity.measure(system, questions, carried=held_slots, **options)
+    asked = windows(evaluation, system.method, most)
+    measured = perplexity.measure(system, asked, carried=held_slots, **options)
     if system.name != "memory" or system.method.repeat is None:
         return measured
-    return [dataclasses.replace(measured[0], repeated=repetition(system, questions, **options))]
+    return [dataclasses.replace(measured[0], repeated=repetition(system, asked, **options))]
 
 
 def repetition(
     system: System,
-    questions: Sequence[Stage],
+    asked: Sequence[Stage],
     *,
     rows: int,
     store: Store | None = None,
@@ -68,7 +72,7 @@ def repetition(
 
     Args:
       system: one whose method has a `Method.repeat`.
-      questions: of `windows`.
+      asked: of `windows`.
       rows: rows of a batch.
       store: where scores are kept, or None.
       log: takes a line on the work done.
@@ -77,7 +81,7 @@ def repetition(
       JSON values: ``token``, the share of tokens that are right, ``exact``, the share of chunks that are right from
       end to end (with bootstrap errors over texts), ``chunks`` and ``tokens`` that were asked for.
     """
-    examples = [question.examples[0] for stage in questions for question in stage.right]
+    examples = [question.examples[0] for stage in asked for question in stage.right]
     said = _generated if system.method.repeat_by == "text" else _guessed
     right, exact, tokens, chunks = (np.zeros(len(examples)) for _ in range(4))
     for i, hits in enumerate(said(system, examples, rows, store, log)):

@@ -73,10 +73,13 @@ def streaming_llm(sinks: int = 1) -> Method:
     cache. `steps.stream_step` decides how much is dropped, so that sizes can equal those of a compressed stream.
 
     Args:
-      sinks: how many first tokens stay.
+      sinks: how many first tokens stay; 0 for the newest text alone.
     """
-    clauses = (see(RAW, RAW, 0, 0), see(EVERY, Kind.SINK, 0, INF))
-    return Method(name="streaming_llm", rule=Rule(clauses), gate=EVERY, sink=_sinks(sinks), rope="cache")
+    if sinks < 0:
+        raise UserError(f"sinks is {sinks}; it must be at least 0 tokens")
+    clauses = (see(RAW, RAW, 0, 0),) + ((see(EVERY, Kind.SINK, 0, INF),) if sinks else ())
+    gate = EVERY if sinks else RAW
+    return Method(name="streaming_llm", rule=Rule(clauses), gate=gate, sink=sinks, rope="cache")
 
 
 def _sinks(number: int) -> int:

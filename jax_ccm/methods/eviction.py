@@ -93,6 +93,7 @@ def evict(
     sink: bool = True,
     discount: float | None = None,
     seed: int = 0,
+    streaming: bool = False,
 ) -> Method:
     """Training-free eviction.
 
@@ -105,6 +106,8 @@ def evict(
       discount: what each token read multiplies earlier attention by, from 0 (the last query decides, TOVA) to 1 (all
         queries count alike, H2O; the default); for score "attention" only.
       seed: of score "random".
+      streaming: positions are places in the cache, as in StreamingLLM, so that a session may be longer than the base's
+        positions; otherwise what stays keeps its own.
     """
     if slots < 1:
         raise UserError(f"slots is {slots}; it must be at least 1")
@@ -125,4 +128,5 @@ def evict(
     clauses = [see((TEXT, QUERY), (TEXT, QUERY), 0, 0), see((TEXT, QUERY), MEMORY, 1, 1)]
     if sink:
         clauses.append(see((TEXT, QUERY, SINK), SINK, 0, INF))
-    return Method(name="evict", rule=Rule(tuple(clauses)), sink=sink, eviction=policies[score]())
+    rope = "cache" if streaming else "running"
+    return Method(name="evict", rule=Rule(tuple(clauses)), sink=sink, rope=rope, eviction=policies[score]())

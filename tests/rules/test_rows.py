@@ -250,7 +250,7 @@ def test_chunk():
         ("window", dict(size=3, sink=True, sinks=0), "sinks is 0"),
         ("window", dict(size=9, sinks=4), "sinks is 4, but sink is false"),
         ("window", {}, "method 'window' needs its option 'size'"),
-        ("streaming_llm", dict(sinks=0), "sinks is 0"),
+        ("streaming_llm", dict(sinks=-1), "sinks is -1"),
     ],
 )
 def test_windows_and_sinks_that_do_not_go_together(name, options, message):

@@ -1,0 +1,229 @@
+"""Perplexity over text without end, with so many live slots and no more (CCM, section 4.3 and figure 8).
+
+A session reads token after token. Once its live slots (sink, memory and raw text together) are more than a window, the
+oldest raw text is closed: the memory compresses it, StreamingLLM (Xiao et al. 2023) and a plain window drop it, just so
+much of it that all hold as many slots at every moment. Perplexity at a length is that of all tokens up to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
+
+from jax_ccm.data.questions import Evaluation
+from jax_ccm.errors import UserError
+from jax_ccm.evals import texts
+from jax_ccm.evals.perplexity import Measured, Stage, System
+from jax_ccm.evals.scoring import Scores, Store
+from jax_ccm.memory.cache import check, init_cache
+from jax_ccm.memory.steps import compress, read
+from jax_ccm.methods.baselines import RAW
+from jax_ccm.nn import Transformer
+from jax_ccm.nn.positions import warn_beyond
+from jax_ccm.rules.examples import Example, concat
+from jax_ccm.rules.types import Chunk, Method
+from jax_ccm.rules.visibility import is_in
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The slots of a stream.
+
+    Attributes:
+      window: live slots beyond which the oldest text is closed.
+      closes: text tokens that the memory then takes.
+      capacity: most memory slots; the oldest are forgotten.
+      memory: the method whose sizes all systems keep to.
+    """
+
+    window: int
+    closes: int
+    capacity: int
+    memory: Method
+
+    def __post_init__(self):
+        method = self.memory
+        if not method.remembers or method.recent or method.keeps_text:
+            why = "keeps closed text" if method.recent or method.keeps_text else "makes no memory of closed text"
+            raise UserError(
+                f"eval.by 'stream' closes the oldest text of a session, and method {method.name!r} {why}; take one "
+                "whose memory stands for the text, such as ccm_concat, ccm_merge or evict, with recent 0"
+            )
+        if method.chunk is not None and self.closes != method.chunk:
+            raise UserError(
+                f"data.chunk is {self.closes}, but method {method.name!r} takes {method.chunk} tokens at a time; set "
+                "data.chunk to that"
+            )
+        held = method.sink + min(method.memory_slots(1 << 20, self.closes), self.capacity)
+        if self.window < held + self.closes:
+            raise UserError(
+                f"eval.window is {self.window}, but {held} slots of sink and memory and {self.closes} tokens to close "
+                "(data.chunk) do not fit into it; raise eval.window, or lower cache.memory_capacity or data.chunk"
+            )
+
+    def sizes(self) -> Iterator[int]:
+        """Live slots behind each time that text is closed."""
+        chunks = before = 0
+        while True:
+            chunks += 1
+            held = min(self.memory.memory_slots(chunks, self.closes), self.capacity)
+            yield self.window + 1 - self.closes + held - before
+            before = held
+
+
+def stages(evaluation: Evaluation, lengths: Sequence[int], most: int = 0) -> list[Stage]:
+    """The texts, for each length that the longest reach: the same ones at every length.
+
+    Args:
+      evaluation: of plain text; its windows are the streams (``data.chunk`` times ``data.max_chunks`` + 1 tokens).
+      lengths: text tokens.
+      most: texts, taken at equal distances from all; 0 for all.
+
+    Raises:
+      UserError: if none is as long as the smallest length.
+    """
+    found = evaluation.texts(marked=False)
+    longest = max(map(_length, found), default=0)
+    reached = [length for length in sorted(lengths) if length <= longest]
+    if not reached:
+        raise UserError(
+            f"the longest stream has {longest:,} tokens, fewer than the smallest of eval.steps, {min(lengths):,}; "
+            "raise data.max_chunks or give longer texts"
+        )
+    questions = texts.questions([example for example in found if _length(example) >= reached[-1]], most)
+    return [Stage(length, questions, None) for length in reached]
+
+
+def measure(
+    system: System,
+    questions: Sequence[Stage],
+    budget: Budget,
+    *,
+    rows: int,
+    store: Store | None = None,
+    log: Callable[[str], None] | None = None,
+) -> list[Measured]:
+    """Scores all texts with one system.
+
+    Args:
+      system: the memory, or a baseline that drops text.
+      questions: of `stages`.
+      budget: slots.
+      rows: rows of a batch.
+      store: where scores are kept, or None.
+      log: takes a line on the work done.
+
+    Returns:
+      For each length the scores of the text up to it; slots are the most that a session ever holds.
+    """
+    examples = [question.examples[0] for question in questions[-1].right]
+    length, log = int(questions[-1].step), log or (lambda line: None)
+    path = None if store is None else store.path(system.identity, system.method, examples, f"{length} {budget}")
+    if store is not None and path is not None and (known := store.load(path, ("nll", "hit"))) is not None:
+        log(f"{system.name}: {len(examples):,} streams, scored before ({path})")
+        nll, hit = known["nll"], known["hit"]
+    else:
+        start = time.perf_counter()
+        warn_beyond(system.model.config, system.method, tokens=length, slots=budget.window + 1)
+        nll, hit = (np.zeros((len(examples), length), dtype) for dtype in (np.float64, bool))
+        for first in range(0, len(examples), rows):
+            some = examples[first : first + rows]
+            for row, scores in enumerate(score_streams(system.model, system.method, some, budget, length, rows)):
+                nll[first + row], hit[first + row] = scores.nll, scores.hit
+        seconds = time.perf_counter() - start
+        log(f"{system.name}: {len(examples):,} streams of {length:,} tokens, {seconds:.0f} s")
+        if store is not None and path is not None:
+            store.save(path, nll=nll, hit=hit)
+    return [
+        Measured(
+            [(Scores(nll[row, _unscored(example) : stage.step], hit[row, _unscored(example) : stage.step]),)
+             for row, example in enumerate(examples)],
+            None,
+            np.full(len(examples), float(min(budget.window + 1, int(stage.step)))),
+            {},
+            system.method.mixed_slots * system.model.config.kv_bytes_per_slot(4),
+        )
+        for stage in questions
+    ]  # fmt: skip
+
+
+def score_streams(
+    model: Transformer, method: Method, examples: Sequence[Example], budget: Budget, length: int, rows: int
+) -> list[Scores]:
+    """Reads texts side by side, each a session of its own, and scores every token.
+
+    What is read between two closings is read at once: it equals token by token (`steps.stream_step`), in a fraction of
+    the steps.
+
+    Args:
+      model: the decoder with its adapter.
+      method: what it runs; one without memory drops text instead.
+      examples: texts of at least ``length`` tokens.
+      budget: slots.
+      length: text tokens of each that are scored.
+      rows: rows of the batch; idle ones repeat the first.
+
+    Returns:
+      For each text ``float64 [length]`` and ``bool [length]``; 0 for a first token that nothing stands before.
+    """
+    whole = [np.concatenate([example.start, concat(*example.segments).tokens]) for example in examples]
+    begin = len(examples[0].start)
+    text = np.stack([row[: begin + length] for row in [*whole, *[whole[0]] * (rows - len(whole))]])
+    cache = init_cache(
+        model, method, rows, memory_capacity=max(budget.capacity, 1), raw_capacity=_raw(budget), overflow="evict"
+    )
+    sizes, done, live = budget.sizes(), 0, 0
+    losses, hits = [np.zeros((rows, 1))], [np.zeros((rows, 1), bool)]
+    # The last token is only a target.
+    while done < text.shape[1] - 1:
+        size = budget.window + 1 - live
+        piece, behind = text[:, done : done + size], text[:, done + 1 : done + 1 + size]
+        valid = np.arange(size) < behind.shape[1]
+        pad = lambda x, size=size: np.pad(x, ((0, 0), (0, size - x.shape[1])))
+        chunk = Chunk(pad(piece), np.broadcast_to(valid, (rows, size)))
+        cache, loss, hit = _read(model, cache, chunk, pad(behind), method=method)
+        losses.append(np.asarray(loss, np.float64)[:, valid])
+        hits.append(np.asarray(hit)[:, valid])
+        done += size
+        if done < text.shape[1] - 1:
+            live = next(sizes)
+            closes = budget.closes if method.remembers else budget.window + 1 - live
+            cache = _close(model, cache, closes, method=method)
+    check(cache)
+    # Of the tokens of the text alone; what stands before the first is scored 0 where it is not there.
+    losses, hits = (np.concatenate(found, axis=1)[:, -length:] for found in (losses, hits))
+    return [Scores(*pair) for pair in zip(losses, hits, strict=True)][: len(examples)]
+
+
+@functools.partial(jax.jit, static_argnames="method", donate_argnums=1)
+def _read(model, cache, chunk, targets, *, method):
+    cache, logits = read(model, cache, chunk, method=method)
+    return cache, cross_entropy(logits, targets), jnp.argmax(logits, axis=-1) == targets
+
+
+@functools.partial(jax.jit, static_argnames="method", donate_argnums=1)
+def _close(model, cache, closes, *, method):
+    raw = is_in(cache.slots.kind, RAW) & cache.slots.live
+    return compress(model, cache, raw & (jnp.cumsum(raw, axis=1) <= closes), method=method)
+
+
+def _raw(budget: Budget) -> int:
+    """Room for raw text: the window, in whole chunks where the method takes such."""
+    unit = budget.memory.chunk or 1
+    return -(-(budget.window + 1) // unit) * unit
+
+
+def _length(example: Example) -> int:
+    return sum(len(segment.tokens) for segment in example.segments)
+
+
+def _unscored(example: Example) -> int:
+    """First tokens of a text that nothing stands before."""
+    return 0 if len(example.start) else 1
