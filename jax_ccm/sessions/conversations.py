@@ -39,6 +39,8 @@ class Conversations:
     It may be used by several threads. Calls that change the same session come one after the other; turns of different
     sessions are answered side by side. An iterator of replies has its sessions from its first result to its last, or
     until it is closed: until then they are what they were, and whatever would change them is refused, whoever asks.
+    Two things are for programs of one thread: turns that they work on themselves (`turn`, `keep`), and `state`, whose
+    arrays are gone once another thread has changed a session (`session` is a copy that stays).
 
     Attributes:
       engine: how turns are read, answered and closed.
