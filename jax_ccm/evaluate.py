@@ -83,10 +83,8 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     evaluation = Evaluation.open(config.data, experiment.tokenizer, options.split)
     print(f"{options.split} data: {evaluation.report}")
     choices = config.eval.by == "age" or (config.eval.by == "step" and evaluation.has_choices)
-    budget = None
-    if config.eval.by == "stream":
-        capacity = config.cache.memory_capacity
-        budget = streaming.Budget(config.eval.window, config.data.chunk, capacity, experiment.method)
+    sizes = (config.eval.window, getattr(config.data, "chunk", 0), config.cache.memory_capacity)
+    budget = streaming.Budget(*sizes, experiment.method) if config.eval.by == "stream" else None
     rest = dict(most=config.eval.max_examples, choices=choices, split=options.split)
     questions, missing = ask(evaluation, experiment.method, config.eval.by, config.eval.steps, **rest)
     store = Store(options.store) if options.store else None
@@ -112,8 +110,8 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     results["data"] |= {"report": str(evaluation.report), "steps_without_records": missing}
     results["kv_bytes_per_slot"] = slot_bytes
     # A longer stream holds the shorter one.
-    summary = perplexity.summarise(questions, measured, slot_bytes, pooled=budget is None)
-    results["steps"] = perplexity.to_json(summary)
+    rows = perplexity.summarise(questions, measured, slot_bytes, pooled=budget is None)
+    results["steps"] = perplexity.to_json(rows)
     if config.eval.by == "age" and (cells := recall.grid(questions, measured, slot_bytes)):
         results["recall"] = cells
     results["seconds"] = round(time.perf_counter() - start, 1)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from jax_ccm.data.config import TextConfig
 from jax_ccm.errors import UserError
 from jax_ccm.numerics import Precision
 
-if TYPE_CHECKING:
-    from jax_ccm.config.schema import Config
 
-
-def check(config: Config) -> None:
+def check(config: Any) -> None:
     """Refuses values that no run could use.
+
+    Args:
+      config: a `schema.Config`, which itself is checked when it is read.
 
     Raises:
       UserError: naming the key, its value and what is allowed.
