@@ -33,12 +33,14 @@ from jax_ccm.errors import UserError
 from jax_ccm.evals.recurrent import behind_contexts, fit
 from jax_ccm.evals.scoring import Store
 from jax_ccm.memory.closing import prefill
-from jax_ccm.memory.generation import for_decoding, generate
+from jax_ccm.memory.generation import Sampling, for_decoding, generate
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.types import Method
 
 MEASURES = ("exact", "f1", "contains")
+# Tokens between two looks at whether a text has come up that ends a reply.
+AT_A_TIME = 16
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -206,7 +208,10 @@ def answer(
         made = np.split(known["tokens"], np.cumsum(known["lengths"])[:-1])
     else:
         start = time.perf_counter()
-        made = _generate(model, method, asked, asking, rows)
+        made = continued(
+            model, method, asked, max_tokens=asking.max_tokens, stops=asking.stops, vocabulary=asking.vocabulary,
+            rows=rows,
+        )  # fmt: skip
         log(f"{name}: {len(made):,} replies, {sum(map(len, made)):,} tokens, {time.perf_counter() - start:.0f} s")
         if store is not None and path is not None:
             store.save(path, lengths=np.array([len(x) for x in made]), tokens=np.concatenate(made))
@@ -220,30 +225,60 @@ def answer(
     return found
 
 
-def _generate(
-    model: Transformer, method: Method, asked: Sequence[Example], asking: Asking, rows: int
+def continued(
+    model: Transformer,
+    method: Method,
+    prompts: Sequence[Example],
+    *,
+    max_tokens: int,
+    stops: Sequence[int],
+    vocabulary: int,
+    rows: int,
+    ended: Callable[[np.ndarray], bool] | None = None,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
 ) -> list[np.ndarray]:
-    """int32 tokens of the replies."""
-    made: list[np.ndarray] = [np.zeros(0, np.int32)] * len(asked)
+    """What comes behind each of some sessions; a context that several share is read once.
+
+    Args:
+      model: the decoder with its adapter.
+      method: what sessions are run with.
+      prompts: the sessions, whose tails are read as they stand.
+      max_tokens: most tokens of each.
+      stops: ids of the tokens that end one, and are no part of it.
+      vocabulary: ids from this on are never drawn.
+      rows: rows of a batch.
+      ended: says of the ``int32 [n]`` tokens so far whether they are enough; it is asked every `AT_A_TIME` tokens, and
+        more than what it needs may come back. None makes all of them at once.
+      sampling: how tokens are drawn.
+      seed: of the sampling; what one session says does not depend on the others of its batch.
+
+    Returns:
+      int32 tokens for each, in the order given.
+    """
+    made: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
+    piece = max_tokens if ended is None else min(AT_A_TIME, max_tokens)
     decoder = None
     # One more: what reading the last token closes.
-    for behind in behind_contexts(model, method, asked, rows=rows, room=asking.max_tokens + 1):
+    for behind in behind_contexts(model, method, prompts, rows=rows, room=-(-max_tokens // piece) * piece + 1):
         (tail,) = fit(behind.sessions.tail)
         cache = _read(model, behind.cache, tail, method=method)
         decoder = decoder or for_decoding(model, cache)
+        numbers = [*behind.numbers, *[0] * (rows - len(behind.numbers))]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.array(numbers))
         active = np.arange(rows) < len(behind.numbers)
-        _, tokens, lengths = generate(
-            decoder,
-            cache,
-            method=method,
-            max_tokens=asking.max_tokens,
-            stop_tokens=asking.stops,
-            rows=active,
-            vocabulary=asking.vocabulary,
-        )
-        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
-        for row, number in enumerate(behind.numbers):
-            made[number] = tokens[row, : lengths[row]]
+        for start in range(0, max_tokens, piece):
+            cache, tokens, lengths = generate(
+                decoder, cache, keys, method=method, max_tokens=piece, sampling=sampling, stop_tokens=stops,
+                rows=active, vocabulary=vocabulary, start=start,
+            )  # fmt: skip
+            tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+            for row in np.flatnonzero(active):
+                so_far = np.concatenate([made[numbers[row]], tokens[row, : lengths[row]]])[:max_tokens]
+                made[numbers[row]] = so_far
+                active[row] = lengths[row] == piece and not (ended is not None and ended(so_far))
+            if not active.any():
+                break
     return made
 
 
