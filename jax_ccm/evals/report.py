@@ -194,7 +194,10 @@ def figure_of(results: Mapping[str, Any]) -> Any:
     _draw_memory(right, steps, times, names)
     for axes in (left, right):
         axes.set_xlabel(name_of_steps(results)[1])
-        axes.set_xticks(times)
+        if results["config"]["eval"].get("by") == "stream":
+            axes.set_xscale("log", base=2)
+            axes.minorticks_off()
+        axes.set_xticks(times, [f"{time:,}" for time in times])
         axes.margins(x=0.07)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
@@ -300,7 +303,8 @@ def _draw_memory(axes: Any, steps: Sequence, times: list, names: list[str]) -> N
 def _label(name: str, results: Mapping[str, Any]) -> str:
     """The name of a system in the picture."""
     known = {"none": "no context", "full": "full context", "full_lora": "full context, LoRA"}
-    return (known | {"uncompressed": "full context, adapter on all text"}).get(name) or results["memory"]
+    known |= {"uncompressed": "full context, adapter on all text", "window": "window", "streaming_llm": "StreamingLLM"}
+    return known.get(name) or results["memory"]
 
 
 def _mark(row: Mapping[str, Any], kind: str) -> str:

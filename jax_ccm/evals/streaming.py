@@ -61,6 +61,11 @@ class Budget:
                 f"data.chunk is {self.closes}, but method {method.name!r} takes {method.chunk} tokens at a time; set "
                 "data.chunk to that"
             )
+        if (left := method.memory_slots(1, self.closes)) >= self.closes:
+            raise UserError(
+                f"the first {self.closes} tokens that are closed (data.chunk) leave {left} slots of memory, so that "
+                "nothing becomes free; raise data.chunk, or lower the method's slots"
+            )
         held = method.sink + min(method.memory_slots(1 << 20, self.closes), self.capacity)
         if self.window < held + self.closes:
             raise UserError(

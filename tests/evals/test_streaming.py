@@ -11,7 +11,7 @@ import pytest
 from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from jax_ccm.errors import UserError
-from jax_ccm.evals import streaming
+from jax_ccm.evals import report, streaming
 from jax_ccm.evals.perplexity import System
 from jax_ccm.evals.scoring import Store
 from jax_ccm.evals.streaming import Budget
@@ -125,6 +125,7 @@ def test_lengths_are_of_the_same_texts_and_scores_are_kept(tmp_path):
         ("sentinel", {}, "'sentinel' keeps closed text"),
         ("concat_n2_recent", {}, "'ccm_concat' keeps closed text"),
         ("concat_n2_sink", dict(window=9), "eval.window is 9, but 6 slots of sink and memory and 5 tokens to close"),
+        ("concat_n2_sink", dict(closes=2), "the first 2 tokens that are closed .* leave 2 slots of memory"),
         ("loma", {}, "data.chunk is 5, but method 'loma' takes 4 tokens at a time"),
     ],
 )
@@ -153,6 +154,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     short = [cell["nll"]["value"] for cell in results["steps"][0]["systems"].values()]
     np.testing.assert_allclose(short, short[0], rtol=1e-5)
     assert "no record is as long as 500, which is left out" in printed and "StreamingLLM" in printed
+    legend = [text.get_text() for text in report.figure_of(results).legends[0].texts]
+    assert legend == ["window", "StreamingLLM", results["memory"]]
     assert (out / "plot.png").stat().st_size > 10_000 and "| length |" in (out / "table.md").read_text()
     for message, change in {
         "eval.window is 8, but": ("--eval.window", 8),
