@@ -81,7 +81,7 @@ class HarnessModel(TemplateLM):
         self.system = make_system(
             "memory" if system == "wrong" else system, experiment.model, experiment.method,
             base=describe_base(experiment.model, experiment.base_name),
-            adapter=None if experiment.loaded is None else experiment.loaded.source, full_adapter=None,
+            adapter=None if experiment.loaded is None else config.adapter.load, full_adapter=None,
             source=base_source(config), accept_quantised_base=config.adapter.accept_quantised_base,
         )  # fmt: skip
         self.tokenizer = experiment.tokenizer
@@ -124,7 +124,9 @@ class HarnessModel(TemplateLM):
         settings = _settings(given)
         config = open_config(str(source or adapter))
         check(config)
-        experiment = load_experiment(config, adapter=str(adapter) if source and adapter else None)
+        if source and adapter:
+            config = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, load=str(adapter)))
+        experiment = load_experiment(config)
         return cls(experiment, system, settings)
 
     # What TemplateLM asks for.
