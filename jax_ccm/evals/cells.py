@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 DASHES = (0, (4, 2))
@@ -34,12 +34,38 @@ def name_of_steps(results: Mapping[str, Any]) -> tuple[str, str, str]:
     return "t", "time step: chunks of context before the question", "time step"
 
 
-def value(cell: Mapping[str, Any], kind: str) -> float | None:
+def estimate_of(cell: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
     """What a cell has of a kind: "perplexity", "token_accuracy", "accuracy", "exact", "f1" or "contains", or None."""
     if kind == "accuracy":
-        return cell["accuracy"]["mean"]["value"] if "accuracy" in cell else None
+        return cell["accuracy"]["mean"] if "accuracy" in cell else None
     of = cell if kind in ("perplexity", "token_accuracy") else cell.get("replies", {})
-    return of[kind]["value"] if kind in of else None
+    return of.get(kind)
+
+
+def value(cell: Mapping[str, Any], kind: str) -> float | None:
+    """The number of `estimate_of`."""
+    found = estimate_of(cell, kind)
+    return None if found is None else found["value"]
+
+
+def draw_intervals(
+    axes: Any, times: Sequence[Any], found: Sequence[Mapping[str, Any] | None], colour: str, aside: float = 0
+) -> None:
+    """Draws 95 % intervals as thin bars, where there are any: a single conversation has none.
+
+    Args:
+      axes: of matplotlib.
+      times: where they stand.
+      found: what `estimate_of` gave.
+      colour: of the bars.
+      aside: points to the right of where they stand, so that those of several systems are told apart.
+    """
+    from matplotlib.transforms import offset_copy
+
+    moved = offset_copy(axes.transData, axes.figure, x=aside, units="points")
+    for time, estimate in zip(times, found, strict=True):
+        if estimate is not None and estimate["ci95"][0] is not None:
+            axes.vlines(time, *estimate["ci95"], color=colour, linewidth=1.2, alpha=0.5, zorder=1, transform=moved)
 
 
 def discriminates(row: Mapping[str, Any], kind: str) -> bool | None:

@@ -15,6 +15,8 @@ from jax_ccm.evals.cells import (
     STYLE,
     cell_share,
     discriminates,
+    draw_intervals,
+    estimate_of,
     interval,
     name_of_steps,
     unit_of,
@@ -206,6 +208,8 @@ def figure_of(results: Mapping[str, Any]) -> Any:
     if any("wrong" in row["systems"][name] for row in steps for name in names):
         dashed = "the same turn after another conversation"
         handles.append(Line2D([], [], color="#555555", linestyle=DASHES, **CONTROL, label=dashed))
+    if any(axes.collections for axes in figure.axes):
+        handles.append(Line2D([], [], color="#555555", linewidth=1, alpha=0.45, label="95 % interval"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
     return figure
@@ -263,11 +267,13 @@ def quality(results: Mapping[str, Any]) -> str:
 
 def _draw_quality(axes: Any, steps: Sequence, times: list, names: list[str], kind: str) -> None:
     own = lambda cell: value(cell, kind)
-    for name in names:
+    for number, name in enumerate(names):
         colour, _ = STYLE[name]
         cells = [row["systems"][name] for row in steps]
         heights = [own(cell) for cell in cells]
         axes.plot(times, heights, color=colour, marker="o", markersize=4, linewidth=1.8, zorder=3)
+        aside = 3 * (number - (len(names) - 1) / 2)
+        draw_intervals(axes, times, [estimate_of(cell, kind) for cell in cells], colour, aside)
         wrong = [(time, own(cell["wrong"])) for time, cell in zip(times, cells, strict=True) if "wrong" in cell]
         if wrong:
             # Open circles, so that a single time step is seen, too.

@@ -155,7 +155,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(short, short[0], rtol=1e-5)
     assert "no record is as long as 500, which is left out" in printed and "StreamingLLM" in printed
     legend = [text.get_text() for text in report.figure_of(results).legends[0].texts]
-    assert legend == ["window", "StreamingLLM", results["memory"]]
+    assert legend == ["window", "StreamingLLM", results["memory"], "95 % interval"]
     assert (out / "plot.png").stat().st_size > 10_000 and "| length |" in (out / "table.md").read_text()
     for message, change in {
         "eval.window is 8, but": ("--eval.window", 8),
