@@ -35,99 +35,140 @@ def single_steps(
     training: Callable[[int], tuple[Callable[[], Any], dict[str, int], float]],
 ) -> dict[str, Any]:
     """The machine's rates, and single steps of the config's method measured against them."""
-    shape, devices = model.config, mesh.size
-    product, product_flops = turns.matrix_product(model.precision)
-    read, read_bytes = turns.reading()
+    made = _Steps(model, options)
+    made.prefill()
     # With the capacity of the config, if its memory grows.
-    own = baselines.of(ways, method)
-    method = own.method
-    chunk, count = method.chunk or options.chunk, options.prefill
-    calls: dict[str, Callable[[], Any]] = {"matrix product": product, "reading": read}
-    work = {"matrix product": product_flops}
-    tokens = {"prefill": count}
+    slots = made.turn(baselines.of(ways, method), unstacked)
+    made.measure()
+    if options.train_rounds:
+        made.train(training)
+    return made.told(mesh.size, slots)
 
-    row = random_text(shape.vocab_size, [count])
-    text = batch(build("full"), [row], measure(build("full"), row), shape.vocab_size)
-    full = dataclasses.replace(build("full"), gate=())
-    forward = jax.jit(lambda model, made: model.logits(steps.parallel_forward(model, made, method=full)[:, -1]))
-    calls["prefill"] = lambda: forward(model, text)
-    work["prefill"] = shape.forward_flops(count, count * (count + 1) // 2, 1)
 
-    # As many turns as fill the memory; without one, as many as are read at once.
-    written, recent = (
-        method.memory_slots(1, chunk),
-        baselines.kept_text(method, 99, chunk) // chunk if own.memory else 0,
-    )
-    past = (own.memory or written) // written + recent if written else max(count // chunk, 1)
-    cache = own.cache(model, 1, turns=past, turn=max(chunk, options.reply))
-    state = dict(turns=past, turn=chunk, capacity=cache.memory_capacity)
-    live = baselines.slots_after(method, past, chunk, cache.memory_capacity).kind
-    slots = int((live == Kind.MEMORY).sum()) if method.remembers else len(live)
-    states = {}
+class _Steps:
+    """What is called and timed, and what each call does.
 
-    def kept(name: str, call: Callable[[MemoryCache], MemoryCache]) -> None:
-        """A call that is given the state which it left, set back to so many turns, for good, as in a server."""
-        states[name] = jax.tree.map(jnp.copy, cache)
+    Attributes:
+      calls: by name.
+      work: FLOPs of each.
+      tokens: of each step; the rates of the machine have none.
+      seconds: of each first call, in which it is compiled.
+      found: what was measured of each.
+      beside: for each step, what was measured of the matrix product in the same rounds.
+      sizes: of the training step.
+    """
 
-        def run() -> MemoryCache:
-            states[name] = call(baselines.fill(states[name], method, turns=past, turn=chunk))
-            return states[name]
+    def __init__(self, model: Transformer, options: Options):
+        self.model, self.options = model, options
+        product, product_flops = turns.matrix_product(model.precision)
+        read, self.read_bytes = turns.reading()
+        self.calls: dict[str, Callable[[], Any]] = {"matrix product": product, "reading": read}
+        self.work = {"matrix product": product_flops}
+        self.tokens: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self.found: dict[str, dict[str, Any]] = {}
+        self.beside: dict[str, dict[str, Any]] = {}
+        self.sizes: dict[str, int] = {}
 
-        calls[name] = run
+    def prefill(self) -> None:
+        """A text that is read at once, the logits of its last token alone."""
+        shape, count = self.model.config, self.options.prefill
+        row = random_text(shape.vocab_size, [count])
+        text = batch(build("full"), [row], measure(build("full"), row), shape.vocab_size)
+        full = dataclasses.replace(build("full"), gate=())
+        forward = jax.jit(lambda model, made: model.logits(steps.parallel_forward(model, made, method=full)[:, -1]))
+        self.calls["prefill"] = lambda: forward(self.model, text)
+        self.work["prefill"] = shape.forward_flops(count, count * (count + 1) // 2, 1)
+        self.tokens["prefill"] = count
 
-    if method.remembers:
-        piece = Chunk(np.ones((1, chunk), np.int32), np.ones((1, chunk), bool))
-        compress = turns.read_and_close
-        kept("compress_step", lambda cache: compress(model, cache, piece, method=method))
-        seen = turns.seen_pairs(method, **state, text=chunk, kind=Kind.TEXT, closing=True)
-        work["compress_step"] = shape.forward_flops(chunk + len(method.closes), seen, 1)
-        tokens["compress_step"] = chunk
+    def turn(self, own: Baseline, unstacked: Callable[[], Transformer]) -> int:
+        """A chunk that is read and closed, and an answer, behind as many turns as fill the memory; its slots then."""
+        method, options, shape = own.method, self.options, self.model.config
+        chunk = method.chunk or options.chunk
+        # Without a memory, as many as are read at once.
+        written = method.memory_slots(1, chunk)
+        recent = baselines.kept_text(method, 99, chunk) // chunk if own.memory else 0
+        past = (own.memory or written) // written + recent if written else max(options.prefill // chunk, 1)
+        cache = own.cache(self.model, 1, turns=past, turn=max(chunk, options.reply))
+        state = dict(turns=past, turn=chunk, capacity=cache.memory_capacity)
+        refill = lambda held: baselines.fill(held, method, turns=past, turn=chunk)
+        if method.remembers:
+            piece = Chunk(np.ones((1, chunk), np.int32), np.ones((1, chunk), bool))
+            compress = lambda held: turns.read_and_close(self.model, held, piece, method=method)
+            self.calls["compress_step"] = _kept(cache, refill, compress)
+            seen = turns.seen_pairs(method, **state, text=chunk, kind=Kind.TEXT, closing=True)
+            self.work["compress_step"] = shape.forward_flops(chunk + len(method.closes), seen, 1)
+            self.tokens["compress_step"] = chunk
+        first = jnp.ones((1,), jnp.int32)
+        decoder = unstacked() if pays_unstacked(self.model, cache) else self.model
+        answer = lambda held: turns.answer(decoder, held, first, length=options.reply, method=method)[0]
+        self.calls["decode"] = _kept(cache, refill, answer)
+        seen = turns.seen_pairs(method, **state, text=options.reply, kind=Kind.QUERY, closing=False)
+        self.work["decode"] = shape.forward_flops(options.reply, seen, options.reply)
+        self.tokens["decode"] = options.reply
+        live = baselines.slots_after(method, past, chunk, cache.memory_capacity).kind
+        return int((live == Kind.MEMORY).sum()) if method.remembers else len(live)
 
-    first = jnp.ones((1,), jnp.int32)
-    decoder = unstacked() if pays_unstacked(model, cache) else model
-    answer = lambda cache: turns.answer(decoder, cache, first, length=options.reply, method=method)[0]
-    kept("decode", answer)
-    seen = turns.seen_pairs(method, **state, text=options.reply, kind=Kind.QUERY, closing=False)
-    work["decode"] = shape.forward_flops(options.reply, seen, options.reply)
-    tokens["decode"] = options.reply
+    def measure(self) -> None:
+        """Times all calls, round after round."""
+        for name, call in self.calls.items():
+            self._first(name, call)
+        samples = turns.interleaved(self.calls, 3 * self.options.rounds)
+        self.found = {name: turns.summary(those, self.options.clock) for name, those in samples.items()}
+        self.beside = dict.fromkeys(self.tokens, self.found["matrix product"])
 
-    seconds = {}
-    for name, call in calls.items():
+    def train(self, training: Callable[[int], tuple[Callable[[], Any], dict[str, int], float]]) -> None:
+        """Times a training step, in rounds of its own."""
+        start = time.perf_counter()
+        step, self.sizes, self.work["train"] = training(self.options.chunk)
+        step()
+        self.seconds["train"] = round(time.perf_counter() - start, 2)
+        both = {"matrix product": self.calls["matrix product"], "train": step}
+        samples = turns.interleaved(both, self.options.train_rounds)
+        self.found["train"] = turns.summary(samples["train"], self.options.clock)
+        self.beside["train"] = turns.summary(samples["matrix product"], self.options.clock)
+        self.tokens["train"] = self.sizes["tokens"]
+
+    def told(self, devices: int, slots: int) -> dict[str, Any]:
+        """The rates of all devices, and each step beside them."""
+        product_flops, rows = self.work["matrix product"], {}
+        machine = {
+            "flops_per_second": devices * product_flops / self.found["matrix product"]["seconds"],
+            "read_bytes_per_second": devices * self.read_bytes / self.found["reading"]["seconds"],
+        }
+        for name, count in self.tokens.items():
+            taken = self.found[name]["seconds"]
+            # Of the rate that the matrix product reached in the same rounds, on one device, times their number.
+            share = self.work[name] / (devices * product_flops) * self.beside[name]["seconds"] / taken
+            rows[name] = self.found[name] | {
+                "tokens": count, "tokens_per_second": count / taken, "flops": self.work[name], "of_matrix_rate": share,
+                "compile_seconds": self.seconds[name],
+            }  # fmt: skip
+        reading = _read_bytes(self.model) / machine["read_bytes_per_second"]
+        rows["decode"]["times_reading_weights"] = rows["decode"]["seconds"] / self.options.reply / reading
+        for name in {"compress_step", "decode"} & set(rows):
+            rows[name]["memory_slots"] = slots
+        if self.sizes:
+            rows["train"] |= self.sizes
+        return {"machine": machine, "steps": rows}
+
+    def _first(self, name: str, call: Callable[[], Any]) -> None:
         start = time.perf_counter()
         jax.block_until_ready(call())
-        seconds[name] = round(time.perf_counter() - start, 2)
-    samples = turns.interleaved(calls, 3 * options.rounds)
-    found = {name: turns.summary(those, options.clock) for name, those in samples.items()}
-    beside = dict.fromkeys(tokens, found["matrix product"])
-    if options.train_rounds:
-        start = time.perf_counter()
-        step, sizes, work["train"] = training(options.chunk)
-        step()
-        seconds["train"] = round(time.perf_counter() - start, 2)
-        samples = turns.interleaved({"matrix product": product, "train": step}, options.train_rounds)
-        found["train"] = turns.summary(samples["train"], options.clock)
-        beside["train"] = turns.summary(samples["matrix product"], options.clock)
-        tokens["train"] = sizes["tokens"]
-    machine = {
-        "flops_per_second": devices * product_flops / found["matrix product"]["seconds"],
-        "read_bytes_per_second": devices * read_bytes / found["reading"]["seconds"],
-    }
-    rows: dict[str, Any] = {}
-    for name, count in tokens.items():
-        taken = found[name]["seconds"]
-        # Of the rate that the matrix product reached in the same rounds, on one device, times their number.
-        share = work[name] / (devices * product_flops) * beside[name]["seconds"] / taken
-        rows[name] = found[name] | {
-            "tokens": count, "tokens_per_second": count / taken, "flops": work[name], "of_matrix_rate": share,
-            "compile_seconds": seconds[name],
-        }  # fmt: skip
-    reading = _read_bytes(model) / machine["read_bytes_per_second"]
-    rows["decode"]["times_reading_weights"] = rows["decode"]["seconds"] / options.reply / reading
-    for name in {"compress_step", "decode"} & set(rows):
-        rows[name]["memory_slots"] = slots
-    if options.train_rounds:
-        rows["train"] |= sizes
-    return {"machine": machine, "steps": rows}
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def _kept(
+    cache: MemoryCache, refill: Callable[[MemoryCache], MemoryCache], call: Callable[[MemoryCache], MemoryCache]
+) -> Callable[[], MemoryCache]:
+    """A call that is given the state which it left, set back to so many turns, for good, as in a server."""
+    states = [jax.tree.map(jnp.copy, cache)]
+
+    def run() -> MemoryCache:
+        states[0] = call(refill(states[0]))
+        return states[0]
+
+    return run
 
 
 def _read_bytes(model: Transformer) -> int:
