@@ -120,55 +120,20 @@ def read_modules(config: dict[str, Any], path: Path) -> Modules:
         if field not in _HARMLESS | _READ and not neutral:
             reason = f" ({_REASONS[field]})" if field in _REASONS else ""
             raise UserError(f"{path}: {field} is {value!r}{reason}, which is not implemented; refused")
-
-    def fail(field: str, need: str) -> UserError:
-        return UserError(f"{path}: {field} is {config.get(field)!r}; it must be {need}")
-
-    def names(field: str, least: int) -> tuple[str, ...] | str:
-        given = config.get(field)
-        if isinstance(given, str) and given and _compiles([given]):
-            return given
-        listed = given if isinstance(given, list) else [] if given is None or given == "" else None
-        if listed is None or len(listed) < least or not all(isinstance(name, str) for name in listed):
-            raise fail(field, "a list of names of modules, or one regular expression")
-        return tuple(listed)
-
-    def pattern(field: str, kinds: tuple[type, ...], least: int, need: str) -> dict[str, Any]:
-        given = config.get(field) or {}
-        good = isinstance(given, dict) and _compiles(given)
-        if not good or any(type(x) not in kinds or x < least for x in given.values()):
-            raise fail(field, f"an object with {need} for each pattern of names")
-        return given
-
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    if type(rank) is not int or rank < 1:
-        raise fail("r", "an integer from 1")
-    for field, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
-        if type(value) not in (int, float) or value < 0:
-            raise fail(field, "a number, not negative")
-    if dropout >= 1:
-        raise fail("lora_dropout", "below 1")
-    layers = config.get("layers_to_transform")
-    layers = [layers] if type(layers) is int else layers or None
-    if layers is not None and not (isinstance(layers, list) and all(type(x) is int and x >= 0 for x in layers)):
-        raise fail("layers_to_transform", "a number of a layer, or a list of them")
-    before = config.get("layers_pattern") or ()
-    before = (before,) if isinstance(before, str) else before
-    if not isinstance(before, Sequence) or not _compiles(before):
-        raise fail("layers_pattern", "a name, or a list of names")
-    targets = names("target_modules", 1)
+    given = _Given(config, path)
+    targets, layers = given.names("target_modules", 1), given.layers()
     if layers is not None and isinstance(targets, str) and targets != "all-linear":
-        raise fail("layers_to_transform", "empty where target_modules is a regular expression")
+        raise given.refused("layers_to_transform", "empty where target_modules is a regular expression")
     made = Modules(
-        rank=rank,
-        alpha=float(alpha),
-        dropout=float(dropout),
+        rank=given.rank(),
+        alpha=given.number("lora_alpha"),
+        dropout=given.dropout(),
         targets=targets,
-        excluded=names("exclude_modules", 0),
-        layers=None if layers is None else tuple(layers),
-        layers_names=tuple(before),
-        ranks=pattern("rank_pattern", (int,), 1, "an integer from 1"),
-        alphas=pattern("alpha_pattern", (int, float), 0, "a number"),
+        excluded=given.names("exclude_modules", 0),
+        layers=layers,
+        layers_names=given.layers_names(),
+        ranks=given.patterns("rank_pattern", (int,), 1, "an integer from 1"),
+        alphas=given.patterns("alpha_pattern", (int, float), 0, "a number"),
         by_root=bool(config.get("use_rslora")),
     )
     if made.strangers():
@@ -177,6 +142,66 @@ def read_modules(config: dict[str, Any], path: Path) -> Modules:
             f"{', '.join(PROJECTIONS)}"
         )
     return made
+
+
+class _Given:
+    """The fields of a config, each checked as it is taken."""
+
+    def __init__(self, config: dict[str, Any], path: Path):
+        self._config, self._path = config, path
+
+    def refused(self, field: str, need: str) -> UserError:
+        return UserError(f"{self._path}: {field} is {self._config.get(field)!r}; it must be {need}")
+
+    def rank(self) -> int:
+        rank = self._config.get("r")
+        if type(rank) is not int or rank < 1:
+            raise self.refused("r", "an integer from 1")
+        return rank
+
+    def number(self, field: str, default: float | None = None) -> float:
+        value = self._config.get(field, default)
+        if type(value) not in (int, float) or value < 0:
+            raise self.refused(field, "a number, not negative")
+        return float(value)
+
+    def dropout(self) -> float:
+        dropout = self.number("lora_dropout", 0.0)
+        if dropout >= 1:
+            raise self.refused("lora_dropout", "below 1")
+        return dropout
+
+    def layers(self) -> tuple[int, ...] | None:
+        layers = self._config.get("layers_to_transform")
+        layers = [layers] if type(layers) is int else layers or None
+        if layers is None:
+            return None
+        if not (isinstance(layers, list) and all(type(x) is int and x >= 0 for x in layers)):
+            raise self.refused("layers_to_transform", "a number of a layer, or a list of them")
+        return tuple(layers)
+
+    def layers_names(self) -> tuple[str, ...]:
+        before = self._config.get("layers_pattern") or ()
+        before = (before,) if isinstance(before, str) else before
+        if not isinstance(before, Sequence) or not _compiles(before):
+            raise self.refused("layers_pattern", "a name, or a list of names")
+        return tuple(before)
+
+    def names(self, field: str, least: int) -> tuple[str, ...] | str:
+        given = self._config.get(field)
+        if isinstance(given, str) and given and _compiles([given]):
+            return given
+        listed = given if isinstance(given, list) else [] if given is None or given == "" else None
+        if listed is None or len(listed) < least or not all(isinstance(name, str) for name in listed):
+            raise self.refused(field, "a list of names of modules, or one regular expression")
+        return tuple(listed)
+
+    def patterns(self, field: str, kinds: tuple[type, ...], least: int, need: str) -> dict[str, Any]:
+        given = self._config.get(field) or {}
+        good = isinstance(given, dict) and _compiles(given)
+        if not good or any(type(x) not in kinds or x < least for x in given.values()):
+            raise self.refused(field, f"an object with {need} for each pattern of names")
+        return given
 
 
 def _matches(wanted: tuple[str, ...] | str, name: str) -> bool:
