@@ -248,6 +248,27 @@ def test_tables_beside_pytorch_are_made_of_the_numbers(path):
         assert max(losses) - min(losses) < 0.003 * min(losses)
 
 
+def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
+    """Of two evaluations, which no command puts beside each other."""
+    folder = ROOT / "results" / "recipe" / "handwritten"
+    systems = {
+        name: json.loads((folder / name / "results.json").read_text())["steps"][-1]["systems"]
+        for name in ("chat_varied", "chat_mlp")
+    }
+
+    def row(cell) -> list[str]:
+        said = [cell["replies"][key]["value"] for key in ("exact", "f1", "contains")]
+        own = [f"{cell['accuracy']['mean']['value']:.2f}", f"{cell['perplexity']['value']:.1f}"]
+        return own + [f"{value:.2f}" for value in said]
+
+    now = systems["chat_varied"]
+    wanted = [row(now["none"]), row(now["full"]), row(systems["chat_mlp"]["memory"]), row(now["memory"])]
+    wanted[-1][-1] += f" (wrong memory {now['memory']['wrong']['replies']['contains']['value']:.2f})"
+    page = (ROOT / "docs" / "results.md").read_text()
+    table = re.search(r"\| \| choices right \|.*\n\|.*\n((?:\|.*\n)+)", page)[1].replace("*", "")
+    assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()] == wanted
+
+
 def test_pages_show_the_tables():
     shown = [
         (page, name, table)

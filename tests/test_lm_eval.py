@@ -9,10 +9,6 @@ import pytest
 
 from jax_ccm import lm_eval
 from jax_ccm.config import cli
-from jax_ccm.config.loading import load_experiment
-from jax_ccm.config.schema import save_config
-from jax_ccm.weights.adapters import Adapter
-from tests import cases, pretrained
 from tests.harness import support
 
 
@@ -20,12 +16,7 @@ from tests.harness import support
 def folder(tmp_path_factory):
     """A folder with a base, an adapter whose B is not zero, its config and a task."""
     folder = tmp_path_factory.mktemp("harness")
-    pretrained.make_base(folder / "base")
-    config = pretrained.config(folder)
-    fresh = load_experiment(config)
-    model = cases.model(tokens=2, rank=2, vocab_size=fresh.model_config.vocab_size)
-    Adapter.of(model, method=fresh.method, base=str(folder / "base")).write(folder / "adapter")
-    save_config(config, folder / "mine.yaml")
+    support.trained(folder)
     support.choices(folder)
     return folder
 

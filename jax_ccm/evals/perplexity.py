@@ -90,6 +90,13 @@ class Measured:
     repeated: dict[str, Any] | None = None
 
 
+def spread(found: Sequence[Any], most: int = 0) -> list[Any]:
+    """So many of them, at equal distances; 0 for all."""
+    if not most or len(found) <= most:
+        return list(found)
+    return [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
+
+
 def stages(
     evaluation: Evaluation, steps: Sequence[int], *, most: int = 0, choices: bool = False, ages: bool = False
 ) -> list[Stage]:
@@ -113,8 +120,7 @@ def stages(
             right = evaluation.choices(step)
         else:
             right = evaluation.questions(step)
-        if most and len(right) > most:
-            right = [right[i] for i in np.linspace(0, len(right) - 1, most).round().astype(int)]
+        right = spread(right, most)
         if not right:
             continue
         try:

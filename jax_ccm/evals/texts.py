@@ -34,10 +34,9 @@ def windows(evaluation: Evaluation, method: Method, most: int = 0) -> list[Stage
 
 def questions(found: Sequence[Example], most: int = 0) -> list[Choice]:
     """Windows of text as questions, so many of them at equal distances; 0 for all."""
-    if most and len(found) > most:
-        found = [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
     # Windows of one text are not independent of each other: they share its id, by which the bootstrap draws.
-    named = [dataclasses.replace(example, id=example.id.rsplit(" from token ", 1)[0]) for example in found]
+    shared = lambda example: example.id.rsplit(" from token ", 1)[0]
+    named = [dataclasses.replace(example, id=shared(example)) for example in perplexity.spread(found, most)]
     return [Choice((example,), 0) for example in named]
 
 

@@ -8,8 +8,24 @@ from typing import Any
 
 import yaml
 
+from jax_ccm.config.loading import load_experiment
+from jax_ccm.config.schema import Config, save_config
+from jax_ccm.weights.adapters import Adapter
+from tests import cases, pretrained
+
 PEOPLE = ("Ann", "Bob", "Cid", "Dan", "Eve", "Fay")
 COLOURS = ("red", "blue", "green")
+
+
+def trained(folder: Path) -> Config:
+    """Writes a base, an adapter whose B is not zero and its config, and gives the config."""
+    pretrained.make_base(folder / "base")
+    config = pretrained.config(folder)
+    fresh = load_experiment(config)
+    model = cases.model(tokens=2, rank=2, vocab_size=fresh.model_config.vocab_size)
+    Adapter.of(model, method=fresh.method, base=str(folder / "base")).write(folder / "adapter")
+    save_config(config, folder / "mine.yaml")
+    return config
 
 
 def choices(folder: Path) -> None:

@@ -17,7 +17,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jax_ccm.config.loading import load_experiment
-from jax_ccm.config.schema import save_config
 from jax_ccm.errors import UserError
 from jax_ccm.evals import recurrent
 from jax_ccm.evals.prompts import Settings, windows
@@ -26,8 +25,7 @@ from jax_ccm.memory.cache import init_cache
 from jax_ccm.memory.generation import generate
 from jax_ccm.methods import build
 from jax_ccm.rules.rows import chunk
-from jax_ccm.weights.adapters import Adapter
-from tests import cases, jitted, pretrained
+from tests import jitted, pretrained
 from tests.harness import support
 
 BOS = 0
@@ -43,12 +41,7 @@ ASKED = [
 def trained(tmp_path_factory):
     """A folder with a base, an adapter whose B is not zero, a config and tasks; and what they are loaded as."""
     folder = tmp_path_factory.mktemp("harness")
-    pretrained.make_base(folder / "base")
-    config = pretrained.config(folder)
-    fresh = load_experiment(config)
-    model = cases.model(tokens=2, rank=2, vocab_size=fresh.model_config.vocab_size)
-    Adapter.of(model, method=fresh.method, base=str(folder / "base")).write(folder / "adapter")
-    save_config(config, folder / "mine.yaml")
+    config = support.trained(folder)
     for write in (support.choices, support.generation, support.texts):
         write(folder)
     return folder, load_experiment(config, adapter=folder / "adapter")
