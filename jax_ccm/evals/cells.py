@@ -66,6 +66,9 @@ def draw_intervals(
     for time, estimate in zip(times, found, strict=True):
         if estimate is not None and estimate["ci95"][0] is not None:
             axes.vlines(time, *estimate["ci95"], color=colour, linewidth=1.2, alpha=0.5, zorder=1, transform=moved)
+            # What is moved aside does not count for the limits by itself.
+            axes.update_datalim([(time, end) for end in estimate["ci95"]])
+    axes.autoscale_view()
 
 
 def discriminates(row: Mapping[str, Any], kind: str) -> bool | None:

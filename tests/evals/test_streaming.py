@@ -154,7 +154,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     short = [cell["nll"]["value"] for cell in results["steps"][0]["systems"].values()]
     np.testing.assert_allclose(short, short[0], rtol=1e-5)
     assert "no record is as long as 500, which is left out" in printed and "StreamingLLM" in printed
-    legend = [text.get_text() for text in report.figure_of(results).legends[0].texts]
+    figure = report.figure_of(results)
+    low, high = figure.axes[0].get_ylim()
+    for cell in (cell for row in results["steps"] for cell in row["systems"].values()):
+        assert low <= cell["perplexity"]["ci95"][0] and cell["perplexity"]["ci95"][1] <= high
+    legend = [text.get_text() for text in figure.legends[0].texts]
     assert legend == ["window", "StreamingLLM", results["memory"], "95 % interval"]
     assert (out / "plot.png").stat().st_size > 10_000 and "| length |" in (out / "table.md").read_text()
     for message, change in {
