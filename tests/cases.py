@@ -41,6 +41,9 @@ CCM = {
     "n2_say": dict(comp_tokens=2, sink=True, repeat=True, repeat_by="text"),
     "n2_recent": dict(comp_tokens=2, sink=True, recent=1),
     "n1_recent2": dict(comp_tokens=1, recent=2),
+    # Fewer mixtures than chunks.
+    "n2_groups_sink": dict(comp_tokens=2, sink=True, groups=2),
+    "n1_groups_recent": dict(comp_tokens=1, recent=1, groups=2),
     # Chunks of 1 to 7 tokens have one, two and three slots.
     "n3_ratio": dict(comp_tokens=3, sink=True, ratio=2),
 }
@@ -72,8 +75,8 @@ METHODS: dict[str, Method] = {
                 "n1_recent2",
                 "n3_ratio",
             ),
-            "merge": ("n1", "n2_sink", "n2_independent_sink", "n2_repeat", "n2_recent"),
-            "ema": ("n1", "n3_independent", "n2_all", "n2_repeat", "n1_recent2"),
+            "merge": ("n1", "n2_sink", "n2_independent_sink", "n2_repeat", "n2_recent", "n2_groups_sink"),
+            "ema": ("n1", "n3_independent", "n2_all", "n2_repeat", "n1_recent2", "n1_groups_recent"),
         }.items()
         for label in labels
     },

@@ -386,7 +386,9 @@ def _mixed(method: Mapping[str, Any]) -> int:
     """`Method.mixed_slots` of a described method."""
     if not method.get("mix"):
         return 0
-    return sum(token.get("kind") in method.get("writes", ()) for token in method["closes"] if isinstance(token, dict))
+    each = sum(token.get("kind") in method.get("writes", ()) for token in method["closes"] if isinstance(token, dict))
+    groups = method.get("groups", 1)
+    return each * (groups if type(groups) is int and groups > 0 else 1)
 
 
 def _upgraded(path, header: dict[str, Any], shapes, arrays) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

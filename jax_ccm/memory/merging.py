@@ -42,6 +42,7 @@ def merge(first: Held, second: Held) -> Held:
         else "pools text" if method.get("pool")
         else "writes no memory" if not method["closes"]
         else "compresses a whole context at once" if method.get("context") != "chunks"
+        else "enters chunks into several means in turn" if method.get("groups", 1) > 1
         else "weighs chunks by when they were read" if method.get("mix") and method["mix"].get("kind") != "Mean"
         else ""
     )  # fmt: skip

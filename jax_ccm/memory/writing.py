@@ -109,7 +109,7 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
     Returns:
       The cache with what it stored before, and ``store(own, new) -> own`` that makes the new arrays of a layer: ``own``
       are arrays ``[B, S, ...]`` to which arrays ``new`` of ``[B, n, ...]`` are written, and, where the method mixes,
-      their mixtures ``float32 [B, n, ...]``.
+      their mixtures ``float32 [B, groups * n, ...]``.
 
     Raises:
       UserError: for a cache that was made for another method.
@@ -151,7 +151,7 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
     def store(own, new):
         own, mixed = own[: len(new)], own[len(new) :]
         if mixed:
-            new = mixed = tuple(map(blend, mixed, new))
+            mixed, new = zip(*map(blend, mixed, new), strict=True)
         return (*map(place, own, new), *mixed)
 
     lost = cache.lost + (excess if cache.overflow == "error" else jnp.zeros_like(excess))
@@ -159,19 +159,31 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
 
 
 def _blending(cache: MemoryCache, method: Method, count: int, closing):
-    """``(mixed, new) -> mixed`` for a layer's mixture ``float32 [B, n, K, H]`` and what a chunk writes."""
+    """``(mixed, new) -> mixed, state`` for a layer's mixtures ``float32 [B, groups * n, K, H]`` and what a chunk writes.
+
+    The state, ``float32 [B, n, K, H]``, is that of the mixture which the chunk has entered (`Method.groups`).
+    """
     held = 0 if cache.mixed_k is None else cache.mixed_k.shape[2]
-    if held != (count if method.mix is not None else 0):
+    if held != method.mixed_slots:
         raise UserError(
-            f"method {method.name!r} mixes {count if method.mix is not None else 0} slots, this cache has {held} that "
-            "are mixed: it was made for another method. Make one with `init_cache` for this method"
+            f"method {method.name!r} mixes {method.mixed_slots} slots, this cache has {held} that are mixed: it was "
+            "made for another method. Make one with `init_cache` for this method"
         )
     if method.mix is None:
-        return lambda mixed, new: new  # there is no mixture
+        return lambda mixed, new: (new, new)  # there is no mixture
     column = lambda x: x[:, None, None, None]
-    number = jnp.maximum(cache.chunks - method.recent, 0) + 1
-    rate = column(method.mix.rate(number).astype(jnp.float32))
-    return lambda mixed, new: jnp.where(column(closing), (1 - rate) * mixed + rate * new, mixed)
+    number = jnp.maximum(cache.chunks - method.recent, 0)
+    rate = column(method.mix.rate(number // method.groups + 1).astype(jnp.float32))
+    group = jnp.arange(method.groups) == (number % method.groups)[:, None]  # [B, groups]
+
+    def blend(mixed, new):
+        groups = mixed.reshape(mixed.shape[0], method.groups, count, *mixed.shape[2:])
+        entered = (group & closing[:, None])[:, :, None, None, None]
+        groups = jnp.where(entered, (1 - rate[:, None]) * groups + rate[:, None] * new[:, None], groups)
+        state = jnp.sum(jnp.where(group[:, :, None, None, None], groups, 0), axis=1)
+        return groups.reshape(mixed.shape), state
+
+    return blend
 
 
 def pooled(cache: MemoryCache, method: Method, closing):

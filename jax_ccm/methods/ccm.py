@@ -19,7 +19,7 @@ import dataclasses
 from typing import Literal
 
 from jax_ccm.errors import UserError
-from jax_ccm.rules.mixtures import Ema, Mean
+from jax_ccm.rules.mixtures import Ema, Mean, Mix
 from jax_ccm.rules.types import INF, Kind, Method, Rule, Token, see
 
 TEXT, QUERY, COMP, REPEAT, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.REPEAT, Kind.SINK, Kind.MEMORY
@@ -120,11 +120,19 @@ def merge(
     repeat_share: float = 1.0,
     min_comp_tokens: int | None = None,
     recent: int = 0,
+    groups: int = 1,
 ) -> Method:
-    """CCM-merge: the running mean of all chunks' states in ``comp_tokens`` slots. Arguments as for `concat`."""
+    """CCM-merge: the running mean of all chunks' states in ``comp_tokens`` slots.
+
+    Args:
+      comp_tokens, sink, independent, conditional, streaming, repeat, repeat_by, repeat_share, min_comp_tokens,
+        recent: as for `concat`.
+      groups: so many means of ``comp_tokens`` slots each, which chunks enter in turn: the memory is of constant size,
+        and of up to this many chunks it holds each by itself, as `concat` does; in no paper. With 1 it is the paper's.
+    """
     repeating = (repeat, repeat_by, repeat_share)
     appending = concat(comp_tokens, sink, independent, conditional, streaming, *repeating, min_comp_tokens, recent)
-    return dataclasses.replace(appending.mixing(Mean()), name="ccm_merge")
+    return dataclasses.replace(_grouped(appending, Mean(), groups), name="ccm_merge")
 
 
 def ema(
@@ -139,6 +147,7 @@ def ema(
     repeat_share: float = 1.0,
     min_comp_tokens: int | None = None,
     recent: int = 0,
+    groups: int = 1,
 ) -> Method:
     """CCM-merge by an exponential moving average (table 16).
 
@@ -146,10 +155,18 @@ def ema(
       comp_tokens, sink, independent, conditional, streaming, repeat, repeat_by, repeat_share, min_comp_tokens,
         recent: as for `concat`.
       decay: weight of the newest chunk.
+      groups: as for `merge`.
     """
     repeating = (repeat, repeat_by, repeat_share)
     appending = concat(comp_tokens, sink, independent, conditional, streaming, *repeating, min_comp_tokens, recent)
-    return dataclasses.replace(appending.mixing(Ema(decay)), name="ccm_ema")
+    return dataclasses.replace(_grouped(appending, Ema(decay), groups), name="ccm_ema")
+
+
+def _grouped(appending: Method, mix: Mix, groups: int) -> Method:
+    """The appending method with so many mixtures for its memory."""
+    if groups < 1:
+        raise UserError(f"groups is {groups}; there must be at least 1 that chunks enter")
+    return appending.mixing(mix, groups)
 
 
 def check_repetition(repeat: bool, repeat_by: str, repeat_share: float) -> None:

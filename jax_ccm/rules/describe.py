@@ -94,6 +94,8 @@ def label(method: dict[str, Any]) -> str:
     if closes:
         each = f", one for {method['ratio']} of text" if method.get("ratio") else ""
         words.append("up to " * bool(each) + f"{closes} token{'s' * (closes != 1)}{each}")
+    if (groups := method.get("groups", 1)) != 1:
+        words.append(f"{groups} groups")
     if policy := method.get("eviction"):
         # ByAttention -> by attention
         words.append(re.sub("(?<=.)([A-Z])", r" \1", policy["kind"]).lower())

@@ -20,7 +20,6 @@ import numpy as np
 from jax_ccm.errors import UserError
 from jax_ccm.rules.batch import Batch, Packed
 from jax_ccm.rules.examples import Example, Segment, concat, cut, join, with_prefix
-from jax_ccm.rules.mixtures import Mix
 from jax_ccm.rules.types import TEXT, Chunk, Kind, Method, Slots, Token
 
 # What to do for a method that keeps no text.
@@ -363,7 +362,7 @@ def _memory(method: Method, row: dict[str, np.ndarray], segments: int, size: int
     found["memory_kind"] = np.full(len(last), Kind.MEMORY)
     if method.mix is not None:
         count = method.slots_per_chunk
-        found["mix"] = _mix_matrix(method.mix, len(last), count, size)
+        found["mix"] = _mix_matrix(method, len(last), size)
         # State t of the mixture exists once the last of its chunk's tokens has been run.
         found["memory_index"] = found["memory_index"].reshape(-1, count).max(1, initial=0).repeat(count)
     return found
@@ -402,14 +401,19 @@ def _pools(indices: np.ndarray, segment: np.ndarray, size: int) -> tuple[np.ndar
     return source.reshape(-1), share.reshape(-1), indices[np.cumsum(count) - 1]
 
 
-def _mix_matrix(mix: Mix, sources: int, per_chunk: int, size: int) -> np.ndarray:
-    """``float32 [M, P]``: row ``t * n + k`` holds the weights of slot k of all chunks in the memory after chunk t."""
+def _mix_matrix(method: Method, sources: int, size: int) -> np.ndarray:
+    """``float32 [M, P]``: row ``t * n + k`` holds the weights of slot k of all chunks in the mixture that chunk t enters.
+
+    Chunks ``t`` and ``t - groups`` enter the same (`Method.groups`).
+    """
+    assert method.mix is not None
+    per_chunk, groups = method.slots_per_chunk, method.groups
     chunks = sources // per_chunk
     weights = np.zeros((chunks, chunks))
     for t in range(chunks):
-        rate = float(mix.rate(t + 1))
-        if t:
-            weights[t] = (1 - rate) * weights[t - 1]
+        rate = float(method.mix.rate(t // groups + 1))
+        if t >= groups:
+            weights[t] = (1 - rate) * weights[t - groups]
         weights[t, t] = rate
     matrix = np.zeros((size, size), np.float32)
     matrix[:sources, :sources] = np.kron(weights, np.eye(per_chunk))

@@ -159,6 +159,8 @@ class Method:
         and value of every so many tokens of a segment, in order, appended; a rest of fewer makes a slot, too.
       mix: how written keys and values enter the memory: `None` appends them as new slots, a `Mix`
         blends them slot by slot into a memory of constant size.
+      groups: of a `mix`, how many mixtures there are side by side, each of `slots_per_chunk` slots: chunks enter them
+        in turn, so that few chunks share one. Until each has its second chunk, nothing is mixed.
       gate: kinds on which the adapter's LoRA acts.
       sink: how many of a session's first tokens are of kind `Kind.SINK`, which the rule lets everybody see.
       context: what training and evaluation feed before the tail: its "chunks", each closed by itself;
@@ -188,6 +190,7 @@ class Method:
     writes: tuple[Kind, ...] = (Kind.COMP,)
     pool: int | None = None
     mix: Mix | None = None
+    groups: int = 1
     gate: tuple[Kind, ...] = ()
     sink: int = 0
     context: Literal["chunks", "joined", "dropped"] = "chunks"
@@ -205,6 +208,10 @@ class Method:
     def __post_init__(self):
         if self.eviction is not None and (self.closes or self.mix is not None):
             raise ValueError(f"method {self.name!r}: an eviction policy has neither closing tokens nor a mix")
+        if self.groups < 1 or (self.groups > 1 and self.mix is None):
+            raise ValueError(
+                f"method {self.name!r}: groups={self.groups} must be at least 1, and above 1 goes with a mix"
+            )
         if self.rope == "cache" and any(token.from_begin for token in self.closes):
             raise ValueError(
                 f"method {self.name!r}: places in the cache (rope='cache') have no chunk's begin to count from"
@@ -252,15 +259,15 @@ class Method:
         needed = -(-tokens // self.ratio)
         return needed - (needed - most) * (needed > most)
 
-    def mixing(self, mix: Mix | None) -> Method:
-        """The method with a mixture for its memory, of whose states text sees the latest; itself without one."""
+    def mixing(self, mix: Mix | None, groups: int = 1) -> Method:
+        """The method with mixtures for its memory, of each of which text sees the latest state; itself without one."""
         if mix is None:
             return self
-        # Each looks at the newest state that there is when it looks.
-        newest = lambda c: dataclasses.replace(c, farthest=min(c.farthest, max(c.nearest, 1)))
+        # Each looks at the newest states that there are when it looks: those of the last chunks, one in each group.
+        newest = lambda c: dataclasses.replace(c, farthest=min(c.farthest, max(c.nearest, 1) + groups - 1))
         latest = lambda c: newest(c) if Kind.MEMORY in c.key else c
         rule = dataclasses.replace(self.rule, sees=tuple(map(latest, self.rule.sees)))
-        return dataclasses.replace(self, rule=rule, mix=mix)
+        return dataclasses.replace(self, rule=rule, mix=mix, groups=groups)
 
     @property
     def recurrent_only(self) -> bool:
@@ -280,7 +287,7 @@ class Method:
     @property
     def mixed_slots(self) -> int:
         """Memory slots that are also kept in float32, since each chunk is blended into them."""
-        return self.slots_per_chunk if self.mix is not None else 0
+        return self.slots_per_chunk * self.groups if self.mix is not None else 0
 
     @property
     def num_embeddings(self) -> int:
@@ -331,7 +338,8 @@ class Method:
         """
         text = any(set(RAW) & set(clause.key) and clause.farthest > 0 for clause in self.rule.sees)
         memory = all(clause.farthest in (0, INF) for clause in self.rule.sees if Kind.MEMORY in clause.key)
-        return not text and (memory or ((self.mix or self.eviction) is not None and self.sink <= 1))
+        replaced = self.eviction is not None or (self.mix is not None and self.groups == 1)
+        return not text and (memory or (replaced and self.sink <= 1))
 
     @property
     def sees_memory_in_context(self) -> bool:

@@ -73,6 +73,7 @@ def test_what_cannot_be_merged(tmp_path):
     one = held(read(concat, (1,)), tmp_path / "one", concat)
     for other, message in (
         (build("ccm_ema", comp_tokens=2), "by when they were read"),
+        (build("ccm_merge", comp_tokens=2, groups=2), "into several means in turn"),
         (build("evict", slots=2), "selects"),
     ):
         file = held(read(other, (1,)), tmp_path / "other", other)

@@ -106,7 +106,7 @@ def test_other_methods_keep_no_mixture():
             assert cache.mixed_k is None and cache.mixed_v is None and method.mixed_slots == 0
             continue
         without = dataclasses.replace(cache, mixed_k=None, mixed_v=None)
-        assert cache.mixed_k.shape[2] == method.mixed_slots == method.memory_slots(1 + method.recent)
+        assert cache.mixed_k.shape[2] == method.mixed_slots == method.memory_slots(method.groups + method.recent)
         assert cache.nbytes - without.nbytes == 2 * method.mixed_slots * cases.CONFIG.kv_bytes_per_slot(4)
 
 

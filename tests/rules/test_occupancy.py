@@ -21,6 +21,8 @@ M, T, Q, S = Kind.MEMORY, Kind.TEXT, Kind.QUERY, Kind.SINK
         ("ccm_concat", dict(comp_tokens=2), [M, M, M, M, T], [3, 4, 5, 6, 5]),
         ("ccm_concat", dict(comp_tokens=1, sink=True), [S, M, M, T], [0, 3, 5, 5]),
         ("ccm_merge", dict(comp_tokens=2), [M, M, T], [5, 6, 5]),
+        ("ccm_merge", dict(groups=3), [M, M, T], [3, 5, 5]),
+        ("ccm_merge", dict(groups=1), [M, T], [5, 5]),
         ("ccm_concat", dict(comp_tokens=4, ratio=2), [M, M, M, T], [3, 4, 5, 5]),
         ("sentinel", {}, [M, M, T], [2, 4, 5]),
         ("compressive", dict(ratio=2, recent=0), [M, M, M, T], [1, 2, 4, 5]),

@@ -153,6 +153,9 @@ def test_mixtures():
         assert np.allclose(mix[6, 0::2], last) and np.allclose(mix[7, 1::2], last)
         assert np.allclose(mix[0::2, 1::2], 0), "slots are not mixed with each other"
         assert np.allclose(np.triu(mix[0::2, 0::2], 1), 0), "a state holds no later chunk"
+    in_turn = build("ccm_merge", comp_tokens=1, groups=2)
+    mix = batch(in_turn, [session], measure(in_turn, session), V).memory.mix[0]
+    assert np.array_equal(mix, [[1, 0, 0, 0], [0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 0.5, 0, 0.5]])
     with pytest.raises(ValueError, match="decay is 1.5"):
         Ema(1.5)
 
