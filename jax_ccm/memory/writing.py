@@ -159,9 +159,10 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
 
 
 def _blending(cache: MemoryCache, method: Method, count: int, closing):
-    """``(mixed, new) -> mixed, state`` for a layer's mixtures ``float32 [B, groups * n, K, H]`` and what a chunk writes.
+    """``(mixed, new) -> mixed, state`` for a layer's mixtures and what a chunk writes.
 
-    The state, ``float32 [B, n, K, H]``, is that of the mixture which the chunk has entered (`Method.groups`).
+    Mixtures are ``float32 [B, groups * n, K, H]``, and what a chunk writes ``[B, n, K, H]``. The state, of that shape,
+    is that of the mixture which the chunk has entered (`Method.groups`).
     """
     held = 0 if cache.mixed_k is None else cache.mixed_k.shape[2]
     if held != method.mixed_slots:

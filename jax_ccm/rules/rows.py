@@ -402,7 +402,7 @@ def _pools(indices: np.ndarray, segment: np.ndarray, size: int) -> tuple[np.ndar
 
 
 def _mix_matrix(method: Method, sources: int, size: int) -> np.ndarray:
-    """``float32 [M, P]``: row ``t * n + k`` holds the weights of slot k of all chunks in the mixture that chunk t enters.
+    """``float32 [M, P]``: row ``t * n + k`` holds the weights of slot k of all chunks in the mixture of chunk t.
 
     Chunks ``t`` and ``t - groups`` enter the same (`Method.groups`).
     """
