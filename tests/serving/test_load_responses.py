@@ -1,0 +1,245 @@
+"""The load test, for responses: trees of them, each branch told something else, through kill -9 and restarts.
+
+Whatever was acknowledged can be had again after a restart, gone on from, and is what it would be had nothing happened;
+whatever was removed stays away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from jax_ccm.memory import files
+from jax_ccm.sessions.state import Session
+from tests.serving import load
+from tests.serving.clients import MODEL
+from tests.serving.load import CLIENTS, HOW, KILLS, QUESTION, ROWS, Said, Server
+
+INCLUDE = ["message.output_text.logprobs"]
+
+
+@dataclasses.dataclass
+class Node(Said):
+    """A turn that makes a response.
+
+    Attributes:
+      previous: the one that it goes on from; None for the root of a tree.
+      id: of the response, as soon as its client has heard of it.
+      stored: whether it can be gone on from.
+      removed: whether it is gone; None while nobody knows.
+    """
+
+    previous: Node | None = None
+    id: str = ""
+    stored: bool = True
+    removed: bool | None = False
+
+    @property
+    def there(self) -> bool:
+        """Whether it was acknowledged, and can be gone on from."""
+        return self.known is not None and self.stored and self.removed is False
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """All that was said on the way to it."""
+        return (*(self.previous.told if self.previous else ()), self.text)
+
+    def heard(self, response: dict[str, Any]) -> None:
+        """Notes a response that is whole."""
+        (message,) = response["output"]
+        (part,) = message["content"]
+        self.id, self.answer, self.logprobs = response["id"], part["text"], part["logprobs"]
+        self.counted(response["usage"])
+
+
+class Client(load.Client):
+    """Grows a tree of responses.
+
+    Attributes:
+      nodes: all that it asked for, in this order.
+    """
+
+    path = "/v1/responses"
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.nodes = list[Node]()
+
+    def asks(self, text: str, previous: Node | None, quiet: int = 0, *, stored: bool = True) -> Node:
+        """A new node of its tree."""
+        self.nodes.append(Node(text, quiet, previous=previous, stored=stored))
+        return self.nodes[-1]
+
+    def branches(self) -> Node:
+        """Something else, in a branch of its own or at the end of one."""
+        known = [node for node in self.nodes if node.there]
+        text = "".join(self.chance.choices("abcdefgh ", k=4 + len(self.nodes) % 13)) + "x"
+        return self.asks(text, known[-1] if self.chance.random() < 0.5 else self.chance.choice(known))
+
+    def body(self, node: Node, stream: bool) -> dict[str, Any]:
+        previous = node.previous.id if node.previous else None
+        asked = {"model": MODEL, "input": node.text, "previous_response_id": previous, "store": node.stored}
+        how = {"max_output_tokens": HOW.max_tokens, "include": INCLUDE, "top_logprobs": HOW.logprobs}
+        return asked | how | {"stream": stream}
+
+    async def say(self, http: httpx.AsyncClient, node: Node) -> bool:
+        """Asks for a response and hears it to its end; False if the server died before."""
+        try:
+            if self.chance.random() < 0.6:
+                answer = await http.post(self.path, json=self.body(node, stream=False))
+                assert answer.status_code == 200, answer.text
+                node.heard(answer.json())
+            else:
+                async for event in self.events(http, self.body(node, stream=True)):
+                    assert event["type"] != "response.failed", event
+                    if event["type"] == "response.created":
+                        node.id = event["response"]["id"]
+                    if event["type"] in ("response.completed", "response.incomplete"):
+                        node.heard(event["response"])
+        except httpx.TransportError:
+            return False
+        return node.known is not None
+
+    async def acts(self, http: httpx.AsyncClient) -> bool:
+        known = [node for node in self.nodes if node.there]
+        if len(known) < 3 or self.chance.random() < 0.8:
+            return await self.say(http, self.branches())
+        node = self.chance.choice(known[:-1])
+        node.removed = None
+        try:
+            answer = await http.delete(f"{self.path}/{node.id}")
+        except httpx.TransportError:
+            return False
+        assert answer.status_code == 200, answer.text
+        node.removed = True
+        return True
+
+    async def goes_away(self, http: httpx.AsyncClient) -> bool:
+        node = self.branches()
+        if self.chance.random() < 0.5:
+            return await self.leaves(http, self.body(node, stream=self.chance.random() < 0.5))
+        try:  # while it is answered
+            async with contextlib.aclosing(self.events(http, self.body(node, stream=True))) as events:
+                async for event in events:
+                    node.id = node.id or event["response"]["id"]
+                    if self.chance.random() < 0.4:
+                        return True
+        except httpx.TransportError:
+            return False
+        return True
+
+    async def look(self, http: httpx.AsyncClient) -> None:
+        """All that was acknowledged is there, as it was heard; what was not is there as a whole, or not at all."""
+        for node in self.nodes:
+            if not node.id or not node.stored:
+                continue
+            answer = await http.get(f"{self.path}/{node.id}")
+            if answer.status_code == 404:
+                assert not node.there, f"{node} was acknowledged, and is gone"
+                node.removed = True
+                continue
+            assert answer.status_code == 200 and node.removed is not True, answer.text
+            node.removed = False
+            found = Node(node.text, previous=node.previous)
+            found.heard(answer.json())
+            if node.known is None:
+                node.heard(answer.json())
+            same = (found.id, found.answer, found.known, found.read, found.logprobs)
+            assert same == (node.id, node.answer, node.known, node.read, node.logprobs)
+
+
+async def quiet(clients: list[Client], http: httpx.AsyncClient, server: Server, number: int) -> int:
+    """All ask the same right after a start, and nobody is disturbed; tokens that went through the programs for it.
+
+    In two branches each; in the last life in all, for nothing that is kept.
+    """
+    before, last = server.read, number == KILLS
+
+    async def asks(client: Client) -> list[Node]:
+        known = [node for node in client.nodes if node.there]
+        known = known if last else [known[-1], client.chance.choice(known)]
+        made = [client.asks(QUESTION, node, number, stored=not last) for node in known]
+        assert all([await client.say(http, node) for node in made])
+        return made
+
+    made = [node for nodes in await asyncio.gather(*map(asks, clients)) for node in nodes]
+    counts = await load.counted(http)
+    assert counts["tokens_read"] == sum(node.read for node in made), "nothing else was read since the start"
+    assert counts["loads"] == len(made), "each was gone on from as it lay on disk"
+    return server.read - before
+
+
+async def ordeal(clients: list[Client], server: Server) -> list[int]:
+    """Lives of a server; what was read in each quiet time."""
+    read, chance = [], random.Random(1)
+    async for life, http in load.lives(server):
+        if not life:
+            told = (client.say(http, client.asks(f"my secret is {client.secret}", None)) for client in clients)
+            assert all(await asyncio.gather(*told))
+        else:
+            await asyncio.gather(*(client.look(http) for client in clients))
+            read.append(await quiet(clients, http, server, life))
+        if life < KILLS:
+            await load.wild(clients, http, server, chance.randrange(60, 120))
+    return read
+
+
+class Undisturbed(load.Undisturbed):
+    """Makes trees of responses once more, branch by branch."""
+
+    def check(self, client: Client) -> dict[str, Session]:
+        """Compares; the memories by the ids of their responses."""
+        made: dict[str, Session] = {}
+        with self.row() as row:
+            empty = self.talk.session(row)
+            for node in client.nodes:
+                if node.known is None:
+                    continue
+                become = self.compare(row, made[node.previous.id] if node.previous else empty, node)
+                assert become is not None, f"{client.name}: {node} is not what comes of {node.told}"
+                made[node.id] = become
+        return made
+
+
+def least_apart(clients: list[Client]) -> float:
+    """How much the answers of the last life to the one question differ where it was asked after different things."""
+    asked = {node.told: node for client in clients for node in client.nodes if node.quiet == KILLS}
+    answers = np.stack([load.numbers(node.logprobs)[0] for node in asked.values()])
+    return min(np.abs(one - other).max() for one, other in itertools.combinations(answers, 2))
+
+
+@pytest.mark.processes
+def test_no_response_is_lost_and_no_branch_sees_another(tmp_path: Path, monkeypatch):
+    clients, server = [Client(number) for number in range(CLIENTS)], Server(tmp_path)
+    try:
+        read = asyncio.run(ordeal(clients, server))
+    finally:
+        server.close()
+    assert not any("Traceback" in line for line in server.said), "".join(server.said)
+    oracle = Undisturbed(monkeypatch)
+    with ThreadPoolExecutor(ROWS) as threads:
+        kept = {name: session for found in threads.map(oracle.check, clients) for name, session in found.items()}
+    assert read == oracle.read[1:], "after a restart a response costs what it costs without one"
+    nodes = [node for client in clients for node in client.nodes]
+    assert any(node.removed for node in nodes if node.known) and len(nodes) > 4 * CLIENTS
+    assert least_apart(clients) > 1e-4, "no two branches can be taken for each other"
+    # On disk are those that can be gone on from, each as it would be, and wholes that nobody heard the end of.
+    left = {path.stem: path for path in (tmp_path / "sessions").iterdir() if path.name != ".lock"}
+    there = {node.id for node in nodes if node.there}
+    assert there <= left.keys()
+    for name in there:
+        load.same_memory(left[name].read_bytes(), kept[name], tmp_path)
+    unheard = left.keys() - there
+    assert len(unheard) <= sum(node.known is None and not node.id for node in nodes)
+    for name in unheard:
+        assert files.read(left[name]).header["about"]["response"]["id"] == name
