@@ -35,6 +35,7 @@ from tests.test_chat import experiment
 
 KILLS = int(os.environ.get("LOAD_KILLS", "3"))
 CLIENTS, ROWS = 64, 8
+TOLERANCE = 1e-5
 HOW = Answering(max_tokens=4, logprobs=2)
 QUESTION = "what is my secret"
 
@@ -281,7 +282,7 @@ class Undisturbed:
             return None
         if heard != (reply.text, [each.token for each in reply.logprobs]):
             return None
-        if not np.allclose(numbers(said.logprobs), values(reply.logprobs), rtol=0, atol=1e-5):
+        if not np.allclose(numbers(said.logprobs), values(reply.logprobs), rtol=0, atol=TOLERANCE):
             return None
         self.read[said.quiet] += self._count[row] - before
         return self.talk.session(row)
@@ -301,4 +302,4 @@ def same_memory(content: bytes, session: Session, folder: Path) -> None:
     path.write_bytes(content)
     arrays = files.read(path).arrays
     assert arrays["tokens"].tolist() == session.cache.tokens.tolist()
-    np.testing.assert_allclose(arrays["logits"], np.asarray(session.cache.logits), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(arrays["logits"], np.asarray(session.cache.logits), rtol=0, atol=TOLERANCE)
