@@ -98,7 +98,8 @@ class Memories:
         else:
             self.pool.require_disk()
         header = held.header | {"about": held.header["about"] | {"session": name}}
-        files.write(files.Held(held.path, header, held.digest, held.arrays), path)
+        with self.pool.store.saving(filename, name):
+            files.write(files.Held(held.path, header, held.digest, held.arrays), path)
         return {
             "filename": filename,
             "n_saved": _tokens(held),

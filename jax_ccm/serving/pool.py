@@ -120,7 +120,9 @@ class Pool:
           UserError: if it does not go with what is served, or a limit is reached.
         """
         self._require_room(name, 0)
-        files.write(self.talk.opened(path)[0], self.store.path(name))
+        held = self.talk.opened(path)[0]
+        with self.store.writing(name) as there:
+            files.write(held, there)
         self._dirty.pop(name, None)
         if (row := self._rows.pop(name, None)) is not None:
             self.talk.reset(row)
@@ -130,14 +132,12 @@ class Pool:
 
         With it go the responses that were made in it, those that went on from these, and the files it was saved to.
         """
-        responses, saved = self.store.made_in(name)
+        saved, responses = self.store.remove_saved(name), self.store.made_in(name)
         responses += [other for other, about in self._dirty.items() if about.get("session") == name]
-        for path in saved:
-            path.unlink(missing_ok=True)
         gone = [self.erase(each) for each in dict.fromkeys((name, *responses))]
         for row in set(range(self.talk.engine.rows)) - set(self._seated):  # where turns of it were worked on
             self.talk.scratch.put(row, self.talk.engine.nobody)
-        return bool(saved) or any(gone)
+        return saved or any(gone)
 
     def erase(self, name: str) -> bool:
         """Removes a session, but not what was made of it; whether it was there. To be called by `do`."""
@@ -281,7 +281,7 @@ class Pool:
                 about = turn.about(reply)
                 try:
                     if turn.snapshot is not None:
-                        self.talk.save(row, self.store.path(turn.snapshot), about=about)
+                        self._write(turn.snapshot, row, about)
                     self._keep(turn.keep, row, {} if turn.snapshot is not None else about)
                 except Exception:
                     self._going.leave(row)
@@ -363,7 +363,7 @@ class Pool:
     def _keep(self, name: str, row: int, about: Mapping[str, Any]) -> None:
         """Makes a row that of a session that has changed."""
         if self.durable:
-            self.talk.save(row, self.store.path(name), about=about)
+            self._write(name, row, about)
         else:
             self._dirty[name] = about
         if (old := self._rows.pop(name, row)) != row:
@@ -371,8 +371,12 @@ class Pool:
         self._rows[name] = row
 
     def _save(self, name: str) -> None:
-        self.talk.save(self._rows[name], self.store.path(name), about=self._dirty[name])
+        self._write(name, self._rows[name], self._dirty[name])
         del self._dirty[name]
+
+    def _write(self, name: str, row: int, about: Mapping[str, Any]) -> None:
+        with self.store.writing(name, about.get("session")) as path:
+            self.talk.save(row, path, about=about)
 
     def _expire(self, busy: set[str]) -> None:
         if self.limits.idle:

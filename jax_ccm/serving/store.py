@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from jax_ccm.errors import UserError
-from jax_ccm.memory import files
+from jax_ccm.serving.index import Index
 from jax_ccm.serving.requests import Refused
 
 # No separator, no dot: a name is a name and never a path.
@@ -53,6 +51,8 @@ class Store:
             except UserError:
                 self.close()
                 raise
+        self._index = Index(folder, ENDING, begins=RESPONSE)
+        self._saved = None if slots is None else Index(slots)
 
     def close(self) -> None:
         """Gives the folders back."""
@@ -87,49 +87,78 @@ class Store:
             )
         return self._slots / filename
 
-    def made_in(self, session: str) -> tuple[list[str], list[Path]]:
-        """What was made of a session and is kept: the responses, and the files that it was saved to."""
-        responses = [path.stem for path in self.folder.glob(f"{RESPONSE}*{ENDING}") if _session_of(path) == session]
-        found = [] if self._slots is None else [path for path in self._slots.iterdir() if _session_of(path) == session]
-        return responses, found
+    @contextlib.contextmanager
+    def writing(self, name: str, session: str | None = None) -> Iterator[Path]:
+        """Where the file of a session is written: it counts when it is there.
+
+        Args:
+          name: of the session.
+          session: in which it was made, if it is a response; None for none.
+
+        Yields:
+          The path.
+        """
+        path = self.path(name)
+        try:
+            yield path
+        finally:
+            self._index.wrote(path.name, session)
+
+    @contextlib.contextmanager
+    def saving(self, filename: str, session: str) -> Iterator[Path]:
+        """Where a session is saved to, as `writing`."""
+        path = self.slot(filename)
+        try:
+            yield path
+        finally:
+            if self._saved is not None:
+                self._saved.wrote(filename, session)
+
+    def made_in(self, session: str) -> list[str]:
+        """The responses that were made in a session and are kept."""
+        return [name.removesuffix(ENDING) for name in self._index.made_in(session)]
+
+    def remove_saved(self, session: str) -> bool:
+        """Removes the files that a session was saved to; whether there was one."""
+        if self._slots is None or self._saved is None:
+            return False
+        self._saved.refresh()  # people may have carried files in and out
+        found = self._saved.made_in(session)
+        for filename in found:
+            (self._slots / filename).unlink(missing_ok=True)
+            self._saved.gone(filename)
+        return bool(found)
 
     def names(self) -> Iterator[str]:
         """Of all sessions on disk."""
-        return (path.stem for path in self.folder.glob(f"*{ENDING}"))
+        return (name.removesuffix(ENDING) for name in self._index)
 
     def __contains__(self, name: str) -> bool:
         return self.path(name).is_file()
 
     def remove(self, name: str) -> bool:
         """Removes a session; whether it was there."""
+        path = self.path(name)
         try:
-            self.path(name).unlink()
+            path.unlink()
         except FileNotFoundError:
             return False
+        finally:
+            self._index.gone(path.name)
         return True
 
     def touch(self, name: str) -> None:
         """Notes that a session was used now."""
-        with contextlib.suppress(OSError):
-            os.utime(self.path(name))
+        self._index.used(self.path(name).name)
 
     def size(self) -> tuple[int, int]:
         """How many sessions there are, and their bytes, with those of the files that they were saved to."""
-        sizes = []
-        sessions = list(self.folder.glob(f"*{ENDING}"))
-        for path in (*sessions, *([] if self._slots is None else self._slots.glob("[!.]*"))):
-            with contextlib.suppress(FileNotFoundError):
-                sizes.append(path.stat().st_size)
-        return len(sessions), sum(sizes)
+        return len(self._index), self._index.bytes + (0 if self._saved is None else self._saved.bytes)
 
     def older(self, seconds: float) -> list[str]:
         """Sessions that nobody has used for so long."""
-        limit, found = time.time() - seconds, []
-        for path in self.folder.glob(f"*{ENDING}"):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < limit:
-                    found.append(path.stem)
-        return found
+        limit = time.time_ns() - int(seconds * 10**9)
+        return [name.removesuffix(ENDING) for name in self._index.older(limit)]
 
 
 def require_session(name: str) -> None:
@@ -160,18 +189,3 @@ def _take(folder: Path, option: str) -> IO[str]:
     except OSError as e:
         raise UserError(f"{option} {folder} cannot be used: {e}") from e
     return lock
-
-
-def _session_of(path: Path) -> str | None:
-    """The session that a memory was made in, as its file says; None if it says nothing, or is no memory.
-
-    Only the head of the file is read: what it holds matters to nobody who wants it gone.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            about = json.loads((file.metadata() or {}).get(files.NAME, "{}"))["about"]
-            return about.get("session")
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError):
-        return None

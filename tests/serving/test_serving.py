@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 
@@ -222,12 +221,12 @@ def test_who_has_an_answer_waits_no_more(made, tmp_path):
 def test_what_is_used_is_not_idle(client, server):
     """A response that others go on from was used, though its file did not change."""
     _, pool = server
-    first = client.responses.create(model=MODEL, input="I am Ann")
-    path = pool.store.path(first.id)
-    os.utime(path, (0, 0))
-    assert first.id in pool.store.older(60)
-    client.responses.create(model=MODEL, input="who am I", previous_response_id=first.id)
-    assert first.id not in pool.store.older(60)
+    first, other = (client.responses.create(model=MODEL, input=text).id for text in ("I am Ann", "I am Ben"))
+    idle = lambda: [name for name in pool.store.older(-3600) if name in (first, other)]
+    assert idle() == [first, other]
+    before = pool.store.path(first).stat().st_mtime_ns
+    client.responses.create(model=MODEL, input="who am I", previous_response_id=first)
+    assert idle() == [other, first] and pool.store.path(first).stat().st_mtime_ns >= before
 
 
 def test_responses_branch(client, oracle, server):
