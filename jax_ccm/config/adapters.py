@@ -74,7 +74,7 @@ def portable(config: Config) -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, precision="auto"),
-        adapter=dataclasses.replace(config.adapter, load=""),
+        adapter=dataclasses.replace(config.adapter, load="", accept_other_method=False),
         train=dataclasses.replace(config.train, wandb=""),
         mesh=MeshConfig(),
     )

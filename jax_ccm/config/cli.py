@@ -86,7 +86,7 @@ def keep_programs() -> None:
     """
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.read("jax_compilation_cache_dir"):
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jax_ccm", "programs", _processor())
     try:

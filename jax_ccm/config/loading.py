@@ -20,6 +20,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
 from jax_ccm.numerics import resolved
 from jax_ccm.records import paths
+from jax_ccm.rules.describe import completed, label
 from jax_ccm.rules.types import Method
 
 if TYPE_CHECKING:
@@ -170,9 +171,8 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
     config = with_precision(config)
     method = build_method(config)
     shape = _adapter_config(config, method)
-    stored, fresh = None, shape
-    if adapter or config.adapter.load:
-        stored = Adapter.read(adapter or config.adapter.load, method=method)
+    stored, fresh = _stored(config, adapter, method), shape
+    if stored is not None:
         if not adapter:
             _require_shape(stored.config, shape, config.adapter.load)
         targets = stored.config.targets
@@ -228,6 +228,22 @@ def _longer(shape: ModelConfig) -> str:
 def _adapter_config(config: Config, method: Method) -> AdapterConfig:
     given = config.adapter
     return AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=method.num_embeddings)
+
+
+def _stored(config: Config, adapter: str | Path | None, method: Method) -> Adapter | None:
+    """The adapter that is named, for this method; None for a fresh one."""
+    from jax_ccm.weights.adapters import Adapter
+
+    source = adapter or config.adapter.load
+    if not source:
+        return None
+    if adapter or not config.adapter.accept_other_method:
+        return Adapter.read(source, method=method)
+    found = Adapter.read(source)
+    here = found.trained_on(method)
+    if found.method is not None and here.method != completed(found.method):
+        print(f"adapter.load: {found.source} was trained for {label(found.method)}; it starts {label(here.method)}")
+    return here
 
 
 def _require_shape(stored: AdapterConfig, wanted: AdapterConfig, path: str) -> None:

@@ -140,6 +140,9 @@ class AdapterSource:
     load: str = ""
     """An adapter of the same sizes to start from, a folder, a name or "org/name@revision" on the hub; empty for a fresh
     one. `targets` may name more projections than it has: those start fresh."""
+    accept_other_method: bool = False
+    """Start from `load` even if it was trained for another method, which is said: for a memory of another kind, such as
+    CCM-merge from CCM-concat. Needs at least as many compression tokens; of more, the first are taken."""
     merge: str = ""
     """A plain LoRA of an earlier stage that is merged into the base weights first (the paper's two stages)."""
     accept_quantised_base: bool = False
@@ -384,11 +387,14 @@ def _with_new_names(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def to_mapping(config: Config) -> dict[str, Any]:
     """The config as nested dicts of plain values (tuples become lists): what `from_mapping` reads."""
-    plain = lambda x: (
-        {name: plain(value) for name, value in x.items()} if isinstance(x, dict)
-        else [plain(value) for value in x] if isinstance(x, (list, tuple)) else x
-    )  # fmt: skip
-    return plain(dataclasses.asdict(config))
+    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value without tuples."""
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 def to_yaml(config: Config) -> str:

@@ -70,7 +70,7 @@ def convert(kind: Any, value: Any, path: str = "") -> Any:
     Raises:
       UserError: naming the path of the offending key.
     """
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise UserError(f"{path or 'the config'} is {_show(value)}; it must be a mapping of keys")
         hints = typing.get_type_hints(kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -57,6 +57,18 @@ def buckets(config: DataConfig, method: Method) -> list[layout.Sizes]:
     return [layout.Sizes(tokens, most.memory, scored(tokens)) for tokens in (*sorted(config.buckets), config.tokens)]
 
 
+class Batches(Iterator[Batch], Protocol):
+    """Batches that can be gone on with where they were left."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Where it stands: a small dict for JSON."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there: the same batches follow."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingSet:
     """Tokenised training data of a config, all of which fits the static sizes.
@@ -89,11 +101,10 @@ class TrainingSet:
             example = dataclasses.replace(example, repeats=bool(rng.random() < self.method.repeat_share))
         return example
 
-    def iterator(self, *, seed: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+    def iterator(self, *, seed: int, rows: Sequence[int] | None = None) -> Batches:
         """An endless iterator over numpy batches.
 
-        It is a grain iterator: ``get_state()`` gives a small dict for JSON and ``set_state()`` takes it back, after
-        which the same batches follow. Each epoch has its own order and its own draws. What the batches are, and the
+        It is a grain iterator. Each epoch has its own order and its own draws. What the batches are, and the
         state, is the same whoever asks for which rows: the data do not depend on the number of processes, and no
         record is lost or read twice.
 
@@ -119,10 +130,12 @@ class TrainingSet:
         if self.config.buckets:
             # All rows are drawn everywhere, because all of them together say which bucket holds the batch.
             data = self._mixed([self.groups(units, seed) for units in sources], self.draw_group, seed)
-            return iter(data.map(functools.partial(self.batch, rows=rows)).to_iter_dataset(options))
+            batches = data.map(functools.partial(self.batch, rows=rows))
+            return cast(Batches, iter(batches.to_iter_dataset(options)))
         drawn = self._mixed(sources, self.draw, seed)
         batches = grain.MapDataset.range(len(drawn) // size)
-        return iter(batches.map(lambda i: self.batch([drawn[i * size + r] for r in rows])).to_iter_dataset(options))
+        batches = batches.map(lambda i: self.batch([drawn[i * size + r] for r in rows]))
+        return cast(Batches, iter(batches.to_iter_dataset(options)))
 
     def _mixed(self, sources: Sequence[Sequence[Any]], draw: Callable[..., Any], seed: int) -> Any:
         """An endless data set of draws; those of several sources by their weights."""
@@ -246,7 +259,7 @@ def train_iterator(
     seed: int,
     rows: Sequence[int] | None = None,
     log: Callable[[str], None] = print,
-) -> Iterator[Batch]:
+) -> Batches:
     """`prepare`, a line on what is used and what was dropped through ``log``, and `TrainingSet.iterator`."""
     data = prepare(config, method, tokenizer, vocab_size)
     log(f"training data: {data.report}")

@@ -93,10 +93,12 @@ class Askable(Format, Protocol):
     Attributes:
       tokenized: whether records are texts, so that a tokenizer is needed.
       has_choices: whether questions have several answers.
+      template: the fixed texts of a session.
     """
 
     tokenized: bool
     has_choices: bool
+    template: Template
 
     def chunks(self, unit: Unit) -> int:
         """The largest time step of a unit: context chunks before its tail."""

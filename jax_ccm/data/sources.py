@@ -330,8 +330,8 @@ def _tfds(source: str, address: str, options: dict[str, str], fields: dict[str, 
             raise unknown(f"option of {source!r}:", option, ("data_dir", *names))
     try:
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-        info = builder.info.features
-        data = builder.as_data_source(split=split)
+        info: Mapping[str, Any] = builder.info.features or {}  # pyright: ignore[reportAssignmentType]
+        data = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
     # The library raises whatever its internals raise (NotImplementedError, AssertionError, KeyError, ValueError, its
     # own DatasetNotFoundError...) for the same mistake: the set is not there in a form that has random access.
     except Exception as error:

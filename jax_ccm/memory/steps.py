@@ -98,27 +98,11 @@ def read(
             "or make the cache with a larger raw_capacity"
         )
     rank = jnp.cumsum(chunk.valid, axis=1) - 1
-    position = cache.tokens[:, None] + rank
-    text = Kind.QUERY if query else Kind.TEXT
-    misplaced = jnp.zeros(cache.tokens.shape, bool)
-    if chunk.kept is not None:
-        if method.kept_kind is None:
-            raise UserError(f"a chunk has text to keep, but method {method.name!r} keeps none{WITH_SINK}")
-        text = jnp.where(chunk.kept, method.kept_kind, text)
-        if method.kept_kind is Kind.SINK:
-            # Sinks stand in front of all else, so that closing a chunk need not move them.
-            begun = jnp.any(cache.slots.live & (cache.slots.kind != Kind.SINK), axis=1, keepdims=True)
-            behind = begun | (jnp.cumsum(chunk.valid & ~chunk.kept, axis=1) > 0)
-            misplaced = jnp.any(chunk.valid & chunk.kept & behind, axis=1)
-    kind = jnp.where(chunk.valid, text, Kind.PAD)
-    if method.sink:
-        kind = jnp.where(chunk.valid & (position < method.sink), Kind.SINK, kind)
-    segment = jnp.broadcast_to(cache.chunks[:, None], position.shape)
-    slots = Slots(kind, segment, position, position)
+    count = jnp.sum(chunk.valid, axis=1)
+    slots, misplaced = _text(cache, chunk, rank, Kind.QUERY if query else Kind.TEXT, method)
     positions = None
     if method.rope == "cache":
         positions = jnp.sum(cache.slots.live, axis=1, keepdims=True) + rank
-    count = jnp.sum(chunk.valid, axis=1)
     decay = None if method.eviction is None else method.eviction.decay
     observe = None if decay is None else chunk.valid * decay ** (count[:, None] - 1 - rank).astype(jnp.float32)
     hidden, (k, v), attention = model(
@@ -130,30 +114,65 @@ def read(
         positions=positions,
         observe=observe,
     )
-    finite = jnp.all(jnp.isfinite(hidden), axis=2) | ~chunk.valid
-    kept = jnp.all(finite, axis=1, keepdims=True)
+    finite = jnp.all(jnp.isfinite(hidden) | ~chunk.valid[:, :, None], axis=(1, 2))
     own = None
-    if decay is not None and attention is not None and cache.accumulated_attention is not None:
+    if decay is not None and attention is not None:
         own, past = attention
-        before = decay ** count.astype(jnp.float32)
-        total = cache.accumulated_attention * before[None, :, None, None] + past
-        cache = dataclasses.replace(
-            cache, accumulated_attention=jnp.where(kept[None, :, :, None], total, cache.accumulated_attention)
-        )
+        cache = _observed(cache, past, decay ** count.astype(jnp.float32), finite)
     last = jnp.argmax(jnp.where(chunk.valid, rank, -1), axis=1)
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     # This also orders the write behind every layer's read of the cache: where nothing does, XLA copies the whole cache
     # on a CPU, twice for every token.
-    slots = dataclasses.replace(slots, kind=jnp.where(kept, slots.kind, Kind.PAD))
+    slots = dataclasses.replace(slots, kind=jnp.where(finite[:, None], slots.kind, Kind.PAD))
     cache = append(cache, k, v, slots, own)
-    some = jnp.any(chunk.valid, axis=1)
     cache = dataclasses.replace(
         cache,
         tokens=cache.tokens + count,
-        logits=jnp.where(some[:, None], model.logits(final), cache.logits),
-        spoiled=cache.spoiled | ~kept[:, 0] | misplaced,
+        logits=jnp.where((count > 0)[:, None], model.logits(final), cache.logits),
+        spoiled=cache.spoiled | ~finite | misplaced,
     )
     return cache, model.logits(hidden)
+
+
+def _text(cache: MemoryCache, chunk: Chunk, rank, text: Kind, method: Method):
+    """Labels of text that is read, and the rows that are to keep some of it where it cannot be kept.
+
+    Args:
+      cache, chunk, method: as of `read`.
+      rank: ``int32 [B, C]``, the number of each valid token in its row.
+      text: kind of what is not kept.
+
+    Returns:
+      `Slots` of ``[B, C]``, and ``bool [B]``.
+    """
+    position = cache.tokens[:, None] + rank
+    misplaced = jnp.zeros(cache.tokens.shape, bool)
+    kind = jnp.asarray(text)
+    if chunk.kept is not None:
+        if method.kept_kind is None:
+            raise UserError(f"a chunk has text to keep, but method {method.name!r} keeps none{WITH_SINK}")
+        kind = jnp.where(chunk.kept, method.kept_kind, kind)
+        if method.kept_kind is Kind.SINK:
+            # Sinks stand in front of all else, so that closing a chunk need not move them.
+            begun = jnp.any(cache.slots.live & (cache.slots.kind != Kind.SINK), axis=1, keepdims=True)
+            behind = begun | (jnp.cumsum(chunk.valid & ~chunk.kept, axis=1) > 0)
+            misplaced = jnp.any(chunk.valid & chunk.kept & behind, axis=1)
+    if method.sink:
+        kind = jnp.where(position < method.sink, Kind.SINK, kind)
+    kind = jnp.where(chunk.valid, kind, Kind.PAD)
+    segment = jnp.broadcast_to(cache.chunks[:, None], position.shape)
+    return Slots(kind, segment, position, position), misplaced
+
+
+def _observed(cache: MemoryCache, received, faded, rows) -> MemoryCache:
+    """The state after its entries have received attention ``float32 [L, B, S, K]`` in ``rows`` (``bool [B]``).
+
+    Of what they received before a share ``faded``, ``float32 [B]``, is left.
+    """
+    before = cache.accumulated_attention
+    assert before is not None
+    total = before * faded[None, :, None, None] + received
+    return dataclasses.replace(cache, accumulated_attention=jnp.where(rows[None, :, None, None], total, before))
 
 
 def compress(
@@ -185,21 +204,76 @@ def compress(
             f"method {method.name!r} keeps the text of {method.recent} closed chunks, so that whole chunks are closed; "
             "give a bool for each row"
         )
+    cache, selected, closing, rest = _opened(cache, which, method)
+    whole = which is None or which.ndim == 1
+    if method.eviction is not None:
+        k, v, attention, slots, lost = writing.best(cache, method, selected, closing)
+        lost = lost if cache.overflow == "error" else 0
+        cache = dataclasses.replace(cache, lost=cache.lost + lost)
+        return writing.write(cache, method, k, v, slots, closing, attention, whole=whole)
+    if not method.closes:
+        return writing.write(cache, method, *writing.pooled(cache, method, closing), closing, whole=whole)
+    # With `Method.recent` a row may close a chunk before any is old enough to be compressed.
+    rows = jnp.any(selected, axis=1) if method.recent else closing
+    comp, memory = _closing_tokens(cache, selected, rows, method)
+    positions = None
+    if method.rope == "cache":
+        offsets = jnp.asarray([token.offset for token in method.closes])
+        positions = jnp.sum(cache.slots.live & ~rest, axis=1, keepdims=True) + offsets
+    ids = [model.config.vocab_size + token.embedding_index for token in method.closes]
+    after, store = writing.closed(cache, method, memory, closing, whole=whole)
+    hidden, stored, _ = model(
+        jnp.broadcast_to(jnp.asarray(ids, jnp.int32), comp.kind.shape),
+        comp,
+        gate(method, comp),
+        rule=method.rule,
+        memory=cache,
+        positions=positions,
+        store=lambda own, new: store(own, tuple(_written(method, x) for x in new)),
+    )
+    # Closing tokens see themselves: keys and values that are not finite show in what follows from them.
+    finite = jnp.all(jnp.isfinite(hidden) | ~comp.live[:, :, None], axis=(1, 2))
+    return dataclasses.replace(after.storing(stored), spoiled=after.spoiled | ~finite)
+
+
+def _opened(cache: MemoryCache, which, method: Method):
+    """What closing compresses: of the arguments of `compress`.
+
+    Returns:
+      The cache, in which open text that is not part of the chunk belongs to the next segment; ``bool [B, S]``, the
+      text that becomes memory; ``bool [B]``, the rows that close a chunk; ``bool [B, S]``, the text that stays open.
+    """
     raw = open_raw(cache, method)
-    if which is None:
-        selected = raw
-    else:
-        selected = raw & (which if which.ndim == 2 else which[:, None])
-    closing, whole = jnp.any(selected, axis=1), which is None or which.ndim == 1
+    chosen = jnp.ones((), bool) if which is None else which if which.ndim == 2 else which[:, None]
+    selected = raw & chosen
+    closing = jnp.any(selected, axis=1)
     rest = raw & ~selected & closing[:, None] & (cache.slots.kind != Kind.SINK)
     slots = dataclasses.replace(cache.slots, segment=cache.slots.segment + rest)
-    cache = dataclasses.replace(cache, slots=slots)
-    segment = cache.chunks[:, None] - method.recent
-    writing_rows = closing
     if method.recent:
         # What becomes memory is the chunk that is now too old to stay as it is.
-        selected = is_in(slots.kind, (*method.compresses, Kind.SINK)) & (slots.segment == segment) & closing[:, None]
-        writing_rows = jnp.any(selected, axis=1)
+        old = slots.segment == cache.chunks[:, None] - method.recent
+        selected = is_in(slots.kind, (*method.compresses, Kind.SINK)) & old & closing[:, None]
+    return dataclasses.replace(cache, slots=slots), selected, closing, rest
+
+
+def _closing_tokens(cache: MemoryCache, selected, rows, method: Method) -> tuple[Slots, Slots]:
+    """Labels of the tokens that close a chunk, and of the memory that they write.
+
+    Args:
+      cache: the sessions.
+      selected: ``bool [B, S]``, the text that becomes memory.
+      rows: ``bool [B]``, those with any; the others run no tokens.
+      method: the compression method, with n tokens in `Method.closes`.
+
+    Returns:
+      `Slots` of ``[B, n]``, and of ``[B, m]`` for the m of these tokens that write; PAD where a token is not run.
+    """
+    slots, n = cache.slots, len(method.closes)
+    row = lambda values: jnp.asarray(values, jnp.int32)[None]
+    runs = rows[:, None]  # [B, 1], or [B, n] where chunks differ
+    if method.ratio is not None:
+        text = selected & (slots.kind != Kind.SINK)
+        runs = runs & (row(range(n)) < method.num_closing(jnp.sum(text, axis=1, keepdims=True)))
     # Positions and order of what is written follow the chunk's last token.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
     begins = selected
@@ -208,53 +282,22 @@ def compress(
         sinks = jnp.sum(selected & (slots.kind == Kind.SINK), axis=1, keepdims=True)
         begins = selected & ((slots.kind != Kind.SINK) | (sinks <= method.sink))
     begin = jnp.min(jnp.where(begins, slots.index, last), axis=1, keepdims=True)
-    if method.eviction is not None:
-        k, v, attention, slots, lost = writing.best(cache, method, selected, closing)
-        lost = lost if cache.overflow == "error" else 0
-        cache = dataclasses.replace(cache, lost=cache.lost + lost)
-        return writing.write(cache, method, k, v, slots, closing, attention, whole=whole)
-    count = len(method.closes)
-    if not count:
-        return writing.write(cache, method, *writing.pooled(cache, method, closing), closing, whole=whole)
-    row = lambda values: jnp.asarray(values, jnp.int32)[None]
-    runs = writing_rows[:, None]  # [B, 1], or [B, n] where chunks differ
-    if method.ratio is not None:
-        text = selected & (slots.kind != Kind.SINK)
-        runs = runs & (row(range(count)) < method.num_closing(jnp.sum(text, axis=1, keepdims=True)))
+    from_begin = row([token.from_begin for token in method.closes]) > 0
+    position = jnp.where(from_begin, begin, last + 1) + row([token.offset for token in method.closes])
     kind = jnp.where(runs, row([token.kind for token in method.closes]), Kind.PAD)
-    segment = jnp.broadcast_to(segment, kind.shape)
-    offsets = row([token.offset for token in method.closes])
-    position = jnp.where(row([token.from_begin for token in method.closes]) > 0, begin, last + 1) + offsets
+    segment = jnp.broadcast_to(cache.chunks[:, None] - method.recent, kind.shape)
     # The tokens themselves come after everything raw; the segment hides what is not selected.
-    comp = Slots(kind, segment, cache.tokens[:, None] + row(range(count)), jnp.maximum(position, 0))
-    positions = None
-    if method.rope == "cache":
-        positions = jnp.sum(slots.live & ~rest, axis=1, keepdims=True) + offsets
-    tokens = jnp.broadcast_to(
-        model.config.vocab_size + row([token.embedding_index for token in method.closes]), kind.shape
-    )
-    written = jnp.asarray([i for i, token in enumerate(method.closes) if token.kind in method.writes], jnp.int32)
-    pick = lambda x: jnp.take(x, written, axis=1)
-    entry = Slots(
-        # Where chunks differ in how many tokens close them, all of these are written.
-        jnp.where(runs, jnp.full((1, len(written)), Kind.MEMORY), Kind.PAD),
-        pick(comp.segment),
-        jnp.broadcast_to(last, (kind.shape[0], len(written))),
-        pick(comp.position),
-    )
-    after, store = writing.closed(cache, method, entry, closing, whole=whole)
-    hidden, stored, _ = model(
-        tokens,
-        comp,
-        gate(method, comp),
-        rule=method.rule,
-        memory=cache,
-        positions=positions,
-        store=lambda own, new: store(own, tuple(map(pick, new))),
-    )
-    # Closing tokens see themselves: keys and values that are not finite show in what follows from them.
-    finite = jnp.all(jnp.isfinite(hidden) | ~runs[:, :, None], axis=(1, 2))
-    return dataclasses.replace(after.storing(stored), spoiled=after.spoiled | ~finite)
+    comp = Slots(kind, segment, cache.tokens[:, None] + row(range(n)), jnp.maximum(position, 0))
+    # Where chunks differ in how many tokens close them, all of these are written.
+    entries = jnp.where(runs, jnp.full((1, method.slots_per_chunk), Kind.MEMORY), Kind.PAD)
+    order = jnp.broadcast_to(last, (kind.shape[0], method.slots_per_chunk))
+    return comp, Slots(entries, _written(method, segment), order, _written(method, comp.position))
+
+
+def _written(method: Method, x):
+    """Of an array ``[B, n, ...]`` over the tokens that close a chunk, those that write memory."""
+    indices = [i for i, token in enumerate(method.closes) if token.kind in method.writes]
+    return jnp.take(x, jnp.asarray(indices, jnp.int32), axis=1)
 
 
 def repeat(

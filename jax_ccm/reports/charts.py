@@ -16,7 +16,7 @@ from jax_ccm.reports.folders import Found
 
 # Stands for the colour of the page's text until it is known.
 INK = "#010203"
-_STYLE = {
+_STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "axes.titlecolor": INK, "grid.color": INK, "svg.fonttype": "none",
     "font.family": "sans-serif", "figure.facecolor": "white", "axes.facecolor": "none",

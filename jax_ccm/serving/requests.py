@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jax_ccm.errors import UserError
@@ -354,7 +354,7 @@ def _text(content: Any, where: str) -> str:
     return "".join(found)
 
 
-def tokenize(body: Any, encode: Callable[[str], Sequence[int]]) -> Mapping[str, Any]:
+def tokenize(body: Any, encode: Callable[[str], Iterable[int]]) -> Mapping[str, Any]:
     """A request of ``/tokenize``, as vLLM (``prompt``) and llama.cpp (``content``) have it, and its answer.
 
     Raises:

@@ -208,7 +208,7 @@ class _Line:
         self._task = self._bar.add_task("training", total=steps, completed=start, loss="-", speed="-")
         self._bar.start()
 
-    def update(self, step: int, **shown: str) -> None:
+    def update(self, step: int, **shown: Any) -> None:
         self._bar.update(self._task, completed=step, **shown)
 
     def print(self, text: str) -> None:
@@ -246,7 +246,7 @@ def _step(line: str) -> float:
 def _open_wandb(project: str, folder: Path, name: str, config: dict[str, Any] | None, start: int) -> Any:
     """The run of Weights & Biases that belongs to the folder: the same one when it is resumed, else a new one."""
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         from jax_ccm.errors import UserError
 

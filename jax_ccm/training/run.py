@@ -285,7 +285,7 @@ class Run:
         values = {
             "loss": progress.loss,
             "grad_norm": window["grad_norm"] / window["steps"],
-            "learning_rate": float(self.schedule(progress.step - 1)),
+            "learning_rate": float(np.asarray(self.schedule(progress.step - 1))),
             "tokens_per_second": window["tokens"] / seconds,
             "tokens": progress.tokens,
             "scored_tokens": progress.scored,
@@ -338,7 +338,7 @@ class Run:
         params = jax.tree.map(processes.whole, self.state["params"])
         model = nnx.merge(self.graphdef, params, self.frozen)
         progress = self.progress
-        run = {"steps": progress.step, "tokens": progress.tokens, "scored_tokens": progress.scored}
+        run: dict[str, float] = {"steps": progress.step, "tokens": progress.tokens, "scored_tokens": progress.scored}
         run["seconds"] = round(progress.seconds, 1)
         path = export(self.workdir, model, self.experiment, run=run, suffix=suffix)
         if path is not None and not suffix:

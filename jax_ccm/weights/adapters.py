@@ -157,6 +157,19 @@ class Adapter(Lora):
             check_method(self.method, method, self.source)
         _check_tokens(self._for(method), method, self.source)
 
+    def trained_on(self, method: Method) -> Adapter:
+        """The adapter as a start for another method: said to be for that, with the first of its compression tokens.
+
+        Raises:
+          UserError: if the method has more of them.
+        """
+        rows = method.num_embeddings
+        if self.config.tokens < rows:
+            _check_tokens(self, method, self.source)
+        arrays = {path: x[:rows] if path == COMP else x for path, x in self.arrays.items() if rows or path != COMP}
+        config = dataclasses.replace(self.config, tokens=rows)
+        return dataclasses.replace(self, config=config, arrays=arrays, method=describe_method(method))
+
     def onto(
         self,
         model: Transformer,

@@ -149,24 +149,9 @@ class GgufFile:
             )
         window = self._int("attention.sliding_window", 0) or None
         layers = self._int("block_count")
-        fields = ARCHITECTURES[self._arch]
-        if window and self._arch in FULL_EVERY:
-            period = FULL_EVERY[self._arch]
-            wide = layers == WIDE_QUERIES[self._arch]
-            fields = fields | {
-                "full_layers": tuple(number for number in range(layers) if (number + 1) % period == 0),
-                "query_scalar": hidden // heads if wide else head_dim,
-            }
-        if self._arch == "gemma2":
-            caps = ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)
-            fields = fields | {
-                name: self._float(*cap) for name, cap in zip(("score_cap", "logit_cap"), caps, strict=True)
-            }
         bias = lambda part: f"model.layers.0.{part}.bias" in self.shapes
-        scaling = self._scaling()
         config = ModelConfig(
-            # Mistral is stored as llama; what tells them apart in Hugging Face's format is the window.
-            **{"family": "mistral" if self._arch == "llama" and window else self._arch} | fields,
+            **self._of_architecture(layers, width=hidden // heads, head_dim=head_dim, windowed=window is not None),
             vocab_size=self.shapes["model.embed_tokens.weight"][0],
             hidden_size=hidden,
             intermediate_size=self._int("feed_forward_length"),
@@ -176,7 +161,7 @@ class GgufFile:
             head_dim=head_dim,
             norm_eps=self._float("attention.layer_norm_rms_epsilon"),
             rope_theta=self._float("rope.freq_base", 10000.0),
-            rope_scaling=scaling,
+            rope_scaling=self._scaling(),
             tie_embeddings="lm_head.weight" not in self.shapes,
             qkv_bias=bias("self_attn.q_proj"),
             o_bias=bias("self_attn.o_proj"),
@@ -188,6 +173,20 @@ class GgufFile:
         if _ROPE_FACTORS in self._tensors:
             config = _with_factors(config, self._tensors[_ROPE_FACTORS].data, self.metadata, self.path)
         return config
+
+    def _of_architecture(self, layers: int, *, width: int, head_dim: int, windowed: bool) -> dict[str, Any]:
+        """The fields of the config that follow from the architecture."""
+        # Mistral is stored as llama; what tells them apart in Hugging Face's format is the window.
+        family = "mistral" if self._arch == "llama" and windowed else self._arch
+        fields: dict[str, Any] = {"family": family} | ARCHITECTURES[self._arch]
+        if windowed and self._arch in FULL_EVERY:
+            period = FULL_EVERY[self._arch]
+            fields["full_layers"] = tuple(number for number in range(layers) if (number + 1) % period == 0)
+            fields["query_scalar"] = width if layers == WIDE_QUERIES[self._arch] else head_dim
+        if self._arch == "gemma2":
+            fields["score_cap"] = self._float("attn_logit_softcapping", 50.0)
+            fields["logit_cap"] = self._float("final_logit_softcapping", 30.0)
+        return fields
 
     def _float(self, name: str, default: float | None = None) -> float:
         """A number of this architecture's metadata."""

@@ -23,6 +23,7 @@ from flax import nnx
 
 from jax_ccm import train
 from jax_ccm.config import cli
+from jax_ccm.config.adapters import open_config
 from jax_ccm.config.loading import load_experiment
 from jax_ccm.config.schema import from_mapping, load_config, save_config
 from jax_ccm.data.batches import prepare
@@ -377,6 +378,26 @@ def test_continue_from_an_adapter_on_fewer_projections(whole, tmp_path, capsys):
     assert trained.arrays["layers.mlp.up_proj.lora_b"].any()
     # Its own shape holds where it is named on the command line.
     assert load_experiment(old, adapter=tmp_path / "wider" / "adapter").adapter_config.targets == trained.config.targets
+
+
+def test_start_from_an_adapter_of_another_method(whole, tmp_path, capsys):
+    """Only where the config allows it; the adapter that comes of it is the new method's alone."""
+    begun = {"load": str(whole[0] / "adapter"), "accept_other_method": True}
+    merge = {"name": "ccm_merge", "comp_tokens": 1, "groups": 2}
+    with pytest.raises(UserError, match="was trained for the method ccm_concat"):
+        load_experiment(tiny(method=merge, adapter={"load": begun["load"]}))
+    with pytest.raises(UserError, match="has 1 compression tokens?, but method ccm_merge .* has 2"):
+        load_experiment(tiny(method=merge | {"comp_tokens": 2}, adapter=begun))
+    start = load_experiment(tiny(method=merge, adapter=begun))
+    assert "was trained for ccm_concat (1 token, sink); it starts ccm_merge (1 token, 2 groups, sink)" in capsys.readouterr().out
+    there = Adapter.read(begun["load"]).arrays
+    for path, x in Adapter.of(start.model, method=start.method, base="").arrays.items():
+        np.testing.assert_array_equal(x, there[path], err_msg=path)
+    Run(tiny(method=merge, adapter=begun), tmp_path / "merge").train()
+    own = open_config(str(tmp_path / "merge" / "adapter"))
+    assert own.method.groups == 2 and not own.adapter.accept_other_method
+    with pytest.raises(UserError, match="was trained for the method ccm_merge"):
+        load_experiment(tiny(), adapter=tmp_path / "merge" / "adapter")
 
 
 @pytest.mark.parametrize(
