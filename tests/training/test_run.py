@@ -389,7 +389,8 @@ def test_start_from_an_adapter_of_another_method(whole, tmp_path, capsys):
     with pytest.raises(UserError, match="has 1 compression tokens?, but method ccm_merge .* has 2"):
         load_experiment(tiny(method=merge | {"comp_tokens": 2}, adapter=begun))
     start = load_experiment(tiny(method=merge, adapter=begun))
-    assert "was trained for ccm_concat (1 token, sink); it starts ccm_merge (1 token, 2 groups, sink)" in capsys.readouterr().out
+    said = "was trained for ccm_concat (1 token, sink); it starts ccm_merge (1 token, 2 groups, sink)"
+    assert said in capsys.readouterr().out
     there = Adapter.read(begun["load"]).arrays
     for path, x in Adapter.of(start.model, method=start.method, base="").arrays.items():
         np.testing.assert_array_equal(x, there[path], err_msg=path)
