@@ -20,7 +20,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
 from jax_ccm.numerics import resolved
 from jax_ccm.records import paths
-from jax_ccm.rules.describe import completed, label
+from jax_ccm.rules.describe import completed, describe_method, label
 from jax_ccm.rules.types import Method
 
 if TYPE_CHECKING:
@@ -240,10 +240,10 @@ def _stored(config: Config, adapter: str | Path | None, method: Method) -> Adapt
     if adapter or not config.adapter.accept_other_method:
         return Adapter.read(source, method=method)
     found = Adapter.read(source)
-    here = found.trained_on(method)
-    if found.method is not None and here.method != completed(found.method):
-        print(f"adapter.load: {found.source} was trained for {label(found.method)}; it starts {label(here.method)}")
-    return here
+    here = describe_method(method)
+    if found.method is not None and here != completed(found.method):
+        print(f"adapter.load: {found.source} was trained for {label(found.method)}; it starts {label(here)}")
+    return found.trained_on(method)
 
 
 def _require_shape(stored: AdapterConfig, wanted: AdapterConfig, path: str) -> None:
