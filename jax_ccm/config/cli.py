@@ -86,7 +86,8 @@ def keep_programs() -> None:
     """
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.read("jax_compilation_cache_dir"):
+    set_already = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or set_already:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jax_ccm", "programs", _processor())
     try:
