@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from jax_ccm.config import cli
@@ -16,8 +15,9 @@ from jax_ccm.memory.closing import Closing
 from jax_ccm.memory.generation import Sampling
 from jax_ccm.records.parsing import read_text
 from jax_ccm.records.paths import Folder
+from jax_ccm.sessions import typed
 from jax_ccm.sessions.conversations import Conversations
-from jax_ccm.sessions.terminal import Terminal
+from jax_ccm.sessions.terminal import Terminal, printable
 from jax_ccm.sessions.transcript import Record
 
 
@@ -28,7 +28,8 @@ class Options:
     After each turn what was said, question and answer, becomes memory, and its text is dropped: as two chunks, or with
     data.unit_of_memory: exchange as one. An empty line or Ctrl-D ends the conversation; Ctrl-C stops an answer. Give
     --say to put the turns on the command line instead. /memory shows what is remembered, /save, /load, /fork, /forget
-    and /reset handle it, /compare answers the last turn from other memories, too; /help lists them.
+    and /reset handle it, /compare answers the last turn from other memories, too, and /compare TEXT asks them something
+    beside the conversation; /help lists them. --example True shows all this at once: nothing needs to be typed.
 
     A turn that cannot be answered (too long, or no room in memory) is refused: the memory stays as it was and the
     conversation goes on. Unless it is held at a terminal, the command then exits with 2 in the end, else with 0.
@@ -38,6 +39,9 @@ class Options:
     """Folder or name of a trained adapter, or ORG/NAME[@REVISION] on the hub; needed where the config names none."""
     say: tuple[str, ...] = ()
     """What to say, one argument a turn; none for a conversation at the keyboard."""
+    example: bool = False
+    """Hold the conversation that comes with jax_ccm: twelve turns with names, a place, a number, small talk and a
+    change of mind; then each fact of it is asked for, by /compare TEXT."""
     compare: bool = False
     """Also answer each turn without memory: by the same model, shown this turn alone."""
     max_tokens: int = 48
@@ -70,6 +74,8 @@ def main() -> int:
     options, config, _ = cli.parse(Options, command="jax_ccm.chat")
     if options.adapter is None and not config.adapter.load:
         raise UserError("there is no adapter to talk with; name it in place of the config, or give --adapter PATH")
+    if options.example and options.say:
+        raise UserError("--example says its own turns, and --say others; leave one of them out")
     processes.refuse_several(devices=True)
     experiment = load_experiment(config, adapter=options.adapter)
     with sharding.use(experiment.mesh):
@@ -94,13 +100,15 @@ def _talk(experiment: Experiment, options: Options) -> int:
     if options.context is not None:
         talk.read({0: read_text(options.context)})
     record = Record(options.workdir)
-    terminal = Terminal(talk, max_tokens=options.max_tokens, alone=options.compare, system=options.system)
-    print(
-        f"{experiment.method.name} on {experiment.base_name}; /help lists commands, an empty line ends the conversation"
+    terminal = Terminal(
+        talk, max_tokens=options.max_tokens, alone=options.compare, system=options.system, status=not options.example
     )
-    for text in options.say or _lines():
-        if options.say:
-            print(f"you      {text}")
+    print(f"{experiment.method.name} on {experiment.base_name}; {typed.ABOUT if options.example else typed.HINT}")
+    for text in typed.example() if options.example else options.say or typed.lines():
+        if options.example and text.startswith("/"):
+            print()
+        if options.say or options.example or not sys.stdin.isatty():
+            print(f"you      {printable(text)}")
         entry: dict[str, Any] = {"you": text}
         try:
             _exchange(terminal, entry)
@@ -108,12 +116,12 @@ def _talk(experiment: Experiment, options: Options) -> int:
             entry["refused"] = str(error)
             print(f"refused  {error}; the memory is as it was")
         except KeyboardInterrupt:
-            if options.say:
+            if options.say or options.example:
                 raise
             entry["refused"] = "interrupted"
             print("stopped  the memory is as it was before this turn")
         record.add(entry)
-    held = not options.say and sys.stdin.isatty()
+    held = not (options.say or options.example) and sys.stdin.isatty()
     return 2 if record.refused and not held else 0
 
 
@@ -121,29 +129,9 @@ def _exchange(terminal: Terminal, entry: dict[str, Any]) -> None:
     """Has a turn answered, or a command done."""
     text = entry["you"]
     if text.startswith("/") and not text.startswith("//"):
-        terminal.command(text)
+        terminal.command(text, entry)
     else:
         terminal.say(text.removeprefix("/"), entry)
-
-
-def _lines() -> Iterator[str]:
-    """Turns from the keyboard or a pipe, up to an empty line or the end."""
-    reconfigure = getattr(sys.stdin, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="surrogateescape")  # what is no UTF-8 is a turn that is refused, not the end
-    while True:
-        try:
-            line = input("you      ").removeprefix("\ufeff").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
-            print("\n         (an empty line or Ctrl-D ends the conversation)")
-            continue
-        if not line:
-            return
-        yield line
 
 
 if __name__ == "__main__":

@@ -22,14 +22,8 @@ say "installing into $venv"
 run() { "$venv/bin/python" -m "$@"; }
 
 say "1. A memory that comes trained: four slots for each exchange stand for its text, which is gone"
-run jax_ccm.chat smollm2-135m-concat --compare True --max_tokens 24 --workdir "$runs/talk" --say \
-    "Hi! I am Clara." \
-    "I live in Lisbon." \
-    "My train leaves at 7:30." \
-    "Where do I live?" \
-    "When does my train leave?" \
-    "What is my name?"
-echo "An early adapter, trained for some hours on a CPU: it knows what kind of thing was told, and often mixes up the names. How often, by age of the fact: docs/results.md"
+run jax_ccm.chat smollm2-135m-concat --example True --max_tokens 24 --workdir "$runs/talk"
+echo "An early adapter, trained for some hours on a CPU, and a small model: what it gets wrong is shown as it is. How often it is right, by age of the fact: docs/results.md"
 
 say "2. The proof: a tiny model learns to put eight facts into eight memory slots"
 run jax_ccm.train configs/recall_tiny.yaml --workdir "$runs/recall"

@@ -20,6 +20,7 @@ from jax_ccm import chat, methods
 from jax_ccm.config.loading import Experiment
 from jax_ccm.config.schema import from_mapping
 from jax_ccm.data import formats
+from jax_ccm.data.conversations import entities
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
@@ -27,7 +28,7 @@ from jax_ccm.memory import steps
 from jax_ccm.memory.closing import Closing
 from jax_ccm.rules import rows
 from jax_ccm.rules.types import Kind
-from jax_ccm.sessions import conversations, transcript
+from jax_ccm.sessions import conversations, transcript, typed
 from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.scratch import Scratch
 from jax_ccm.sessions.turns import Turn
@@ -331,6 +332,35 @@ def test_the_record_grows_and_the_exit_code_tells(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workdir .*file: .*; give a folder"):
         transcript.Record(tmp_path / "file")
+
+
+def test_the_example_is_held(tmp_path, monkeypatch, capsys):
+    """Twelve turns become memory; what is asked does not, and each answer is recorded with its bytes."""
+    said = typed.example()
+    turns = [text for text in said if not text.startswith("/")]
+    assert said[:12] == turns and all(text.startswith("/compare ") for text in said[12:]) and len(said) == 19
+    made = experiment(comp_tokens=1, data={"max_turn_tokens": 64})
+    roomy = dataclasses.replace(made.config, cache=dataclasses.replace(made.config.cache, memory_capacity=64))
+    made = dataclasses.replace(made, config=roomy)
+    monkeypatch.setattr(sys, "stdin", None)  # nothing is read from it
+    options = chat.Options(Path("none"), example=True, max_tokens=2, workdir=tmp_path)
+    assert chat._talk(made, options) == 0
+    shown, record = capsys.readouterr().out, json.loads((tmp_path / "chat.json").read_text())
+    assert [entry["you"] for entry in record] == said and "[turn" not in shown
+    assert [line.removeprefix("you      ") for line in shown.splitlines() if line.startswith("you ")] == said
+    assert [entry["slots"] for entry in record[:12]] == list(range(2, 25, 2))
+    for entry in record[12:]:
+        held = {name: answer["bytes"] for name, answer in entry["compared"].items()}
+        assert set(held) == {"memory", "full", "another", "nothing"} and held["nothing"] == 0
+        assert held["memory"] == record[11]["memory_bytes"] < held["full"]
+
+
+def test_the_example_asks_for_what_no_training_told():
+    """Names, place, job and pet are those of the generated conversations that are kept for tests."""
+    said = " ".join(typed.example())
+    for kind, word in (("first_name", "Leila"), ("first_name", "Samir"), ("city", "Bristol"), ("job", "a welder"),
+                       ("species", "hamster"), ("pet_name", "Waffles")):  # fmt: skip
+        assert word in said and word in entities(kind, "test"), word
 
 
 def test_mistakes():

@@ -29,6 +29,7 @@ from jax_ccm.planning import ahead
 from jax_ccm.planning import report as plan_report
 from jax_ccm.rules.draw import draw
 from jax_ccm.rules.examples import Example, Segment
+from jax_ccm.sessions import typed
 from jax_ccm.training.run import Run
 from tests import cases, pretrained
 
@@ -278,6 +279,29 @@ def test_pages_show_the_tables():
     assert {page.stem for page, _, _ in shown} >= {"README", "kernels", "planning", "results", "speed"}
     for page, name, table in shown:
         assert rows(table) == rows((ROOT / name).read_text()), f"the copy of {name} in {page} is old"
+
+
+def test_the_readme_shows_what_was_said():
+    """Of the recorded example, as the command prints it; and how many of its answers hold what was told."""
+    page = README.read_text()
+    (found,) = re.findall(r"<!-- said: (\S+) (\d+) (\d+) -->\n```text\n(.*?)\n```", page, re.DOTALL)
+    name, first, end, shown = found
+    record = json.loads((ROOT / name).read_text())
+    assert [entry["you"] for entry in record] == typed.example(), "the example has changed since"
+    lines = []
+    for entry in record[int(first) : int(end)]:
+        lines += [f"you      {entry['you']}"]
+        for source, answer in entry["compared"].items():
+            lines.append(f"{source:8}{answer['bytes'] / 2**20:6.2f} MiB  {answer['reply']}")
+    plain = lambda text: [line.removesuffix(" ...") for line in text if line]
+    assert plain(shown.splitlines()) == lines
+    told = ("Leila", "Bristol", "welder", "Samir", "Waffles", "nine", "4071")
+    right = dict.fromkeys(("memory", "full"), 0)
+    for answer, entry in zip(told, record[12:], strict=True):
+        for source in right:
+            right[source] += answer in entry["compared"][source]["reply"]
+    words = ["none", "one", "two", "three", "four", "five", "six", "seven"]
+    assert f"the memory gets {words[right['memory']]} right, full context {words[right['full']]}" in page
 
 
 def test_pictures_are_made_of_the_numbers(tmp_path):

@@ -28,6 +28,7 @@ HELP = """/memory       what the memory holds, turn by turn
 /forget N     drop the memory of turn N, where each turn has slots of its own
 /reset        begin anew
 /compare      answer the last turn from memory, full context, another conversation's memory, and nothing
+/compare TEXT ask this from all four, with what each holds; the conversation goes on as if it had not been asked
 /help         this list
 An empty line or Ctrl-D ends the conversation, Ctrl-C stops a reply. A turn that begins with a slash takes two."""
 # What the memory of another conversation is made of, for comparison.
@@ -35,8 +36,8 @@ OTHER = (
     ("I am Henrik and keep bees in Bergen.", "Nice to meet you, Henrik."),
     ("My sister Solveig has a red boat.", "That sounds like fun."),
 )
-# What a terminal would take for orders, not for text.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What a terminal would take for orders, not for text; and what stands for bytes that are no UTF-8.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclasses.dataclass
@@ -52,7 +53,9 @@ class _Told:
 class Terminal:
     """Talks in one session of some conversations, and prints."""
 
-    def __init__(self, talk: Conversations, *, max_tokens: int, alone: bool = False, system: str = ""):
+    def __init__(
+        self, talk: Conversations, *, max_tokens: int, alone: bool = False, system: str = "", status: bool = True
+    ):
         """Begins in the session that is there.
 
         Args:
@@ -60,14 +63,16 @@ class Terminal:
           max_tokens: most tokens of a reply.
           alone: whether each turn is also answered without memory.
           system: the system message with which the session that is there begins.
+          status: whether a line under each reply says what has been read, what is held, and how fast it went.
         """
         self.talk, self.max_tokens, self.alone = talk, max_tokens, alone
-        self.system = system
+        self.system, self.status = system, status
         # A text that was read first is not known turn by turn.
         begun = talk.state.tokens[0] - (len(talk.engine.instruction(system)) if system else 0)
         self._past: list[tuple[str, str]] | None = None if begun else []
         self._last: tuple[str, _Told] | None = None
         self._behind: list[_Told] = []
+        self._full: tuple[Conversations, _Told] | None = None
 
     def say(self, text: str, entry: dict[str, Any]) -> None:
         """Has a turn answered; the answers are printed, and written into its entry of a record.
@@ -79,11 +84,13 @@ class Terminal:
             entry["without_memory"] = self._alone(text)
             print(f"without  {printable(entry['without_memory'])}")
         before = self._here()
-        reply, first, seconds = self._reply(text, "memory " if self.alone else "model  ")
+        reply, first, seconds = self._reply(self.talk, text, "memory   " if self.alone else "model    ")
         self._last = text, before
         self._past = None if self._past is None else [*self._past, (text, reply.text)]
         slots, ours, full = self.talk.memory_bytes()
         entry |= {"memory": reply.text, "slots": slots, "memory_bytes": ours, "full_context_bytes": full}
+        if not self.status:
+            return
         turns, tokens = len(self.talk.state.turns[0]), self.talk.state.tokens[0]
         rate = f"; {(reply.tokens - 1) / seconds:.1f} tokens/s" if reply.tokens > 1 and seconds > 0 else ""
         print(
@@ -91,30 +98,32 @@ class Terminal:
             f"{full / 2**20:.2f} MiB; first token after {first:.1f} s{rate}]"
         )
 
-    def _reply(self, text: str, label: str) -> tuple[Reply, float, float]:
-        """A reply, printed as it is made; seconds to its first token, and from there to the last."""
-        how, shown, reply = {0: dataclasses.replace(self.talk.how, max_tokens=self.max_tokens)}, "", None
+    def _reply(self, talk: Conversations, text: str, label: str) -> tuple[Reply, float, float]:
+        """A reply, printed as it is made, with dots where its limit cut it; seconds to its first token, and from there
+        to the last."""
+        how, shown, reply = {0: dataclasses.replace(talk.how, max_tokens=self.max_tokens)}, "", None
+        indented = lambda piece: printable(piece).replace("\n", "\n" + " " * len(label))
         began = first = last = time.perf_counter()
-        print(f"{label}  ", end="", flush=True)
+        print(label, end="", flush=True)
         try:
-            for replies in self.talk.replies({0: text}, how):
+            for replies in talk.replies({0: text}, how):
                 if reply is None:
                     first = time.perf_counter()
                 reply = replies[0]
                 sure = reply.text if reply.ended else how[0].sure(reply.text)
-                print(printable(sure[len(shown) :]), end="", flush=True)
+                print(indented(sure[len(shown) :]), end="", flush=True)
                 shown = max(shown, sure, key=len)
                 if not reply.ended:
                     last = time.perf_counter()
         except BaseException:
             print()
             raise
-        print()
         assert reply is not None
+        print(" ..." if reply.ended == "length" else "")
         return reply, first - began, last - first
 
-    def command(self, line: str) -> None:
-        """Does what a line that begins with a slash asks for.
+    def command(self, line: str, entry: dict[str, Any] | None = None) -> None:
+        """Does what a line that begins with a slash asks for; what is compared is written into its entry of a record.
 
         Raises:
           UserError: for a command that there is not, or that cannot be done; nothing has changed then.
@@ -123,12 +132,13 @@ class Terminal:
         rest = rest.strip()
         commands: dict[str, Callable[..., None]] = {
             "memory": self._memory, "save": self._save, "load": self._load, "fork": self._fork, "back": self._back,
-            "forget": self._forget, "reset": self._reset, "compare": self._compare, "help": lambda: print(HELP),
+            "forget": self._forget, "reset": self._reset, "help": lambda: print(HELP),
+            "compare": lambda text="": self._compare(text, {} if entry is None else entry),
         }  # fmt: skip
         if name not in commands:
             raise unknown("command", f"/{name}", (f"/{known}" for known in commands))
         takes = {"save": "FILE", "load": "FILE", "forget": "N"}.get(name, "")
-        if bool(rest) != bool(takes):
+        if bool(rest) != bool(takes) and name != "compare":
             raise UserError(f"/{name} takes {takes or 'nothing'}; {rest!r} was given")
         commands[name](*([rest] if rest else []))
 
@@ -189,22 +199,34 @@ class Terminal:
         self._past, self._last = [], None
         print("the memory is empty" + ", but for the system message" * bool(self.system))
 
-    def _compare(self) -> None:
-        if self._last is None:
-            raise UserError("there is no last turn to compare; say something first")
-        text, before = self._last
-        with self._at(before):
-            self._reply(text, "memory ")
-        with self._at(before):
-            if before.past is None:
-                print("full     not known here: the conversation came from a file, or began with a text")
-            else:
-                print(f"full     {printable(self._from_all(before, text))}")
-        with self._at(before):
+    def _compare(self, text: str, entry: dict[str, Any]) -> None:
+        """Answers a text, or else the last turn, from four memories, of which each is then what it was."""
+        told = self._here()
+        if not text:
+            if self._last is None:
+                raise UserError("there is no last turn to compare; say something first, or give what to ask")
+            text, told = self._last
+        compared: dict[str, Any] = {}
+        with self._at(told):
+            compared["memory"] = self._answer(self.talk, text, "memory")
+        if told.past is None:
+            print("full     not known here: the conversation came from a file, or began with a text")
+        else:
+            compared["full"] = self._answer(self._from_all(told, text), text, "full")
+        with self._at(told):
             self._anew()
             self.talk.tell({0: OTHER})
-            self._reply(text, "another")
-        print(f"nothing  {printable(self._alone(text))}")
+            compared["another"] = self._answer(self.talk, text, "another")
+        with self._at(told):
+            self._anew()
+            compared["nothing"] = self._answer(self.talk, text, "nothing")
+        entry["compared"] = compared
+
+    def _answer(self, talk: Conversations, text: str, name: str) -> dict[str, Any]:
+        """The reply from one of the memories, behind the bytes that this held before it was asked."""
+        _, held, _ = talk.memory_bytes()
+        reply, _, _ = self._reply(talk, text, f"{name:8}{held / 2**20:6.2f} MiB  ")
+        return {"reply": reply.text, "bytes": held}
 
     def _alone(self, text: str) -> str:
         return self.talk.say_alone({0: text}, system=self.system, max_tokens=self.max_tokens)[0]
@@ -217,24 +239,31 @@ class Terminal:
     def _here(self) -> _Told:
         return _Told(self.talk.session(0), self._past, self.system)
 
-    def _from_all(self, before: _Told, text: str) -> str:
-        """What the base answers that holds all text; as much room is made as that takes."""
+    def _from_all(self, told: _Told, text: str) -> Conversations:
+        """The base with all that was told as text in its cache, and room for the answer; kept for the next text."""
         experiment = self.talk.engine.experiment
-        question = self.talk.engine.question(text, first=not before.session.tokens)
-        needed = before.session.tokens + len(question) + self.max_tokens + 64
-        cache = dataclasses.replace(experiment.config.cache, raw_capacity=-(-needed // 256) * 256)
-        full = dataclasses.replace(
-            experiment,
-            method=base_only(build("full")),
-            config=dataclasses.replace(experiment.config, cache=cache),
-        )
-        how = self.talk.how
-        other = Conversations(full, sampling=how.sampling, seed=how.seed, stop=how.stop)
-        if before.system:
-            other.instruct({0: before.system})
-        if before.past:
-            other.tell({0: before.past})
-        return other.say({0: text}, max_tokens=self.max_tokens)[0]
+        question = self.talk.engine.question(text, first=not told.session.tokens)
+        needed = told.session.tokens + len(question) + self.max_tokens + 64
+        full = self._full[0] if self._full is not None else None
+        if full is None or full.engine.experiment.config.cache.raw_capacity < needed:
+            cache = dataclasses.replace(experiment.config.cache, raw_capacity=-(-needed // 256) * 256)
+            base = dataclasses.replace(
+                experiment,
+                method=base_only(build("full")),
+                config=dataclasses.replace(experiment.config, cache=cache),
+            )
+            how = self.talk.how
+            full = Conversations(base, sampling=how.sampling, seed=how.seed, stop=how.stop)
+        elif self._full is not None and (self._full[1].past, self._full[1].system) == (told.past, told.system):
+            full.restore(0, self._full[1].session)
+            return full
+        full.reset(0)
+        if told.system:
+            full.instruct({0: told.system})
+        if told.past:
+            full.tell({0: told.past})
+        self._full = full, _Told(full.session(0), told.past, told.system)
+        return full
 
     @contextlib.contextmanager
     def _at(self, there: _Told) -> Iterator[None]:
