@@ -7,13 +7,13 @@ import dataclasses
 import functools
 import hmac
 import ipaddress
+import json
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
 from starlette.responses import Response as Answer
 
 from jax_ccm.errors import UserError
@@ -22,6 +22,7 @@ from jax_ccm.records.parsing import parse_json
 from jax_ccm.serving.admission import Busy, Missing
 from jax_ccm.serving.metrics import Metrics
 from jax_ccm.serving.requests import Refused
+from jax_ccm.serving.store import Unkept
 
 log = logging.getLogger("jax_ccm.serve")
 
@@ -74,10 +75,10 @@ class Door:
     def _require_own_pages(self, request: Request) -> None:
         """Refuses what a page of another site has a browser ask, which needs no token where there is none."""
         origin, host = request.headers.get("origin"), request.headers.get("host", "")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             raise Refused(f"this server answers no pages of {origin[:80]!r}", status=403, code="foreign_origin")
         # A name that its owner has made to mean this machine is of the same origin as the owner's page.
-        if not self.access.token and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if not self.access.token and not is_loopback(_split(f"//{host}").hostname or ""):
             raise Refused(
                 f"without a token this server answers at 127.0.0.1 and localhost, not at {host[:80]!r}", status=403,
                 code="foreign_host",
@@ -115,6 +116,13 @@ class Door:
         return parse_json(await self.bytes(request, self.access.body), "the body")
 
 
+def _split(address: str) -> SplitResult:
+    try:
+        return urlsplit(address)
+    except ValueError:
+        raise Refused(f"{address[:80]!r} in the head of the request is no address") from None
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host's name or address is always this machine."""
     try:
@@ -131,6 +139,7 @@ def as_refused(error: Exception) -> Refused:
         (Missing, 404, "not_found"),
         (Busy, 429, "rate_limit_exceeded"),
         (files.Foreign, 409, "conflict"),
+        (Unkept, 507, "insufficient_storage"),
         (UserError, 400, None),
     ):
         if isinstance(error, kind):
@@ -142,4 +151,6 @@ def as_refused(error: Exception) -> Refused:
 def refusal(refused: Refused) -> Answer:
     """A refusal as an answer."""
     headers = {"www-authenticate": "Bearer"} if refused.status == 401 else None
-    return JSONResponse(refused.body(), status_code=refused.status, headers=headers)
+    # What was asked is said again, and may hold half characters, which no UTF-8 can write but JSON can.
+    content = json.dumps(refused.body())
+    return Answer(content, status_code=refused.status, headers=headers, media_type="application/json")

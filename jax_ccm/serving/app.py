@@ -22,7 +22,7 @@ from jax_ccm.serving.memories import Memories
 from jax_ccm.serving.page import page
 from jax_ccm.serving.pool import Pool
 from jax_ccm.serving.requests import Asked, Defaults, Refused
-from jax_ccm.serving.store import RESPONSE, require_session
+from jax_ccm.serving.store import RESPONSE, is_name, require_session
 from jax_ccm.sessions.turns import Logprob, Reply
 
 
@@ -230,9 +230,8 @@ class Server:
         return JSONResponse({"id": name, "object": "response", "deleted": True})
 
     def _require_response(self, name: str) -> None:
-        if not name.startswith(RESPONSE):
+        if not name.startswith(RESPONSE) or not is_name(name):
             raise Refused(f"{name[:80]!r} is no id of a response", "previous_response_id", status=404, code="not_found")
-        self.pool.store.path(name)
 
 
 async def _last(replies: AsyncIterator[Reply]) -> Reply:

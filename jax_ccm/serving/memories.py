@@ -23,7 +23,7 @@ from jax_ccm.serving.access import Door
 from jax_ccm.serving.admission import Busy, Missing
 from jax_ccm.serving.pool import Pool
 from jax_ccm.serving.requests import Refused
-from jax_ccm.serving.store import require_session
+from jax_ccm.serving.store import Unkept, require_session
 
 
 class Memories:
@@ -51,7 +51,10 @@ class Memories:
         body = await self.door.bytes(request, self.door.access.memory)
         path = self.pool.store.folder / f".{uuid.uuid4().hex}.tmp"
         try:
-            await run_in_threadpool(path.write_bytes, body)
+            try:
+                await run_in_threadpool(path.write_bytes, body)
+            except OSError as e:
+                raise Unkept(f"the memory cannot be written: {e.strerror}") from e
             await self._do(lambda: self.pool.put(name, path), name)
         except UserError as e:
             raise type(e)(str(e).replace(str(path), "the memory")) from None

@@ -106,7 +106,7 @@ class Pool:
         if name in self._dirty:
             self._save(name)
         if name not in self.store:
-            raise Missing(f"there is no session {name!r}")
+            raise Missing(f"there is no {_kind(name)} {name!r}")
         return self.store.path(name)
 
     def about(self, name: str) -> Mapping[str, Any]:
@@ -326,7 +326,7 @@ class Pool:
         """The row in which a session speaks now."""
         if start is not None and start not in self._rows and start not in self.store:
             if start != keep:
-                raise Missing(f"there is no session {start!r}")
+                raise Missing(f"there is no {_kind(start)} {start!r}")
             start = None
         if start is not None:
             self.store.touch(start)
@@ -382,6 +382,10 @@ class Pool:
         if self.limits.idle:
             for name in set(self.store.older(self.limits.idle)) - busy:
                 self.erase(name)
+
+
+def _kind(name: str) -> str:
+    return "response" if name.startswith(RESPONSE) else "session"
 
 
 def _names(of: Sequence[Turn]) -> set[str]:

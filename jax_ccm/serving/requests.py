@@ -9,7 +9,7 @@ from typing import Any
 
 from jax_ccm.errors import UserError
 from jax_ccm.memory.generation import TOP, Sampling
-from jax_ccm.records.parsing import parse_json
+from jax_ccm.records.parsing import parse_json, require_text
 from jax_ccm.sessions.engine import Answering
 
 
@@ -367,6 +367,7 @@ def tokenize(body: Any, encode: Callable[[str], Iterable[int]]) -> Mapping[str, 
     fields.end()
     if content is None or prompt is not None and content != prompt:
         raise Refused("give the text as prompt, or as content", "prompt")
+    require_text(content, "the text")
     tokens = list(map(int, encode(content)))
     return {"tokens": tokens, "count": len(tokens)}
 

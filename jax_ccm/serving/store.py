@@ -24,6 +24,10 @@ RESPONSE = "resp_"
 _FILENAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
+class Unkept(UserError):
+    """What was to be kept could not be written: the disk is full, or the folder is not writable any more."""
+
+
 class Store:
     """The memory files of a folder, and those that clients save sessions to, in another one.
 
@@ -65,7 +69,7 @@ class Store:
         Raises:
           UserError: for a name that is none.
         """
-        if not _NAME.fullmatch(name):
+        if not is_name(name):
             raise UserError(f"{name[:80]!r} is no name of a session; {_NAMED}")
         return self.folder / f"{name}{ENDING}"
 
@@ -97,10 +101,15 @@ class Store:
 
         Yields:
           The path.
+
+        Raises:
+          Unkept: if it cannot be written; the message names the session, not where it lies.
         """
         path = self.path(name)
         try:
             yield path
+        except UserError as e:
+            raise Unkept(str(e).replace(str(path), path.name)) from e
         finally:
             self._index.wrote(path.name, session)
 
@@ -110,6 +119,8 @@ class Store:
         path = self.slot(filename)
         try:
             yield path
+        except UserError as e:
+            raise Unkept(str(e).replace(str(path), filename)) from e
         finally:
             if self._saved is not None:
                 self._saved.wrote(filename, session)
@@ -161,13 +172,18 @@ class Store:
         return [name.removesuffix(ENDING) for name in self._index.older(limit)]
 
 
+def is_name(name: str) -> bool:
+    """Whether a session, or a response, may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def require_session(name: str) -> None:
     """Raises unless a client may give a session this name.
 
     Raises:
       Refused: with what it may be.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise Refused(f"{name[:80]!r} is no name of a session; {_NAMED}", "session_id")
     if name.startswith(RESPONSE):
         raise Refused(f"{name[:80]!r} is the name of a response, not of a session", "session_id")

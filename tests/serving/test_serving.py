@@ -389,25 +389,6 @@ def test_whoever_goes_away_takes_the_turn_back(url, client, server, oracle):
     assert ask(client, "what", "gone").choices[0].message.content == oracle(["hello", "what"])[1]
 
 
-def test_a_disk_that_is_full(client, server, monkeypatch, url):
-    """The turn is refused, and the session is as it was."""
-    ask(client, "hello", "full")
-    before = tokens_read(url, "full")
-
-    def fails(*_, **__):
-        raise UserError("full.ccm cannot be written: No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(server[1].talk, "save", fails)
-        with pytest.raises(openai.BadRequestError, match="No space left"):
-            ask(client, "what", "full")
-        with pytest.raises(openai.BadRequestError, match="No space left"):
-            ask(client, "what", "new")
-    assert tokens_read(url, "full") == before and httpx.get(f"{url}/sessions/new/memory").status_code == 404
-    row = server[1]._rows["full"]
-    assert server[1].talk.state.tokens[row] == before
-
-
 @pytest.mark.parametrize("durable", [True, False])
 def test_a_restart_reads_nothing_again(made, tmp_path, oracle, durable):
     """What was acknowledged is there, and the next turn reads its own tokens alone and answers as it would have."""
