@@ -125,8 +125,13 @@ def test_in_a_browser(browser, made, tmp_path, width, scheme):
             assert not page.locator("#slots").is_visible()
             page.click("#memory summary")
         assert page.locator("#slots i").count() == 2 * 2 + 1 and page.locator("#slots figure").count() == 2
+        # A fork that another page made is not written over.
+        bearer = {"authorization": "Bearer secret"}
+        there = httpx.get(f"{url}/sessions/clara/memory", headers=bearer).content
+        assert httpx.put(f"{url}/sessions/clara-fork-1/memory", content=there, headers=bearer).status_code == 200
         page.click("#fork")
-        see(page.locator("#session")).to_have_value("clara-fork-1")
+        see(page.locator("#session")).to_have_value("clara-fork-2")
+        wrong.clear()  # that the second one is not there is 404
         before = pool.do(lambda: pool.saved("clara").read_bytes())
         page.select_option("#other", "clara")
         page.fill("#text", "what")
@@ -145,7 +150,7 @@ def test_in_a_browser(browser, made, tmp_path, width, scheme):
         page.on("dialog", lambda dialog: dialog.accept())
         page.click("#delete")
         see(page.locator("#status")).to_have_text("The memory is empty.")
-        assert pool.do(pool.names) == {"clara"}
+        assert pool.do(pool.names) == {"clara", "clara-fork-1"}
         assert all(each.startswith((url, "data:")) for each in asked)
         assert [text for text in wrong if "404" not in text] == []
         context.close()
