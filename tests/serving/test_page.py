@@ -143,6 +143,9 @@ def test_in_a_browser(browser, made, tmp_path, width, scheme):
         assert texts[0] == texts[1] and all("first token after" in cost for cost in costs), costs
         assert "memory stood for 0;" in costs[2] and "memory stood for 0;" not in costs[0]
         assert pool.do(lambda: pool.saved("clara").read_bytes()) == before
+        # What was answered last is in sight, above the form, which on a narrow screen lies over the page.
+        last, form = page.locator("#talk .turn").last.bounding_box(), page.locator("#say").bounding_box()
+        assert last["y"] + last["height"] <= form["y"] + 1 and last["y"] + last["height"] > 0
         page.screenshot(path=tmp_path / f"page-{width}-{scheme}.png")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
