@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jax_ccm.evals import heatmap
 from jax_ccm.evals.cells import (
     CONTROL,
@@ -50,8 +52,9 @@ def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         shown[kind] = (" right", lambda value: f"{value:.3f}")
     for key, (suffix, text) in shown.items():
         for name in names:
-            values = [text(value(cell, key)) for cell in cells(name)]
-            wrong = [f" ({text(value(cell['wrong'], key))})" if "wrong" in cell else "" for cell in cells(name)]
+            told = lambda cell, key=key, text=text: "-" if (found := value(cell, key)) is None else text(found)
+            values = [told(cell) for cell in cells(name)]
+            wrong = [f" ({told(cell['wrong'])})" if "wrong" in cell else "" for cell in cells(name)]
             columns[STYLE[name][1] + suffix] = [a + b for a, b in zip(values, wrong, strict=True)]
     for name, column in SHARES.items():
         if any(name in row for row in steps):
@@ -203,8 +206,9 @@ def figure_of(results: Mapping[str, Any]) -> Any:
         axes.margins(x=0.07)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
-    dot = dict(marker="o", markersize=4)
-    handles = [Line2D([], [], color=STYLE[name][0], label=_label(name, results), **dot) for name in names]
+    handles = [
+        Line2D([], [], color=STYLE[name][0], label=_label(name, results), marker="o", markersize=4) for name in names
+    ]
     if any("wrong" in row["systems"][name] for row in steps for name in names):
         dashed = "the same turn after another conversation"
         handles.append(Line2D([], [], color="#555555", linestyle=DASHES, **CONTROL, label=dashed))
@@ -239,9 +243,7 @@ def tradeoff(points: Sequence[tuple[str, str, Sequence]], *, title: str) -> Any:
                 wrong = cell["wrong"]["perplexity"]["value"]
                 axes.plot([size, size], [height, wrong], color=colour, linestyle=DASHES, linewidth=1, zorder=2)
                 axes.plot([size], [wrong], color=colour, marker="o", markersize=5, fillstyle="none", zorder=2)
-    heights = [y for line in axes.lines for y in line.get_ydata()]
-    if max(heights) > 8 * min(heights):
-        axes.set_yscale("log")
+    _scale_heights(axes)
     axes.set_xlabel(f"keys and values of a session, {name_of_unit}")
     axes.set_ylabel("perplexity (lower is better)")
     axes.spines[["top", "right"]].set_visible(False)
@@ -285,11 +287,16 @@ def _draw_quality(axes: Any, steps: Sequence, times: list, names: list[str], kin
     }
     axes.set_title(titles[kind], fontsize=10, loc="left")
     if kind == "perplexity":
-        heights = [y for line in axes.lines for y in line.get_ydata()]
-        if max(heights) > 8 * min(heights):
-            axes.set_yscale("log")
+        _scale_heights(axes)
     else:
         axes.set_ylim(-0.02, 1.04)
+
+
+def _scale_heights(axes: Any) -> None:
+    """Has the scale be logarithmic where heights are far apart; those that are undefined have none."""
+    heights = [y for line in axes.lines for y in np.asarray(line.get_ydata(), float) if np.isfinite(y)]
+    if heights and max(heights) > 8 * min(heights):
+        axes.set_yscale("log")
 
 
 def _draw_memory(axes: Any, steps: Sequence, times: list, names: list[str]) -> None:
