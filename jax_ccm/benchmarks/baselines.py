@@ -164,8 +164,9 @@ def _later(clause: Any) -> bool:
 
 def _newest(method: Method) -> int | None:
     """The width of the window that text of closed chunks is seen through; None without."""
-    widths = [clause.window for clause in method.rule.sees if _later(clause)]
-    return max(widths) if widths and None not in widths else None
+    through = [clause.window for clause in method.rule.sees if _later(clause)]
+    widths = [width for width in through if width is not None]
+    return max(widths) if widths and len(widths) == len(through) else None
 
 
 def _memory(method: Method, turns: int) -> int:

@@ -315,7 +315,9 @@ def sessions_that_fit(
 ) -> dict[str, Any]:
     """How many sessions fit, for each baseline."""
     budget = int(options.memory_gib * 2**30)
-    turn = options.prompt + options.reply
-    sizes = dict(turns=options.turns[-1], turn=turn, prompt=options.prompt, mesh=mesh)
-    found = {baseline.name: most_sessions(model, baseline, budget, **sizes) for baseline in ways}
-    return {"budget_bytes": budget, "turns": options.turns[-1], "systems": found}
+    turns, turn = options.turns[-1], options.prompt + options.reply
+    found = {
+        baseline.name: most_sessions(model, baseline, budget, turns=turns, turn=turn, prompt=options.prompt, mesh=mesh)
+        for baseline in ways
+    }
+    return {"budget_bytes": budget, "turns": turns, "systems": found}

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 DASHES = (0, (4, 2))
-CONTROL = {"linewidth": 1.2, "marker": "o", "markersize": 8, "fillstyle": "none"}
+# How matplotlib is to draw a control.
+CONTROL: dict[str, Any] = {"linewidth": 1.2, "marker": "o", "markersize": 8, "fillstyle": "none"}
 # Colours and short names of the systems, in the order in which they are shown.
 STYLE = {
     "none": ("#8c8c8c", "none"),

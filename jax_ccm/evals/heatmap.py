@@ -32,6 +32,8 @@ def figure_of(cells: Sequence[Mapping[str, Any]]) -> Any:
     Args:
       cells: of `recall.grid`.
     """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     kind = kind_of(cells)
@@ -44,7 +46,7 @@ def figure_of(cells: Sequence[Mapping[str, Any]]) -> Any:
     width = min(max(len(panels) * (0.55 * len(ages) + 0.7), 7), 16)
     figure = Figure(figsize=(width, min(max(0.45 * len(lengths) + 1.5, 2.6), 9)), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    image = None
+    shades = ScalarMappable(Normalize(0, 1), "viridis")
     for place, (title, of) in zip(axes, panels, strict=True):
         heights = np.full((len(lengths), len(ages)), np.nan)
         for cell in cells:
@@ -62,16 +64,14 @@ def figure_of(cells: Sequence[Mapping[str, Any]]) -> Any:
                 color="white" if heights[at] < 0.55 else "black",
             )  # fmt: skip
         edges = np.arange(len(ages) + 1) - 0.5, np.arange(len(lengths) + 1) - 0.5
-        image = place.pcolormesh(
-            *edges, np.ma.masked_invalid(heights), vmin=0, vmax=1, cmap="viridis", edgecolors="white"
-        )
+        place.pcolormesh(*edges, np.ma.masked_invalid(heights), norm=shades.norm, cmap=shades.cmap, edgecolors="white")
         place.set_title(title, fontsize=10)
         place.set_xticks(range(len(ages)), ages)
         place.set_yticks(range(len(lengths)), [f"{a}" if a == b else f"{a}-{b}" for a, b in lengths])
         place.spines[:].set_visible(False)
         place.tick_params(length=0)
     axes[0].set_ylabel("chunks of the conversation")
-    figure.colorbar(image, ax=list(axes), shrink=0.9, pad=0.01).outline.set_visible(False)
+    figure.colorbar(shades, ax=list(axes), shrink=0.9, pad=0.01).outline.set_visible(False)
     # Once for all: under each, neighbours would run into each other.
     figure.supxlabel("age of what is asked for, exchanges since it was told", fontsize=10)
     figure.suptitle(SHOWN[kind][0].upper() + SHOWN[kind][1:], fontsize=10, x=0.01, ha="left")

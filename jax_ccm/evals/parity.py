@@ -107,7 +107,7 @@ def recurrent_logits(
       UserError: if the cache given is too small.
     """
     sessions = stream(method, examples)
-    cache = cache_for(model, method, examples) if cache is None else cache
+    state: MemoryCache = cache_for(model, method, examples) if cache is None else cache
     found: list[list[np.ndarray]] = [[] for _ in examples]
 
     def collect(logits, weights):
@@ -115,15 +115,14 @@ def recurrent_logits(
         for row, values, used in zip(found, logits, weights, strict=True):
             row.append(values[used > 0])
 
-    static = dict(method=method)
     for time in range(sessions.context.tokens.shape[0]):
         chunk = jax.tree.map(operator.itemgetter(time), sessions.context)
-        cache, logits = _read(model, cache, chunk, query=False, **static)
+        state, logits = _read(model, state, chunk, method=method, query=False)
         collect(logits, sessions.weights[0][time])
-        cache = _compress(model, cache, chunk.valid.any(axis=1), **static)
-    cache, logits = _read(model, cache, sessions.tail, query=True, **static)
+        state = _compress(model, state, chunk.valid.any(axis=1), method=method)
+    state, logits = _read(model, state, sessions.tail, method=method, query=True)
     collect(logits, sessions.weights[1])
-    check(cache)
+    check(state)
     return [np.concatenate(row) for row in found]
 
 

@@ -169,8 +169,10 @@ def measure(
     asked = [example for _, side in sides for question in side for example in question.examples]
     alone = {} if answer is None else tasks.unconditional(questions[0].right[0].examples[0], asked, answer)
     asked += alone.values()
-    known = dict(store=store, identity=system.identity, log=log, name=system.name)
-    scores = iter(score(system.model, system.method, asked, rows=rows, **known))
+    made = score(
+        system.model, system.method, asked, rows=rows, store=store, identity=system.identity, log=log, name=system.name
+    )
+    scores = iter(made)
     taken: dict[int | str, list[list[tuple[Scores, ...]]]] = {stage.step: [] for stage in questions}
     for stage, side in sides:
         taken[stage.step].append([tuple(next(scores) for _ in question.examples) for question in side])
@@ -202,8 +204,10 @@ def answered(
     controlled = system.method.context != "dropped"
     sides = [(stage.right, stage.wrong if controlled else None) for stage in questions]
     asked = [question for pair in sides for side in pair for question in side or ()]
-    known = dict(identity=system.identity, name=f"{system.name}, replies")
-    made = iter(replies.answer(system.model, system.method, asked, asking, **known, **options))
+    name = f"{system.name}, replies"
+    made = iter(
+        replies.answer(system.model, system.method, asked, asking, identity=system.identity, name=name, **options)
+    )
     take = lambda side: None if side is None else [next(made) for _ in side]
     said = [(take(right) or [], take(wrong)) for right, wrong in sides]
     return [dataclasses.replace(own, said=pair) for own, pair in zip(measured, said, strict=True)]

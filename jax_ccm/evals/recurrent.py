@@ -227,8 +227,8 @@ def stream(method: Method, examples: Sequence[Example]) -> Stream:
     tail = max(len(row[-1].tokens) for row in rows)
     # tokens, valid, targets, weights, kept
     dtypes = (np.int32, bool, np.int32, np.float32, bool)
-    context_arrays = [np.zeros((time, len(rows), length), dtype) for dtype in dtypes]
-    tail_arrays = [np.zeros((len(rows), tail), dtype) for dtype in dtypes]
+    of_context = [np.zeros((time, len(rows), length), dtype) for dtype in dtypes]
+    of_tail = [np.zeros((len(rows), tail), dtype) for dtype in dtypes]
     for i, row in enumerate(rows):
         text = np.concatenate([segment.tokens for segment in row])
         scored = np.concatenate([segment.scored for segment in row])
@@ -240,17 +240,18 @@ def stream(method: Method, examples: Sequence[Example]) -> Stream:
             kept = np.zeros(count, bool) if segment.kept is None else segment.kept
             values = (segment.tokens, np.ones(count, bool), behind[0][place], behind[1][place], kept)
             last = number == len(row) - 1
-            for array, value in zip(tail_arrays if last else context_arrays, values, strict=True):
+            for array, value in zip(of_tail if last else of_context, values, strict=True):
                 array[(i, slice(count)) if last else (number, i, slice(count))] = value
             first += count
+    tokens, valid, targets, weights, kept = zip(of_context, of_tail, strict=True)
     keeps = method.kept_kind is not None and (method.keeps_text or marked)
     # The tail is of kind QUERY as a whole; only a system message in it makes a difference.
-    begins = method.kept_kind is Kind.SINK and bool(tail_arrays[4].any())
+    begins = method.kept_kind is Kind.SINK and bool(kept[1].any())
     return Stream(
-        Chunk(*context_arrays[:2], context_arrays[4] if keeps else None),
-        Chunk(*tail_arrays[:2], tail_arrays[4] if begins else None),
-        (context_arrays[2], tail_arrays[2]),
-        (context_arrays[3], tail_arrays[3]),
+        Chunk(tokens[0], valid[0], kept[0] if keeps else None),
+        Chunk(tokens[1], valid[1], kept[1] if begins else None),
+        targets,
+        weights,
     )
 
 
@@ -309,7 +310,7 @@ def repeat_recurrently(
         cache = init_cache(model, method, rows, memory_capacity=slots, raw_capacity=max(raw, longest))
         own = [texts[i] for i in numbers] + [[]] * (rows - len(numbers))
         for time in range(max(map(len, own))):
-            pieces = [row[time] if time < len(row) else row[:0] for row in own]
+            pieces = [row[time] if time < len(row) else np.zeros(0, np.int32) for row in own]
             asked = time - method.recent
             # A row that has ended says something, too, which nobody hears.
             begin = np.array([sum(map(len, row[: max(asked, 0)])) for row in own], np.int32)

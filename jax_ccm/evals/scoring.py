@@ -139,7 +139,7 @@ def _text_tokens(example: Example) -> int:
     return len(example.start) + between + sum(len(segment.tokens) for segment in example.segments)
 
 
-def shapes(lengths: Sequence[int], rows: int, shape_cost: int) -> list[int]:
+def shapes(lengths: Sequence[int] | np.ndarray, rows: int, shape_cost: int) -> list[int]:
     """Padded lengths that make the total work smallest: padding is paid for in tokens, each shape costs a compilation.
 
     Args:

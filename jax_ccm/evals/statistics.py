@@ -28,7 +28,7 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
-    def to_json(self) -> dict[str, float | None]:
+    def to_json(self) -> dict[str, float | list[float | None] | None]:
         """Plain values, rounded to 6 digits behind the point."""
         plain = lambda x: None if x is None else round(float(x), 6)
         return {"value": plain(self.value), "error": plain(self.error), "ci95": [plain(self.low), plain(self.high)]}

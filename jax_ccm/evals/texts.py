@@ -99,11 +99,12 @@ def repetition(
 
 def _guessed(system: System, examples: Sequence[Example], rows: int, store, log) -> list[list[np.ndarray]]:
     """Which tokens of each closed chunk of each text are guessed right, all at once."""
-    known = dict(rows=rows, store=store, identity=system.identity, log=log, name=f"{system.name}, repetition")
+    made = score(
+        system.model, system.method, examples, rows=rows, repeats=True, store=store, identity=system.identity, log=log,
+        name=f"{system.name}, repetition",
+    )  # fmt: skip
     found = []
-    for example, scores in zip(
-        examples, score(system.model, system.method, examples, repeats=True, **known), strict=True
-    ):
+    for example, scores in zip(examples, made, strict=True):
         sizes = [len(segment.tokens) for segment in closed(system.method, arrange(system.method, example))]
         hits = scores.hit[len(scores.hit) - sum(sizes) :]
         found.append(np.split(hits, np.cumsum(sizes)[:-1]) if sizes else [])

@@ -113,9 +113,10 @@ def _compiled(lowered: jax.stages.Lowered) -> Compiled:
     start = time.process_time()
     program = lowered.compile()
     seconds = time.process_time() - start
-    text = program.as_text()
+    text, memory = program.as_text(), program.memory_analysis()
+    assert text is not None and memory is not None, "compilers of these targets tell both"
     kernels = sum(text.count(f'custom_call_target="{name}"') for name in CUSTOM_CALLS)
-    return Compiled(program.memory_analysis().temp_size_in_bytes, kernels, seconds)
+    return Compiled(memory.temp_size_in_bytes, kernels, seconds)
 
 
 def call(
@@ -180,8 +181,9 @@ def layer(rule: Rule, batch: int, length: int, memory: int, *, attention: bool =
         q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
         if attention:
             memory_k, memory_v = pack(packed, k), pack(packed, v)
-            seen = dict(rule=rule, slots=slots, memory_slots=packed.slots)
-            out = memory_attention(q, k, v, memory_k, memory_v, **seen, implementation="pallas")
+            out = memory_attention(
+                q, k, v, memory_k, memory_v, rule=rule, slots=slots, memory_slots=packed.slots, implementation="pallas"
+            )
         else:
             out = q + jnp.concatenate([k, v] * (q.shape[2] // k.shape[2] // 2), axis=2)
         return module.o_proj(out.reshape(*out.shape[:2], -1))

@@ -8,6 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
@@ -44,6 +45,15 @@ class Collective:
         return self.count * self.bytes * share * (2 if self.operation == "all-reduce" else 1)
 
 
+class _Exchange(NamedTuple):
+    """What a `Collective` counts."""
+
+    operation: str
+    shape: str
+    group: int
+    bytes: int
+
+
 def collectives(text: str) -> list[Collective]:
     """The collectives of a compiled program, those in loops counted for every turn.
 
@@ -54,8 +64,8 @@ def collectives(text: str) -> list[Collective]:
 
     # An exchange that runs beside other work stands in several computations, under one number.
     @functools.cache
-    def inside(name: str) -> dict[str, tuple[tuple, int]]:
-        total: dict[str, tuple[tuple, int]] = {}
+    def inside(name: str) -> dict[str, tuple[_Exchange, int]]:
+        total: dict[str, tuple[_Exchange, int]] = {}
         for line in bodies.get(name, ()):
             found = _INSTRUCTION.match(line)
             if found is None:
@@ -69,13 +79,14 @@ def collectives(text: str) -> list[Collective]:
             for called in _CALLED.findall(line):
                 for other in re.findall(r"[\w.\-]+", called):
                     for number, (exchange, count) in inside(other).items():
-                        total[number] = (exchange, max(count * times, total.get(number, (None, 0))[1]))
+                        most = total[number][1] if number in total else 0
+                        total[number] = (exchange, max(count * times, most))
         return total
 
-    total: collections.Counter = collections.Counter()
+    total: collections.Counter[_Exchange] = collections.Counter()
     for exchange, count in inside(entry).values():
         total[exchange] += count
-    return sorted(Collective(*exchange[:3], count, exchange[3]) for exchange, count in total.items())
+    return sorted(Collective(each.operation, each.shape, each.group, n, each.bytes) for each, n in total.items())
 
 
 def lines(found: Iterable[Collective]) -> list[str]:
@@ -107,9 +118,10 @@ def _turns(line: str, bodies: dict[str, list[str]]) -> int:
     return constants[0] if len(constants) == 1 else 1
 
 
-def _one(operation: str, result: str, line: str, started: bool) -> tuple[str, str, int, int]:
-    """Operation, shape, group and bytes of an instruction."""
-    shapes = [(kind, tuple(map(int, dims.split(","))) if dims else ()) for kind, dims in _SHAPE.findall(result)]
+def _one(operation: str, result: str, line: str, started: bool) -> _Exchange:
+    """What an instruction exchanges."""
+    sizes = lambda dims: tuple(map(int, dims.split(","))) if dims else ()
+    shapes: list[tuple[str, tuple[int, ...]]] = [(kind, sizes(dims)) for kind, dims in _SHAPE.findall(result)]
     size = lambda shape: math.prod(shape[1]) * _bits(shape[0]) // 8
     # What is started gives operand and result (and counters); several results together are one exchange.
     shapes = [max(shapes, key=size)] if started or len(shapes) == 1 else shapes
@@ -117,7 +129,7 @@ def _one(operation: str, result: str, line: str, started: bool) -> tuple[str, st
     if operation == "reduce-scatter":
         shapes = [(kind, (group * dims[0], *dims[1:])) for kind, dims in shapes]
     text = "+".join(f"{kind}[{','.join(map(str, dims))}]" for kind, dims in shapes)
-    return operation, text, group, sum(map(size, shapes))
+    return _Exchange(operation, text, group, sum(map(size, shapes)))
 
 
 def _bits(kind: str) -> int:

@@ -39,7 +39,7 @@ def arrange(method: Method, example: Example) -> tuple[Segment, ...]:
     return segments if method.chunk is None else cut(concat(*segments), method.chunk)
 
 
-def chunk(rows: Sequence[Sequence[int]], size: int, vocab_size: int) -> Chunk:
+def chunk(rows: Sequence[Sequence[int] | np.ndarray], size: int, vocab_size: int) -> Chunk:
     """A `Chunk` of ragged rows of token ids, padded on the right; an empty row takes no part.
 
     Args:
