@@ -88,6 +88,8 @@ class Index:
         except FileNotFoundError:
             self.gone(name)
             return
+        if entry == self._entries.get(name):  # it is as it was, and was not used either
+            return
         self.gone(name)
         self._entries[name] = entry
         self.bytes += entry.size

@@ -50,6 +50,7 @@ class Pool:
         self._orders: list[tuple[str | None, Callable[[], None]]] = []
         self._running: list[Turn] = []  # those that have not heard their last yet
         self._seated: dict[int, Turn] = {}  # by row
+        self._staying: set[str] = set()  # those that were to go, and whose files cannot be removed
         self._going = turns.Turns(talk.scratch)
         self._change = threading.Condition()
         self._closed = False
@@ -123,12 +124,13 @@ class Pool:
         held = self.talk.opened(path)[0]
         with self.store.writing(name) as there:
             files.write(held, there)
+        self._staying.discard(name)
         self._dirty.pop(name, None)
         if (row := self._rows.pop(name, None)) is not None:
             self.talk.reset(row)
 
     def remove(self, name: str) -> bool:
-        """Removes every copy of a session; whether there was one. To be called by `do`.
+        """Removes every copy of a session; whether there was one. To be called by `do`. Raises as `erase`.
 
         With it go the responses that were made in it, those that went on from these, and the files it was saved to.
         """
@@ -140,11 +142,17 @@ class Pool:
         return saved or any(gone)
 
     def erase(self, name: str) -> bool:
-        """Removes a session, but not what was made of it; whether it was there. To be called by `do`."""
+        """Removes a session, but not what was made of it; whether it was there. To be called by `do`.
+
+        Raises:
+          Unkept: if its file cannot be removed; then it is as it was.
+        """
+        found = self.store.remove(name)
         row, dirty = self._rows.pop(name, None), self._dirty.pop(name, None)
         if row is not None:
             self.talk.reset(row)
-        return self.store.remove(name) or dirty is not None
+        self._staying.discard(name)
+        return found or dirty is not None
 
     def names(self) -> set[str]:
         """Of all sessions. To be called by `do`."""
@@ -287,7 +295,7 @@ class Pool:
                     self._going.leave(row)
                     self.talk.restore(row, before)
                     if turn.snapshot is not None:
-                        self.store.remove(turn.snapshot)
+                        self._drop(turn.snapshot)
                     raise
         except Exception as e:
             self._stand_up(row, turn, e)
@@ -377,11 +385,20 @@ class Pool:
     def _write(self, name: str, row: int, about: Mapping[str, Any]) -> None:
         with self.store.writing(name, about.get("session")) as path:
             self.talk.save(row, path, about=about)
+        self._staying.discard(name)
 
     def _expire(self, busy: set[str]) -> None:
         if self.limits.idle:
-            for name in set(self.store.older(self.limits.idle)) - busy:
-                self.erase(name)
+            for name in set(self.store.older(self.limits.idle)) - busy - self._staying:
+                self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        """Removes what nobody asked to have removed: where that fails, the log says so, once, and all else goes on."""
+        try:
+            self.erase(name)
+        except UserError:
+            self._staying.add(name)
+            log.exception("%s %r stays on disk until the server is started again", _kind(name), name)
 
 
 def _kind(name: str) -> str:

@@ -25,7 +25,7 @@ _FILENAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 class Unkept(UserError):
-    """What was to be kept could not be written: the disk is full, or the folder is not writable any more."""
+    """What was to be kept, or to go, is not so on disk: that one is full, or the folder is not writable any more."""
 
 
 class Store:
@@ -130,13 +130,13 @@ class Store:
         return [name.removesuffix(ENDING) for name in self._index.made_in(session)]
 
     def remove_saved(self, session: str) -> bool:
-        """Removes the files that a session was saved to; whether there was one."""
+        """Removes the files that a session was saved to; whether there was one. Raises as `remove`."""
         if self._slots is None or self._saved is None:
             return False
         self._saved.refresh()  # people may have carried files in and out
         found = self._saved.made_in(session)
         for filename in found:
-            (self._slots / filename).unlink(missing_ok=True)
+            _unlink(self._slots / filename)
             self._saved.gone(filename)
         return bool(found)
 
@@ -148,15 +148,15 @@ class Store:
         return self.path(name).is_file()
 
     def remove(self, name: str) -> bool:
-        """Removes a session; whether it was there."""
+        """Removes a session; whether it was there.
+
+        Raises:
+          Unkept: if it is still there: its folder cannot be written.
+        """
         path = self.path(name)
-        try:
-            path.unlink()
-        except FileNotFoundError:
-            return False
-        finally:
-            self._index.gone(path.name)
-        return True
+        found = _unlink(path)
+        self._index.gone(path.name)
+        return found
 
     def touch(self, name: str) -> None:
         """Notes that a session was used now."""
@@ -187,6 +187,17 @@ def require_session(name: str) -> None:
         raise Refused(f"{name[:80]!r} is no name of a session; {_NAMED}", "session_id")
     if name.startswith(RESPONSE):
         raise Refused(f"{name[:80]!r} is the name of a response, not of a session", "session_id")
+
+
+def _unlink(path: Path) -> bool:
+    """Removes a file; whether it was there. Raises as `Store.remove`."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as e:
+        raise Unkept(f"{path.name} cannot be removed: {e.strerror}") from e
+    return True
 
 
 def _take(folder: Path, option: str) -> IO[str]:

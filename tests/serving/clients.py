@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import httpx
+import pytest
 import uvicorn
 
 from jax_ccm.memory import files
@@ -42,6 +44,21 @@ def serving(made, folder, access=Access(), slots=None, **options):
         server.should_exit = True
         thread.join()
         store.close()
+
+
+@contextlib.contextmanager
+def staying(ending=""):
+    """Files, or those whose names end so, cannot be removed: their folder has become read-only, say."""
+    unlink = Path.unlink
+
+    def stays(path, *given, **named):
+        if path.exists() and path.name.endswith(ending):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        unlink(path, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", stays)
+        yield
 
 
 def ask(client, text, session=None, **options):

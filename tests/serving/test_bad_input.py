@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import httpx
 import openai
 import pytest
 
 from jax_ccm.records import sealed
-from tests.serving.clients import MODEL, ask, tokens_read
+from jax_ccm.serving.admission import Limits
+from tests.serving.clients import MODEL, ask, serving, staying, tokens_read
 
 HALF = r"\ud800"
 SAYS = '"messages": [{"role": "user", "content": "hi"}]'
@@ -65,3 +67,38 @@ def test_a_disk_that_is_full(client, server, monkeypatch, url):
     assert tokens_read(url, "full") == before and httpx.get(f"{url}/sessions/new/memory").status_code == 404
     row = server[1]._rows["full"]
     assert server[1].talk.state.tokens[row] == before
+
+
+def test_a_session_that_cannot_be_removed(client, server, url):
+    """Whoever wants it gone hears that it is not; it is counted, and goes on where it was, until it can be removed."""
+    ask(client, "hello", "stays")
+    before, count = tokens_read(url, "stays"), server[1].store.size()
+    memory = f"{url}/sessions/stays/memory"
+    with staying():
+        for answer in (httpx.delete(memory), httpx.post(f"{url}/slots/stays?action=erase")):
+            assert answer.status_code == 507 and "stays.ccm cannot be removed: Read-only" in answer.text
+    row = server[1]._rows["stays"]
+    assert server[1].store.size() == count and server[1].talk.state.tokens[row] == tokens_read(url, "stays") == before
+    usage = ask(client, "what", "stays").usage
+    assert usage.prompt_tokens_details.cached_tokens == before
+    assert httpx.delete(memory).status_code == 200 and httpx.get(memory).status_code == 404
+
+
+def test_an_idle_session_that_cannot_be_removed(made, tmp_path, caplog):
+    """The log says so, once; others go, and everybody is answered."""
+    with (
+        serving(made, tmp_path, limits=Limits(idle=3600)) as (url, pool),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+        staying("stuck.ccm"),
+    ):
+        for name in ("stuck", "free", "new"):
+            ask(client, "hello", name)
+        for name in ("stuck", "free"):
+            os.utime(tmp_path / f"{name}.ccm", (0, 0))
+        pool.do(pool.store._index.refresh)  # as if all that time had gone by
+        assert ask(client, "and now", "new").usage.prompt_tokens_details.cached_tokens
+        assert {path.name for path in tmp_path.glob("*.ccm")} == {"stuck.ccm", "new.ccm"}
+        assert pool.store.size()[0] == 2 and "free" not in pool.names()
+    assert [record.getMessage() for record in caplog.records].count(
+        "session 'stuck' stays on disk until the server is started again"
+    ) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import numpy as np
@@ -10,8 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from jax_ccm.errors import UserError
 from jax_ccm.records import sealed
-from jax_ccm.serving.store import Store
+from jax_ccm.serving.store import Store, Unkept
+from tests.serving.clients import staying
 
 SESSIONS = ["ann", "ben"]
 NAMES = [*SESSIONS, "resp_1", "resp_2", "resp_3"]
@@ -21,6 +24,10 @@ FILES = ["a.bin", "b.bin"]
 def write(path, session, size):
     about = {"session": session} if session else {}
     sealed.write(path, {"k": np.zeros(size, np.uint8)}, {"about": about}, "jax_ccm")
+
+
+def fails(*_):
+    raise OSError(errno.EIO, "Input/output error")
 
 
 class Full(Exception):
@@ -55,6 +62,40 @@ class Folders(RuleBasedStateMachine):
             with pytest.raises(Full), writing:
                 raise Full
 
+    @rule(name=st.sampled_from(NAMES), filename=st.sampled_from(FILES), session=st.sampled_from(SESSIONS))
+    def writes_in_vain(self, name, filename, session):
+        """What is there stays, whole; and a file of another name that is there in the end counts."""
+        for writing in (self.store.writing(name, session), self.store.saving(filename, session)):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Unkept, match="cannot be written"):
+                patch.setattr(sealed.os, "replace", fails)
+                with writing as path:
+                    write(path, session, 99)
+
+    @rule(name=st.sampled_from(NAMES), filename=st.sampled_from(FILES), session=st.sampled_from(SESSIONS))
+    def writes_and_fails_then(self, name, filename, session):
+        """The file is there, and only then something fails: that it is on disk cannot be told."""
+        of_it = session if name.startswith("resp_") else None
+        for writing, of in ((self.store.writing(name, of_it), of_it), (self.store.saving(filename, session), session)):
+            with pytest.raises(UserError, match="cannot be written"), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sealed, "_settle", fails)
+                with writing as path:
+                    write(path, of, 50)
+
+    @rule(name=st.sampled_from(NAMES), session=st.sampled_from(SESSIONS))
+    def removes_in_vain(self, name, session):
+        saved = [path for path in self.slots.glob("[!.]*") if said(path) == session]
+        with staying():
+            if name in self.store:
+                with pytest.raises(Unkept, match=f"{name}.ccm cannot be removed"):
+                    self.store.remove(name)
+            else:
+                assert not self.store.remove(name)
+            if saved:
+                with pytest.raises(Unkept, match="bin cannot be removed"):
+                    self.store.remove_saved(session)
+            else:
+                assert not self.store.remove_saved(session)
+
     @rule(name=st.sampled_from(NAMES))
     def removes(self, name):
         there = name in self.store
@@ -87,6 +128,8 @@ class Folders(RuleBasedStateMachine):
         assert sorted(self.store.names()) == sorted(self.store.older(-3600)) == sorted(paths)
         assert self.store.size() == (len(paths), sum(path.stat().st_size for path in paths.values()) + saved)
         assert self.store.older(3600) == []
+        used = [paths[name].stat().st_mtime_ns for name in self.store.names()]
+        assert used == sorted(used), "the longest idle comes first"
         for session in SESSIONS:
             expected = {name for name, path in paths.items() if name.startswith("resp_") and said(path) == session}
             assert set(self.store.made_in(session)) == expected
