@@ -142,7 +142,8 @@ class AdapterSource:
     one. `targets` may name more projections than it has: those start fresh."""
     accept_other_method: bool = False
     """Start from `load` even if it was trained for another method, which is said: for a memory of another kind, such as
-    CCM-merge from CCM-concat. Needs at least as many compression tokens; of more, the first are taken."""
+    CCM-merge from CCM-concat, or with more compression tokens: then the last that it has stands for each further one,
+    too. Of more than the method has, the first are taken."""
     merge: str = ""
     """A plain LoRA of an earlier stage that is merged into the base weights first (the paper's two stages)."""
     accept_quantised_base: bool = False

@@ -37,7 +37,7 @@ from jax_ccm.weights import peft, reference
 from jax_ccm.weights.folders import read_tensors, safetensors_bytes, write_folder
 from jax_ccm.weights.hf import parameters
 from jax_ccm.weights.identity import check_base, check_method, describe_base
-from jax_ccm.weights.lora import COMP, Lora, depth, stem
+from jax_ccm.weights.lora import COMP, Lora, depth, names, stem
 from jax_ccm.weights.sources import locate_adapter
 
 Format = Literal["own", "peft", "reference"]
@@ -158,17 +158,17 @@ class Adapter(Lora):
         _check_tokens(self._for(method), method, self.source)
 
     def trained_on(self, method: Method) -> Adapter:
-        """The adapter as a start for another method: said to be for that, with the first of its compression tokens.
+        """The adapter as a start for another method: said to be for that, with as many compression tokens.
+
+        Of more than that has the first are taken. Of fewer the last is taken again and again: what tells one from the
+        next at first is its position, and that it sees those before it.
 
         Raises:
-          UserError: if the method has more of them.
+          UserError: if the method has compression tokens, and the adapter none.
         """
-        rows = method.num_embeddings
-        if self.config.tokens < rows:
+        if not self.config.tokens:
             _check_tokens(self, method, self.source)
-        arrays = {path: x[:rows] if path == COMP else x for path, x in self.arrays.items() if rows or path != COMP}
-        config = dataclasses.replace(self.config, tokens=rows)
-        return dataclasses.replace(self, config=config, arrays=arrays, method=describe_method(method))
+        return dataclasses.replace(self._with_rows(method.num_embeddings), method=describe_method(method))
 
     def onto(
         self,
@@ -249,10 +249,14 @@ class Adapter(Lora):
     def _for(self, method: Method) -> Adapter:
         """With only the rows that a method that it fits uses: the first; it may have been trained with more."""
         rows = method.num_embeddings
-        if self.method is None or self.config.tokens <= rows:
-            return self
-        arrays = {path: x[:rows] if path == COMP else x for path, x in self.arrays.items()}
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, tokens=rows), arrays=arrays)
+        return self if self.method is None or self.config.tokens <= rows else self._with_rows(rows)
+
+    def _with_rows(self, rows: int) -> Adapter:
+        """With the first ``rows`` of its compression tokens; where it has fewer, with the last once more for each."""
+        config = dataclasses.replace(self.config, tokens=rows)
+        taken = np.minimum(np.arange(rows), self.config.tokens - 1)
+        arrays = {path: self.arrays[path][taken] if path == COMP else self.arrays[path] for path in names(config)}
+        return dataclasses.replace(self, config=config, arrays=arrays)
 
     def _with_depth(self, layers: int) -> Adapter:
         """A `partial` adapter with zeros for the layers behind its last; others as they are."""

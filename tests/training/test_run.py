@@ -31,6 +31,7 @@ from jax_ccm.errors import RunError, UserError
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.memory.losses import mean_loss
 from jax_ccm.memory.steps import compress_step, parallel_forward
+from jax_ccm.methods import build
 from jax_ccm.numerics import precision
 from jax_ccm.rules.objective import Objective
 from jax_ccm.rules.types import Chunk
@@ -38,7 +39,7 @@ from jax_ccm.training import step as training_step
 from jax_ccm.training.checkpoints import Checkpoints
 from jax_ccm.training.metrics import Metrics, clock, cut
 from jax_ccm.training.run import Run, _grouped
-from jax_ccm.weights.adapters import Adapter
+from jax_ccm.weights.adapters import COMP, Adapter
 
 ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load("""
@@ -386,14 +387,18 @@ def test_start_from_an_adapter_of_another_method(whole, tmp_path, capsys):
     merge = {"name": "ccm_merge", "comp_tokens": 1, "groups": 2}
     with pytest.raises(UserError, match="was trained for the method ccm_concat"):
         load_experiment(tiny(method=merge, adapter={"load": begun["load"]}))
-    with pytest.raises(UserError, match="has 1 compression tokens?, but method ccm_merge .* has 2"):
-        load_experiment(tiny(method=merge | {"comp_tokens": 2}, adapter=begun))
     start = load_experiment(tiny(method=merge, adapter=begun))
     said = "was trained for ccm_concat (1 token, sink); it starts ccm_merge (1 token, 2 groups, sink)"
     assert said in capsys.readouterr().out
     there = Adapter.read(begun["load"]).arrays
     for path, x in Adapter.of(start.model, method=start.method, base="").arrays.items():
         np.testing.assert_array_equal(x, there[path], err_msg=path)
+    more = load_experiment(tiny(method=merge | {"comp_tokens": 3}, adapter=begun))
+    rows = Adapter.of(more.model, method=more.method, base="").arrays[COMP]
+    np.testing.assert_array_equal(rows, np.repeat(there[COMP][:1], 3, axis=0), err_msg="the last stands for the others")
+    assert "it starts ccm_merge (3 tokens, 2 groups, sink)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="a plain LoRA without compression tokens"):
+        Adapter.read(begun["load"]).trained_on(build("full")).trained_on(more.method)
     Run(tiny(method=merge, adapter=begun), tmp_path / "merge").train()
     own = open_config(str(tmp_path / "merge" / "adapter"))
     assert own.method.groups == 2 and not own.adapter.accept_other_method
