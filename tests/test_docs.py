@@ -270,6 +270,40 @@ def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
     assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()] == wanted
 
 
+def test_the_table_of_who_sees_what_is_made_of_the_numbers():
+    """Of five evaluations; and what is said below it of the sixth."""
+    folder = ROOT / "results" / "recipe" / "among_slots"
+    page = (ROOT / "docs" / "results.md").read_text()
+    cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
+    steps = lambda name: json.loads((folder / name / "results.json").read_text())["steps"]
+    # By age: content shares as the table has them.
+    shares = lambda name: {
+        row[0].split()[0]: row[10] for row in map(cells, rows((folder / name / "table.md").read_text()))
+    }
+
+    def measured(step) -> tuple[str, str, float]:
+        memory = step["systems"]["memory"]
+        value = memory["perplexity"]["value"]
+        behind = f"{value:.1f} ({memory['wrong']['perplexity']['value']:.1f})"
+        return behind, f"{value:.1f}", memory["accuracy"]["mean"]["value"]
+
+    shown = re.search(r"\| \| 1 exchange ago: .*\n\|.*\n((?:\|.*\n)+)", page)[1]
+    for label, *found in map(cells, shown.splitlines()):
+        name = re.search(r"\(`(\w+)`\)", label)[1]
+        (one, _, first), (four, _, second) = map(measured, steps(name)[:2])
+        expected = [one, shares(name)["1"], four, shares(name)["4"], f"{24 * (first + second):.0f}"]
+        assert found == expected, name
+    said = re.search(
+        r"perplexity is (\S+) instead of (\S+), .* (\S+) instead of (\S+ ± \S+ %), and (\d+) choices .* of (\d+)",
+        page,
+    )
+    (_, reader, right), (_, without, before) = (measured(steps(name)[-1]) for name in ("reader", "all_slots"))
+    assert said.group(1, 2) == (reader, without) and said[4] == shares("all_slots")["all"]
+    assert said[3] in shares("reader")["all"] and [int(x) for x in said.group(5, 6)] == [
+        round(72 * x) for x in (right, before)
+    ]
+
+
 def test_pages_show_the_tables():
     shown = [
         (page, name, table)
