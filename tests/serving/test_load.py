@@ -7,13 +7,11 @@ on two busy cores; ``LOAD_KILLS=10 pytest tests/serving/test_load*.py`` is the w
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
 import itertools
-import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,7 +21,7 @@ import pytest
 from jax_ccm.sessions.state import Session
 from tests.serving import load
 from tests.serving.clients import MODEL
-from tests.serving.load import CLIENTS, HOW, KILLS, QUESTION, ROWS, Said, Server
+from tests.serving.load import CLIENTS, FEW, HOW, KILLS, QUESTION, ROWS, Said
 
 
 @dataclasses.dataclass
@@ -43,9 +41,12 @@ class Client(load.Client):
 
     Attributes:
       notes: all that it said, heard and found.
+      memory: its file in the end.
     """
 
     path = "/v1/chat/completions"
+    leaving = 0.7
+    memory = b""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -55,25 +56,28 @@ class Client(load.Client):
         """Something else; several in a row have different lengths, so that counts tell which of them were kept."""
         return "".join(self.chance.choices("abcdefgh ", k=4 + len(self.notes) % 13)) + "x"
 
-    def body(self, text: str, stream: bool) -> dict[str, Any]:
-        asked = {"model": MODEL, "session_id": self.name, "messages": [{"role": "user", "content": text}]}
+    def something(self, text: str = "", quiet: int = 0) -> Said:
+        said = Said(text or self.text(), quiet)
+        self.notes.append(said)
+        return said
+
+    def body(self, said: Said, stream: bool) -> dict[str, Any]:
+        asked = {"model": MODEL, "session_id": self.name, "messages": [{"role": "user", "content": said.text}]}
         how = {"max_tokens": HOW.max_tokens, "logprobs": True, "top_logprobs": HOW.logprobs}
         return asked | how | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
 
-    async def say(self, http: httpx.AsyncClient, text: str, quiet: int = 0) -> bool:
+    async def say(self, http: httpx.AsyncClient, said: Said) -> bool:
         """Says something and hears the answer to its end; False if the server died before."""
-        said = Said(text, quiet)
-        self.notes.append(said)
         stream = self.chance.random() < 0.4
         try:
             if not stream:
-                answer = await http.post(self.path, json=self.body(text, stream))
+                answer = await http.post(self.path, json=self.body(said, stream))
                 assert answer.status_code == 200, answer.text
                 (choice,) = answer.json()["choices"]
                 said.answer, said.logprobs = choice["message"]["content"], choice["logprobs"]["content"]
                 said.counted(answer.json()["usage"])
                 return True
-            async for event in self.events(http, self.body(text, stream)):
+            async for event in self.events(http, self.body(said, stream)):
                 for choice in event["choices"]:
                     said.answer += choice["delta"].get("content", "")
                     said.logprobs += (choice.get("logprobs") or {"content": []})["content"]
@@ -84,21 +88,15 @@ class Client(load.Client):
         return said.known is not None
 
     async def acts(self, http: httpx.AsyncClient) -> bool:
-        return await self.say(http, self.text())
+        return await self.say(http, self.something())
 
-    async def goes_away(self, http: httpx.AsyncClient) -> bool:
-        text = self.text()
-        self.notes.append(Said(text))
-        if self.chance.random() < 0.5:
-            return await self.leaves(http, self.body(text, stream=self.chance.random() < 0.5))
-        try:  # while it is answered
-            async with contextlib.aclosing(self.events(http, self.body(text, stream=True))) as events:
-                async for _ in events:
-                    if self.chance.random() < 0.7:
-                        return True
-        except httpx.TransportError:
-            return False
-        return True
+    async def tells(self, http: httpx.AsyncClient) -> bool:
+        return await self.say(http, self.something(f"my secret is {self.secret}"))
+
+    async def asks(self, http: httpx.AsyncClient, quiet: int, last: bool) -> list[Said]:
+        said = self.something(QUESTION, quiet)
+        assert await self.say(http, said)
+        return [said]
 
     async def look(self, http: httpx.AsyncClient) -> None:
         """Notes what is there of its session."""
@@ -106,34 +104,8 @@ class Client(load.Client):
         assert answer.status_code == 200, answer.text
         self.notes.append(Found(answer.json()["turns"], answer.json()["tokens"]))
 
-
-async def quiet(clients: list[Client], http: httpx.AsyncClient, server: Server, number: int) -> int:
-    """All ask the same right after a start, and nobody is disturbed; tokens that went through the programs for it."""
-    before = server.read
-    assert all(await asyncio.gather(*(client.say(http, QUESTION, number) for client in clients)))
-    counts = await load.counted(http)
-    said: list[Said] = [client.notes[-1] for client in clients]
-    assert counts["tokens_read"] == sum(turn.read for turn in said), "nothing else was read since the start"
-    assert counts["loads"] == CLIENTS, "each session came back from disk once"
-    return server.read - before
-
-
-async def ordeal(clients: list[Client], server: Server) -> tuple[list[int], dict[str, bytes]]:
-    """Lives of a server; what was read in each quiet time, and the memories in the end."""
-    read, chance, memories = [], random.Random(0), {}
-    async for life, http in load.lives(server):
-        if not life:
-            told = (client.say(http, f"my secret is {client.secret}") for client in clients)
-            assert all(await asyncio.gather(*told))
-        else:
-            await asyncio.gather(*(client.look(http) for client in clients))
-            read.append(await quiet(clients, http, server, life))
-        if life < KILLS:
-            await load.wild(clients, http, server, chance.randrange(20, 80))
-        else:
-            for client in clients:
-                memories[client.name] = (await http.get(f"/sessions/{client.name}/memory")).content
-    return read, memories
+    async def ends(self, http: httpx.AsyncClient) -> None:
+        self.memory = (await http.get(f"/sessions/{self.name}/memory")).content
 
 
 class Undisturbed(load.Undisturbed):
@@ -189,15 +161,10 @@ class Undisturbed(load.Undisturbed):
         return [(one, open) for one, open in found if one is not None]
 
 
-@pytest.mark.processes
-def test_nothing_is_lost_and_nothing_leaks(tmp_path, monkeypatch):
-    clients, server = [Client(number) for number in range(CLIENTS)], Server(tmp_path)
-    try:
-        read, memories = asyncio.run(ordeal(clients, server))
-    finally:
-        server.close()
-    assert not any("Traceback" in line for line in server.said), "".join(server.said)
-    oracle = Undisturbed(monkeypatch)
+def require_nothing_lost(folder: Path, monkeypatch, clients: list[Client], kills: int, **how: Any) -> None:
+    """Has clients go through the lives of a server, and compares all that they have heard."""
+    read = load.undergo(clients, folder, kills=kills, **how)
+    oracle = Undisturbed(monkeypatch, kills)
     with ThreadPoolExecutor(ROWS) as threads:
         found = list(threads.map(oracle.check, clients))
     assert read == oracle.read[1:], "after a restart a turn costs what it costs without one"
@@ -206,6 +173,23 @@ def test_nothing_is_lost_and_nothing_leaks(tmp_path, monkeypatch):
     apart = [np.abs(one - other).max() for one, other in itertools.combinations(asked, 2)]
     assert min(apart) > 1e-3, "no two sessions can be taken for each other"
     for client, (_, kept) in zip(clients, found, strict=True):
-        load.same_memory(memories[client.name], kept, tmp_path)
-    left = {path.name for path in (tmp_path / "sessions").iterdir()} - {".lock"}
+        load.same_memory(client.memory, kept, folder)
+    left = {path.name for path in (folder / "sessions").iterdir()} - {".lock"}
     assert left == {f"{client.name}.ccm" for client in clients}
+
+
+@pytest.mark.processes
+def test_nothing_is_lost_and_nothing_leaks(tmp_path, monkeypatch):
+    clients = [Client(number) for number in range(CLIENTS)]
+    require_nothing_lost(tmp_path, monkeypatch, clients, KILLS, acknowledged=range(20, 80))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("fault", ["unwritten", "mistaken"])
+def test_a_faulty_server_is_found_out(tmp_path, monkeypatch, fault):
+    """One that acknowledges what it does not write, or goes on from the memory of another session."""
+    clients = [Client(number) for number in range(FEW)]
+    for client in clients:
+        client.restless = 0.0  # what nobody heard the end of may have been kept in any order, and all are tried
+    with pytest.raises(AssertionError, match="nothing that was acknowledged leads to"):
+        require_nothing_lost(tmp_path, monkeypatch, clients, 1, acknowledged=[FEW], fault=fault)

@@ -6,10 +6,7 @@ whatever was removed stays away.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
-import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from jax_ccm.memory import files
 from jax_ccm.sessions.state import Session
 from tests.serving import load
 from tests.serving.clients import MODEL
-from tests.serving.load import CLIENTS, HOW, KILLS, QUESTION, ROWS, Said, Server
+from tests.serving.load import CLIENTS, FEW, HOW, KILLS, QUESTION, ROWS, Said
 
 INCLUDE = ["message.output_text.logprobs"]
 
@@ -69,21 +66,22 @@ class Client(load.Client):
     """
 
     path = "/v1/responses"
+    leaving = 0.4
 
     def __init__(self, number: int):
         super().__init__(number)
         self.nodes = list[Node]()
 
-    def asks(self, text: str, previous: Node | None, quiet: int = 0, *, stored: bool = True) -> Node:
+    def node(self, text: str, previous: Node | None, quiet: int = 0, *, stored: bool = True) -> Node:
         """A new node of its tree."""
         self.nodes.append(Node(text, quiet, previous=previous, stored=stored))
         return self.nodes[-1]
 
-    def branches(self) -> Node:
+    def something(self) -> Node:
         """Something else, in a branch of its own or at the end of one."""
         known = [node for node in self.nodes if node.there]
         text = "".join(self.chance.choices("abcdefgh ", k=4 + len(self.nodes) % 13)) + "x"
-        return self.asks(text, known[-1] if self.chance.random() < 0.5 else self.chance.choice(known))
+        return self.node(text, known[-1] if self.chance.random() < 0.5 else self.chance.choice(known))
 
     def body(self, node: Node, stream: bool) -> dict[str, Any]:
         previous = node.previous.id if node.previous else None
@@ -112,7 +110,7 @@ class Client(load.Client):
     async def acts(self, http: httpx.AsyncClient) -> bool:
         known = [node for node in self.nodes if node.there]
         if len(known) < 3 or self.chance.random() < 0.8:
-            return await self.say(http, self.branches())
+            return await self.say(http, self.something())
         node = self.chance.choice(known[:-1])
         node.removed = None
         try:
@@ -123,19 +121,19 @@ class Client(load.Client):
         node.removed = True
         return True
 
-    async def goes_away(self, http: httpx.AsyncClient) -> bool:
-        node = self.branches()
-        if self.chance.random() < 0.5:
-            return await self.leaves(http, self.body(node, stream=self.chance.random() < 0.5))
-        try:  # while it is answered
-            async with contextlib.aclosing(self.events(http, self.body(node, stream=True))) as events:
-                async for event in events:
-                    node.id = node.id or event["response"]["id"]
-                    if self.chance.random() < 0.4:
-                        return True
-        except httpx.TransportError:
-            return False
-        return True
+    def sees(self, said: Node, event: dict[str, Any]) -> None:
+        said.id = said.id or event["response"]["id"]
+
+    async def tells(self, http: httpx.AsyncClient) -> bool:
+        return await self.say(http, self.node(f"my secret is {self.secret}", None))
+
+    async def asks(self, http: httpx.AsyncClient, quiet: int, last: bool) -> list[Node]:
+        """In two branches; the last time in all, for nothing that is kept."""
+        known = [node for node in self.nodes if node.there]
+        known = known if last else [known[-1], self.chance.choice(known)]
+        made = [self.node(QUESTION, node, quiet, stored=not last) for node in known]
+        assert all([await self.say(http, node) for node in made])
+        return made
 
     async def look(self, http: httpx.AsyncClient) -> None:
         """All that was acknowledged is there, as it was heard; what was not is there as a whole, or not at all."""
@@ -157,42 +155,6 @@ class Client(load.Client):
             assert same == (node.id, node.answer, node.known, node.read, node.logprobs)
 
 
-async def quiet(clients: list[Client], http: httpx.AsyncClient, server: Server, number: int) -> int:
-    """All ask the same right after a start, and nobody is disturbed; tokens that went through the programs for it.
-
-    In two branches each; in the last life in all, for nothing that is kept.
-    """
-    before, last = server.read, number == KILLS
-
-    async def asks(client: Client) -> list[Node]:
-        known = [node for node in client.nodes if node.there]
-        known = known if last else [known[-1], client.chance.choice(known)]
-        made = [client.asks(QUESTION, node, number, stored=not last) for node in known]
-        assert all([await client.say(http, node) for node in made])
-        return made
-
-    made = [node for nodes in await asyncio.gather(*map(asks, clients)) for node in nodes]
-    counts = await load.counted(http)
-    assert counts["tokens_read"] == sum(node.read for node in made), "nothing else was read since the start"
-    assert counts["loads"] == len(made), "each was gone on from as it lay on disk"
-    return server.read - before
-
-
-async def ordeal(clients: list[Client], server: Server) -> list[int]:
-    """Lives of a server; what was read in each quiet time."""
-    read, chance = [], random.Random(1)
-    async for life, http in load.lives(server):
-        if not life:
-            told = (client.say(http, client.asks(f"my secret is {client.secret}", None)) for client in clients)
-            assert all(await asyncio.gather(*told))
-        else:
-            await asyncio.gather(*(client.look(http) for client in clients))
-            read.append(await quiet(clients, http, server, life))
-        if life < KILLS:
-            await load.wild(clients, http, server, chance.randrange(60, 120))
-    return read
-
-
 class Undisturbed(load.Undisturbed):
     """Makes trees of responses once more, branch by branch."""
 
@@ -210,36 +172,49 @@ class Undisturbed(load.Undisturbed):
         return made
 
 
-def least_apart(clients: list[Client]) -> float:
+def least_apart(clients: list[Client], last: int) -> float:
     """How much the answers of the last life to the one question differ where it was asked after different things."""
-    asked = {node.told: node for client in clients for node in client.nodes if node.quiet == KILLS}
+    asked = {node.told: node for client in clients for node in client.nodes if node.quiet == last}
     answers = [load.numbers(node.logprobs).ravel() for node in asked.values()]
     wide = np.stack([np.pad(each, (0, max(map(len, answers)) - len(each))) for each in answers])
     return min(np.abs(wide[place + 1 :] - one).max(axis=1).min() for place, one in enumerate(wide[:-1]))
 
 
-@pytest.mark.processes
-def test_no_response_is_lost_and_no_branch_sees_another(tmp_path: Path, monkeypatch):
-    clients, server = [Client(number) for number in range(CLIENTS)], Server(tmp_path)
-    try:
-        read = asyncio.run(ordeal(clients, server))
-    finally:
-        server.close()
-    assert not any("Traceback" in line for line in server.said), "".join(server.said)
-    oracle = Undisturbed(monkeypatch)
+def require_nothing_lost(folder: Path, monkeypatch, clients: list[Client], kills: int, **how: Any) -> None:
+    """Has clients go through the lives of a server, and compares all that they have heard."""
+    read = load.undergo(clients, folder, kills=kills, **how)
+    oracle = Undisturbed(monkeypatch, kills)
     with ThreadPoolExecutor(ROWS) as threads:
         kept = {name: session for found in threads.map(oracle.check, clients) for name, session in found.items()}
     assert read == oracle.read[1:], "after a restart a response costs what it costs without one"
     nodes = [node for client in clients for node in client.nodes]
-    assert any(node.removed for node in nodes if node.known) and len(nodes) > 4 * CLIENTS
-    assert least_apart(clients) > 2 * load.TOLERANCE, "no two branches can be taken for each other"
+    assert any(node.removed for node in nodes if node.known) and len(nodes) > 4 * len(clients)
+    assert least_apart(clients, kills) > 2 * load.TOLERANCE, "no two branches can be taken for each other"
     # On disk are those that can be gone on from, each as it would be, and wholes that nobody heard the end of.
-    left = {path.stem: path for path in (tmp_path / "sessions").iterdir() if path.name != ".lock"}
+    left = {path.stem: path for path in (folder / "sessions").iterdir() if path.name != ".lock"}
     there = {node.id for node in nodes if node.there}
     assert there <= left.keys()
     for name in there:
-        load.same_memory(left[name].read_bytes(), kept[name], tmp_path)
+        load.same_memory(left[name].read_bytes(), kept[name], folder)
     unheard = left.keys() - there
     assert len(unheard) <= sum(node.known is None and not node.id for node in nodes)
     for name in unheard:
         assert files.read(left[name]).header["about"]["response"]["id"] == name
+
+
+@pytest.mark.processes
+def test_no_response_is_lost_and_no_branch_sees_another(tmp_path: Path, monkeypatch):
+    clients = [Client(number) for number in range(CLIENTS)]
+    require_nothing_lost(tmp_path, monkeypatch, clients, KILLS, acknowledged=range(60, 120))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "fault, found",
+    [("unwritten", "was acknowledged, and is gone|there is no response"), ("mistaken", "is not what comes of")],
+)
+def test_a_faulty_server_is_found_out(tmp_path, monkeypatch, fault, found):
+    """One that acknowledges what it does not write, or goes on from the memory of another response."""
+    clients = [Client(number) for number in range(FEW)]
+    with pytest.raises(AssertionError, match=found):
+        require_nothing_lost(tmp_path, monkeypatch, clients, 1, acknowledged=[FEW], fault=fault)
