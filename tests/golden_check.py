@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from jax_ccm.evals.recurrent import stream_losses
 from jax_ccm.memory import losses, steps
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.memory.generation import generate
@@ -30,7 +31,7 @@ from jax_ccm.rules import rows, visibility
 from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import Sizes
-from jax_ccm.rules.types import Chunk, Kind, Method
+from jax_ccm.rules.types import Array, Chunk, Kind, MemoryCache, Method
 from jax_ccm.weights import load_model
 from jax_ccm.weights.adapters import Adapter, load_adapter
 from jax_ccm.weights.reference import reference_tensors
@@ -331,7 +332,7 @@ def check_stream(model: Transformer, method: Method, data: dict) -> dict[str, fl
     snapshots = {f"cache_after_comp{i}": i for i in range(len(events)) if f"cache_after_comp{i}_k" in data}
     snapshots["last_cache"] = len(events) - 1
     found, nll, ours_events, done = {"ids": 0.0}, [], [], 0
-    step = jax.jit(functools.partial(stream_losses, method=method, window=WINDOW))
+    step = jax.jit(functools.partial(_stream_losses, method=method, window=WINDOW))
     # Between events the stream runs in one scan; the boundaries are the recorded ones and are checked below.
     position = 0
     while position < len(ids):
@@ -359,6 +360,36 @@ def check_stream(model: Transformer, method: Method, data: dict) -> dict[str, fl
     found["nll"] = difference(np.concatenate(nll), data["nll"])
     found["events"] = difference(np.array(ours_events), events)
     return found
+
+
+def _stream_losses(
+    model: Transformer, cache: MemoryCache, tokens, targets, valid, *, method: Method, window: int, closes: Array
+):
+    """Feeds text token by token, compressing whenever the window is full (CCM, section 4.3).
+
+    Args:
+      model: the decoder with its adapter.
+      cache: the sessions; see `steps.stream_step`.
+      tokens: ``int32 [B, T]``.
+      targets: ``int32 [B, T]``, the token after each.
+      valid: ``bool [B, T]``.
+      method: static.
+      window: live slots at which a row compresses; static.
+      closes: how many of the oldest raw tokens are then compressed.
+
+    Returns:
+      The cache, and the negative log-likelihood of the targets, ``float32 [B, T]``, 0 where not valid.
+    """
+
+    def body(cache, scanned):
+        token, target, use = scanned
+        cache, logits = steps.stream_step(
+            model, cache, Chunk(token[:, None], use[:, None]), method=method, window=window, closes=closes
+        )
+        return cache, cross_entropy(logits[:, 0], target) * use
+
+    cache, losses = jax.lax.scan(body, cache, (jnp.swapaxes(tokens, 0, 1), jnp.swapaxes(targets, 0, 1), valid.T))
+    return cache, losses.T
 
 
 def _cache_difference(name: str, state, data: dict) -> dict[str, float]:

@@ -17,11 +17,11 @@ from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entr
 
 from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import check, init_cache, select
-from jax_ccm.memory.steps import compress, compress_step, read, repeat, stream_step
+from jax_ccm.memory.steps import compress, compress_step, read, repeat
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.examples import Example, Segment, concat
 from jax_ccm.rules.rows import WITH_SINK, Sizes, arrange, chunk, closed, measure
-from jax_ccm.rules.types import RAW, Array, Chunk, Kind, MemoryCache, Method
+from jax_ccm.rules.types import RAW, Chunk, Kind, MemoryCache, Method
 
 # Chunks and tails are padded to multiples of this, so that a few shapes serve all lengths.
 MULTIPLE = 32
@@ -332,33 +332,3 @@ def _close_and_repeat(model, cache, chunk, begin, *, method, length):
     cache = compress_step(model, cache, chunk, method=method)
     logits = repeat(model, cache, length, method.recent + 1, method=method, begin=begin)
     return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-
-def stream_losses(
-    model: Transformer, cache: MemoryCache, tokens, targets, valid, *, method: Method, window: int, closes: Array
-):
-    """Feeds text token by token, compressing whenever the window is full (CCM, section 4.3).
-
-    Args:
-      model: the decoder with its adapter.
-      cache: the sessions; see `steps.stream_step`.
-      tokens: ``int32 [B, T]``.
-      targets: ``int32 [B, T]``, the token after each.
-      valid: ``bool [B, T]``.
-      method: static.
-      window: live slots at which a row compresses; static.
-      closes: how many of the oldest raw tokens are then compressed.
-
-    Returns:
-      The cache, and the negative log-likelihood of the targets, ``float32 [B, T]``, 0 where not valid.
-    """
-
-    def body(cache, scanned):
-        token, target, use = scanned
-        cache, logits = stream_step(
-            model, cache, Chunk(token[:, None], use[:, None]), method=method, window=window, closes=closes
-        )
-        return cache, cross_entropy(logits[:, 0], target) * use
-
-    cache, losses = jax.lax.scan(body, cache, (jnp.swapaxes(tokens, 0, 1), jnp.swapaxes(targets, 0, 1), valid.T))
-    return cache, losses.T
