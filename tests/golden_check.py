@@ -90,8 +90,8 @@ def parse(name: str) -> Case:
 
 
 def load(folder: Path, case: Case) -> Transformer:
-    """The case's model: the base, a merged first adapter, the adapter."""
-    model = load_model(str(folder / case.base))
+    """The model of a case: base, merged first adapter, adapter; in float32, as recorded, on any processor."""
+    model = load_model(str(folder / case.base), precision="float32")
     for name in filter(None, (case.merged, case.adapter)):
         # Gisting has the same tokens as concat, and may come without an adapter of its own.
         named = (name, name.replace("gist", "concat"))

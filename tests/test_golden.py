@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_ccm.numerics import Precision, precision
+from jax_ccm.weights import load_model
 from tests import golden_check
 
 FOLDER = Path(__file__).parent / "golden" / "ccm"
@@ -49,6 +51,14 @@ def test_names(name, method, adapter, merged):
 def test_unknown_names(name):
     with pytest.raises(ValueError, match="not understood|chunk mode|no chunk"):
         golden_check.parse(name)
+
+
+def test_numbers_are_compared_in_float32(monkeypatch):
+    """Also where the library would choose products of bfloat16."""
+    monkeypatch.setattr(precision, "processor_flags", lambda: frozenset(["avx512_bf16"]))
+    case = golden_check.parse("no_context")
+    assert load_model(str(FOLDER / case.base)).precision != Precision.of("float32")
+    assert golden_check.load(FOLDER, case).precision == Precision.of("float32")
 
 
 def test_a_wrong_number_fails(tmp_path, capsys):
