@@ -98,22 +98,8 @@ def most_sessions(
 
     # Compilers keep about 2 % of a chip's memory for themselves.
     limit = int(0.98 * chip.usable_bytes)
-    kinds = (
-        (programs.compress_step, programs.decode_step) if baselines.closes_turns(method) else (programs.decode_step,)
-    )
-    most, steps, refused = guess, {}, []
-    for number, kind in enumerate(kinds):
-        if not most:
-            break
-        # What fits the step before is only to be confirmed, if this one needs no more.
-        if number and (found := needs(kind, most)).fits:
-            steps[kind.__name__] = found
-            continue
-        most, tried = largest(lambda n, kind=kind: needs(kind, n), step=step, guess=most, limit=limit)
-        refused += [n for n, found in tried.items() if not found.fits]
-        steps = {name: needs(getattr(programs, name), most) for name in steps} if most else {}
-        if most:
-            steps[kind.__name__] = tried[most]
+    closing = (programs.compress_step,) if baselines.closes_turns(method) else ()
+    most, steps, refused = _fitting((*closing, programs.decode_step), needs, guess=guess, step=step, limit=limit)
 
     def entry(name: str, found: Need) -> dict[str, Any]:
         decodes = name == programs.decode_step.__name__
@@ -130,3 +116,28 @@ def most_sessions(
         "first_that_does_not_fit": min(refused),
         "steps": {name: entry(name, found) for name, found in steps.items()},
     }
+
+
+def _fitting(
+    kinds: Sequence[Callable], needs: Callable[[Callable, int], Need], *, guess: int, step: int, limit: int
+) -> tuple[int, dict[str, Need], list[int]]:
+    """The most sessions for which several steps fit.
+
+    Args:
+      kinds: the steps.
+      needs: what one of them needs for so many sessions.
+      guess, step, limit: as for `largest`.
+
+    Returns:
+      That number, 0 if there is none; what each step, by name, needs then; and the numbers that were found too large.
+    """
+    most, fits, refused = guess, [], []
+    for kind in kinds:
+        if not most:
+            break
+        # What fits the step before is only to be confirmed, if this one needs no more.
+        if not fits or not needs(kind, most).fits:
+            most, tried = largest(lambda n, kind=kind: needs(kind, n), step=step, guess=most, limit=limit)
+            refused += [n for n, found in tried.items() if not found.fits]
+        fits.append(kind)
+    return most, {kind.__name__: needs(kind, most) for kind in fits} if most else {}, refused
