@@ -76,9 +76,11 @@ LAID_OUT = {
     "ccm_concat, recent": dict(comp_tokens=2, sink=True, recent=1),
     "ccm_merge": dict(comp_tokens=2),
     "sentinel": {},
+    "sentinel, history": dict(history=True),
     "loma": dict(ratio=4, memory_tokens=2),
     "gist": dict(comp_tokens=2),
     "full": {},
+    "window": dict(size=9),
     "none": {},
 }
 

@@ -61,7 +61,7 @@ def reads_again(method: Method) -> bool:
     """Whether a turn is read once more, as context, to be closed: its chunks see less than its answers do."""
     if method.chunk or not method.remembers:
         return False
-    return Kind.QUERY not in method.compresses or not method.sees_memory_in_context
+    return method.tells_queries_apart
 
 
 class Conversation:

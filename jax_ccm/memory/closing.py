@@ -70,7 +70,7 @@ def policy(method: Method, closing: Closing | None, *, query: bool) -> tuple[Clo
             f"method {method.name!r} compresses chunks that saw no memory, and an answer sees it: it cannot be closed "
             "while it is made. Read it again as context and close that"
         )
-    return closing, query and Kind.QUERY in method.compresses
+    return closing, query and not method.tells_queries_apart
 
 
 def close_due(

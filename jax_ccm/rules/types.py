@@ -342,6 +342,15 @@ class Method:
         return not text and (memory or (replaced and self.sink <= 1))
 
     @property
+    def tells_queries_apart(self) -> bool:
+        """Whether text that was read as a query differs from the same text read as context, at once or to later text.
+
+        Where it does, a turn that was answered is read once more, as context, before it is closed.
+        """
+        apart = lambda kinds: (Kind.TEXT in kinds) != (Kind.QUERY in kinds)
+        return apart(self.gate) or any(apart(clause.query) or apart(clause.key) for clause in self.rule.sees)
+
+    @property
     def sees_memory_in_context(self) -> bool:
         """Whether context chunks see earlier memory; if not, only the tail does (independent chunks)."""
         return any(Kind.TEXT in c.query and Kind.MEMORY in c.key for c in self.rule.sees)

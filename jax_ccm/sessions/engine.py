@@ -205,10 +205,9 @@ class Engine:
         None if it cannot, and the exchange has to be read once more, as context.
         """
         method = self.experiment.method
-        alike = method.sees_memory_in_context and Kind.QUERY in method.compresses
         read, whole = np.concatenate([question, self.template.answer, answer]), np.concatenate(chunks)
         apart = len(chunks) > 1 and method.chunk is None and self.closing is None
-        if not alike or apart or not np.array_equal(read, whole[: len(read)]):
+        if method.tells_queries_apart or apart or not np.array_equal(read, whole[: len(read)]):
             return None
         return whole[len(read) :]
 

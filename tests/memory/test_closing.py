@@ -51,6 +51,7 @@ def talked(name):
     """Two sessions of different lengths, read in two goes and continued, with what a span's length says."""
     method = {
         "sentinel": SENTINEL,
+        "sentinel, history": build("sentinel", history=True),
         "concat": build("ccm_concat", comp_tokens=2),
         "compressive": build("compressive", ratio=2, recent=0),
     }[name]
@@ -65,7 +66,7 @@ def talked(name):
     return method, prompts, before, cache, np.asarray(tokens)
 
 
-@pytest.mark.parametrize("name", ["sentinel", "concat", "compressive"])
+@pytest.mark.parametrize("name", ["sentinel", "sentinel, history", "concat", "compressive"])
 def test_length(name):
     """The answer is that of one parallel forward over the same spans."""
     method, prompts, before, cache, tokens = talked(name)
