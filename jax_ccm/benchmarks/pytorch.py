@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from jax_ccm.benchmarks import peer as peers
 from jax_ccm.benchmarks import pytorch_ours, pytorch_peer, report
+from jax_ccm.benchmarks.sides import Side, started
 from jax_ccm.config import cli
 from jax_ccm.config.loading import base_source, build_method
 from jax_ccm.config.schema import Config, to_mapping
-from jax_ccm.errors import RunError, UserError
+from jax_ccm.errors import UserError
 from jax_ccm.methods import build
 from jax_ccm.records import output, paths
 from jax_ccm.records.paths import Folder
 from jax_ccm.rules.types import Method
 
 COMMAND = "jax_ccm.benchmarks.pytorch"
+REMEDY = "pip install 'jax_ccm[pytorch]', or give --peer a Python that has torch, transformers and peft"
 Kind = Literal["full", "memory"]
 
 
@@ -164,10 +164,10 @@ def _compared(
                                                 "target_modules": list(adapter.targets)},
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
-        start = lambda *command, **settings: stack.enter_context(_side([*command], shared | settings))
+        start = lambda *command, **settings: stack.enter_context(started([*command], shared | settings, REMEDY))
         sides = {
             "jax_ccm": start(sys.executable, "-m", pytorch_ours.__name__, **ours),
-            "pytorch": start(options.peer, "-P", pytorch_peer.__file__, **peer),
+            "pytorch": start(options.peer, "-P", peers.__file__, pytorch_peer.__file__, **peer),
         }
         found = _rounds(kind, sides, options)
     sides_found = {name: {"about": side.about, "steps": found[name]} for name, side in sides.items()}
@@ -183,47 +183,6 @@ def _compared(
             ratios[name] = other / own
     tokens = {"tokens": options.rows * options.tokens, "scored": int(made.weights.sum())}
     return tokens | {"sides": sides_found, "ours_to_pytorch": ratios, "load_average": round(os.getloadavg()[0], 2)}
-
-
-class Side:
-    """A process that runs steps when it is told to.
-
-    Attributes:
-      about: what it says of itself.
-      steps: names of its steps.
-    """
-
-    def __init__(self, process: subprocess.Popen, settings: Mapping[str, Any]):
-        self.process = process
-        ready = self.ask(json.dumps(settings))
-        if "error" in ready:
-            raise UserError(f"{ready['error']}; pip install 'jax_ccm[pytorch]', or give --peer a Python that has it")
-        self.about, self.steps = ready["about"], ready["steps"]
-
-    def ask(self, line: str) -> dict[str, Any]:
-        """The answer to a line."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            command = shlex.join(map(str, self.process.args))
-            raise RunError(f"{command} ended with {self.process.wait()}; what it printed is above")
-        return json.loads(answer)
-
-
-@contextlib.contextmanager
-def _side(command: list[str], settings: Mapping[str, Any]) -> Iterator[Side]:
-    try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    except OSError as e:
-        raise UserError(f"--peer {command[0]} cannot be started ({e.strerror}); give a Python that has torch") from e
-    with process:
-        try:
-            yield Side(process, settings)
-        finally:
-            process.kill()
 
 
 def _rounds(kind: Kind, sides: Mapping[str, Side], options: Options) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_ccm.benchmarks.pytorch_peer import serve
+from jax_ccm.benchmarks.peer import Step, serve
 from jax_ccm.benchmarks.steps import random_text
 from jax_ccm.memory.losses import mean_loss
 from jax_ccm.memory.steps import parallel_forward
@@ -50,7 +50,7 @@ def for_peer(made: Batch, method: Method) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in arrays.items()}
 
 
-def make(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], tuple[Any, Any]]]]:
+def make(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Step]]:
     """A step for each precision.
 
     Args:
@@ -83,7 +83,7 @@ class Given(nnx.Module):
         return self.embeddings
 
 
-def to_embeddings(model: Transformer, made: Batch, method: Method) -> Callable[[], tuple[Any, Any]]:
+def to_embeddings(model: Transformer, made: Batch, method: Method) -> Step:
     """Forward and backward to the embeddings of all tokens."""
     graphdef, weights = nnx.split(model)
 
@@ -97,7 +97,7 @@ def to_embeddings(model: Transformer, made: Batch, method: Method) -> Callable[[
     return _step(lambda: step(embeddings, weights, made))
 
 
-def to_adapter(model: Transformer, made: Batch, method: Method, comp: np.ndarray) -> Callable[[], tuple[Any, Any]]:
+def to_adapter(model: Transformer, made: Batch, method: Method, comp: np.ndarray) -> Step:
     """Forward and backward to the adapter, whose embeddings of compression tokens are given."""
     graphdef, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
     trained = nnx.to_pure_dict(trained)
@@ -111,11 +111,11 @@ def to_adapter(model: Transformer, made: Batch, method: Method, comp: np.ndarray
     return _step(lambda: step(trained, frozen, made))
 
 
-def _step(call: Callable[[], tuple[Any, Any]]) -> Callable[[], tuple[Any, Any]]:
-    def step() -> tuple[Any, Any]:
+def _step(call: Callable[[], tuple[Any, Any]]) -> Step:
+    def step() -> Callable[[], dict[str, float]]:
         loss, gradient = jax.block_until_ready(call())
-        leaves = jax.tree.leaves(gradient)
-        return loss, lambda: float(jnp.sqrt(sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in leaves)))
+        square = lambda: sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(gradient))
+        return lambda: {"loss": float(loss), "gradient": float(jnp.sqrt(square()))}
 
     return step
 

@@ -1,58 +1,19 @@
 """PyTorch's side of the comparison, as its users train: transformers, `sdpa`, PEFT's LoRA, eager and compiled.
 
-A script for an interpreter that has torch, which need not be the one of jax_ccm: it imports nothing of the library.
+For an interpreter that has torch, which need not be the one of jax_ccm (`peer.py` runs it): it imports nothing of the library.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import sys
-import time
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
-def serve(make: Callable[[Mapping[str, Any]], tuple[dict[str, Any], dict[str, Callable[[], tuple[Any, Any]]]]]) -> None:
-    """Runs steps when it is told to, so that processes take turns and never compute at the same time.
-
-    A line on standard input holds the settings, each further one the name of a step. Each is answered by a line: what
-    `make` says of itself and the names of its steps; then what a step took, or why it failed.
-
-    Args:
-      make: ``settings -> (about, {name: step})`` with ``step() -> (loss, norm)``; the norm of the gradient is a
-        function, which is called when time has been taken.
-    """
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever else is printed
-
-    def answer(**found: Any) -> None:
-        answers.write(json.dumps(found) + "\n")
-        answers.flush()
-
-    settings = json.loads(sys.stdin.readline())
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings["threads"]])
-    try:
-        about, steps = make(settings)
-    except ImportError as e:
-        return answer(error=f"{sys.executable} lacks {e.name}")
-    answer(about=about, steps=list(steps))
-    for line in sys.stdin:
-        try:
-            wall, cpu = time.perf_counter(), time.process_time()
-            loss, norm = steps[line.strip()]()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        except Exception as e:  # out of memory, no compiler: a result, too
-            traceback.print_exc()
-            answer(error=f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}")
-            continue
-        answer(wall=wall, cpu=cpu, loss=float(loss), gradient=float(norm()))
+# Runs, and gives a function that says what was found, which is called when time has been taken.
+Step = Callable[[], Callable[[], dict[str, float]]]
 
 
-def make(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], tuple[Any, Any]]]]:
+def make(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Step]]:
     """The steps ``"float32, eager"``, ``"bfloat16, compiled"`` and so on.
 
     Args:
@@ -87,7 +48,7 @@ def make(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Callabl
     return about, steps
 
 
-def _step(model: Any, base: Any, arrays: Mapping[str, Any]) -> Callable[[], tuple[Any, Any]]:
+def _step(model: Any, base: Any, arrays: Mapping[str, Any]) -> Step:
     """Forward and backward: to the adapter and its embeddings, or to the embeddings of all tokens."""
     import torch
 
@@ -104,7 +65,7 @@ def _step(model: Any, base: Any, arrays: Mapping[str, Any]) -> Callable[[], tupl
     else:
         trained = [embedded.requires_grad_(True)]
 
-    def step() -> tuple[Any, Any]:
+    def step() -> Callable[[], dict[str, float]]:
         for each in trained:
             each.grad = None
         inputs = embedded
@@ -114,10 +75,6 @@ def _step(model: Any, base: Any, arrays: Mapping[str, Any]) -> Callable[[], tupl
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()
         square = lambda: sum(float((each.grad.double() ** 2).sum()) for each in trained if each.grad is not None)
-        return loss.detach(), lambda: square() ** 0.5
+        return lambda: {"loss": float(loss.detach()), "gradient": square() ** 0.5}
 
     return step
-
-
-if __name__ == "__main__":
-    serve(make)

@@ -23,10 +23,10 @@ TINY = {"rows": 2, "tokens": 20, "chunk": 4, "steps": 1, "warm_up": 1, "threads"
 PEER = """
 import sys
 sys.path.insert(0, {folder!r})
-from pytorch_peer import serve
+from peer import serve
 def fail():
     raise MemoryError("no room")
-steps = {{"float32, eager": lambda: (1.5, lambda: 2.0), "float32, compiled": fail}}
+steps = {{"float32, eager": lambda: lambda: {{"loss": 1.5, "gradient": 2.0}}, "float32, compiled": fail}}
 serve(lambda settings: (dict(torch="none"), steps))
 """
 
@@ -81,7 +81,7 @@ def test_both_sides_take_turns_and_what_fails_is_said(tmp_path, monkeypatch, cap
         ({"steps": 0}, {}, "--steps is 0; it must be at least 1"),
         ({"tokens": 5}, {}, "--tokens is 5; a chunk that is closed and text behind it take 6"),
         ({}, {"name": "ccm_merge"}, "'ccm_merge' keeps no copies of keys and values"),
-        ({"peer": "no-such-python"}, {}, "--peer no-such-python cannot be started"),
+        ({"peer": "no-such-python"}, {}, "no-such-python cannot be started"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, method, message, tmp_path):
