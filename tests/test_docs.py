@@ -49,7 +49,7 @@ def commands(text: str) -> set[str]:
     """The lines that start a command of the library with a config, each with what goes on behind a backslash."""
     text = re.sub(r"\s*\\\n[ #]*", " ", text)
     lines = re.findall(r"^(?:[#>]? *|.*Command: )python -m (jax_ccm[.a-z]* .*)$", text, re.MULTILINE)
-    own = "train|evaluate|lm_eval|chat|serve|bench|verify|plan|benchmarks.pytorch"
+    own = "train|evaluate|lm_eval|chat|serve|bench|verify|plan|benchmarks.pytorch|benchmarks.serving"
     return {line.split("  #")[0] for line in lines if re.match(rf"jax_ccm\.({own}) (configs/|runs/|smollm2)", line)}
 
 

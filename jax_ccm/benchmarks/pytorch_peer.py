@@ -1,6 +1,7 @@
 """PyTorch's side of the comparison, as its users train: transformers, `sdpa`, PEFT's LoRA, eager and compiled.
 
-For an interpreter that has torch, which need not be the one of jax_ccm (`peer.py` runs it): it imports nothing of the library.
+For an interpreter that has torch, which need not be the one of jax_ccm (`peer.py` runs it): it imports nothing of the
+library.
 """
 
 from __future__ import annotations

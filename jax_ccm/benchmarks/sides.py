@@ -20,9 +20,9 @@ class Side:
       steps: names of its steps.
     """
 
-    def __init__(self, process: subprocess.Popen, settings: Mapping[str, Any], remedy: str):
+    def __init__(self, process: subprocess.Popen, command: list[str], settings: Mapping[str, Any], remedy: str):
         """Hands over the settings. Arguments and errors as `started`."""
-        self.process = process
+        self.process, self.command = process, command
         ready = self.ask(json.dumps(settings))
         if "error" in ready:
             raise UserError(f"{ready['error']}; {remedy}")
@@ -40,8 +40,7 @@ class Side:
             self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            command = shlex.join(map(str, self.process.args))
-            raise RunError(f"{command} ended with {self.process.wait()}; what it printed is above")
+            raise RunError(f"{shlex.join(self.command)} ended with {self.process.wait()}; what it printed is above")
         return json.loads(answer)
 
 
@@ -63,6 +62,6 @@ def started(command: list[str], settings: Mapping[str, Any], remedy: str) -> Ite
         raise UserError(f"{command[0]} cannot be started ({e.strerror}); {remedy}") from e
     with process:
         try:
-            yield Side(process, settings, remedy)
+            yield Side(process, command, settings, remedy)
         finally:
             process.kill()

@@ -11,7 +11,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import open_raw, raw_capacity
 from jax_ccm.memory.steps import compress, read
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.rules.types import Array, Chunk, Kind, MemoryCache, Method
+from jax_ccm.rules.types import Array, Chunk, MemoryCache, Method
 
 
 @dataclasses.dataclass(frozen=True)
