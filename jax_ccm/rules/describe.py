@@ -104,6 +104,8 @@ def label(method: dict[str, Any]) -> str:
         )
     if method.get("sink"):
         words.append("sink")
+    if recent := method.get("recent"):
+        words.append(f"newest {recent} chunk{'s' * (recent != 1)} as text")
     if closes and "TEXT sees MEMORY" not in method.get("sees", {}) and method.get("context") == "chunks":
         words.append("independent")
     if closes and "TEXT" in method.get("gate", ()):

@@ -160,15 +160,26 @@ class Adapter(Lora):
     def trained_on(self, method: Method) -> Adapter:
         """The adapter as a start for another method: said to be for that, with as many compression tokens.
 
-        Of more than that has the first are taken. Of fewer the last is taken again and again: what tells one from the
-        next at first is its position, and that it sees those before it.
+        Each begins as the one that was trained in its place: the first of its kind as the first, and so on; where there
+        are more of a kind, the last again and again, since what tells one from the next at first is its position, and
+        that it sees those before it. A kind that was not trained begins as the last that closes chunks.
 
         Raises:
           UserError: if the method has compression tokens, and the adapter none.
         """
         if not self.config.tokens:
             _check_tokens(self, method, self.source)
-        return dataclasses.replace(self._with_rows(method.num_embeddings), method=describe_method(method))
+        described = describe_method(method)
+        known, wanted = (_kinds(found) for found in (self.method or described, described))
+        there = {row: kind for row, kind in sorted(known.items()) if row < self.config.tokens}
+        closing = [row for row, kind in there.items() if kind != REPEATS] or [self.config.tokens - 1]
+        of_kind = lambda kind: [row for row, other in there.items() if other == kind] or closing[-1:]
+        taken, seen = np.zeros(method.num_embeddings, int), dict.fromkeys(wanted.values(), 0)
+        for row, kind in sorted(wanted.items()):
+            rows = of_kind(kind)
+            taken[row] = rows[min(seen[kind], len(rows) - 1)]
+            seen[kind] += 1
+        return dataclasses.replace(self._with_rows(taken), method=described)
 
     def onto(
         self,
@@ -249,12 +260,11 @@ class Adapter(Lora):
     def _for(self, method: Method) -> Adapter:
         """With only the rows that a method that it fits uses: the first; it may have been trained with more."""
         rows = method.num_embeddings
-        return self if self.method is None or self.config.tokens <= rows else self._with_rows(rows)
+        return self if self.method is None or self.config.tokens <= rows else self._with_rows(np.arange(rows))
 
-    def _with_rows(self, rows: int) -> Adapter:
-        """With the first ``rows`` of its compression tokens; where it has fewer, with the last once more for each."""
-        config = dataclasses.replace(self.config, tokens=rows)
-        taken = np.minimum(np.arange(rows), self.config.tokens - 1)
+    def _with_rows(self, taken: np.ndarray) -> Adapter:
+        """With some of its compression tokens, by their numbers, in this order."""
+        config = dataclasses.replace(self.config, tokens=len(taken))
         arrays = {path: self.arrays[path][taken] if path == COMP else self.arrays[path] for path in names(config)}
         return dataclasses.replace(self, config=config, arrays=arrays)
 
@@ -265,6 +275,16 @@ class Adapter(Lora):
             return self
         pad = lambda path, x: x if path == COMP else np.pad(x, ((0, more), (0, 0), (0, 0)))
         return dataclasses.replace(self, arrays={path: pad(path, x) for path, x in self.arrays.items()})
+
+
+REPEATS = "repeats"
+
+
+def _kinds(described: Mapping[str, Any]) -> dict[int, str]:
+    """What each row of the embeddings is for: the kind of its token, or that it asks for a repetition."""
+    repeat = described.get("repeat")
+    found = {repeat["embedding_index"]: REPEATS} if repeat else {}
+    return found | {token["embedding_index"]: token["kind"] for token in described.get("closes") or ()}
 
 
 def load_adapter(

@@ -156,6 +156,28 @@ def test_repetition_is_a_matter_of_training(tmp_path, trained, plain):
         load_adapter(path, MODEL, method=trained, base="tiny")
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "rows"),
+    [
+        ("ccm_concat", dict(comp_tokens=4, repeat=True), [0, 1, 1, 1, 2]),
+        ("ccm_merge", dict(comp_tokens=1, repeat=True), [0, 2]),
+        ("ccm_concat", dict(comp_tokens=4), [0, 1, 1, 1]),
+        ("sentinel", {}, [0, 1]),  # <CR> is of that kind, <CL> of none
+        ("loma", dict(ratio=2, memory_tokens=3), [0, 2]),
+    ],
+)
+def test_a_start_takes_each_token_by_its_kind(name, options, rows):
+    """Compression tokens begin as compression tokens, and what asks for a repetition as what asked for one."""
+    model = cases.model(tokens=3)
+    adapter = Adapter.of(model, method=build("ccm_concat", comp_tokens=2, repeat=True), base="tiny")
+    method = build(name, **options)
+    start = adapter.trained_on(method)
+    assert start.config.tokens == method.num_embeddings
+    start.check(method)
+    for path, x in start.arrays.items():
+        np.testing.assert_array_equal(x, adapter.arrays[path][rows] if path == adapters.COMP else adapter.arrays[path])
+
+
 def test_pooling_is_part_of_the_method(tmp_path):
     """A plain LoRA serves text that is pooled, but one that was trained on pooled text serves no other."""
     plain = cases.model()
