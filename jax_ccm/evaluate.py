@@ -79,49 +79,50 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     from jax_ccm.evals.systems import DEFAULT, ask, fingerprint, make_system, measure
     from jax_ccm.weights.identity import describe_base
 
-    config = experiment.config
+    config, model, method, said = experiment.config, experiment.model, experiment.method, experiment.config.eval
     evaluation = Evaluation.open(config.data, experiment.tokenizer, options.split)
     print(f"{options.split} data: {evaluation.report}")
-    choices = config.eval.by == "age" or (config.eval.by == "step" and evaluation.has_choices)
-    sizes = (config.eval.window, getattr(config.data, "chunk", 0), config.cache.memory_capacity)
-    budget = streaming.Budget(*sizes, experiment.method) if config.eval.by == "stream" else None
-    rest = dict(most=config.eval.max_examples, choices=choices, split=options.split)
-    questions, missing = ask(evaluation, experiment.method, config.eval.by, config.eval.steps, **rest)
-    store = Store(options.store) if options.store else None
-    base, adapter = describe_base(experiment.model, experiment.base_name), options.adapter or config.adapter.load
-    about = dict(base=base, adapter=adapter, full_adapter=options.full_adapter)
-    about |= dict(accept_quantised_base=config.adapter.accept_quantised_base, source=base_source(config))
-    measured, systems = {}, {}
-    tokenizer, template, ends = experiment.tokenizer, experiment.template, experiment.reply_ends
-    asking = Asking.of(config.data, tokenizer, template, ends, config.eval.reply_tokens)
-    work = dict(by=config.eval.by, most=config.eval.max_examples, choices=choices, asking=asking)
-    work |= dict(rows=config.eval.batch_size, store=store, log=report.say, budget=budget)
-    for name in [*(config.eval.methods or DEFAULT[config.eval.by]), *(["full_lora"] if options.full_adapter else [])]:
-        system = make_system(name, experiment.model, experiment.method, **about)
-        systems[name] = system.description
-        measured[name] = measure(system, evaluation, questions, **work)
-    itemsize = experiment.model.dtype.itemsize
-    slot_bytes = experiment.model_config.kv_bytes_per_slot(itemsize)
+    choices = said.by == "age" or (said.by == "step" and evaluation.has_choices)
+    questions, missing = ask(
+        evaluation, method, said.by, said.steps, most=said.max_examples, choices=choices, split=options.split
+    )
+    base, adapter = describe_base(model, experiment.base_name), options.adapter or config.adapter.load
+    names = [*(said.methods or DEFAULT[said.by]), *(["full_lora"] if options.full_adapter else [])]
+    systems = {
+        name: make_system(
+            name, model, method, base=base, source=base_source(config), adapter=adapter,
+            full_adapter=options.full_adapter, accept_quantised_base=config.adapter.accept_quantised_base,
+        )
+        for name in names
+    }  # fmt: skip
+    asking = Asking.of(config.data, experiment.tokenizer, experiment.template, experiment.reply_ends, said.reply_tokens)
+    sizes = (said.window, getattr(config.data, "chunk", 0), config.cache.memory_capacity)
+    budget = streaming.Budget(*sizes, method) if said.by == "stream" else None
+    measured = {
+        name: measure(
+            system, evaluation, questions, by=said.by, most=said.max_examples, choices=choices, asking=asking,
+            rows=said.batch_size, store=options.store and Store(options.store), log=report.say, budget=budget,
+        )
+        for name, system in systems.items()
+    }  # fmt: skip
     results = report.about(
-        to_mapping(config), command, base=base, memory=label(describe_method(experiment.method)), split=options.split,
-        adapter={"path": str(adapter), "fingerprint": fingerprint(experiment.model)} if adapter else None,
-        full_adapter=options.full_adapter, systems=systems,
+        to_mapping(config), command, base=base, memory=label(describe_method(method)), split=options.split,
+        adapter={"path": str(adapter), "fingerprint": fingerprint(model)} if adapter else None,
+        full_adapter=options.full_adapter, systems={name: system.description for name, system in systems.items()},
     )  # fmt: skip
     results["data"] |= {"report": str(evaluation.report), "steps_without_records": missing}
-    results["kv_bytes_per_slot"] = slot_bytes
+    results["kv_bytes_per_slot"] = slot_bytes = experiment.model_config.kv_bytes_per_slot(model.dtype.itemsize)
     # A longer stream holds the shorter one.
-    rows = perplexity.summarise(questions, measured, slot_bytes, pooled=budget is None)
-    results["steps"] = perplexity.to_json(rows)
-    if config.eval.by == "age" and (cells := recall.grid(questions, measured, slot_bytes)):
+    results["steps"] = perplexity.to_json(perplexity.summarise(questions, measured, slot_bytes, pooled=budget is None))
+    if said.by == "age" and (cells := recall.grid(questions, measured, slot_bytes)):
         results["recall"] = cells
     results["seconds"] = round(time.perf_counter() - start, 1)
     save_config(config, options.workdir / "config.yaml")
-    said = None if asking is None else perplexity.reply_lines(questions, measured, asking)
-    report.write(options.workdir, results, said)
+    report.write(options.workdir, results, asking and perplexity.reply_lines(questions, measured, asking))
     if adapter and experiment.loaded is not None:
         trained = config_beside(adapter)
-        recipe, said = (None, config.card) if trained is None else (chosen(trained), trained.card)
-        text = card.model_card(str(adapter), experiment.loaded, recipe=recipe, said=said, results=[results])
+        recipe, told = (None, config.card) if trained is None else (chosen(trained), trained.card)
+        text = card.model_card(str(adapter), experiment.loaded, recipe=recipe, said=told, results=[results])
         (options.workdir / card.FILE).write_text(text, encoding="utf-8")
     return results
 

@@ -31,7 +31,7 @@ from jax_ccm.data.questions import Choice
 from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
 from jax_ccm.evals.recurrent import behind_contexts, fit
-from jax_ccm.evals.scoring import Store
+from jax_ccm.evals.scoring import Store, once
 from jax_ccm.memory.closing import prefill
 from jax_ccm.memory.generation import Sampling, for_decoding, generate
 from jax_ccm.nn.transformer import Transformer
@@ -202,19 +202,19 @@ def answer(
     log = log or (lambda line: None)
     asked = [prompt(question.examples[question.answer]) for question in questions]
     what = f"replies of {asking.max_tokens} below {asking.vocabulary} until {asking.stops}"
-    path = None if store is None else store.path(identity, method, asked, what)
-    if store is not None and path is not None and (known := store.load(path, ("lengths", "tokens"))) is not None:
-        log(f"{name}: {len(asked):,} replies, made before ({path})")
-        made = np.split(known["tokens"], np.cumsum(known["lengths"])[:-1])
-    else:
+
+    def compute() -> dict[str, np.ndarray]:
         start = time.perf_counter()
         made = continued(
             model, method, asked, max_tokens=asking.max_tokens, stops=asking.stops, vocabulary=asking.vocabulary,
             rows=rows,
         )  # fmt: skip
         log(f"{name}: {len(made):,} replies, {sum(map(len, made)):,} tokens, {time.perf_counter() - start:.0f} s")
-        if store is not None and path is not None:
-            store.save(path, lengths=np.array([len(x) for x in made]), tokens=np.concatenate(made))
+        return {"lengths": np.array([len(x) for x in made]), "tokens": np.concatenate(made)}
+
+    about = f"{name}: {len(asked):,} replies, made"
+    known = once(store, identity, method, asked, ("lengths", "tokens"), compute, what=what, log=log, about=about)
+    made = np.split(known["tokens"], np.cumsum(known["lengths"])[:-1])
     found = []
     for question, tokens in zip(questions, made, strict=True):
         _, target = asking.texts(question.examples[question.answer])

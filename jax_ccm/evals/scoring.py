@@ -117,6 +117,42 @@ class Store:
         paths.write(path, content.getvalue())
 
 
+def once(
+    store: Store | None,
+    identity: str,
+    method: Method,
+    examples: Sequence[Example],
+    names: Sequence[str],
+    compute: Callable[[], dict[str, np.ndarray]],
+    *,
+    what: str = "",
+    log: Callable[[str], None],
+    about: str,
+) -> dict[str, np.ndarray]:
+    """What was computed for these examples before and stored, or is computed now.
+
+    Args:
+      store: where it is kept, or None.
+      identity, method, examples, what: which it is (`Store.path`).
+      names: of the arrays.
+      compute: gives them.
+      log: takes a line where they were stored.
+      about: how that line begins, such as "memory: 24 examples, scored".
+
+    Raises:
+      UserError: for a damaged file.
+    """
+    if store is None:
+        return compute()
+    path = store.path(identity, method, examples, what)
+    found = store.load(path, names)
+    if found is None:
+        store.save(path, **(found := compute()))
+    else:
+        log(f"{about} before ({path})")
+    return found
+
+
 def base_only(method: Method) -> Method:
     """The method with the adapter's LoRA switched off: a gate of zeros leaves the base model's layers bit for bit."""
     return dataclasses.replace(method, gate=())
@@ -204,18 +240,27 @@ def score(
     if not examples:
         return []
     warn_beyond(model.config, method, tokens=max(map(_text_tokens, examples)))
-    path = None if store is None else store.path(identity, method, examples)
-    if store is not None and path is not None and (known := store.load(path, ARRAYS)) is not None:
-        log(f"{name}: {len(examples):,} examples, scored before ({path})")
-        lengths, *arrays = (known[key] for key in ARRAYS)
-        pieces = [np.split(array, np.cumsum(lengths)[:-1]) for array in arrays]
-        return [Scores(*pair) for pair in zip(*pieces, strict=True)]
-    if method.recurrent_only or _shares(method, examples):
-        start = time.perf_counter()
-        scores = [Scores(*pair) for pair in score_recurrently(model, method, examples, rows=rows)]
-        log(f"{name}: {len(examples):,} examples, chunk by chunk, {time.perf_counter() - start:.0f} s")
-        _keep(store, path, scores)
-        return scores
+
+    def compute() -> dict[str, np.ndarray]:
+        if method.recurrent_only or _shares(method, examples):
+            start = time.perf_counter()
+            scores = [Scores(*pair) for pair in score_recurrently(model, method, examples, rows=rows)]
+            log(f"{name}: {len(examples):,} examples, chunk by chunk, {time.perf_counter() - start:.0f} s")
+        else:
+            scores = _in_parallel(model, method, examples, rows, lambda line: log(f"{name}: {line}"))
+        nll, hit = (np.concatenate([getattr(x, key) for x in scores]) for key in ("nll", "hit"))
+        return {"lengths": np.array([len(x.nll) for x in scores]), "nll": nll, "hit": hit}
+
+    about = f"{name}: {len(examples):,} examples, scored"
+    found = once(store, identity, method, examples, ARRAYS, compute, log=log, about=about)
+    nll, hit = (np.split(found[key], np.cumsum(found["lengths"])[:-1]) for key in ("nll", "hit"))
+    return [Scores(*pair) for pair in zip(nll, hit, strict=True)]
+
+
+def _in_parallel(
+    model: Transformer, method: Method, examples: Sequence[Example], rows: int, log: Callable[[str], None]
+) -> list[Scores]:
+    """`score` by the parallel forward, in a few shapes; while one batch is computed the next is laid out."""
     needs = [measure(method, example) for example in examples]
     lengths = np.array([need.tokens for need in needs])
     chosen = shapes(lengths, rows, SHAPE_COST.get(jax.default_backend(), SHAPE_COST_ELSEWHERE))
@@ -239,19 +284,10 @@ def score(
         _collect(found, *item)
     seconds = time.perf_counter() - start
     log(
-        f"{name}: {len(examples):,} examples, {lengths.sum():,} tokens in {len(chosen)} shapes "
+        f"{len(examples):,} examples, {lengths.sum():,} tokens in {len(chosen)} shapes "
         f"({lengths.sum() / computed:.0%} filled), {seconds:.0f} s, {lengths.sum() / seconds:,.0f} tokens/s"
     )
-    scores = [x for x in found if x is not None]
-    _keep(store, path, scores)
-    return scores
-
-
-def _keep(store: Store | None, path: Path | None, scores: Sequence[Scores]) -> None:
-    if store is None or path is None:
-        return
-    nll, hit = (np.concatenate([getattr(x, name) for x in scores]) for name in ("nll", "hit"))
-    store.save(path, lengths=np.array([len(x.nll) for x in scores]), nll=nll, hit=hit)
+    return [x for x in found if x is not None]
 
 
 def _shares(method: Method, examples: Sequence[Example]) -> bool:

@@ -21,7 +21,7 @@ from jax_ccm.data.questions import Evaluation
 from jax_ccm.errors import UserError
 from jax_ccm.evals import texts
 from jax_ccm.evals.perplexity import Measured, Stage, System
-from jax_ccm.evals.scoring import Scores, Store
+from jax_ccm.evals.scoring import Scores, Store, once
 from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.memory.steps import compress, read
 from jax_ccm.methods.baselines import RAW
@@ -130,11 +130,8 @@ def measure(
     """
     examples = [question.examples[0] for question in questions[-1].right]
     length, log = int(questions[-1].step), log or (lambda line: None)
-    path = None if store is None else store.path(system.identity, system.method, examples, f"{length} {budget}")
-    if store is not None and path is not None and (known := store.load(path, ("nll", "hit"))) is not None:
-        log(f"{system.name}: {len(examples):,} streams, scored before ({path})")
-        nll, hit = known["nll"], known["hit"]
-    else:
+
+    def compute() -> dict[str, np.ndarray]:
         start = time.perf_counter()
         warn_beyond(system.model.config, system.method, tokens=length, slots=budget.window + 1)
         nll, hit = (np.zeros((len(examples), length), dtype) for dtype in (np.float64, bool))
@@ -144,8 +141,13 @@ def measure(
                 nll[first + row], hit[first + row] = scores.nll, scores.hit
         seconds = time.perf_counter() - start
         log(f"{system.name}: {len(examples):,} streams of {length:,} tokens, {seconds:.0f} s")
-        if store is not None and path is not None:
-            store.save(path, nll=nll, hit=hit)
+        return {"nll": nll, "hit": hit}
+
+    found = once(
+        store, system.identity, system.method, examples, ("nll", "hit"), compute, what=f"{length} {budget}", log=log,
+        about=f"{system.name}: {len(examples):,} streams, scored",
+    )  # fmt: skip
+    nll, hit = found["nll"], found["hit"]
     return [
         Measured(
             [(Scores(nll[row, _unscored(example) : stage.step], hit[row, _unscored(example) : stage.step]),)

@@ -13,7 +13,7 @@ from jax_ccm.data.questions import Choice, Evaluation
 from jax_ccm.evals import perplexity
 from jax_ccm.evals.perplexity import Measured, Stage, System
 from jax_ccm.evals.recurrent import repeat_recurrently
-from jax_ccm.evals.scoring import Store, score
+from jax_ccm.evals.scoring import Store, once, score
 from jax_ccm.evals.slots import held_slots
 from jax_ccm.evals.statistics import Resamples, estimate, tree_to_json
 from jax_ccm.rules.examples import Example
@@ -116,19 +116,20 @@ def _generated(system: System, examples: Sequence[Example], rows: int, store, lo
     log = log or (lambda line: None)
     texts = [[s.tokens for s in closed(system.method, arrange(system.method, example))] for example in examples]
     what = f"{system.name}, repetition: {len(examples):,} texts"
-    path = None if store is None else store.path(system.identity, system.method, examples, "repetition, generated")
-    if store is not None and path is not None and (known := store.load(path, ("tokens",))) is not None:
-        log(f"{what}, generated before ({path})")
-        said = known["tokens"]
-    else:
+
+    def compute() -> dict[str, np.ndarray]:
         start = time.perf_counter()
         chunks = [
             chunk for row in repeat_recurrently(system.model, system.method, examples, rows=rows) for chunk in row
         ]
         said = np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
         log(f"{what}, generated chunk by chunk, {time.perf_counter() - start:.0f} s")
-        if store is not None and path is not None:
-            store.save(path, tokens=said)
+        return {"tokens": said}
+
+    said = once(
+        store, system.identity, system.method, examples, ("tokens",), compute, what="repetition, generated", log=log,
+        about=f"{what}, generated",
+    )["tokens"]  # fmt: skip
     found, begin = [], 0
     for row in texts:
         ends = begin + np.cumsum([0, *map(len, row)])
