@@ -59,12 +59,14 @@ class Options:
     """Tokens of what is asked, beside those of the template."""
     reply: int = 16
     """Tokens of an answer."""
-    least: int = 16
-    """Turns that are measured of each, at the least; and two rounds."""
+    least: int = 32
+    """Turns that are measured of each, at the least."""
     memory_gib: float = 16.0
     """Memory that the sessions of a cell may take; one that needs more is left out, and says so."""
     peer: str = ""
     """A Python that has llama-cpp-python, for a base that is a GGUF file; empty for none."""
+    peer_most_turns: int = 300
+    """Turns up to which the peer is measured: it reads all of them first, which takes it minutes."""
     threads: int = 2
     """Threads of the peer."""
 
@@ -125,7 +127,7 @@ def benchmark(config: Config, options: Options, *, command: str = "") -> dict[st
 
 
 def _check(options: Options) -> None:
-    for name in ("prompt", "reply", "least", "threads"):
+    for name in ("prompt", "reply", "least", "peer_most_turns", "threads"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
     for name in ("sessions", "turns"):
@@ -182,8 +184,8 @@ class Bench:
         shapes = jax.eval_shape(lambda: init_cache(experiment.model, experiment.method, 1, **sizes))
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
-    def run(self, baseline: Baseline, sessions: int, turns: int) -> dict[str, Any]:
-        """A turn of all sessions: ``seconds`` of the clock and of the processor, and to the first token of each."""
+    def run(self, baseline: Baseline, sessions: int, turns: int, *, asking: int | None = None) -> dict[str, Any]:
+        """A turn of all sessions, or of so many: seconds of the clock and of the processor, and to each first token."""
         talk = Conversations(self.within(baseline, turns), sessions)
         talk.engine.stops = ()  # all answers are of one length
         size = -(-self.turn // self.chunks)
@@ -192,7 +194,7 @@ class Bench:
         talk.state = State(cache, (ends,) * sessions, (turns * self.turn,) * sessions, (NOTHING,) * sessions)
         jax.block_until_ready(cache)
         how = Answering(max_tokens=self.options.reply)
-        asked = {row: self.text for row in range(sessions)}
+        asked = {row: self.text for row in range(sessions if asking is None else asking)}
         first: dict[int, float] = {}
         wall, cpu = time.perf_counter(), time.process_time()
         for replies in talk.replies(asked, dict.fromkeys(asked, how)):
@@ -212,8 +214,8 @@ def _peer(source: str, bench: Bench, options: Options) -> contextlib.AbstractCon
     if path.suffix != ".gguf":
         raise UserError(f"the base {source} is no GGUF file, which llama.cpp needs; leave --peer out")
     settings = {
-        "model": str(path), "turns": options.turns, "turn": bench.turn, "prompt": bench.read, "reply": options.reply,
-        "threads": options.threads,
+        "model": str(path), "turns": [turns for turns in options.turns if turns <= options.peer_most_turns],
+        "turn": bench.turn, "prompt": bench.read, "reply": options.reply, "threads": options.threads,
     }  # fmt: skip
     return started([options.peer, "-P", peers.__file__, llama_cpp_peer.__file__], settings, REMEDY)
 
@@ -222,6 +224,7 @@ def _cell(bench: Bench, ways: list[Baseline], side: Side | None, sessions: int, 
     """All that keep so many sessions behind so many turns, taking turns."""
     options = bench.options
     budget, systems = options.memory_gib * 2**30, {}
+    warm_up: dict[str, Any] = {}
     running: dict[str, Any] = {}
     for baseline in ways:
         each = bench.bytes_of(baseline, turns)
@@ -229,18 +232,19 @@ def _cell(bench: Bench, ways: list[Baseline], side: Side | None, sessions: int, 
         needed = 2 * each * sessions
         systems[baseline.name] = {"bytes": each} | ({"needs_bytes": needed} if needed > budget else {})
         if needed <= budget:
+            # One that asks compiles what all need.
+            warm_up[baseline.name] = lambda baseline=baseline: bench.run(baseline, sessions, turns, asking=1)
             running[baseline.name] = lambda baseline=baseline: bench.run(baseline, sessions, turns)
-    if side is not None:
+    if side is not None and turns <= options.peer_most_turns:
         # A single session stays where it is.
-        running[PEER] = lambda: _asked(side, f"{turns}{', carried' * (sessions > 1)}")
-    rounds = max(math.ceil(options.least / sessions), 2)
+        warm_up[PEER] = running[PEER] = lambda: _asked(side, f"{turns}{', carried' * (sessions > 1)}")
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
-    for number in range(rounds + 1):  # the first is for compilation
-        for name in list(running):
-            found = running[name]()
+    for number in range(math.ceil(options.least / sessions) + 1):
+        for name in list(samples):
+            found = (running if number else warm_up)[name]()
             if "error" in found:
                 systems[name] = {"error": found["error"]}
-                del running[name], samples[name]
+                del samples[name]
             elif number:
                 samples[name].append(found)
     for name, found in samples.items():
@@ -321,7 +325,7 @@ def figure_of(results: Mapping[str, Any]) -> Any:
     for axes, count in zip(panels, counts, strict=True):
         cells = [cell for cell in results["cells"] if cell["sessions"] == count]
         for name in results["baselines"]:
-            rates = [(cell["turns"], cell["systems"][name].get("turns_per_second")) for cell in cells]
+            rates = [(cell["turns"], cell["systems"].get(name, {}).get("turns_per_second")) for cell in cells]
             measured = [(turns, rate) for turns, rate in rates if rate]
             axes.plot(
                 [turns for turns, _ in measured],

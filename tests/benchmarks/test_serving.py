@@ -18,7 +18,7 @@ from tests.test_chat import experiment
 
 pytestmark = pytest.mark.once
 
-TINY = {"sessions": (1, 2), "turns": (1, 3), "prompt": 2, "reply": 3, "least": 1}
+TINY = {"sessions": (1, 2), "turns": (1, 3), "prompt": 2, "reply": 3, "least": 3}
 # A peer without llama.cpp: what its steps take is made up, and one of them fails.
 PEER = """
 import sys
@@ -92,6 +92,7 @@ def test_cells_are_measured_beside_a_peer_and_what_does_not_fit_is_said(peer, tm
     cells = {(cell["sessions"], cell["turns"]): cell["systems"] for cell in results["cells"]}
     assert list(cells) == [(1, 1), (2, 1), (1, 3), (2, 3)]
     assert all(cells[2, 1][name]["rounds"] == 2 for name in ("full", "concat", "concat, evicting", "merge"))
+    assert all(cells[1, 3][name]["rounds"] == 3 for name in ("full", "merge"))
     assert cells[2, 3]["full"] == {"bytes": bench.bytes_of(full, 3), "needs_bytes": 4 * bench.bytes_of(full, 3)}
     assert cells[2, 3]["merge"]["bytes"] == cells[2, 1]["merge"]["bytes"]
     # One session after the other: twice as many are not faster.
