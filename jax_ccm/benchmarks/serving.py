@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -108,7 +108,7 @@ def benchmark(config: Config, options: Options, *, command: str = "") -> dict[st
             f"{report.machine(experiment.mesh)}",
             "config": to_mapping(experiment.config),
             "options": dataclasses.asdict(options),
-            "how": "medians; baselines take turns, a round after the other; seconds are wall time",
+            "how": "medians; what has room at once takes turns, a round after the other; seconds are wall time",
             "baselines": {baseline.name: baseline.note for baseline in ways},
             "tokens": {"read": bench.read, "made": options.reply, "turn": bench.turn},
             "processor": report.processor(),
@@ -184,17 +184,27 @@ class Bench:
         shapes = jax.eval_shape(lambda: init_cache(experiment.model, experiment.method, 1, **sizes))
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
-    def run(self, baseline: Baseline, sessions: int, turns: int, *, asking: int | None = None) -> dict[str, Any]:
-        """A turn of all sessions, or of so many: seconds of the clock and of the processor, and to each first token."""
-        talk = Conversations(self.within(baseline, turns), sessions)
-        talk.engine.stops = ()  # all answers are of one length
-        size = -(-self.turn // self.chunks)
-        cache = fill(talk.state.cache, baseline.method, turns=turns * self.chunks, turn=size)
-        ends = tuple((n * self.chunks, (n + 1) * self.chunks) for n in range(turns))
-        talk.state = State(cache, (ends,) * sessions, (turns * self.turn,) * sessions, (NOTHING,) * sessions)
+
+class Live:
+    """Sessions of a baseline, set back to the same number of turns before each turn that is run."""
+
+    def __init__(self, bench: Bench, baseline: Baseline, sessions: int, turns: int):
+        """Makes them, and compiles what they need by a turn of one of them."""
+        self.bench, self.baseline, self.turns = bench, baseline, turns
+        self.talk = Conversations(bench.within(baseline, turns), sessions)
+        self.talk.engine.stops = ()  # all answers are of one length
+        self.run(1)
+
+    def run(self, asking: int | None = None) -> dict[str, Any]:
+        """A turn of all, or of so many: seconds of the clock and of the processor, and to the first token of each."""
+        talk, bench, turns = self.talk, self.bench, self.turns
+        count, size = talk.engine.rows, -(-bench.turn // bench.chunks)
+        cache = fill(talk.state.cache, self.baseline.method, turns=turns * bench.chunks, turn=size)
+        ends = tuple((n * bench.chunks, (n + 1) * bench.chunks) for n in range(turns))
+        talk.state = State(cache, (ends,) * count, (turns * bench.turn,) * count, (NOTHING,) * count)
         jax.block_until_ready(cache)
-        how = Answering(max_tokens=self.options.reply)
-        asked = {row: self.text for row in range(sessions if asking is None else asking)}
+        how = Answering(max_tokens=bench.options.reply)
+        asked = {row: bench.text for row in range(count if asking is None else asking)}
         first: dict[int, float] = {}
         wall, cpu = time.perf_counter(), time.process_time()
         for replies in talk.replies(asked, dict.fromkeys(asked, how)):
@@ -204,7 +214,7 @@ class Bench:
                     first.setdefault(row, now)
         jax.block_until_ready(talk.state.cache)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        assert all(reply.tokens == self.options.reply for reply in replies.values())
+        assert all(reply.tokens == bench.options.reply for reply in replies.values())
         return {"seconds": wall, "cpu_seconds": cpu, "first": list(first.values())}
 
 
@@ -221,35 +231,38 @@ def _peer(source: str, bench: Bench, options: Options) -> contextlib.AbstractCon
 
 
 def _cell(bench: Bench, ways: list[Baseline], side: Side | None, sessions: int, turns: int) -> dict[str, Any]:
-    """All that keep so many sessions behind so many turns, taking turns."""
-    options = bench.options
-    budget, systems = options.memory_gib * 2**30, {}
-    warm_up: dict[str, Any] = {}
-    running: dict[str, Any] = {}
+    """All that keep so many sessions behind so many turns; they take turns where there is room for all at once."""
+    options, systems = bench.options, dict[str, Any]()
+    budget, needed = options.memory_gib * 2**30, dict[str, float]()
     for baseline in ways:
         each = bench.bytes_of(baseline, turns)
         # What they have come to, and where turns are worked on.
-        needed = 2 * each * sessions
-        systems[baseline.name] = {"bytes": each} | ({"needs_bytes": needed} if needed > budget else {})
-        if needed <= budget:
-            # One that asks compiles what all need.
-            warm_up[baseline.name] = lambda baseline=baseline: bench.run(baseline, sessions, turns, asking=1)
-            running[baseline.name] = lambda baseline=baseline: bench.run(baseline, sessions, turns)
+        needed[baseline.name] = 2 * each * sessions
+        systems[baseline.name] = {"bytes": each}
+        if needed[baseline.name] > budget:
+            systems[baseline.name]["needs_bytes"] = needed.pop(baseline.name)
+    fitting = [baseline for baseline in ways if baseline.name in needed]
+    together = [fitting] if sum(needed.values()) <= budget else [[baseline] for baseline in fitting]
+    samples = {baseline.name: [] for baseline in fitting}
     if side is not None and turns <= options.peer_most_turns:
-        # A single session stays where it is.
-        warm_up[PEER] = running[PEER] = lambda: _asked(side, f"{turns}{', carried' * (sessions > 1)}")
-    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
-    for number in range(math.ceil(options.least / sessions) + 1):
-        for name in list(samples):
-            found = (running if number else warm_up)[name]()
-            if "error" in found:
-                systems[name] = {"error": found["error"]}
-                del samples[name]
-            elif number:
-                samples[name].append(found)
+        samples[PEER] = []
+    for group in together:
+        live = {baseline.name: Live(bench, baseline, sessions, turns) for baseline in group}
+        steps: dict[str, Callable[[], dict[str, Any]]] = {name: each.run for name, each in live.items()}
+        if side is not None and PEER in samples and group is together[0]:
+            # A single session stays where it is. The first turn comes behind all that is read before it.
+            steps[PEER] = lambda side=side: _asked(side, f"{turns}{', carried' * (sessions > 1)}")
+            steps[PEER]()
+        for _ in range(math.ceil(options.least / sessions)):
+            for name, step in steps.items():
+                samples[name].append(step())
     for name, found in samples.items():
-        systems[name] = systems.get(name, {}) | _summary(found, 1 if name == PEER else sessions)
-    if PEER in samples:
+        errors = [sample["error"] for sample in found if "error" in sample]
+        if errors:
+            systems[name] = {"error": errors[0]}
+        else:
+            systems[name] = systems.get(name, {}) | _summary(found, 1 if name == PEER else sessions)
+    if "rounds" in systems.get(PEER, {}):
         cell = systems[PEER] | {"bytes": samples[PEER][-1]["bytes"]}
         held = cell["bytes"] * sessions
         systems[PEER] = {"bytes": cell["bytes"], "needs_bytes": held} if held > budget else cell

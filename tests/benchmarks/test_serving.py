@@ -65,7 +65,10 @@ def test_sessions_are_where_their_turns_leave_them(unit, tmp_path, monkeypatch):
     names = [baseline.name for baseline in ways]
     assert names == ["full", "window", "concat", "concat, evicting", "merge"]
     for baseline in ways:
-        found = bench.run(baseline, 2, 4)
+        live = serving.Live(bench, baseline, 2, 4)
+        live.run()  # behind another turn it is the same
+        talks.clear()
+        found = live.run()
         assert len(found["first"]) == 2 and 0 < max(found["first"]) < found["seconds"]
         talk, before, tokens = talks.pop()
         room = talk.state.cache.memory_capacity
