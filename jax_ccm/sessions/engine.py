@@ -71,7 +71,7 @@ class Engine:
       template: what turns are put together with.
       closing: where text is compressed while it is read and made; None for turn by turn.
       nobody: a cache of one empty session.
-      decoder: the form of the model that makes tokens.
+      decoder: the form of the model that reads and makes tokens.
       stops: ids of tokens that end an answer.
     """
 

@@ -25,7 +25,7 @@ from jax_ccm.rules.types import MemoryCache
 from jax_ccm.sessions.engine import Answering, Engine
 
 # Text is read in pieces padded to one of these sizes, each a program: what is made in other rows waits for one piece.
-PIECES = (32, 64, 128)
+PIECES = (8, 32, 64, 128)
 # Most tokens that are made at a time: an interrupt waits for so many.
 AT_A_TIME = 8
 
@@ -124,7 +124,7 @@ class Scratch:
         if keep:
             chunk = dataclasses.replace(chunk, kept=chunk.valid)
         method = experiment.method
-        self._run(_read, np.int32(row), experiment.model, chunk, method=method, query=query, closing=closing)
+        self._run(_read, np.int32(row), self.engine.decoder, chunk, method=method, query=query, closing=closing)
 
     def close(self, row: int) -> None:
         """Makes the open text of a row memory."""
