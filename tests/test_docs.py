@@ -304,6 +304,25 @@ def test_the_table_of_who_sees_what_is_made_of_the_numbers():
     ]
 
 
+def test_the_table_of_kinds_is_made_of_the_numbers():
+    """Of four evaluations, which no command puts beside each other."""
+    folder, page = ROOT / "results" / "recipe", (ROOT / "docs" / "results.md").read_text()
+    cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
+
+    def measured(name: str, system: str) -> list[str]:
+        cell = json.loads((folder / name / "results.json").read_text())["steps"][-1]["systems"][system]
+        table = map(cells, rows((folder / name / "table.md").read_text()))
+        share = next(row[10] for row in table if row[0] == "all") if system == "memory" else "100 %"
+        perplexities = f"{cell['perplexity']['value']:.2f} ({cell['wrong']['perplexity']['value']:.2f})"
+        return [perplexities, f"{72 * cell['accuracy']['mean']['value']:.0f}", share]
+
+    runs = {"ships": ("training_kinds/ships", "among_slots/all_slots"), "eight": ("training_kinds/ratio", "chat_ratio")}
+    expected = [[*measured(runs["ships"][0], "full"), *measured(runs["ships"][1], "full")]]
+    expected += [[*measured(trained, "memory"), *measured(other, "memory")] for trained, other in runs.values()]
+    shown = re.search(r"\| \| training kinds: .*\n\|.*\n((?:\|.*\n)+)", page)[1]
+    assert [cells(line)[1:] for line in shown.splitlines()] == expected
+
+
 def test_pages_show_the_tables():
     shown = [
         (page, name, table)
