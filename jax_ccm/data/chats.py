@@ -68,6 +68,8 @@ class Making:
         learns to have everything answered from it, what the user says just now included.
       varied: share of the facts that are of the several hundred kinds of `jax_ccm.data.varied` instead of the few dozen
         that all conversations share. Validation has sentences of its own for them.
+      wide: share of the conversations, in training, whose varied facts are told and asked for in several times as many
+        wordings, and of more kinds, some of which are any words in any order.
     """
 
     turns: tuple[int, ...]
@@ -77,6 +79,7 @@ class Making:
     quoted: float = 0.0
     reactions: float = 0.0
     varied: float = 0.0
+    wide: float = 0.0
 
     @property
     def fewest(self) -> int:
@@ -93,7 +96,8 @@ class _Chat(Talk):
         own = wordlist("chats")[self.templates]
         self.questions, self.sayings, self.small_talk, self.short = (own[k] for k in ("ask", "say", "chat", "short"))
         self.rambling, self.quotes, self.echoes = (own[k] for k in ("ramble", "quote", "echo"))
-        self.varied = varied.kinds(split) if making.varied else {}
+        self.wide = self.chance(making.wide)
+        self.varied = varied.kinds(split, self.wide) if making.varied else {}
         self.kept_for_last: dict[int, Fact] = {}
         self.scored: list[int] = []
         # How many facts must still be told for last questions.
@@ -109,7 +113,9 @@ class _Chat(Talk):
     def wrapped(self, question: str) -> str:
         if not self.chance(self.making.varied / 2):
             return question
-        return self.pick(varied.wrappers(self.split)).format(q=question, p=question[0].lower() + question[1:])
+        return self.pick(varied.wrappers(self.split, self.wide)).format(
+            q=question, p=question[0].lower() + question[1:]
+        )
 
     def new_fact(self, speaker: int) -> Fact:
         """A fact of a kind that was not told; of varied ones, half are easily taken for another that was."""
@@ -133,6 +139,8 @@ class _Chat(Talk):
     def value(self, name: str) -> str:
         if name == "invented":
             return self.invented()
+        if name == "phrase":
+            return " ".join(self.word() for _ in range(2 + int(self.rng.random() * 4)))
         if name in WORDS and self.rng.random() < self.making.arbitrary:
             text = self.word() if self.rng.random() < 0.7 else self.invented().lower()
             return WORDS[name].format(text.capitalize() if name in PROPER else text)

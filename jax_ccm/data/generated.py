@@ -58,7 +58,7 @@ class Given:
 
 
 # Of `chats.Making`, in its order.
-SHARES = ("arbitrary", "wordy", "quoted", "reactions", "varied")
+SHARES = ("arbitrary", "wordy", "quoted", "reactions", "varied", "wide")
 # The default of an option that limits nothing.
 ANY = "any"
 

@@ -8,6 +8,7 @@ settings are chosen by what was never trained on.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_ccm.data.conversations import split_of, wordlist
@@ -26,33 +27,46 @@ class _Keep(dict[str, str]):
 
 
 @functools.cache
-def kinds(split: str) -> dict[str, dict[str, Any]]:
+def kinds(split: str, wide: bool = False) -> dict[str, dict[str, Any]]:
     """The kinds of facts of a split.
 
     Args:
       split: "train", "validation" or "test".
+      wide: whether training has many more sentences for each, and families of its own. The other splits stay as they
+        are: what a memory is chosen and reported by does not grow with what it is trained on.
 
     Returns:
       By name: ``value`` and ``slots``, names of entities, and lists of sentences: ``say``, ``wh``, ``ask``, ``react``
       and ``change``, with the fields of ``slots`` and ``v`` for the value; ``member`` is what it is told of.
     """
+    wide = wide and split == "train"
     made = {}
     for name, family in wordlist("varied").items():
         if name == "wrappers":
             continue
+        more = wordlist("wide")["wordings"][name] if wide else {}
+        parts = {part: [*texts, *more.get(part, ())] for part, texts in family[split].items()}
         for number, (member, entry) in enumerate(family["of"].items()):
-            if split_of(number) != split:
-                continue
-            own = {MEMBER: member, PAST: member} | {k: text for k, text in entry.items() if k != "value"}
-            # What a member brings (a question of its own) has fields, too.
-            fill = lambda text, own=own: text.format_map(_Keep(own)).format_map(_Keep(own))
-            sentences = {part: [fill(text) for text in texts] for part, texts in family[split].items()}
-            made[f"{name}: {member}"] = {
-                "value": entry["value"], "slots": family["slots"], "member": member, **sentences,
-            }  # fmt: skip
+            if split_of(number) == split:
+                made[f"{name}: {member}"] = _kind(member, entry, family["slots"], parts)
+    if wide:
+        for name, family in wordlist("wide")["families"].items():
+            for member, value in family["of"].items():
+                made[f"{name}: {member}"] = _kind(member, {"value": value}, family["slots"], family[split])
     return made
 
 
-def wrappers(split: str) -> tuple[str, ...]:
+def _kind(
+    member: str, entry: Mapping[str, str], slots: Mapping[str, str], parts: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    own = {MEMBER: member, PAST: member} | {k: text for k, text in entry.items() if k != "value"}
+    # What a member brings (a question of its own) has fields, too.
+    fill = lambda text: text.format_map(_Keep(own)).format_map(_Keep(own))
+    sentences = {part: [fill(text) for text in texts] for part, texts in parts.items()}
+    return {"value": entry["value"], "slots": slots, "member": member, **sentences}
+
+
+def wrappers(split: str, wide: bool = False) -> tuple[str, ...]:
     """What questions are put into: ``q`` is the question, ``p`` the same with a small first letter."""
-    return tuple(wordlist("varied")["wrappers"][split])
+    more = wordlist("wide")["wrappers"] if wide and split == "train" else ()
+    return (*wordlist("varied")["wrappers"][split], *more)

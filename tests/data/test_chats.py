@@ -28,9 +28,15 @@ def test_every_kind_of_fact_has_questions_in_words_of_its_split():
     assert not {str(pair) for pair in own["train"]["chat"]} & {str(pair) for pair in own["test"]["chat"]}
 
 
-def test_varied_kinds_of_facts_are_of_one_split():
+@pytest.mark.parametrize("wide", [False, True])
+def test_varied_kinds_of_facts_are_of_one_split(wide):
     """Neither what it is told of nor a sentence of validation or test stands in training."""
-    kinds = {split: varied.kinds(split) for split in ("train", "validation", "test")}
+    kinds = {split: varied.kinds(split, wide) for split in ("train", "validation", "test")}
+    sentences = {
+        split: {text for kind in found.values() for part in ("say", "ask", "wh") for text in kind[part]}
+        for split, found in kinds.items()
+    }
+    assert not sentences["train"] & (sentences["validation"] | sentences["test"])
     assert len(kinds["train"]) > 250 and all(len(found) > 30 for found in kinds.values())
     for split, found in kinds.items():
         for kind, entry in found.items():
@@ -41,17 +47,22 @@ def test_varied_kinds_of_facts_are_of_one_split():
                     assert fields <= own and (part not in ("say", "change") or "v" in fields), (kind, text)
         for other in kinds.keys() - {split}:
             assert not found.keys() & kinds[other].keys()
+    assert all(varied.kinds(split, wide) == varied.kinds(split) for split in ("validation", "test"))
+    if wide:
+        assert len(kinds["train"]) > 350 and len(sentences["train"]) > 3 * len(
+            {text for kind in varied.kinds("train").values() for part in ("say", "ask", "wh") for text in kind[part]}
+        )
     for family in conversations.wordlist("varied").values():
         for part in ("say", "ask") if "say" in family["train"] else ():
             splits = [set(family[split][part]) for split in kinds]
             assert not splits[0] & splits[1] and not splits[0] & splits[2] and not splits[1] & splits[2]
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_varied_facts_are_asked_for_once_they_are_told_and_have_one_answer(split):
+@pytest.mark.parametrize("split, wide", [("train", 0.0), ("train", 1.0), ("validation", 0.0), ("test", 0.0)])
+def test_varied_facts_are_asked_for_once_they_are_told_and_have_one_answer(split, wide):
     found = set()
     for index in range(60):
-        making = Making(tuple(range(12, 50)), arbitrary=0.3, quoted=0.1, varied=1.0)
+        making = Making(tuple(range(12, 50)), arbitrary=0.3, quoted=0.1, varied=1.0, wide=wide)
         made, fact, _ = chats._hold(split, 0, index, making)
         assert fact.slots["v"].lower() in made.turns[-1].lower() and "{" not in " ".join(made.turns)
         assert fact.slots["v"].lower() in made.turns[fact.told].lower()
@@ -60,7 +71,7 @@ def test_varied_facts_are_asked_for_once_they_are_told_and_have_one_answer(split
         found |= {other.kind for other in made.facts}
     assert len(found & varied.kinds(split).keys()) > 30
     for index in range(40):
-        record = chats.question(split, 1, index, Making((14,), (3,), varied=1.0))
+        record = chats.question(split, 1, index, Making((14,), (3,), varied=1.0, wide=wide))
         assert record["target"] in record["choices"] and len(set(record["choices"])) == conversations.CHOICES
     # So many facts that kinds run out.
     assert len(chats.chat("validation", 0, 1, Making((200,), varied=1.0))["turns"]) == 200
