@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from docs.make import pictures, reference
-from jax_ccm.benchmarks import pytorch
+from jax_ccm.benchmarks import pytorch, serving
 from jax_ccm.benchmarks import report as speed
 from jax_ccm.config import cli
 from jax_ccm.config.schema import save_config
@@ -41,6 +41,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
 RESULTS = sorted((ROOT / "results").rglob("table.md"))
 BENCHES = sorted((ROOT / "results").rglob("bench.json"))
+SERVED = sorted((ROOT / "results" / "serving").rglob("serving.json"))
 BESIDE_PYTORCH = sorted((ROOT / "results" / "pytorch").rglob("*.json"))
 COMPILED = sorted((ROOT / "results" / "kernels").glob("*.json"))
 
@@ -247,6 +248,11 @@ def test_tables_beside_pytorch_are_made_of_the_numbers(path):
             cell["loss"] for side in compared["sides"].values() for cell in side["steps"].values() if "loss" in cell
         ]
         assert max(losses) - min(losses) < 0.003 * min(losses)
+
+
+@pytest.mark.parametrize("path", SERVED, ids=lambda path: path.parent.name)
+def test_tables_of_sessions_are_made_of_the_numbers(path):
+    assert path.with_suffix(".md").read_text() == serving.table(json.loads(path.read_text()))
 
 
 def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
