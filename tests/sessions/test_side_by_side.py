@@ -205,3 +205,21 @@ def test_a_long_text_keeps_nobody_waiting(monkeypatch):
         going.step(8)
         assert len(going.running[0].made) == before + 1 and len(pieces) == count
     assert pieces == [1, 2, 1, 2] and not going.running[1].wants
+
+
+def test_many_that_read_wait_less_for_tokens_of_others(monkeypatch):
+    """A piece of a quarter of them is read between two tokens, and each is answered as it is alone."""
+    made = experiment("ccm_concat", comp_tokens=2)
+    talk, alone, events = Conversations(made, 12), Conversations(made, 12), []
+    for name in ("read", "close", "make"):
+
+        def noted(self, *given, name=name, act=getattr(Scratch, name), **how):
+            if self is talk.scratch:
+                events.append(name)
+            return act(self, *given, **how)
+
+        monkeypatch.setattr(Scratch, name, noted)
+    said = {number: f"session {number}" for number in range(12)}
+    assert talk.say(said, max_tokens=5) == alone.say(dict(list(said.items())[::-1]), max_tokens=5)
+    between = [len(part.split()) for part in " ".join(events).split("make")]
+    assert max(between[1:-1]) == 3, between  # before the first token and behind the last one nobody waits
