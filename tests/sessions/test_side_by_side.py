@@ -207,19 +207,27 @@ def test_a_long_text_keeps_nobody_waiting(monkeypatch):
     assert pieces == [1, 2, 1, 2] and not going.running[1].wants
 
 
-def test_many_that_read_wait_less_for_tokens_of_others(monkeypatch):
-    """A piece of a quarter of them is read between two tokens, and each is answered as it is alone."""
+def test_many_that_read_wait_less_for_the_tokens_of_others(monkeypatch):
+    """Between two tokens a piece of a quarter of them is read; each is answered as it is alone."""
     made = experiment("ccm_concat", comp_tokens=2)
-    talk, alone, events = Conversations(made, 12), Conversations(made, 12), []
-    for name in ("read", "close", "make"):
-
-        def noted(self, *given, name=name, act=getattr(Scratch, name), **how):
-            if self is talk.scratch:
-                events.append(name)
-            return act(self, *given, **how)
-
-        monkeypatch.setattr(Scratch, name, noted)
-    said = {number: f"session {number}" for number in range(12)}
-    assert talk.say(said, max_tokens=5) == alone.say(dict(list(said.items())[::-1]), max_tokens=5)
-    between = [len(part.split()) for part in " ".join(events).split("make")]
-    assert max(between[1:-1]) == 3, between  # before the first token and behind the last one nobody waits
+    talk, alone = Conversations(made, 13), Conversations(made, 13)
+    read, pieces = Scratch.read, []
+    monkeypatch.setattr(Scratch, "read", lambda self, number, *given, **how: (pieces.append(number), read(
+        self, number, *given, **how)) and None)  # fmt: skip
+    going = Turns(talk.scratch)
+    going.join(talk.turn(0, "hi", Answering(9, Sampling(1.0), seed=5)))
+    while not going.running[0].wants:
+        going.step()
+    said = {number: f"a text of some pieces, such as these of {number}" for number in range(1, 13)}
+    for number, text in said.items():
+        going.join(talk.turn(number, text, Answering(2)))
+    pieces.clear()
+    for count in range(1, 5):
+        before = len(going.running[0].made)
+        going.step(8)
+        assert len(going.running[0].made) == before + 1 and len(pieces) == 3 * count
+    assert pieces == list(said)
+    while not going.over:
+        going.step()
+    found = {number: going.running[number].reply.text for number in said}
+    assert found == {number: alone.say({number: text}, max_tokens=2)[number] for number, text in said.items()}
