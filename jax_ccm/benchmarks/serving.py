@@ -313,7 +313,7 @@ def table(results: Mapping[str, Any]) -> str:
     lines += [
         f"- a turn: {tokens['read']} tokens are read, {tokens['made']} made, and {tokens['turn']} become memory; all "
         f"sessions ask at the same moment; {PEER}: a single session stays where it is, of several each is loaded "
-        "before its turn and saved behind it",
+        "before its turn and saved behind it, and its first token does not count the wait for those before it",
         f"- a cell may take {options['memory_gib']:g} GiB: what the sessions have come to, and as much again where "
         "turns are worked on",
         f"- {results['title']}, {results['processor']}; {results['how']}",
