@@ -316,6 +316,8 @@ class Turns:
         running = list(self.running.values())  # the collector may end a stream that was given up at any time
         reading = [turn for turn in running if not turn.over and not turn.wants]
         for turn in reading[: max(len(reading) // 4, 1)]:
+            if self.running.get(turn.row) is not turn:
+                continue
             self.running.move_to_end(turn.row)
             turn.go_on()
             if turn.over:

@@ -17,7 +17,7 @@ from jax_ccm.sessions import conversations, scratch, turns
 from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
 from jax_ccm.sessions.scratch import Scratch
-from jax_ccm.sessions.turns import Turns
+from jax_ccm.sessions.turns import Turn, Turns
 from tests.sessions.test_conversations import row, through
 from tests.test_chat import LAID_OUT, experiment
 
@@ -231,3 +231,23 @@ def test_many_that_read_wait_less_for_the_tokens_of_others(monkeypatch):
         going.step()
     found = {number: going.running[number].reply.text for number in said}
     assert found == {number: alone.say({number: text}, max_tokens=2)[number] for number, text in said.items()}
+
+
+def test_a_turn_may_leave_while_others_read(monkeypatch):
+    """As a stream does that was given up, whenever the collector finds it: the others go on."""
+    talk = Conversations(experiment("ccm_concat", comp_tokens=2), 13)
+    going, go_on = Turns(talk.scratch), Turn.go_on
+
+    def left(turn, *made):
+        if turn.row == 0:
+            going.leave(1)
+        go_on(turn, *made)
+
+    monkeypatch.setattr(Turn, "go_on", left)
+    turns = [talk.turn(number, "a text of some pieces, such as these", Answering(2)) for number in range(13)]
+    for turn in turns:
+        going.join(turn)
+    while not going.over:
+        going.step()
+    assert 1 not in going.running and not turns[1].made.size and turns[1].refused is None
+    assert all(turn.made.size == 2 for turn in turns if turn.row != 1)
