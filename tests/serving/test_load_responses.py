@@ -1,4 +1,5 @@
-"""The load test, for responses: trees of them, each branch told something else, through kill -9 and restarts.
+"""The load test, for responses: trees of them, compactions among them, each branch told something else,
+through kill -9 and restarts.
 
 Whatever was acknowledged can be had again after a restart, gone on from, and is what it would be had nothing happened;
 whatever was removed stays away.
@@ -32,12 +33,14 @@ class Node(Said):
       previous: the one that it goes on from; None for the root of a tree.
       id: of the response, as soon as its client has heard of it.
       stored: whether it can be gone on from.
+      compacted: whether it is a compaction: it was told, and nothing was answered.
       removed: whether it is gone; None while nobody knows.
     """
 
     previous: Node | None = None
     id: str = ""
     stored: bool = True
+    compacted: bool = False
     removed: bool | None = False
 
     @property
@@ -52,9 +55,11 @@ class Node(Said):
 
     def heard(self, response: dict[str, Any]) -> None:
         """Notes a response that is whole."""
-        (message,) = response["output"]
-        (part,) = message["content"]
-        self.id, self.answer, self.logprobs = response["id"], part["text"], part["logprobs"]
+        self.id, (item,) = response["id"], response["output"]
+        assert (item["type"] == "compaction") == self.compacted
+        if not self.compacted:
+            (part,) = item["content"]
+            self.answer, self.logprobs = part["text"], part["logprobs"]
         self.counted(response["usage"])
 
 
@@ -72,9 +77,9 @@ class Client(load.Client):
         super().__init__(number)
         self.nodes = list[Node]()
 
-    def node(self, text: str, previous: Node | None, quiet: int = 0, *, stored: bool = True) -> Node:
+    def node(self, text: str, previous: Node | None, quiet: int = 0, **what: bool) -> Node:
         """A new node of its tree."""
-        self.nodes.append(Node(text, quiet, previous=previous, stored=stored))
+        self.nodes.append(Node(text, quiet, previous=previous, **what))
         return self.nodes[-1]
 
     def something(self) -> Node:
@@ -109,8 +114,11 @@ class Client(load.Client):
 
     async def acts(self, http: httpx.AsyncClient) -> bool:
         known = [node for node in self.nodes if node.there]
-        if len(known) < 3 or self.chance.random() < 0.8:
+        draw = self.chance.random()
+        if len(known) < 3 or draw < 0.7:
             return await self.say(http, self.something())
+        if draw < 0.85:
+            return await self.compact(http)
         node = self.chance.choice(known[:-1])
         node.removed = None
         try:
@@ -119,6 +127,19 @@ class Client(load.Client):
             return False
         assert answer.status_code == 200, answer.text
         node.removed = True
+        return True
+
+    async def compact(self, http: httpx.AsyncClient) -> bool:
+        """Has something become memory that is not answered; False if the server died before."""
+        node = self.something()
+        node.compacted = True
+        body = {"model": MODEL, "input": node.text, "previous_response_id": node.previous.id}
+        try:
+            answer = await http.post(f"{self.path}/compact", json=body)
+        except httpx.TransportError:
+            return False
+        assert answer.status_code == 200, answer.text
+        node.heard(answer.json())
         return True
 
     def sees(self, said: Node, event: dict[str, Any]) -> None:
@@ -147,7 +168,7 @@ class Client(load.Client):
                 continue
             assert answer.status_code == 200 and node.removed is not True, answer.text
             node.removed = False
-            found = Node(node.text, previous=node.previous)
+            found = Node(node.text, previous=node.previous, compacted=node.compacted)
             found.heard(answer.json())
             if node.known is None:
                 node.heard(answer.json())
@@ -166,10 +187,18 @@ class Undisturbed(load.Undisturbed):
             for node in client.nodes:
                 if node.known is None:
                     continue
-                become = self.compare(row, made[node.previous.id] if node.previous else empty, node)
+                before = made[node.previous.id] if node.previous else empty
+                become = self.compacted(row, before, node) if node.compacted else self.compare(row, before, node)
                 assert become is not None, f"{client.name}: {node} is not what comes of {node.told}"
                 made[node.id] = become
         return made
+
+    def compacted(self, row: int, session: Session, node: Node) -> Session | None:
+        """What a session becomes by what is told it; None if that is not what the client heard."""
+        self.talk.restore(row, session)
+        self.talk.tell({row: [(node.text, "")]})
+        become = self.talk.session(row)
+        return become if (node.known, node.read) == (session.tokens, become.tokens - session.tokens) else None
 
 
 def least_apart(clients: list[Client], last: int) -> float:
@@ -189,6 +218,7 @@ def require_nothing_lost(folder: Path, monkeypatch, clients: list[Client], kills
     assert read == oracle.read[1:], "after a restart a response costs what it costs without one"
     nodes = [node for client in clients for node in client.nodes]
     assert any(node.removed for node in nodes if node.known) and len(nodes) > 4 * len(clients)
+    assert any(node.previous.compacted for node in nodes if node.known and node.previous)
     assert least_apart(clients, kills) > 2 * load.TOLERANCE, "no two branches can be taken for each other"
     # On disk are those that can be gone on from, each as it would be, and wholes that nobody heard the end of.
     left = {path.stem: path for path in (folder / "sessions").iterdir() if path.name != ".lock"}
