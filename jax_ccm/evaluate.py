@@ -87,21 +87,21 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
         evaluation, method, said.by, said.steps, most=said.max_examples, choices=choices, split=options.split
     )
     base, adapter = describe_base(model, experiment.base_name), options.adapter or config.adapter.load
-    names = [*(said.methods or DEFAULT[said.by]), *(["full_lora"] if options.full_adapter else [])]
     systems = {
         name: make_system(
             name, model, method, base=base, source=base_source(config), adapter=adapter,
             full_adapter=options.full_adapter, accept_quantised_base=config.adapter.accept_quantised_base,
         )
-        for name in names
+        for name in [*(said.methods or DEFAULT[said.by]), *(["full_lora"] if options.full_adapter else [])]
     }  # fmt: skip
     asking = Asking.of(config.data, experiment.tokenizer, experiment.template, experiment.reply_ends, said.reply_tokens)
     sizes = (said.window, getattr(config.data, "chunk", 0), config.cache.memory_capacity)
     budget = streaming.Budget(*sizes, method) if said.by == "stream" else None
+    store = Store(options.store) if options.store else None
     measured = {
         name: measure(
             system, evaluation, questions, by=said.by, most=said.max_examples, choices=choices, asking=asking,
-            rows=said.batch_size, store=options.store and Store(options.store), log=report.say, budget=budget,
+            rows=said.batch_size, store=store, log=report.say, budget=budget,
         )
         for name, system in systems.items()
     }  # fmt: skip

@@ -255,6 +255,28 @@ def test_tables_of_sessions_are_made_of_the_numbers(path):
     assert path.with_suffix(".md").read_text() == serving.table(json.loads(path.read_text()))
 
 
+def test_what_is_said_of_many_sessions_is_made_of_the_numbers():
+    page = " ".join((ROOT / "docs" / "speed.md").read_text().split())
+    cells = json.loads((ROOT / "results" / "serving" / "smollm2" / "serving.json").read_text())["cells"]
+    rate = {(cell["sessions"], cell["turns"], name): found["turns_per_second"]
+            for cell in cells for name, found in cell["systems"].items() if "rounds" in found}  # fmt: skip
+    faster = lambda sessions, turns, ours, than: rate[sessions, turns, ours] / rate[sessions, turns, than]
+    ours = ("merge", "concat, evicting")
+    full = [faster(*at, name, "full") for at in ((16, 100), (1, 1000)) for name in ours]
+    said = re.search(
+        r"answers (\S+) times as many .*?, or (\S+) times .*? behind 1,000 turns (\S+) and (\S+) times", page
+    )
+    assert said.groups() == tuple(f"{x:.1f}" for x in full)
+    said = re.search(r"A turn behind 1,000 costs (\S+) and (\S+) times what it costs behind 10\.", page)
+    assert said.groups() == tuple(f"{rate[1, 10, name] / rate[1, 1000, name]:.2f}" for name in ours)
+    said = re.search(r"kernels are (\S+) times .*? still (\S+) times .*? or (\S+) times as fast", page)
+    theirs = [faster(1, 10, "llama.cpp", "merge"), *(faster(1, 100, "llama.cpp", name) for name in ours)]
+    assert said.groups() == tuple(f"{x:.1f}" for x in theirs)
+    said = re.search(r"constant size answers (\S+) times as many, or (\S+) times", page)
+    assert said.groups() == tuple(f"{faster(16, 100, name, 'llama.cpp'):.1f}" for name in ours)
+    assert all(faster(*at, "llama.cpp", "full") > 1 for at in ((1, 10), (16, 10), (64, 10), (1, 100), (16, 100)))
+
+
 def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
     """Of two evaluations, which no command puts beside each other."""
     folder = ROOT / "results" / "recipe" / "handwritten"

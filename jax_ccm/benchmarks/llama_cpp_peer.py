@@ -40,7 +40,7 @@ def make(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Step]]:
                 n_batch=BATCH,
                 n_threads=settings["threads"],
                 n_threads_batch=settings["threads"],
-                flash_attn=False,  # its default; on a CPU, at 4,300 tokens, a turn takes four times as long with it
+                flash_attn=False,  # its default
                 verbose=False,
             )
             model.eval([10 + number % 1000 for number in range(tokens)])

@@ -17,6 +17,7 @@ import numpy as np
 
 from jax_ccm.benchmarks import peer as peers
 from jax_ccm.benchmarks import pytorch_ours, pytorch_peer, report
+from jax_ccm.benchmarks.settings import require_least
 from jax_ccm.benchmarks.sides import Side, started
 from jax_ccm.config import cli
 from jax_ccm.config.loading import base_source, build_method
@@ -111,11 +112,8 @@ def benchmark(config: Config, options: Options, *, command: str = "") -> dict[st
 
 
 def _check(config: Config, options: Options, method: Method) -> None:
-    for name in ("rows", "chunk", "steps", "threads"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
-    if options.warm_up < 0:
-        raise UserError(f"--warm_up is {options.warm_up}; it must be at least 0")
+    require_least(options, 1, "rows", "chunk", "steps", "threads")
+    require_least(options, 0, "warm_up")
     least = options.chunk + len(method.closes) + 1
     if options.tokens < least:
         raise UserError(f"--tokens is {options.tokens}; a chunk that is closed and text behind it take {least}")

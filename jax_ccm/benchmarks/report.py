@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ COLOURS = {
     "concat": "#e08e45",
     "concat, evicting": "#d1495b",
     "merge": "#2a9d6f",
+    "llama.cpp": "#7b5ea7",
 }
 # Of methods that have no colour of their own, in order.
 OTHERS = ("#d1495b", "#7b5ea7", "#5a9bd4")
@@ -32,7 +33,13 @@ STEPS = {
 }
 
 
-def _number(value: float) -> str:
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each of some baselines, always the same for those that have one."""
+    others = [name for name in names if name not in COLOURS]
+    return COLOURS | dict(zip(others, OTHERS, strict=False))
+
+
+def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -45,9 +52,9 @@ def turns_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     for row in results["turns"]:
         for name, cell in row["systems"].items():
             seconds = [*(cell[part]["seconds"] for part in ("first token", "token", "close")), cell["turn"]]
-            times = [_number(1e3 * x) for x in seconds]
+            times = [number(1e3 * x) for x in seconds]
             times.insert(2, f"{seconds[1] / (weights + cell['state_bytes'] / rate):.1f}")
-            sizes = [f"{cell['to_full']:.2f}", _number(cell["state_bytes"] / 2**20)]
+            sizes = [f"{cell['to_full']:.2f}", number(cell["state_bytes"] / 2**20)]
             rows.append([f"{row['turns']:,}", name, *times, *sizes])
     return header, rows
 
@@ -58,7 +65,7 @@ def steps_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     header = ["step", "seconds", "tokens/s", "of the matrix rate"] + ["reference, s"] * bool(reference)
     rows = []
     for name, cell in results["steps"].items():
-        values = [_number(cell["seconds"]), _number(cell["tokens_per_second"]), f"{cell['of_matrix_rate']:.0%}"]
+        values = [number(cell["seconds"]), number(cell["tokens_per_second"]), f"{cell['of_matrix_rate']:.0%}"]
         if "times_reading_weights" in cell:
             values[2] = f"{cell['times_reading_weights']:.2f} x reading the weights"
         if reference:
@@ -71,7 +78,7 @@ def sessions_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str
     """Header and rows: how many sessions fit, for each baseline."""
     found = results["sessions"]
     rows = [
-        [name, f"{cell['sessions']:,}", _number(cell["bytes_per_session"] / 2**20)]
+        [name, f"{cell['sessions']:,}", number(cell["bytes_per_session"] / 2**20)]
         for name, cell in found["systems"].items()
     ]
     return ["kept as", f"sessions in {found['budget_bytes'] / 2**30:g} GiB", "MiB for one more"], rows
@@ -161,8 +168,7 @@ def figure_of(results: Mapping[str, Any]) -> Any:
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     times = [row["turns"] for row in results["turns"]]
-    others = [name for name in _notes(results) if name not in COLOURS]
-    colours = COLOURS | dict(zip(others, OTHERS, strict=False))
+    colours = colours_of(_notes(results))
     for axes, title, value in (
         (left, "Seconds for a turn", lambda cell: cell["turn"]),
         (right, "State of a session, MiB", lambda cell: cell["state_bytes"] / 2**20),

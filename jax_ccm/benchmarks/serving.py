@@ -17,6 +17,7 @@ import numpy as np
 from jax_ccm.benchmarks import baselines, llama_cpp_peer, report
 from jax_ccm.benchmarks import peer as peers
 from jax_ccm.benchmarks.baselines import Baseline, fill
+from jax_ccm.benchmarks.settings import require_in_order, require_least
 from jax_ccm.benchmarks.sides import Side, started
 from jax_ccm.config import cli
 from jax_ccm.config.loading import Experiment, base_source, load_experiment
@@ -33,7 +34,7 @@ from jax_ccm.weights.sources import locate
 
 COMMAND = "jax_ccm.benchmarks.serving"
 REMEDY = "give --peer a Python that has llama-cpp-python (pip install llama-cpp-python), or leave it out"
-PEER = "llama.cpp"
+PEER = "llama.cpp"  # has a colour of its own, in `report`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,20 +128,15 @@ def benchmark(config: Config, options: Options, *, command: str = "") -> dict[st
 
 
 def _check(options: Options) -> None:
-    for name in ("prompt", "reply", "least", "peer_most_turns", "threads"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
-    for name in ("sessions", "turns"):
-        given = getattr(options, name)
-        if not given or min(given) < 1 or sorted(set(given)) != list(given):
-            raise UserError(f"--{name} is {list(given)}; give different numbers from 1, in order, such as 1 10 100")
+    require_least(options, 1, "prompt", "reply", "least", "peer_most_turns", "threads")
+    require_in_order(options, "sessions", "turns")
     if options.memory_gib <= 0:
         raise UserError(f"--memory_gib is {options.memory_gib}; it must be more than 0")
     paths.usable(options.workdir)
 
 
 class Bench:
-    """Sessions in the state that so many turns leave them in, and what a turn of all of them takes.
+    """A turn as it is laid out, and the room that sessions need for so many.
 
     Attributes:
       read: tokens that are read for an answer, with those of the template.
@@ -170,7 +166,7 @@ class Bench:
     def within(self, baseline: Baseline, turns: int) -> Experiment:
         """The experiment with a baseline's method and room for one turn more than so many."""
         slots, raw = baseline.room(turns * self.chunks, -(-self.turn // self.chunks))
-        room = raw + self.turn - self.turn // self.chunks
+        room = raw + self.turn - self.turn // self.chunks  # an open turn is there as a whole, in however many chunks
         cache = dataclasses.replace(
             self.experiment.config.cache, memory_capacity=slots, raw_capacity=room, overflow="evict"
         )
@@ -293,7 +289,7 @@ def _summary(samples: list[dict[str, Any]], turns: int) -> dict[str, Any]:
 
 def table(results: Mapping[str, Any]) -> str:
     """The measurements in Markdown."""
-    rows, number = [], lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+    rows, number = [], report.number
     for cell in results["cells"]:
         full = cell["systems"]["full"].get("turns_per_second")
         for name, found in cell["systems"].items():
@@ -331,9 +327,7 @@ def figure_of(results: Mapping[str, Any]) -> Any:
 
     counts = results["options"]["sessions"]
     figure = Figure(figsize=(3.2 * len(counts) + 0.9, 3.9), layout="constrained")
-    colours = report.COLOURS | {PEER: "#7b5ea7"}
-    others = [name for name in results["baselines"] if name not in colours]
-    colours |= dict(zip(others, report.OTHERS, strict=False))
+    colours = report.colours_of(results["baselines"])
     panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for axes, count in zip(panels, counts, strict=True):
         cells = [cell for cell in results["cells"] if cell["sessions"] == count]

@@ -57,14 +57,26 @@ class Options:
     """A JSON file with figures of another implementation, which the table then shows beside ours."""
 
 
+def require_least(options: Any, least: int, *names: str) -> None:
+    """Raises `UserError` if one of these options is smaller."""
+    for name in names:
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
+
+
+def require_in_order(options: Any, *names: str) -> None:
+    """Raises `UserError` if one of these options is no list of different numbers from 1, from small to large."""
+    for name in names:
+        given = getattr(options, name)
+        if not given or min(given) < 1 or sorted(set(given)) != list(given):
+            raise UserError(f"--{name} is {list(given)}; give different numbers from 1, in order, such as 1 10 100")
+
+
 def check(options: Options) -> dict[str, Any] | None:
     """The reference figures, if asked for."""
-    least = {"prompt": 1, "reply": 1, "window": 1, "chunk": 1, "prefill": 1, "rounds": 1, "train_rounds": 0}
-    for name, smallest in least.items():
-        if getattr(options, name) < smallest:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least {smallest}")
-    if not options.turns or min(options.turns) < 1 or sorted(set(options.turns)) != list(options.turns):
-        raise UserError(f"--turns is {list(options.turns)}; give different numbers from 1, in order, such as 1 10 100")
+    require_least(options, 1, "prompt", "reply", "window", "chunk", "prefill", "rounds")
+    require_least(options, 0, "train_rounds")
+    require_in_order(options, "turns")
     if options.memory_gib < 0:
         raise UserError(f"--memory_gib is {options.memory_gib}; it must be at least 0")
     paths.usable(options.workdir)

@@ -187,30 +187,11 @@ def test_any_order_is_as_good_as_one_by_one(name, tmp_path):
     run_state_machine_as_test(machine, settings=few)
 
 
-def test_a_long_text_keeps_nobody_waiting(monkeypatch):
-    """Between two pieces of it every other row has its next token."""
-    talk = Conversations(experiment("ccm_concat", comp_tokens=2), ROWS)
-    read, pieces = Scratch.read, []
-    monkeypatch.setattr(Scratch, "read", lambda self, number, *given, **how: (pieces.append(number), read(
-        self, number, *given, **how)) and None)  # fmt: skip
-    going = Turns(talk.scratch)
-    going.join(talk.turn(0, "hi", Answering(9, Sampling(1.0), seed=5)))
-    while not going.running[0].wants:
-        going.step()
-    for number in (1, 2):
-        going.join(talk.turn(number, "a text of some pieces, such as these", Answering(2)))
-    pieces.clear()
-    for count in range(1, 5):
-        before = len(going.running[0].made)
-        going.step(8)
-        assert len(going.running[0].made) == before + 1 and len(pieces) == count
-    assert pieces == [1, 2, 1, 2] and not going.running[1].wants
-
-
-def test_many_that_read_wait_less_for_the_tokens_of_others(monkeypatch):
-    """Between two tokens a piece of a quarter of them is read; each is answered as it is alone."""
+@pytest.mark.parametrize("readers, between", [(2, 1), (12, 3)])
+def test_a_long_text_keeps_nobody_waiting(readers, between, monkeypatch):
+    """Between two tokens of a row a piece of one that reads is read, of many a quarter; each is what it is alone."""
     made = experiment("ccm_concat", comp_tokens=2)
-    talk, alone = Conversations(made, 13), Conversations(made, 13)
+    talk, alone = Conversations(made, readers + 1), Conversations(made, readers + 1)
     read, pieces = Scratch.read, []
     monkeypatch.setattr(Scratch, "read", lambda self, number, *given, **how: (pieces.append(number), read(
         self, number, *given, **how)) and None)  # fmt: skip
@@ -218,15 +199,15 @@ def test_many_that_read_wait_less_for_the_tokens_of_others(monkeypatch):
     going.join(talk.turn(0, "hi", Answering(9, Sampling(1.0), seed=5)))
     while not going.running[0].wants:
         going.step()
-    said = {number: f"a text of some pieces, such as these of {number}" for number in range(1, 13)}
+    said = {number: f"a text of some pieces, such as these of {number}" for number in range(1, readers + 1)}
     for number, text in said.items():
         going.join(talk.turn(number, text, Answering(2)))
     pieces.clear()
     for count in range(1, 5):
         before = len(going.running[0].made)
         going.step(8)
-        assert len(going.running[0].made) == before + 1 and len(pieces) == 3 * count
-    assert pieces == list(said)
+        assert len(going.running[0].made) == before + 1 and len(pieces) == between * count
+    assert pieces == (2 * list(said))[: 4 * between] and not going.running[1].wants
     while not going.over:
         going.step()
     found = {number: going.running[number].reply.text for number in said}
