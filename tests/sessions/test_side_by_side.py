@@ -24,7 +24,7 @@ from tests.test_chat import LAID_OUT, experiment
 ROWS = 3
 PIECES = (4, 16)
 ALL = (
-    scratch._read,
+    scratch.reading("cpu"),
     scratch._close,
     scratch._make,
     scratch._put,
