@@ -218,13 +218,13 @@ def test_tables_are_made_of_the_numbers(path):
     assert markdown(numbers) == path.read_text()
 
 
-def test_the_table_of_plans_is_made_of_the_plans():
-    folder = ROOT / "results" / "plan"
-    plans = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    assert plans, "no plan is recorded in results/plan"
-    assert plan_report.overview(plans) == (folder / "overview.md").read_text(), (
-        "python -m jax_ccm.plan overview results/plan"
-    )
+@pytest.mark.parametrize("folder", ["results/plan", "results/plan/one_gpu"])
+def test_the_table_of_plans_is_made_of_the_plans(folder):
+    plans = [json.loads(path.read_text()) for path in sorted((ROOT / folder).glob("*.json"))]
+    assert plans, f"no plan is recorded in {folder}"
+    made, kept = plan_report.overview(plans), (ROOT / folder / "overview.md").read_text()
+    assert made == kept, f"python -m jax_ccm.plan overview {folder}"
+    assert ("full context" in made) == any("sessions" in plan for plan in plans)
 
 
 @pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.parent.name)

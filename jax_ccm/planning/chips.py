@@ -71,6 +71,16 @@ CHIPS: dict[str, Chip] = {
         84987740160, 312e12, 2.039e12, 300e9, "https://www.nvidia.com/en-us/data-center/a100/", usable=0.9,
         network_bandwidth=25e9,
     ),
+    # Of 24 GB; the link is PCIe 4.0 with 16 lanes.
+    "rtx4090": Chip(
+        25757220864, 165e12, 1.008e12, 32e9,
+        "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf", usable=0.9,
+        network_bandwidth=25e9,
+    ),
+    "l4": Chip(
+        24152899584, 121e12, 300e9, 32e9, "https://www.nvidia.com/en-us/data-center/l4/", usable=0.9,
+        network_bandwidth=12.5e9,
+    ),
 }  # fmt: skip
 
 

@@ -10,26 +10,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# The largest memory of each generation, as XLA describes a GPU (GpuTargetConfigProto in text form).
+# As XLA describes a GPU (GpuTargetConfigProto in text form): the largest memory of a generation, and two of 24 GB.
 _CONFIG = """
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  threads_per_block_limit: 1024 threads_per_warp: 32 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 registers_per_core_limit: 65536 registers_per_block_limit: 65536
   shared_memory_per_block: 49152 {} }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{}"
 """
 GPUS = {
     "h100": _CONFIG.format(
-        "shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128 "
-        "memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84930461696 "
-        "cuda_compute_capability { major: 9 minor: 0 }",
+        "threads_per_core_limit: 2048 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 "
+        "core_count: 132 fpus_per_core: 128 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 "
+        "clock_rate_ghz: 1.98 device_memory_size: 84930461696 cuda_compute_capability { major: 9 minor: 0 }",
         "NVIDIA H100 80GB HBM3",
     ),
     "a100": _CONFIG.format(
-        "shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 core_count: 108 fpus_per_core: 64 "
-        "memory_bandwidth: 2039000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41 device_memory_size: 84987740160 "
-        "cuda_compute_capability { major: 8 minor: 0 }",
+        "threads_per_core_limit: 2048 shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 "
+        "core_count: 108 fpus_per_core: 64 memory_bandwidth: 2039000000000 l2_cache_size: 41943040 "
+        "clock_rate_ghz: 1.41 device_memory_size: 84987740160 cuda_compute_capability { major: 8 minor: 0 }",
         "NVIDIA A100-SXM4-80GB",
+    ),
+    "rtx4090": _CONFIG.format(
+        "threads_per_core_limit: 1536 shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376 "
+        "core_count: 128 fpus_per_core: 128 memory_bandwidth: 1008000000000 l2_cache_size: 75497472 "
+        "clock_rate_ghz: 2.52 device_memory_size: 25757220864 cuda_compute_capability { major: 8 minor: 9 }",
+        "NVIDIA GeForce RTX 4090",
+    ),
+    "l4": _CONFIG.format(
+        "threads_per_core_limit: 1536 shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376 "
+        "core_count: 58 fpus_per_core: 128 memory_bandwidth: 300000000000 l2_cache_size: 50331648 "
+        "clock_rate_ghz: 2.04 device_memory_size: 24152899584 cuda_compute_capability { major: 8 minor: 9 }",
+        "NVIDIA L4",
     ),
 }
 HELP = (

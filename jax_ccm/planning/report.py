@@ -77,10 +77,13 @@ def _serving(row: dict[str, Any]) -> list[list[str]]:
 
 
 def overview(plans: Sequence[dict[str, Any]]) -> str:
-    """One table of many plans, those of a model and a topology together; nothing in it was run."""
-    names = _systems(plans)
-    header = ["compiled, not run", "training step, HBM a chip", "roofline", "conversation", *map(_label, names)]
-    rows = []
+    """One table of many plans, those of a model and a topology together; nothing in it was run.
+
+    What none of them has, training or sessions, has no columns.
+    """
+    names, rows = _systems(plans), []
+    training = ["training step, HBM a chip", "roofline"] * any("training" in plan for plan in plans)
+    serving = ["conversation", *map(_label, names)] * any("sessions" in plan for plan in plans)
     together: dict[str, list[dict[str, Any]]] = {}
     for plan in plans:
         together.setdefault(f"{plan['model'].rsplit('/', 1)[-1]}, {plan['topology']}", []).append(plan)
@@ -89,10 +92,10 @@ def overview(plans: Sequence[dict[str, Any]]) -> str:
         steps = [_trained(*pair) for pair in sorted(trained, key=lambda pair: pair[1]["tokens"])]
         talks = [_talk(row, names) for plan in group for row in plan.get("sessions", ())]
         for number in range(max(len(steps), len(talks))):
-            step = steps[number] if number < len(steps) else ["", ""]
-            talk = talks[number] if number < len(talks) else [""] * (1 + len(names))
+            step = steps[number] if number < len(steps) else [""] * len(training)
+            talk = talks[number] if number < len(talks) else [""] * len(serving)
             rows.append([name if not number else "", *step, *talk])
-    return output.table(header, rows) + "\n"
+    return output.table(["compiled, not run", *training, *serving], rows) + "\n"
 
 
 def _trained(plan: dict[str, Any], step: dict[str, Any]) -> list[str]:

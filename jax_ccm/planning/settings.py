@@ -25,11 +25,13 @@ class Options:
     """
 
     topology: str
-    """Chip and shape, such as v5e:4x4 or v5p:2x2x2; GPUs of one host, h100:8 or a100:8, or of several, h100:2x8."""
+    """Chip and shape, such as v5e:4x4 or v5p:2x2x2; GPUs of one host, h100:8, a100:8, rtx4090:1 or l4:1, or of several,
+    h100:2x8."""
     workdir: Folder | None = None
     """Where the plan goes; nowhere without it."""
     shape: str = ""
-    """A folder with config.json, if not that of model.source; Llama-2-7b-hf, Llama-3.1-8B and Qwen3-8B are known."""
+    """A folder with config.json, if not that of model.source; Llama-2-7b-hf, Llama-3.1-8B, Qwen3-8B and
+    Qwen2.5-0.5B, 1.5B, 3B and 7B-Instruct are known."""
     parts: tuple[Literal["training", "batch", "sessions"], ...] = ("training", "batch", "sessions")
     """What to plan: the training step, its largest micro-batch, and sessions."""
     chunks: tuple[int, ...] = (16,)
@@ -50,7 +52,7 @@ class Kernels:
     file: Annotated[Folder, tyro.conf.Positional]
     """The JSON file to write, such as results/kernels/tpu.json."""
     targets: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """v4, v5e, v5p, v6e, 7x, h100, a100; none for all TPUs."""
+    """v4, v5e, v5p, v6e, 7x, h100, a100, rtx4090, l4; none for all TPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
