@@ -99,14 +99,14 @@ def _measure(experiment: Experiment, ways: list[Baseline], options: Options, com
         unstacked,
         ways,
         options,
-        lambda chunk: _training(experiment, chunk),
+        lambda chunk: training_step(experiment, chunk),
     )
     if options.memory_gib:
         results["sessions"] = sessions_that_fit(experiment.model, experiment.mesh, ways, options)
     return results
 
 
-def _training(experiment: Experiment, length: int) -> tuple[Callable[[], Any], dict[str, int], float]:
+def training_step(experiment: Experiment, length: int) -> tuple[Callable[[], Any], dict[str, int], float]:
     """A training step of the config on rows of about ``length`` tokens: the call, its sizes, and the FLOPs it needs."""
     config, method, shape = experiment.config, experiment.method, experiment.model_config
     turn = max(min(16, length // 4), 1)

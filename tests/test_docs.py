@@ -22,6 +22,7 @@ from jax_ccm.benchmarks import pytorch, serving
 from jax_ccm.benchmarks import report as speed
 from jax_ccm.config import cli
 from jax_ccm.config.schema import save_config
+from jax_ccm.devices import report as device_report
 from jax_ccm.errors import UserError
 from jax_ccm.evals import comparison, parity, report, slots
 from jax_ccm.methods import METHODS, build
@@ -43,6 +44,7 @@ RESULTS = sorted((ROOT / "results").rglob("table.md"))
 BENCHES = sorted((ROOT / "results").rglob("bench.json"))
 SERVED = sorted((ROOT / "results" / "serving").rglob("serving.json"))
 BESIDE_PYTORCH = sorted((ROOT / "results" / "pytorch").rglob("*.json"))
+CHECKED = sorted(path for kind in ("gpu", "tpu") for path in (ROOT / "results" / kind).glob("*/"))
 COMPILED = sorted((ROOT / "results" / "kernels").glob("*.json"))
 
 
@@ -237,6 +239,17 @@ def test_tables_of_speed_are_made_of_the_numbers(path):
 @pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.stem)
 def test_tables_of_kernels_are_made_of_the_numbers(path):
     assert ahead.markdown(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("folder", CHECKED, ids=lambda path: path.name)
+def test_tables_of_devices_are_made_of_the_numbers(folder):
+    assert (folder / "report.md").read_text() == device_report.markdown(device_report.found_in(folder))
+
+
+@pytest.mark.parametrize("kind", ["TPU", "GPU"])
+def test_the_status_says_when_a_device_was_last_checked(kind):
+    (row,) = re.findall(rf"^\| {kind} \| (.*) \|$", README.read_text(), re.MULTILINE)
+    assert device_report.status(ROOT / "results", kind.lower()) in row
 
 
 @pytest.mark.parametrize("path", BESIDE_PYTORCH, ids=lambda path: path.stem)

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("benchmarks/",),
     ("evaluate", "verify", "compare", "convert", "inspect", "prepare", "lm_eval", "training/", "reports/"),
     ("report", "bench", "chat", "train", "planning/", "serving/"),
-    ("plan", "serve"),
+    ("plan", "serve", "devices/"),
     ("__init__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, 1) for room in rooms}

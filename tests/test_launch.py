@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 OUTSIDE = ("gcloud", "kubectl", "srun", "scontrol", "nvidia-smi", "git")
 CONFIG = "configs/recall_tiny.yaml"
+PARTS = ("numbers", "attention", "training", "turns", "throughput")
 
 
 @pytest.fixture
@@ -58,10 +60,11 @@ def test_script(script):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", ["supervise", "local", "slurm", "tpu_vm", "gke"])
+@pytest.mark.parametrize("script", ["supervise", "local", "slurm", "tpu_vm", "gke", "device_check"])
 def test_usage(script):
     env = {**os.environ, "SLURM_SUBMIT_DIR": str(ROOT)}
-    done = subprocess.run(["bash", LAUNCH / f"{script}.sh"], capture_output=True, text=True, env=env)
+    wrong = ["numbas"] * (script == "device_check")  # which takes no argument for all of it
+    done = subprocess.run(["bash", LAUNCH / f"{script}.sh", *wrong], capture_output=True, text=True, env=env)
     assert done.returncode == 2
     assert f"launch/{script}.sh" in done.stderr and "--dry-run" in done.stderr and "SBATCH" not in done.stderr
 
@@ -323,3 +326,60 @@ def test_local_gives_up(tmp_path):
     python = program(tmp_path / "python", f"echo x >>{tmp_path}/mistake; exit 2")
     shell("local.sh", CONFIG, str(tmp_path / "run"), code=2, PYTHON=str(python), RETRIES="2", GPUS="0")
     assert (tmp_path / "mistake").read_text() == "x\n"
+
+
+def test_device_check_dry_run(outside):
+    path, calls = outside
+    out = shell("device_check.sh", "--dry-run", path=path, PYTHON="python", OUT="some where", SIZE="tiny", TURNS="40")
+    lines = out.splitlines()
+    ours = "python -m jax_ccm.devices.check"
+    assert lines[0] == f"+ timeout --kill-after=5 80 {ours} numbers --out 'some where' --size tiny --limit 64"
+    assert lines[3] == f"+ timeout --kill-after=5 40 {ours} turns --out 'some where' --size tiny --limit 32"
+    assert lines[-1] == f"+ timeout --kill-after=5 20 {ours} report --out 'some where'"
+    limits = [int(line.split()[3]) for line in shell("device_check.sh", "--dry-run", path=path).splitlines()]
+    assert len(limits) == 6 and sum(limits) <= 8 * 60
+    (first, *rest) = shell("gpu_check.sh", "--dry-run", "training", path=path, PYTHON="python", GPU="2").splitlines()
+    assert first == ("+ env CUDA_VISIBLE_DEVICES=2 JAX_PLATFORMS=cuda,cpu bash launch/device_check.sh training")
+    assert rest[0].endswith(f"{ours} training --size auto --limit 72") and len(rest) == 2
+    assert calls.read_text() == ""
+    shell("device_check.sh", "--dry-run", "numbas", path=path, code=2)
+
+
+def test_gpu_check_needs_a_gpu(outside):
+    path, _ = outside
+    program(Path(path.split(":")[0]) / "nvidia-smi", "exit 9")
+    done = subprocess.run(
+        ["bash", LAUNCH / "gpu_check.sh"], env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "no NVIDIA GPU 0" in done.stderr
+
+
+def test_a_part_that_fails_ends_no_other(tmp_path):
+    """Each is called with its environment, what failed or was stopped is told at the end, and the code is 1."""
+    python = program(
+        tmp_path / "python",
+        f'echo "$3 $XLA_PYTHON_CLIENT_MEM_FRACTION" >>{tmp_path}/log\n'
+        + "case $3 in attention) exit 1 ;; turns) exec sleep 60 ;; esac",
+    )
+    env = {**os.environ, "PYTHON": str(python), "TURNS": "1"}
+    done = subprocess.run(["bash", LAUNCH / "device_check.sh"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "device check: not finished: attention (exit 1), turns (stopped after 1 s); what they found is in their files"
+    )
+    called = (tmp_path / "log").read_text().splitlines()
+    assert called == [f"{part} 0.9" for part in (*PARTS, "report")]
+    python = program(tmp_path / "python", "exit 0")
+    assert shell("device_check.sh", "numbers", "turns", PYTHON=str(python)).splitlines()[-1] == (
+        "device check: all of numbers turns finished"
+    )
+
+
+def test_device_check_runs_on_a_cpu(tmp_path):
+    """One part as it is run on a machine with an accelerator, with tiny sizes, and its table."""
+    env = {"PYTHON": sys.executable, "OUT": str(tmp_path), "JAX_PLATFORMS": "cpu", "COMMIT": "abc"}
+    out = shell("device_check.sh", "training", **env)
+    assert out.splitlines()[-1] == "device check: all of training finished"
+    found = json.loads((tmp_path / "training.json").read_text())
+    assert (found["commit"], found["settings"]["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == ("abc", "0.9")
+    assert f"{found['rows'][0]['tokens_per_second']:,.0f}" in (tmp_path / "report.md").read_text()

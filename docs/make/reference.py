@@ -162,19 +162,18 @@ def configuration() -> str:
 
 
 def commands() -> str:
-    """The page of commands: every module of the root with a dataclass `Options`."""
+    """The page of commands: every module of the root with a dataclass `Options`, and what scripts in launch/ run."""
     parts = [COMMANDS]
-    for path in sorted((ROOT / "jax_ccm").glob("*.py")):
-        if path.stem in ("__init__", "errors"):
-            continue
-        module = importlib.import_module(f"jax_ccm.{path.stem}")
+    names = [path.stem for path in (ROOT / "jax_ccm").glob("*.py") if path.stem not in ("__init__", "errors")]
+    for name in sorted([*names, "devices.check"]):
+        module = importlib.import_module(f"jax_ccm.{name}")
         usage = re.search(r"``(.+?)``", inspect.getdoc(module) or "")
-        assert usage, f"the docstring of {path.name} does not begin with its usage"
+        assert usage, f"the docstring of {name} does not begin with its usage"
         about, _ = said(module.Options)
         head = row("option", "type", "default", "meaning")
         rows = table(module.Options, "--")
         parts.append(
-            "\n".join([f"## {path.stem}", "", f"    {usage[1]}", "", about, "", head, "|---|---|---|---|", *rows, ""])
+            "\n".join([f"## {name}", "", f"    {usage[1]}", "", about, "", head, "|---|---|---|---|", *rows, ""])
         )
     return "\n".join(parts)
 

@@ -89,7 +89,7 @@ class _Steps:
         written = method.memory_slots(1, chunk)
         recent = baselines.kept_text(method, 99, chunk) // chunk if own.memory else 0
         past = (own.memory or written) // written + recent if written else max(options.prefill // chunk, 1)
-        cache = own.cache(self.model, 1, turns=past, turn=max(chunk, options.reply))
+        cache = turns.as_left(self.model, own.cache(self.model, 1, turns=past, turn=max(chunk, options.reply)))
         state = dict(turns=past, turn=chunk, capacity=cache.memory_capacity)
         refill = lambda held: baselines.fill(held, method, turns=past, turn=chunk)
         if method.remembers:

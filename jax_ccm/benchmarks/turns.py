@@ -64,6 +64,17 @@ def reads_again(method: Method) -> bool:
     return method.tells_queries_apart
 
 
+def as_left(model: Transformer, cache: MemoryCache) -> MemoryCache:
+    """A fresh cache as a program of the model leaves one behind: on the mesh, also where that is a single device.
+
+    Otherwise the second call of each program, which is given the cache of the first, would compile it anew.
+    """
+    where = jax.tree.leaves(model)[0].sharding
+    if not isinstance(where, jax.sharding.NamedSharding) or where.mesh.size > 1:
+        return cache
+    return jax.device_put(cache, jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec()))
+
+
 class Conversation:
     """One session of a baseline, set back to the same number of turns before each turn that is run."""
 
@@ -89,7 +100,7 @@ class Conversation:
         """
         self.model, self.baseline, self.turns, self.reply = model, baseline, turns, reply
         self.turn = prompt + reply
-        cache = baseline.cache(model, 1, turns=turns, turn=self.turn)
+        cache = as_left(model, baseline.cache(model, 1, turns=turns, turn=self.turn))
         self.cache = cache
         self.decoder = unstacked() if pays_unstacked(model, cache) else model
         piece = lambda size: Chunk(np.ones((1, size), np.int32), np.ones((1, size), bool))

@@ -106,17 +106,18 @@ def compile_for(mesh: Mesh, fn: Callable, *arguments: Any) -> Compiled:
     whole = NamedSharding(mesh, P())
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or whole)
     with jax.set_mesh(mesh):
-        return _compiled(jax.jit(fn).lower(*jax.tree.map(place, arguments)))
+        return compiled(jax.jit(fn).lower(*jax.tree.map(place, arguments)))[1]
 
 
-def _compiled(lowered: jax.stages.Lowered) -> Compiled:
+def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Compiled]:
+    """Compiles a program; it, and what it says of itself."""
     start = time.process_time()
     program = lowered.compile()
     seconds = time.process_time() - start
     text, memory = program.as_text(), program.memory_analysis()
     assert text is not None and memory is not None, "compilers of these targets tell both"
     kernels = sum(text.count(f'custom_call_target="{name}"') for name in CUSTOM_CALLS)
-    return Compiled(memory.temp_size_in_bytes, kernels, seconds)
+    return program, Compiled(memory.temp_size_in_bytes, kernels, seconds)
 
 
 def call(
@@ -127,6 +128,7 @@ def call(
     heads: Heads = Heads(),
     dtype: Any = jnp.bfloat16,
     cap: float | None = None,
+    implementation: str = "pallas",
 ) -> tuple[Callable, Callable, tuple]:
     """One attention in the kernel's own layout, its gradients, and abstract arguments.
 
@@ -136,6 +138,7 @@ def call(
       heads: N, K and H.
       dtype: of queries, keys and values.
       cap: of the scores, as for `memory_attention`.
+      implementation: for `memory_attention`, of tokens in order.
 
     Returns:
       ``forward(arrays, slots)``, ``gradients(arrays, d_out, slots)``, and ``(arrays, d_out, slots)``: arrays are
@@ -149,8 +152,8 @@ def call(
 
     def forward(arrays, slots):
         apart = [x.reshape(*x.shape[:2], -1, heads.size) for x in arrays]
-        seen = dict(slots=slots[0], memory_slots=slots[1], cap=cap, implementation="pallas")
-        out = memory_attention(*apart, rule=rule, **seen)
+        seen = dict(slots=slots[0], memory_slots=slots[1], cap=cap, implementation=implementation)
+        out = memory_attention(*apart, rule=rule, in_order=True, **seen)
         return out.reshape(*out.shape[:2], -1)
 
     def gradients(arrays, d_out, slots):
@@ -202,7 +205,7 @@ def training_step(mesh: Mesh, config: Config = TRAINING, shape: ModelConfig = SM
     rows = config.data.batch_size
     program = programs.training_step(config, shape, build_method(config), mesh, rows, accumulation=1)
     with jax.set_mesh(mesh):
-        return _compiled(program.function.lower(*program.arguments))
+        return compiled(program.function.lower(*program.arguments))[1]
 
 
 def compilations(mesh: Mesh, lengths: Sequence[int] = (4096, 32768)) -> Iterator[tuple[str, int, Compiled]]:

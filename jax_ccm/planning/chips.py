@@ -84,6 +84,18 @@ CHIPS: dict[str, Chip] = {
 }  # fmt: skip
 
 
+# How JAX calls devices of these chips; the first that fits counts. An H200 computes as an H100, and has more memory.
+KINDS = {
+    "H100": "h100", "H200": "h100", "A100": "a100", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
+    "TPU v6": "v6e",
+}  # fmt: skip
+
+
+def named(kind: str) -> Chip | None:
+    """The chip of a device by `jax.Device.device_kind`; None for one that is not in the table."""
+    return next((CHIPS[name] for part, name in KINDS.items() if part in kind), None)
+
+
 def parse(topology: str) -> tuple[str, tuple[int, ...]]:
     """The chip and the shape of a topology such as "v5e:4x4", "h100:8" or "h100:2x8".
 

@@ -1,4 +1,4 @@
-"""The definition of attention and its gradients, in float64, and inputs for the kernels."""
+"""Inputs for the kernels, and what they are held against: the definition of attention in float64."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm.attention.shared import Score
+from jax_ccm.attention.definition import exact
 from jax_ccm.evals import recurrent
-from jax_ccm.rules import rows, visibility
+from jax_ccm.rules import rows
 from jax_ccm.rules.batch import Batch
-from jax_ccm.rules.types import Kind, Method, Rule, Slots
+from jax_ccm.rules.types import Kind, Method
 from tests import cases
 
 LENGTHS = ((9, 7, 5, 6, 12), (3, 8), (1, 17, 2, 2, 4, 3))
@@ -32,34 +32,6 @@ def draw(seed: int, batch: int, length: int, keys: Sequence[int], heads: int, kv
     array = lambda n, h: jnp.asarray(rng.normal(size=(batch, n, h, size)), jnp.float32)
     values = [(array(n, kv_heads), array(n, kv_heads)) for n in keys]
     return array(length, heads), values, array(length, heads)
-
-
-def exact(rule: Rule, q_slots: Slots, q, sources, d_out, score: Score | None = None):
-    """Output, and gradients of queries and of each source's keys and values, in float64."""
-    wide = lambda x: np.asarray(x, np.float64)
-    group = q.shape[2] // sources[0][0].shape[2]
-    k, v = (np.concatenate([wide(s[i]) for s in sources], axis=1) for i in (0, 1))
-    mask = np.concatenate([np.asarray(visibility.visible(rule, q_slots, s[2])) for s in sources], axis=-1)[:, None]
-    score = score or Score(q.shape[3] ** -0.5)
-    q, d_out = wide(q), wide(d_out)
-    each_k, each_v = (np.repeat(x, group, axis=2) for x in (k, v))
-    products, slope = np.einsum("btnh,bsnh->bnts", q, each_k) * score.scale, score.scale
-    if score.cap is not None:
-        products = score.cap * np.tanh(products / score.cap)
-        slope = score.scale * (1 - (products / score.cap) ** 2)
-    scores = np.where(mask, products, -np.inf)
-    top = np.max(scores, axis=-1, keepdims=True, initial=-1e30)
-    weights = np.exp(scores - top)
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    out = np.einsum("bnts,bsnh->btnh", weights, each_v)
-    d_weights = np.einsum("btnh,bsnh->bnts", d_out, each_v)
-    d_scores = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True)) * slope
-    shared = lambda x: x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(axis=3)
-    d_q = np.einsum("bnts,bsnh->btnh", d_scores, each_k)
-    d_k = shared(np.einsum("bnts,btnh->bsnh", d_scores, q))
-    d_v = shared(np.einsum("bnts,btnh->bsnh", weights, d_out))
-    ends = np.cumsum([s[0].shape[1] for s in sources])[:-1]
-    return out, d_q, list(zip(np.split(d_k, ends, axis=1), np.split(d_v, ends, axis=1), strict=True))
 
 
 @functools.partial(jax.jit, static_argnames=("kernel", "rule", "sizes", "score"))

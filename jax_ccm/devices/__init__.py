@@ -1,0 +1,1 @@
+"""What a device at hand does with the library: numbers, times, training, turns, and the papers' throughput."""
