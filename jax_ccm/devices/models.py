@@ -14,7 +14,6 @@ from jax_ccm.devices.record import DoesNotFit
 from jax_ccm.distributed import sharding
 from jax_ccm.methods import build
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
-from jax_ccm.rules.types import Method
 
 
 def one_device() -> jax.sharding.Mesh:
@@ -60,8 +59,3 @@ def experiment(config: Config, shape: ModelConfig) -> Experiment:
     given = config.adapter
     adapter = AdapterConfig(given.rank, given.alpha, given.dropout, given.targets, tokens=method.num_embeddings)
     return Experiment(config, arbitrary(shape, adapter, config.model.precision), method, None, one_device())
-
-
-def for_method(method: Method, shape: ModelConfig, precision: str) -> Transformer:
-    """Such a decoder with an adapter for a method."""
-    return arbitrary(shape, AdapterConfig(tokens=method.num_embeddings), precision)

@@ -76,13 +76,20 @@ def turns(found: Mapping[str, Any]) -> Table:
 
 
 def throughput(found: Mapping[str, Any]) -> Table:
-    """A row for each system."""
+    """A row for each system: its largest batch that fits, and what became of the others."""
     header = ["model", "memory", "slots", "batch", "samples/s", "questions alone/s", "GiB", ""]
     cells = lambda row: [
         f"{row['slots']:,}", f"{row['batch']:,}", speed.number(row["samples_per_second"]),
         speed.number(row["questions_per_second"]), f"{row['bytes'] / 2**30:.1f}",
     ]  # fmt: skip
-    return header, [_row(row, ("model", "system"), cells, 5) for row in found["rows"]], 2
+    rows = []
+    for system in dict.fromkeys(row["system"] for row in found["rows"]):
+        own = [row for row in found["rows"] if row["system"] == system]
+        best = max(own, key=lambda row: (_has_numbers(row), row["batch"]))
+        others = [f"{row['batch']:,} rows: {_said(row)}" for row in own if not _has_numbers(row)]
+        numbers = cells(best) if _has_numbers(best) else [""] * 5
+        rows.append([best["model"], system, *numbers, "; ".join(others)])
+    return header, rows, 2
 
 
 TABLES = {

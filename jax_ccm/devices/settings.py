@@ -12,7 +12,7 @@ from jax_ccm.nn import ModelConfig
 from jax_ccm.planning.ahead import SMOLLM2_135M, Heads
 from jax_ccm.records.paths import Folder
 
-Part = Literal["numbers", "attention", "training", "turns", "throughput"]
+Part = Literal["numbers", "attention", "training", "turns", "throughput", "report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Options:
     not begun in time. Each part wants a process of its own: launch/device_check.sh runs all of them.
     """
 
-    part: Annotated[Part | Literal["report"], tyro.conf.Positional]
-    """Which part."""
+    part: Annotated[Part, tyro.conf.Positional]
+    """Which part, or the tables of those that are there."""
     out: Folder | None = None
     """Where PART.json goes; without it results/PLATFORM/DEVICE of the current folder."""
     size: Literal["auto", "tiny", "full"] = "auto"

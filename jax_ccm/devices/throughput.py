@@ -7,6 +7,8 @@ written into memory, the question is read up to the first token of its answer.
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +22,7 @@ from jax_ccm.devices.settings import Size
 from jax_ccm.distributed import sharding
 from jax_ccm.memory.closing import prefill
 from jax_ccm.methods import build
-from jax_ccm.nn import Transformer
+from jax_ccm.nn import AdapterConfig, Transformer, abstract_transformer
 from jax_ccm.rules.types import Chunk, MemoryCache
 
 PRECISION = "bfloat16"
@@ -29,64 +31,45 @@ read = jax.jit(prefill, static_argnames="method", donate_argnames="cache")
 
 
 def rows(size: Size) -> Rows:
-    """Full context, CCM-concat and CCM-merge."""
+    """Full context, CCM-concat and CCM-merge, each at powers of two of rows until one does not fit."""
     name, shape = size.demonstrated
     systems = {
         "full context": Baseline("full", build("full"), "all text"),
         "CCM-concat": Baseline("concat", build("ccm_concat", comp_tokens=size.slots), "slots of each demonstration"),
         "CCM-merge": Baseline("merge", build("ccm_merge", comp_tokens=size.slots), "slots in all"),
     }
-    model = functools.cache(lambda: models.for_method(systems["CCM-merge"].method, shape, PRECISION))
+    adapter = AdapterConfig(tokens=systems["CCM-merge"].method.num_embeddings)
+    model = functools.cache(lambda: models.arbitrary(shape, adapter, PRECISION))
     for system, way in systems.items():
-        yield {"model": name, "system": system}, functools.partial(_largest, model, way, size)
+        yield from _batches({"model": name, "system": system}, model, adapter, way, size)
 
 
-def _largest(model: Any, way: Baseline, size: Size) -> dict[str, Any]:
-    """The largest power of two of rows that fits.
+def _batches(labels: dict[str, Any], model: Callable[[], Transformer], adapter: Any, way: Baseline, size: Size) -> Rows:
+    """Batches twice as large as those before while they fit, or half as large until one fits."""
+    abstract = abstract_transformer(size.demonstrated[1], adapter, PRECISION)
+    each = jax.eval_shape(lambda: way.cache(abstract, 1, turns=size.demonstrations, turn=size.demonstration)).nbytes
+    slots = len(baselines.slots_after(way.method, size.demonstrations, size.demonstration).kind)
+    # The sessions of the first take half of the room that the weights leave: what else is needed decides.
+    room = models.bytes_limit() - turns.weights_bytes(abstract)
+    batch = min(1 << int(np.log2(max(room / 2 / each, 1))), size.most or sys.maxsize)
+    fits: dict[int, bool] = {}
 
-    Raises:
-      DoesNotFit: if not even one row does.
-    """
-    with sharding.use(models.one_device()):
-        given = model()
-        room = models.bytes_limit() - turns.weights_bytes(given)
-        each = jax.eval_shape(lambda: way.cache(given, 1, turns=size.demonstrations, turn=size.demonstration)).nbytes
-        # The first power of two whose sessions would take half of the room: what else is needed decides.
-        batch = 1 << max(int(np.log2(max(room / 2 / each, 1))), 0)
-        if size.most is not None:
-            batch = min(batch, size.most)
-        best, tried, found = 0, {}, {}
-        while batch and batch not in tried and (size.most is None or batch <= size.most):
-            result = _tried(given, way, batch, size)
-            tried[batch] = result if isinstance(result, str) else "fits"
-            print(f"throughput: {way.name}, {batch} rows: {tried[batch]}", flush=True)
-            if isinstance(result, str):
-                if best:
-                    break
-                batch //= 2
-                continue
-            best, found = batch, result
-            if any(told != "fits" for told in tried.values()):
-                break  # found from above
-            batch *= 2
-        if not best:
-            raise DoesNotFit(f"not one row fits: {tried.get(1)}")
-    return found | {"tried": tried, "slots": _slots(way, size), "bytes_of_a_session": each, "precision": PRECISION}
-
-
-def _slots(way: Baseline, size: Size) -> int:
-    """Slots of context that a question sees."""
-    return len(baselines.slots_after(way.method, size.demonstrations, size.demonstration).kind)
-
-
-def _tried(model: Transformer, way: Baseline, batch: int, size: Size) -> dict[str, Any] | str:
-    """What a batch of so many rows took, or why it does not fit."""
-    try:
-        return _measured(model, way, batch, size)
-    except Exception as e:
-        if not is_out_of_memory(e):
+    def measure(batch: int) -> dict[str, Any]:
+        try:
+            with sharding.use(models.one_device()):
+                found = _measured(model(), way, batch, size)
+        except Exception as e:
+            if is_out_of_memory(e):
+                fits[batch] = False
             raise
-        return (str(e).strip().splitlines() or ["out of memory"])[0][:200]
+        fits[batch] = True
+        return found | {"slots": slots, "bytes_of_a_session": each, "precision": PRECISION}
+
+    while batch and batch not in fits and batch <= (size.most or batch):
+        yield labels | {"batch": batch}, functools.partial(measure, batch)
+        if batch not in fits:
+            return  # it failed, or there was no time
+        batch = 2 * batch if fits[batch] else batch // 2
 
 
 def _measured(model: Transformer, way: Baseline, batch: int, size: Size) -> dict[str, Any]:
@@ -94,10 +77,12 @@ def _measured(model: Transformer, way: Baseline, batch: int, size: Size) -> dict
     piece = Chunk(np.ones((batch, tokens), np.int32), np.ones((batch, tokens), bool))
     abstract = jax.eval_shape(lambda: way.cache(model, batch, turns=size.demonstrations, turn=tokens))
     close = turns.read_and_close if method.remembers else read
-    programs = [call.lower(model, abstract, piece, method=method).compile() for call in (close, turns.ask)]
-    needed, limit = max(map(turns.compiled_bytes, programs)), models.bytes_limit()
-    if needed > limit:
-        raise DoesNotFit(f"{needed / 2**30:.1f} GiB, as compiled; the device has {limit / 2**30:.1f}")
+    limit, needed, programs = models.bytes_limit(), 0, []
+    for call in (close, turns.ask):
+        programs.append(call.lower(model, abstract, piece, method=method).compile())
+        needed = max(needed, turns.compiled_bytes(programs[-1]))
+        if needed > limit:
+            raise DoesNotFit(f"{needed / 2**30:.1f} GiB, as compiled; the device has {limit / 2**30:.1f}")
     demonstration, question = programs
     cache: MemoryCache = turns.as_left(model, way.cache(model, batch, turns=size.demonstrations, turn=tokens))
     before = functools.partial(baselines.fill, method=method, turns=size.demonstrations - 1, turn=tokens)
@@ -111,6 +96,6 @@ def _measured(model: Transformer, way: Baseline, batch: int, size: Size) -> dict
             samples["question"].append(second)
     taken = {name: turns.summary(x, "wall")["seconds"] for name, x in samples.items()}
     return {
-        "batch": batch, "seconds": taken, "samples_per_second": batch / sum(taken.values()),
+        "seconds": taken, "samples_per_second": batch / sum(taken.values()),
         "questions_per_second": batch / taken["question"], "bytes": needed,
     }  # fmt: skip

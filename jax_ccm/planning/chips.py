@@ -84,16 +84,17 @@ CHIPS: dict[str, Chip] = {
 }  # fmt: skip
 
 
-# How JAX calls devices of these chips; the first that fits counts. An H200 computes as an H100, and has more memory.
+# How JAX calls devices of these chips; the first that fits counts. An H200 computes as an H100, and has more memory; an
+# H100 on a PCIe card, or a GPU of a laptop, is slower than those of the table.
 KINDS = {
-    "H100": "h100", "H200": "h100", "A100": "a100", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
-    "TPU v6": "v6e",
+    r"H100 \d+GB HBM3\b|H200\b": "h100", r"A100\b": "a100", r"RTX 4090$": "rtx4090", r"L4$": "l4",
+    r"TPU v5 lite|TPU v5e": "v5e", r"TPU v5": "v5p", r"TPU v6": "v6e",
 }  # fmt: skip
 
 
 def named(kind: str) -> Chip | None:
     """The chip of a device by `jax.Device.device_kind`; None for one that is not in the table."""
-    return next((CHIPS[name] for part, name in KINDS.items() if part in kind), None)
+    return next((CHIPS[name] for pattern, name in KINDS.items() if re.search(rf"\b(?:{pattern})", kind)), None)
 
 
 def parse(topology: str) -> tuple[str, tuple[int, ...]]:
