@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,9 @@ from jax_ccm.weights.hf import Index, Safetensors, Tensors, base_parameters, hf_
 from jax_ccm.weights.sources import CONFIG_FILES, locate
 
 logger = logging.getLogger(__name__)
+
+# Rows of a tensor that are read at once, and how many threads read: what is in the making takes some hundred MiB.
+PIECE, READERS = 4096, min(os.cpu_count() or 1, 8)
 
 
 def read_config(source: str | Path, rope_length: int | None = None) -> ModelConfig:
@@ -170,16 +175,30 @@ def _check_tied(tensors: Tensors) -> None:
 
 
 def _read_parameter(tensors: Tensors, path: str, out: np.ndarray, index: Index) -> None:
-    """Fills ``out`` with the slice ``index`` of a parameter, stacking and transposing."""
-    layers = range(out.shape[0])
-    if not path.startswith("layers."):
-        out, index, layers = out[None], (slice(0, 1), *index), range(1)
-    for layer in layers:
-        name = hf_name(path).format(layer=index[0].start + layer)
-        if path.endswith(".kernel"):
-            out[layer] = tensors.read(name, index[:0:-1]).T
-        else:
-            out[layer] = tensors.read(name, index[1:])
+    """Fills ``out`` with the slice ``index`` of a parameter, stacking and transposing.
+
+    Pieces are read side by side: numpy dequantises, converts and copies without the interpreter's lock.
+    """
+    if path.startswith("layers."):
+        parts = [(hf_name(path).format(layer=index[0].start + n), out[n], index[1:]) for n in range(out.shape[0])]
+    else:
+        parts = [(hf_name(path), out, index)]
+    if path.endswith(".kernel"):
+        parts = [(name, part.T, at[::-1]) for name, part, at in parts]
+    pieces = [
+        (name, part[n : n + PIECE], (slice(at[0].start + n, min(at[0].start + n + PIECE, at[0].stop)), *at[1:]))
+        for name, part, at in parts
+        for n in range(0, part.shape[0], PIECE)
+    ]
+
+    def fill(piece: tuple[str, np.ndarray, Index]) -> None:
+        name, part, at = piece
+        # Converted before it is transposed: that moves fewer bytes.
+        part[...] = tensors.read(name, at).astype(part.dtype, copy=False)
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(fill, pieces):  # raises what a piece has raised
+            pass
 
 
 def _place(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, read: Callable) -> jax.Array:

@@ -241,11 +241,24 @@ class _Part:
     tensors: list[Any]
 
 
-def _read(path: Path) -> _Part:
+@functools.cache
+def _reader() -> type:
+    """`gguf.GGUFReader` over a plain array of the mapped file.
+
+    It takes a slice for each entry of the vocabulary, and one of `numpy.memmap` costs several times as much.
+    """
     import gguf
 
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
+
+    return Reader
+
+
+def _read(path: Path) -> _Part:
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _reader()(path)
         return _Part({name: field.contents() for name, field in reader.fields.items()}, reader.tensors)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError) as error:
         size = path.stat().st_size

@@ -16,7 +16,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig
 from jax_ccm.nn.transformer import initial_comp_embeddings
 from jax_ccm.numerics import precision
-from jax_ccm.weights import load_model, load_tokenizer, read_config, save_hf
+from jax_ccm.weights import base, load_model, load_tokenizer, read_config, save_hf
 from jax_ccm.weights.hf import parameters
 from tests.weights.common import logits
 from tests.weights.test_parity import CASES, GOLDEN, difference
@@ -53,6 +53,14 @@ def test_export_round_trip(case, tmp_path):
         again = load_model(folder)
         assert again.config == model.config
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, model))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_large_tensors_are_read_piece_by_piece(case, monkeypatch):
+    """In pieces that divide no tensor's rows."""
+    whole = load_model(GOLDEN / case)
+    monkeypatch.setattr(base, "PIECE", 7)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), load_model(GOLDEN / case), whole))
 
 
 def test_export_does_not_overwrite(tmp_path):
