@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the accelerator of this machine does with jax_ccm: numbers, times, training, turns, the papers' throughput.
 #   bash launch/device_check.sh [--dry-run] [PART ...]
-# On a TPU VM or a GPU machine (launch/gpu_check.sh), without network, in at most eight minutes; on a CPU with tiny sizes.
+# On a TPU VM (one host) or a GPU machine (launch/gpu_check.sh), without network, in eight minutes; on a CPU with tiny sizes.
 # Parts: numbers attention training turns throughput (default: all). Each is a process of its own with a time limit of
 # its own, and writes OUT/PART.json; one that fails ends no other. OUT/report.md has all as tables.
 # PYTHON: interpreter (default: that of .venv if there is one, else python3).  OUT: where results go (default
@@ -13,8 +13,8 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 declare -A seconds=(
-    [numbers]=${NUMBERS:-80} [attention]=${ATTENTION:-110} [training]=${TRAINING:-90} [turns]=${TURNS:-70}
-    [throughput]=${THROUGHPUT:-110}
+    [numbers]=${NUMBERS:-65} [attention]=${ATTENTION:-100} [training]=${TRAINING:-105} [turns]=${TURNS:-90}
+    [throughput]=${THROUGHPUT:-100}
 )
 all=(numbers attention training turns throughput)
 # A process has most of the memory to itself, from its beginning: what fits does not depend on how it was cut before.

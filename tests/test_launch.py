@@ -333,14 +333,14 @@ def test_device_check_dry_run(outside):
     out = shell("device_check.sh", "--dry-run", path=path, PYTHON="python", OUT="some where", SIZE="tiny", TURNS="40")
     lines = out.splitlines()
     ours = "python -m jax_ccm.devices.check"
-    assert lines[0] == f"+ timeout --kill-after=5 80 {ours} numbers --out 'some where' --size tiny --limit 64"
+    assert lines[0] == f"+ timeout --kill-after=5 65 {ours} numbers --out 'some where' --size tiny --limit 52"
     assert lines[3] == f"+ timeout --kill-after=5 40 {ours} turns --out 'some where' --size tiny --limit 32"
     assert lines[-1] == f"+ timeout --kill-after=5 20 {ours} report --out 'some where'"
     limits = [int(line.split()[3]) for line in shell("device_check.sh", "--dry-run", path=path).splitlines()]
     assert len(limits) == 6 and sum(limits) <= 8 * 60
     (first, *rest) = shell("gpu_check.sh", "--dry-run", "training", path=path, PYTHON="python", GPU="2").splitlines()
     assert first == ("+ env CUDA_VISIBLE_DEVICES=2 JAX_PLATFORMS=cuda,cpu bash launch/device_check.sh training")
-    assert rest[0].endswith(f"{ours} training --size auto --limit 72") and len(rest) == 2
+    assert rest[0].endswith(f"{ours} training --size auto --limit 84") and len(rest) == 2
     assert calls.read_text() == ""
     shell("device_check.sh", "--dry-run", "numbas", path=path, code=2)
 

@@ -86,7 +86,7 @@ def throughput(found: Mapping[str, Any]) -> Table:
     for system in dict.fromkeys(row["system"] for row in found["rows"]):
         own = [row for row in found["rows"] if row["system"] == system]
         best = max(own, key=lambda row: (_has_numbers(row), row["batch"]))
-        others = [f"{row['batch']:,} rows: {_said(row)}" for row in own if not _has_numbers(row)]
+        others = [f"batch {row['batch']:,}: {_said(row)}" for row in own if not _has_numbers(row)]
         numbers = cells(best) if _has_numbers(best) else [""] * 5
         rows.append([best["model"], system, *numbers, "; ".join(others)])
     return header, rows, 2

@@ -20,9 +20,9 @@ from jax_ccm.planning import ahead, chips
 
 
 def rows(size: Size) -> Rows:
-    """For each decoder, a training step with plain products and with the kernel."""
-    for name, shape in size.trained.items():
-        for attention in ("xla", "pallas"):
+    """Training steps of each decoder, first with plain products, then with the kernel."""
+    for attention in ("xla", "pallas"):
+        for name, shape in size.trained.items():
             labels = {"model": name, "attention": attention, "tokens of a row": size.tokens}
             yield labels, functools.partial(_steps, shape, attention, size)
 

@@ -182,7 +182,7 @@ def test_batches_are_doubled_or_halved(monkeypatch, tmp_path, fits, first, tried
     (line,) = report.throughput(found)[1]
     numbers = [] if best is None else [str(TINY.demonstrations * TINY.demonstration), str(best), "7.5", "8.5", "1.0"]
     assert [cell for cell in line[2:7] if cell] == numbers
-    assert line[7] == "; ".join(f"{n} rows: out of memory: no room" for n in tried if n > fits)
+    assert line[7] == "; ".join(f"batch {n}: out of memory: no room" for n in tried if n > fits)
 
 
 def test_no_larger_batch_behind_a_failure(monkeypatch, tmp_path):
