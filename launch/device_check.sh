@@ -36,16 +36,17 @@ failed=()
 for part in "$@"; do
     limit=${seconds[$part]} code=0
     # No row is begun in the last fifth; what still runs at the end is killed, and its rows so far are kept.
-    run timeout --kill-after=5 "$limit" "$python" -m jax_ccm.devices.check "$part" "${options[@]}" \
+    run timeout --foreground --kill-after=5 "$limit" "$python" -m jax_ccm.devices.check "$part" "${options[@]}" \
         --size "${SIZE:-auto}" --limit "$((limit * 4 / 5))" || code=$?
     case $code in
     0) ;;
+    130) exit 130 ;; # Ctrl-C
     124 | 137) failed+=("$part (stopped after $limit s)") ;;
     *) failed+=("$part (exit $code)") ;;
     esac
 done
 code=0
-run timeout --kill-after=5 20 "$python" -m jax_ccm.devices.check report "${options[@]}" || code=$?
+run timeout --foreground --kill-after=5 20 "$python" -m jax_ccm.devices.check report "${options[@]}" || code=$?
 [ "$code" -eq 0 ] || failed+=("report (exit $code)")
 
 [ -z "$dry" ] || exit 0

@@ -41,10 +41,12 @@ def program(path, text):
     return path
 
 
-def shell(script, *arguments, path=None, code=0, **environment):
+def shell(script, *arguments, path=None, code=0, timeout=120, **environment):
     """Runs a script; what it printed."""
     env = {**os.environ, **environment} | ({"PATH": path} if path else {})
-    done = subprocess.run(["bash", LAUNCH / script, *arguments], capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(
+        ["bash", LAUNCH / script, *arguments], capture_output=True, text=True, env=env, timeout=timeout
+    )
     assert done.returncode == code, done.stderr
     return done.stdout
 
@@ -332,11 +334,11 @@ def test_device_check_dry_run(outside):
     path, calls = outside
     out = shell("device_check.sh", "--dry-run", path=path, PYTHON="python", OUT="some where", SIZE="tiny", TURNS="40")
     lines = out.splitlines()
-    ours = "python -m jax_ccm.devices.check"
-    assert lines[0] == f"+ timeout --kill-after=5 65 {ours} numbers --out 'some where' --size tiny --limit 52"
-    assert lines[3] == f"+ timeout --kill-after=5 40 {ours} turns --out 'some where' --size tiny --limit 32"
-    assert lines[-1] == f"+ timeout --kill-after=5 20 {ours} report --out 'some where'"
-    limits = [int(line.split()[3]) for line in shell("device_check.sh", "--dry-run", path=path).splitlines()]
+    ours, limited = "python -m jax_ccm.devices.check", "+ timeout --foreground --kill-after=5"
+    assert lines[0] == f"{limited} 65 {ours} numbers --out 'some where' --size tiny --limit 52"
+    assert lines[3] == f"{limited} 40 {ours} turns --out 'some where' --size tiny --limit 32"
+    assert lines[-1] == f"{limited} 20 {ours} report --out 'some where'"
+    limits = [int(line.split()[4]) for line in shell("device_check.sh", "--dry-run", path=path).splitlines()]
     assert len(limits) == 6 and sum(limits) <= 8 * 60
     (first, *rest) = shell("gpu_check.sh", "--dry-run", "training", path=path, PYTHON="python", GPU="2").splitlines()
     assert first == ("+ env CUDA_VISIBLE_DEVICES=2 JAX_PLATFORMS=cuda,cpu bash launch/device_check.sh training")
@@ -352,6 +354,12 @@ def test_gpu_check_needs_a_gpu(outside):
         ["bash", LAUNCH / "gpu_check.sh"], env={**os.environ, "PATH": path}, capture_output=True, text=True
     )
     assert done.returncode == 2 and "no NVIDIA GPU 0" in done.stderr
+
+
+def test_ctrl_c_ends_the_check(tmp_path):
+    python = program(tmp_path / "python", f"echo $3 >>{tmp_path}/log; exit 130")
+    shell("device_check.sh", PYTHON=str(python), code=130)
+    assert (tmp_path / "log").read_text() == "numbers\n"
 
 
 def test_a_part_that_fails_ends_no_other(tmp_path):
@@ -375,11 +383,13 @@ def test_a_part_that_fails_ends_no_other(tmp_path):
     )
 
 
-def test_device_check_runs_on_a_cpu(tmp_path):
-    """One part as it is run on a machine with an accelerator, with tiny sizes, and its table."""
+@pytest.mark.parametrize("parts", [("training",), pytest.param(PARTS, marks=pytest.mark.slow)], ids=["one", "all"])
+def test_device_check_runs_on_a_cpu(tmp_path, parts):
+    """As it is run on a machine with an accelerator, with tiny sizes; and the tables of what was found."""
     env = {"PYTHON": sys.executable, "OUT": str(tmp_path), "JAX_PLATFORMS": "cpu", "COMMIT": "abc"}
-    out = shell("device_check.sh", "training", **env)
-    assert out.splitlines()[-1] == "device check: all of training finished"
+    out = shell("device_check.sh", *parts, **env, JAX_DISABLE_MOST_OPTIMIZATIONS="1", timeout=480)
+    assert out.splitlines()[-1] == f"device check: all of {' '.join(parts)} finished"
+    assert {path.stem for path in tmp_path.glob("*.json")} == set(parts)
     found = json.loads((tmp_path / "training.json").read_text())
     assert (found["commit"], found["settings"]["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == ("abc", "0.9")
     assert f"{found['rows'][0]['tokens_per_second']:,.0f}" in (tmp_path / "report.md").read_text()
