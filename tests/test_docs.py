@@ -290,12 +290,24 @@ def test_what_is_said_of_many_sessions_is_made_of_the_numbers():
     assert all(faster(*at, "llama.cpp", "full") > 1 for at in ((1, 10), (16, 10), (64, 10), (1, 100), (16, 100)))
 
 
+def test_what_is_said_of_the_turn_from_which_a_memory_is_faster():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    cells = json.loads((ROOT / "results" / "serving" / "smollm2_one_session" / "serving.json").read_text())["cells"]
+    rate = {cell["turns"]: {name: x["turns_per_second"] for name, x in cell["systems"].items()} for cell in cells}
+    first = lambda name: min(turns for turns, found in rate.items() if found[name] > found["llama.cpp"])
+    said = re.search(r"from (\d+) turns on, the newest 512 slots and four slots of every turn from (\d+) on", page)
+    assert [int(x) for x in said.groups()] == [first("merge"), first("concat, evicting")]
+    assert first("concat") == first("concat, evicting")
+    said = re.search(r"Behind 300 turns a memory of four slots answers (\S+) times as many", page)
+    assert said[1] == f"{rate[300]['merge'] / rate[300]['llama.cpp']:.1f}"
+
+
 def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
     """Of two evaluations, which no command puts beside each other."""
     folder = ROOT / "results" / "recipe" / "handwritten"
     systems = {
         name: json.loads((folder / name / "results.json").read_text())["steps"][-1]["systems"]
-        for name in ("chat_varied", "chat_mlp")
+        for name in ("chat_wide", "chat_varied")
     }
 
     def row(cell) -> list[str]:
@@ -303,8 +315,8 @@ def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
         own = [f"{cell['accuracy']['mean']['value']:.2f}", f"{cell['perplexity']['value']:.1f}"]
         return own + [f"{value:.2f}" for value in said]
 
-    now = systems["chat_varied"]
-    wanted = [row(now["none"]), row(now["full"]), row(systems["chat_mlp"]["memory"]), row(now["memory"])]
+    now = systems["chat_wide"]
+    wanted = [row(now["none"]), row(now["full"]), row(systems["chat_varied"]["memory"]), row(now["memory"])]
     wanted[-1][-1] += f" (wrong memory {now['memory']['wrong']['replies']['contains']['value']:.2f})"
     page = (ROOT / "docs" / "results.md").read_text()
     table = re.search(r"\| \| choices right \|.*\n\|.*\n((?:\|.*\n)+)", page)[1].replace("*", "")
