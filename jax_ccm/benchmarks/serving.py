@@ -243,15 +243,7 @@ def _cell(bench: Bench, ways: list[Baseline], side: Side | None, sessions: int, 
     if side is not None and turns <= options.peer_most_turns:
         samples[PEER] = []
     for group in together:
-        live = {baseline.name: Live(bench, baseline, sessions, turns) for baseline in group}
-        steps: dict[str, Callable[[], dict[str, Any]]] = {name: each.run for name, each in live.items()}
-        if side is not None and PEER in samples and group is together[0]:
-            # A single session stays where it is. The first turn comes behind all that is read before it.
-            steps[PEER] = lambda side=side: _asked(side, f"{turns}{', carried' * (sessions > 1)}")
-            steps[PEER]()
-        for _ in range(math.ceil(options.least / sessions)):
-            for name, step in steps.items():
-                samples[name].append(step())
+        _rounds(bench, group, side if PEER in samples and group is together[0] else None, sessions, turns, samples)
     for name, found in samples.items():
         errors = [sample["error"] for sample in found if "error" in sample]
         if errors:
@@ -265,6 +257,21 @@ def _cell(bench: Bench, ways: list[Baseline], side: Side | None, sessions: int, 
     told = ", ".join(f"{name} {cell['turns_per_second']:.2f}/s" for name, cell in systems.items() if "rounds" in cell)
     print(f"{sessions} sessions behind {turns:,} turns: {told}", flush=True)
     return {"sessions": sessions, "turns": turns, "systems": systems, "load_average": round(os.getloadavg()[0], 2)}
+
+
+def _rounds(
+    bench: Bench, group: list[Baseline], side: Side | None, sessions: int, turns: int, samples: dict[str, list]
+) -> None:
+    """Measures what has room at once, into ``samples``; the sessions are gone when it returns."""
+    live = {baseline.name: Live(bench, baseline, sessions, turns) for baseline in group}
+    steps: dict[str, Callable[[], dict[str, Any]]] = {name: each.run for name, each in live.items()}
+    if side is not None:
+        # A single session stays where it is. The first turn comes behind all that is read before it.
+        steps[PEER] = lambda: _asked(side, f"{turns}{', carried' * (sessions > 1)}")
+        steps[PEER]()
+    for _ in range(math.ceil(bench.options.least / sessions)):
+        for name, step in steps.items():
+            samples[name].append(step())
 
 
 def _asked(side: Side, step: str) -> dict[str, Any]:
