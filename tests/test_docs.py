@@ -229,6 +229,18 @@ def test_the_table_of_plans_is_made_of_the_plans(folder):
     assert ("full context" in made) == any("sessions" in plan for plan in plans)
 
 
+def test_the_hours_of_the_recipe_are_those_of_its_plans():
+    """At half of the peak rate, for the steps of the config."""
+    page = (ROOT / "docs" / "recipe.md").read_text()
+    said = re.search(r"take 1\.5B (\S+) hours on an RTX 4090 and 7B (\S+) hours on an H100", page)
+    plans = [
+        json.loads((ROOT / "results/plan/one_gpu" / f"qwen2.5-{name}_training.json").read_text())
+        for name in ("1.5b-instruct_rtx4090-1", "7b-instruct_h100-1")
+    ]
+    hours = [2 * x["training"]["step"]["seconds"]["roofline"] * x["config"]["train"]["steps"] / 3600 for x in plans]
+    assert said.groups() == tuple(f"{x:.1f}" for x in hours)
+
+
 @pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.parent.name)
 def test_tables_of_speed_are_made_of_the_numbers(path):
     results = json.loads(path.read_text())

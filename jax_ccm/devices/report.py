@@ -133,8 +133,7 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
             f"- {_of(record)}",
         ]
         if record["status"] != "finished":
-            ended = "its process was ended before it was done" if record["status"] == "running" else record["status"]
-            lines.append(f"- **{ended}**")
+            lines.append(f"- **{ENDED.get(record['status'], record['status'])}**")
         lines += ["", f"`{record['command']}`", ""]
     return "\n".join(lines)
 
