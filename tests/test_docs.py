@@ -314,6 +314,15 @@ def test_what_is_said_of_the_turn_from_which_a_memory_is_faster():
     assert said[1] == f"{rate[300]['merge'] / rate[300]['llama.cpp']:.1f}"
 
 
+def test_what_is_said_of_256_sessions():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    cells = json.loads((ROOT / "results" / "serving" / "smollm2_256_sessions" / "serving.json").read_text())["cells"]
+    systems = {cell["turns"]: cell["systems"] for cell in cells}
+    assert "needs_bytes" in systems[100]["full"] and "needs_bytes" not in systems[10]["full"]
+    said = re.search(r"four slots in all answer (\S+) turns a second behind 1,000 turns, and (\S+) behind 10\.", page)
+    assert said.groups() == tuple(f"{systems[turns]['merge']['turns_per_second']:.1f}" for turns in (1000, 10))
+
+
 def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
     """Of two evaluations, which no command puts beside each other."""
     folder = ROOT / "results" / "recipe" / "handwritten"
