@@ -1,9 +1,11 @@
-"""``python -m jax_ccm.prepare list | inspect CONFIG | audit CONFIG``: which data there are, and what they become."""
+"""``python -m jax_ccm.prepare list | inspect CONFIG | audit CONFIG | build CONFIG``: data, and what they become."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -14,7 +16,7 @@ from jax_ccm.config.schema import Config
 from jax_ccm.errors import UserError, unknown
 
 COMMAND = "jax_ccm.prepare"
-ACTIONS = ("list", "inspect", "audit")
+ACTIONS = ("list", "inspect", "audit", "build")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,15 @@ class Audit:
 
 
 @dataclasses.dataclass(frozen=True)
+class Build:
+    """Tokenises a config's training data once, into the folder that data.tokenized names.
+
+    With the same config and ``--data.tokenized DIR``, training then reads no corpus, at its start or when it is
+    resumed, and the corpus need not fit into memory. The folder is a data set of tensorflow-datasets (ArrayRecord).
+    """
+
+
+@dataclasses.dataclass(frozen=True)
 class Listing:
     """Names the formats of records, the generated data sets with their options, and the prepared ones of tfds."""
 
@@ -58,10 +69,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         _, config, _ = cli.parse(Audit, rest, command=f"{COMMAND} audit")
         print(*audit.lines(config.data), sep="\n")
+    elif first == "build":
+        _, config, _ = cli.parse(Build, rest, command=f"{COMMAND} build")
+        write(config)
     elif first:
         raise unknown("action of prepare", first, ACTIONS)
     else:
-        raise UserError(f"say what to do: python -m {COMMAND} list, inspect CONFIG, or audit CONFIG")
+        raise UserError(f"say what to do: python -m {COMMAND} list, or inspect, audit or build CONFIG")
 
 
 def listing() -> Iterator[str]:
@@ -90,6 +104,24 @@ def listing() -> Iterator[str]:
         yield "  none; `tfds build NAME --file_format=array_record` prepares one, ?data_dir= names another folder"
     yield "\nfiles, also in buckets: FILE.jsonl, one record a line; FILE.txt or a folder, one text each; * in names"
     yield "of your own: python:package.module:function?name=value"
+
+
+def write(config: Config) -> None:
+    """Tokenises a config's training data into the folder that ``data.tokenized`` names, and says how much there is.
+
+    Raises:
+      UserError: for data that cannot be read or of which nothing is left, or a folder that is not empty.
+    """
+    from jax_ccm.config.loading import build_method, tokenizer_of, vocabulary
+    from jax_ccm.data import documents, tokenized
+
+    tokenizer, started = tokenizer_of(config), time.perf_counter()
+    format = documents.build(config.data, tokenizer)
+    vocab = vocabulary(config, tokenizer)
+    log = functools.partial(print, file=sys.stdout, flush=True)
+    folder = tokenized.build(config.data, build_method(config), format, tokenizer, vocab, log)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: {size / 2**20:,.1f} MiB in {time.perf_counter() - started:,.0f} s")
 
 
 def show(config: Config, options: Options) -> None:

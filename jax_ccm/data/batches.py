@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
 
-from jax_ccm.data import documents
+from jax_ccm.data import documents, tokenized
 from jax_ccm.data.config import DataConfig, TextConfig
 from jax_ccm.data.counts import Report
-from jax_ccm.data.formats import Format, Unit
+from jax_ccm.data.formats import Format
 from jax_ccm.data.sources import Source, open_sources
+from jax_ccm.data.units import Unit, Units
 from jax_ccm.errors import UserError
 from jax_ccm.rules import examples
 from jax_ccm.rules import rows as layout
@@ -79,17 +81,21 @@ class TrainingSet:
       vocab_size: V.
       format: draws examples.
       units: what it draws from, source by source where they have weights.
+      places: int64 ``[units]``, the most places of a row that a draw of each needs.
       report: how many records are used, how many were dropped and why.
       parts: how many of the units are of each source; one number for all where sources have no weights.
+      digest: of the units, where they were tokenised before; else "".
     """
 
     config: DataConfig
     method: Method
     vocab_size: int
     format: Format
-    units: list[Unit]
+    units: Units
+    places: np.ndarray
     report: Report
     parts: tuple[int, ...]
+    digest: str
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         """A training example: joined, closed by so many tokens, and repeated, at random as config and method say."""
@@ -125,14 +131,14 @@ class TrainingSet:
         # Everything is in memory already: threads would only fight for the interpreter lock.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         ends = np.cumsum([0, *self.parts])
-        sources = [self.units[first:end] for first, end in zip(ends, ends[1:], strict=False)]
+        numbers = [np.arange(first, end) for first, end in zip(ends, ends[1:], strict=False)]
         # A repeated MapDataset counts on: index // len is the epoch for the shuffle, and the index seeds the draw.
         if self.config.buckets:
             # All rows are drawn everywhere, because all of them together say which bucket holds the batch.
-            data = self._mixed([self.groups(units, seed) for units in sources], self.draw_group, seed)
+            data = self._mixed([own[self.groups(self.places[own], seed)] for own in numbers], self.draw_group, seed)
             batches = data.map(functools.partial(self.batch, rows=rows))
             return cast(Batches, iter(batches.to_iter_dataset(options)))
-        drawn = self._mixed(sources, self.draw, seed)
+        drawn = self._mixed(numbers, lambda number, rng: self.draw(self.units[number], rng), seed)
         batches = grain.MapDataset.range(len(drawn) // size)
         batches = batches.map(lambda i: self.batch([drawn[i * size + r] for r in rows]))
         return cast(Batches, iter(batches.to_iter_dataset(options)))
@@ -144,22 +150,29 @@ class TrainingSet:
         data = [grain.MapDataset.source(those).seed(seed).shuffle().random_map(draw).repeat() for those in sources]
         return data[0] if len(data) == 1 else grain.MapDataset.mix(data, self.config.weights)
 
-    def groups(self, units: Sequence[Unit], seed: int) -> list[list[Unit]]:
-        """Units in batches of similar length: sorted, ties by chance, and cut; the last overlaps the one before."""
-        lengths = np.array([self.format.needs(unit, self.method).tokens for unit in units])
+    def groups(self, lengths: np.ndarray, seed: int) -> np.ndarray:
+        """Numbers of units in batches of similar length: sorted, ties by chance, and cut; the last overlaps another.
+
+        Args:
+          lengths: of the units.
+          seed: of the chance.
+
+        Returns:
+          int64 ``[batches, batch_size]``.
+        """
         order = np.lexsort((np.random.default_rng(seed).random(len(lengths)), lengths))
         size = self.config.batch_size
         if len(order) < size:
             order = np.resize(order, size)
         starts = [*range(0, len(order) - size + 1, size), *([len(order) - size] if len(order) % size else [])]
-        return [[units[i] for i in order[start : start + size]] for start in starts]
+        return np.stack([order[start : start + size] for start in starts])
 
-    def draw_group(self, group: list[Unit], rng: np.random.Generator) -> list[Example]:
-        """Examples of a batch, each from draws of its own."""
+    def draw_group(self, group: np.ndarray, rng: np.random.Generator) -> list[Example]:
+        """Examples of the units with these numbers, each from draws of its own."""
         # Not by `rng.spawn`: grain resets one generator for each index, but not the count of its children, so that a
         # draw would depend on how many came before it in this process.
         seeds = rng.integers(2**63, size=len(group))
-        return [self.draw(unit, np.random.default_rng(seed)) for unit, seed in zip(group, seeds, strict=True)]
+        return [self.draw(self.units[i], np.random.default_rng(seed)) for i, seed in zip(group, seeds, strict=True)]
 
     def batch(self, examples: list[Example], rows: Sequence[int] | None = None) -> Batch:
         """Rows as arrays of the smallest sizes allowed that hold all examples.
@@ -211,43 +224,57 @@ def prepare(
             )
     format = format or documents.build(config, tokenizer)
     given: Sequence[Any] = config.train if sources is None else sources
-    groups = [[one] for one in given] if config.weights else [given]
     if config.weights and len(given) != len(config.weights):
         raise UserError(f"data.weights has {len(config.weights)} numbers for {len(given)} sources; give one for each")
-    opened = groups if sources is not None else [open_sources(group, config.format) for group in groups]
-    loaded = [format.load(group) for group in opened]
-    report = functools.reduce(Report.joined, (own for _, own in loaded))
+    groups = [[one] for one in given] if config.weights else [given]
+    if sources is not None:
+        digest, loaded = "", [_loaded(format, method, group, vocab_size) for group in groups]
+    elif config.tokenized is not None:
+        stored = tokenized.Stored.open(config, format, tokenizer)
+        needs = stored.needs(config, format, method)
+        stored.require(vocab_size)
+        whole = range(len(given))
+        numbers = [whole[n : n + 1] for n in whole] if config.weights else [whole]
+        digest, loaded = stored.digest, [stored.part(own, needs) for own in numbers]
+    else:
+        opened = (open_sources(group, config.format) for group in groups)
+        digest, loaded = "", [_loaded(format, method, group, vocab_size) for group in opened]
+    report = functools.reduce(Report.joined, (own for _, _, own in loaded))
     most = caps(config, method)
-    fits = lambda unit: _fits(unit, format.needs(unit, method), most, config, vocab_size, report)
-    parts = [[unit for unit in units if fits(unit)] for units, _ in loaded]
-    report.kept = sum(map(len, parts))
+    found = [_fitting(needs, most, config, report) for _, needs, _ in loaded]
+    report.kept = sum(map(len, found))
     if not report.kept:
         raise UserError(f"no training data is left: {report}. Raise the limits that are named")
-    for name, part in zip(config.train, parts, strict=False):
-        if not part:
+    for name, own in zip(config.train, found, strict=False):
+        if not len(own):
             raise UserError(f"data.weights: nothing of {name!r} is left ({report}); raise the limits, or leave it out")
-    units = [unit for part in parts for unit in part]
-    return TrainingSet(config, method, vocab_size, format, units, report, tuple(map(len, parts)))
+    places = np.concatenate([needs[own, 0] for (_, needs, _), own in zip(loaded, found, strict=True)])
+    units = Units([own for own, _, _ in loaded], found)
+    if digest:
+        digest = hashlib.sha256(digest.encode() + b"".join(own.tobytes() for own in found)).hexdigest()
+    return TrainingSet(config, method, vocab_size, format, units, places, report, tuple(map(len, found)), digest)
 
 
-def _fits(unit: Unit, need: layout.Sizes, most: layout.Sizes, config: DataConfig, vocab: int, report: Report) -> bool:
-    """Whether a unit fits the static sizes; if not, the report counts why."""
-    top = max(int(piece.max()) for piece in unit.pieces)
-    if top >= vocab:
-        raise UserError(
-            f"{unit.id}: token id {top} is outside the model's vocabulary (0..{vocab - 1}); "
-            f"ids from {vocab} on are compression tokens, which the method places itself. "
-            "Is this the model's own tokenizer?"
-        )
-    if need.tokens > most.tokens:
-        report.drop(f"of more than data.tokens={config.tokens} places")
-    elif need.memory > most.memory:
-        report.drop(f"of more than data.max_chunks={config.max_chunks} chunks")
-    elif need.scored > most.scored:
-        report.drop(f"with more than data.scored={config.scored} scored tokens")
-    else:
-        return True
-    return False
+def _loaded(format: Format, method: Method, sources: Sequence[Source], vocab: int) -> tokenized.Part:
+    """Sources, tokenised now."""
+    units, report = format.load(sources)
+    tokenized.require_known(units, vocab)
+    return units, tokenized.measured(format, method, units), report
+
+
+def _fitting(needs: np.ndarray, most: layout.Sizes, config: DataConfig, report: Report) -> np.ndarray:
+    """Numbers of the units that fit the static sizes, of those whose needs are given; the report counts the others."""
+    over = needs > np.array([most.tokens, most.memory, most.scored])
+    first = np.where(over.any(1), over.argmax(1), len(over[0]) if len(over) else 0)
+    reasons = (
+        f"of more than data.tokens={config.tokens} places",
+        f"of more than data.max_chunks={config.max_chunks} chunks",
+        f"with more than data.scored={config.scored} scored tokens",
+    )
+    for number, reason in enumerate(reasons):
+        if count := int((first == number).sum()):
+            report.dropped[reason] += count
+    return np.flatnonzero(first == len(reasons))
 
 
 def train_iterator(

@@ -42,6 +42,9 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """Share of the draws of each source of ``train``, in order, such as [3, 1]; a source is then gone through at its
     own pace, as often as its share asks for. () draws every record as often as any other."""
+    tokenized: str | None = None
+    """Folder with the sources of ``train`` as tokens, written by ``python -m jax_ccm.prepare build CONFIG``: runs then
+    read no corpus and hold none in memory. For formats "dialogue", "online" and "text"."""
     validation: tuple[str, ...] = ()
     """Sources to evaluate on during training, and to choose settings on."""
     test: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass
@@ -33,6 +34,12 @@ class Report:
         self.dropped[reason] += 1
         if where:
             self.first.setdefault(reason, where)
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> Report:
+        """The report of its fields as they stand in JSON."""
+        fields: dict[str, Any] = stored | {name: collections.Counter(stored[name]) for name in ("dropped", "changed")}
+        return cls(**fields)
 
     def joined(self, other: Report) -> Report:
         """What became of the records of both."""

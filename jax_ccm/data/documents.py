@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -12,9 +12,10 @@ from jax_ccm.data import recall, spans
 from jax_ccm.data.config import DataConfig, TextConfig
 from jax_ccm.data.counts import Report
 from jax_ccm.data.fewshot import FewShot
-from jax_ccm.data.formats import Askable, Dialogue, NoChoices, Online, Unit, segment, used
+from jax_ccm.data.formats import Askable, Dialogue, NoChoices, Online, segment, used
 from jax_ccm.data.sources import Source
 from jax_ccm.data.template import Template
+from jax_ccm.data.units import Unit
 from jax_ccm.rules.examples import Example, concat
 from jax_ccm.rules.rows import Sizes, bound, measure
 from jax_ccm.rules.types import Method
@@ -30,6 +31,14 @@ class TextUnit(Unit):
 
     begins: np.ndarray
 
+    def stored(self) -> dict[str, np.ndarray]:
+        return super().stored() | {"begins": self.begins.astype(np.int32)}
+
+    @classmethod
+    def restored(cls, id: str, arrays: Mapping[str, np.ndarray]) -> Self:
+        made = Unit.restored(id, arrays)
+        return cls(id, made.pieces, arrays["begins"].astype(bool))
+
 
 class Text(NoChoices):
     """``{"text"}``: a text is cut into windows of ``max_chunks + 1`` chunks of ``chunk`` tokens; the last is the tail.
@@ -37,6 +46,8 @@ class Text(NoChoices):
     What remains at the end of a text is a shorter window, used if it has at least two chunks. With ``ratio`` a window
     is not cut into chunks: spans of it, or single tokens, are drawn anew each time, and the rest is kept (Sentinel).
     """
+
+    unit = TextUnit
 
     def __init__(self, config: TextConfig, template: Template):
         self.config, self.template = config, template

@@ -9,9 +9,10 @@ import numpy as np
 
 from jax_ccm.data.config import FewShotConfig
 from jax_ccm.data.counts import Report
-from jax_ccm.data.formats import Unit, segment, used
+from jax_ccm.data.formats import segment, used
 from jax_ccm.data.sources import Source
 from jax_ccm.data.template import Template
+from jax_ccm.data.units import Unit
 from jax_ccm.errors import UserError
 from jax_ccm.rules.examples import Example, concat
 from jax_ccm.rules.rows import Sizes, bound, measure

@@ -6,7 +6,6 @@ keeps is read-only, and an example is put together anew at each draw.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 import reprlib
@@ -20,6 +19,7 @@ from jax_ccm.data.config import DialogueConfig, LimitedConfig, OnlineConfig, Tur
 from jax_ccm.data.counts import Report
 from jax_ccm.data.sources import Record, Records, Source, blank
 from jax_ccm.data.template import Template
+from jax_ccm.data.units import Unit
 from jax_ccm.errors import UserError
 from jax_ccm.rules.examples import Example, Segment, concat, with_prefix
 from jax_ccm.rules.rows import Sizes, measure
@@ -48,31 +48,11 @@ def used(sources: Sequence[Source], format: str, report: Report, blanks: str) ->
                 yield source.where(index), record
 
 
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """A tokenised session from which examples are drawn.
-
-    Attributes:
-      id: names the record.
-      pieces: read-only int32 tokens of its turns, contexts or chunks, in order; the last is the target (or tail).
-      marked: numbers of the turns that the record names for the loss; None for all.
-      start: int32 tokens of a system message with which the session begins; None for the template's own beginning.
-      task: what the record is an example of, "" where there are no tasks; accuracies are averaged over tasks.
-    """
-
-    id: str
-    pieces: tuple[np.ndarray, ...]
-    marked: frozenset[int] | None = dataclasses.field(default=None, kw_only=True)
-    start: np.ndarray | None = dataclasses.field(default=None, kw_only=True)
-    task: str = dataclasses.field(default="", kw_only=True)
-
-    def __post_init__(self):
-        for piece in self.pieces:
-            piece.setflags(write=False)
-
-
 class Format(Protocol):
-    """What the training pipeline asks of a format. Loaded units stay as they are; draws copy."""
+    """What the training pipeline asks of a format. Loaded units stay as they are; draws copy.
+
+    One whose units can be tokenised once and kept names their class as ``unit``.
+    """
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
         """Tokenises all records, and drops those beyond the limits of training or of evaluation."""
@@ -233,6 +213,8 @@ class Dialogue(NoChoices):
     scores those that the record's ``scored`` names (numbers from 0), if it does; the last always.
     """
 
+    unit = Unit
+
     def __init__(self, config: DialogueConfig, template: Template):
         self.config, self.template = config, template
 
@@ -328,7 +310,7 @@ def _marked(record: Record, where: str) -> frozenset[int] | None:
 class Online:
     """``{"contexts", "query", "target", "system"?}``: contexts are time steps; the whole record is always used."""
 
-    tokenized = True
+    tokenized, unit = True, Unit
 
     def __init__(self, config: OnlineConfig, template: Template):
         self.config, self.template = config, template
@@ -343,7 +325,8 @@ class Online:
         for where, record in used(sources, "online", report, "with one of their pieces empty"):
             ids.append(where)
             records.append(record)
-            self._records[where] = record
+            if evaluation:
+                self._records[where] = record
         inputs = [[*record["contexts"], record["query"]] for record in records]
         first = self.template.first([texts[0] for texts in inputs])
         later = iter(self.template.later([text for texts in inputs for text in texts[1:]]))

@@ -19,8 +19,8 @@ import numpy as np
 from jax_ccm.data import documents
 from jax_ccm.data.config import DataConfig, FewShotConfig, TextConfig, TurnsConfig
 from jax_ccm.data.documents import Text
-from jax_ccm.data.formats import Unit
 from jax_ccm.data.sources import Record, Records, Source, open_sources
+from jax_ccm.data.units import Unit
 from jax_ccm.errors import UserError
 from jax_ccm.rules.examples import Example
 

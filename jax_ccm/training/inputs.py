@@ -10,6 +10,7 @@ from typing import Any
 from jax_ccm.config.loading import base_source
 from jax_ccm.config.schema import Config
 from jax_ccm.data.batches import TrainingSet
+from jax_ccm.data.tokenized import digest_of
 from jax_ccm.errors import UserError
 
 # Of a large file these are read: so many blocks of so many bytes at regular places, and more where they would lie
@@ -65,15 +66,9 @@ def _file(path: Path) -> str:
 
 
 def of_data(data: TrainingSet) -> dict[str, Any]:
-    """The fingerprint of data as they are trained on: how many there are, and a digest of all tokens in their order."""
-    digest = hashlib.sha256()
-    for unit in data.units:
-        digest.update(b"%d:" % len(unit.pieces))
-        for piece in unit.pieces:
-            digest.update(b"%d:" % len(piece) + piece.astype("<i4").tobytes())
-        if unit.marked is not None:
-            digest.update(f"scored {sorted(unit.marked)}".encode())
-    return {"records": data.report.records, "used": len(data.units), "tokens": digest.hexdigest()[:16]}
+    """The fingerprint of data as they are trained or evaluated on: how many there are, and a digest of their tokens."""
+    digest = data.digest or digest_of(data.units).hexdigest()
+    return {"records": data.report.records, "used": len(data.units), "tokens": digest[:16]}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
