@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import tyro
@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     first, rest = (argv[0] if argv else ""), argv[1:]
     if first == "list":
         tyro.cli(Listing, args=rest, prog=f"python -m {COMMAND} list")
-        print(*listing(), sep="\n")
+        from jax_ccm.data import listing
+
+        print(*listing.lines(), sep="\n")
     elif first == "inspect" or first in ("-h", "--help"):
         options, config, _ = cli.parse(Options, rest if first == "inspect" else argv, command=f"{COMMAND} inspect")
         show(config, options)
@@ -76,34 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise unknown("action of prepare", first, ACTIONS)
     else:
         raise UserError(f"say what to do: python -m {COMMAND} list, or inspect, audit or build CONFIG")
-
-
-def listing() -> Iterator[str]:
-    """Formats and sources, in lines."""
-    from jax_ccm.data.converters.table import CONVERTERS
-    from jax_ccm.data.generated import COMMON, GENERATED, SPLITS
-    from jax_ccm.data.sources import FIELDS, prepared
-
-    written = lambda options: "?" + "&".join(f"{name}={value}" for name, value in options.items())
-    yield "formats of records (data.format), and the fields that each reads"
-    for format, fields in FIELDS.items():
-        names = [f"{name}{' (texts)' if several else ''}" for name, several in fields.items()]
-        yield f"  {format:<10} {', '.join(names) or 'only generated ones'}"
-    yield f"\ngenerated data sets; all take {written(COMMON)}; splits: {', '.join(SPLITS)}, which share nothing"
-    for name, kind in GENERATED.items():
-        yield f"  generated:{name + written(kind.options)}"
-        yield f"      {kind.format}: {kind.about}"
-    yield "\nfiles in formats of others (.jsonl, .json, .parquet), read by name; docs/sources.md tells of each"
-    for name, kind in CONVERTERS.items():
-        yield f"  {name}:PATH{written(kind.options) if kind.options else ''}"
-        yield f"      {kind.format}: {kind.about}"
-    folder, found = prepared()
-    yield f"\nprepared data sets of tensorflow-datasets in {folder}"
-    yield from (f"  tfds:{name}:SPLIT   splits: {', '.join(splits)}" for name, splits in found)
-    if not found:
-        yield "  none; `tfds build NAME --file_format=array_record` prepares one, ?data_dir= names another folder"
-    yield "\nfiles, also in buckets: FILE.jsonl, one record a line; FILE.txt or a folder, one text each; * in names"
-    yield "of your own: python:package.module:function?name=value"
 
 
 def write(config: Config) -> None:
