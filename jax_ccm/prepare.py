@@ -45,8 +45,7 @@ class Audit:
 class Build:
     """Tokenises a config's training data once, into the folder that data.tokenized names.
 
-    With the same config and ``--data.tokenized DIR``, training then reads no corpus, at its start or when it is
-    resumed, and the corpus need not fit into memory. The folder is a data set of tensorflow-datasets (ArrayRecord).
+    With the same config and ``--data.tokenized DIR`` training then reads no corpus, and gets the same batches.
     """
 
 
@@ -81,17 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write(config: Config) -> None:
-    """Tokenises a config's training data into the folder that ``data.tokenized`` names, and says how much there is.
-
-    Raises:
-      UserError: for data that cannot be read or of which nothing is left, or a folder that is not empty.
-    """
+    """Tokenises a config's training data into the folder that ``data.tokenized`` names, and says how much there is."""
     from jax_ccm.config.loading import build_method, tokenizer_of, vocabulary
     from jax_ccm.data import documents, tokenized
 
     tokenizer, started = tokenizer_of(config), time.perf_counter()
-    format = documents.build(config.data, tokenizer)
-    vocab = vocabulary(config, tokenizer)
+    format, vocab = documents.build(config.data, tokenizer), vocabulary(config, tokenizer)
     log = functools.partial(print, file=sys.stdout, flush=True)
     folder = tokenized.build(config.data, build_method(config), format, tokenizer, vocab, log)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
