@@ -116,7 +116,10 @@ def training_step(experiment: Experiment, length: int) -> tuple[Callable[[], Any
     made = batch(method, [row] * config.data.batch_size, sizes, shape.vocab_size)
     graphdef, params, frozen = split(experiment.model, config.train.trainable)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 100))
-    init = lambda params: init_state(params, optimizer)
+
+    def init(params):
+        return init_state(params, optimizer)
+
     shardings = sharding.parameter_shardings(experiment.mesh, jax.eval_shape(init, params), shape)
     out = (shardings, sharding.replicated(experiment.mesh))
     dropout = config.adapter.dropout > 0

@@ -93,11 +93,7 @@ def write(config: Config) -> None:
 
 
 def show(config: Config, options: Options) -> None:
-    """Prints examples of a config's data.
-
-    Raises:
-      UserError: for data that cannot be read, a method that is never trained, or no examples to show.
-    """
+    """Prints examples of a config's data."""
     import numpy as np
     from rich.console import Console
     from rich.text import Text
@@ -113,12 +109,17 @@ def show(config: Config, options: Options) -> None:
     vocab = vocabulary(config, tokenizer)
     if options.split == "train":
         data = batches.prepare(config.data, method, tokenizer, vocab)
-        example = lambda place: data.draw(data.units[place], np.random.default_rng([config.train.seed, place]))
+
+        def example(place):
+            return data.draw(data.units[place], np.random.default_rng([config.train.seed, place]))
     else:
         data = Evaluation.open(config.data, tokenizer, options.split)
         windows = data.texts() if data.draws_spans else None
-        ask = lambda unit: data.format.ask(unit, data.format.chunks(unit))
-        example = lambda place: ask(data.units[place]) if windows is None else windows[place]
+
+        def example(place):
+            unit = data.units[place]
+            return data.format.ask(unit, data.format.chunks(unit)) if windows is None else windows[place]
+
     acts = ", ".join(kind.name for kind in method.gate) or "no token"
     print(f"{options.split} data: {data.report}\nmethod: {label(describe_method(method))}; the LoRA acts on {acts}")
     console = Console(highlight=False, soft_wrap=True)

@@ -81,7 +81,10 @@ def content_share(path: Path) -> None:
     """Losses with the right and with a wrong context, of full context and of a memory (results/dialog/concat)."""
     row = read("results/dialog/concat/results.json")["steps"][-1]
     figure, axes = pyplot.subplots(figsize=(7.2, 3.1))
-    nll = lambda cell: cell["nll"]["value"]
+
+    def nll(cell):
+        return cell["nll"]["value"]
+
     none = nll(row["systems"]["none"])
     axes.axvline(none, ymax=0.85, color=GREY, linestyle=":")
     axes.text(none, 1.62, f"no context: {none:.2f}", ha="center", color=GREY)

@@ -85,8 +85,11 @@ def bounds(slots: Slots, size: int, kinds: tuple[Kind, ...]) -> Bounds:
     codes = codes.reshape(*codes.shape[:2], -1, 1, size)
     mine = codes[0] == jnp.asarray(kinds, jnp.int32)[:, None]
     some = jnp.any(mine, axis=-1)
+
     # Zero where there are none: differences of the extremes must not overflow.
-    extreme = lambda of, far: jnp.where(some, of(jnp.where(mine, codes, far), axis=-1), 0)
+    def extreme(of, far):
+        return jnp.where(some, of(jnp.where(mine, codes, far), axis=-1), 0)
+
     return Bounds(some, Slots(*extreme(jnp.min, INF)), Slots(*extreme(jnp.max, -INF)))
 
 
@@ -153,7 +156,10 @@ def list_pairs(*seen: Array) -> Pairs:
     each = rank[:, :, -1]
     whole = jnp.sum(each, axis=1, keepdims=True)
     begin = _sum_before(each) + jnp.cumsum(whole, axis=0) - whole
-    number = lambda *shape: jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+
+    def number(*shape):
+        return jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+
     flags = (rank == 1) * FIRST + (rank == each[:, :, None]) * LAST
     rows = flags + (number(batch, 1, 1) << 17 | number(count, 1) << 4)
     # Visits of a row go from source to source: one stands at its first block before its turn, at its last after it.
@@ -167,7 +173,10 @@ def list_pairs(*seen: Array) -> Pairs:
         parts.append(jnp.full((width,), SOURCE << turn if turn < len(seen) else 0, jnp.int32))
     total = joined.size
     place = jnp.where(joined, begin[:, :, None] + rank - 1, total + 1).reshape(-1)
-    put = lambda x: jnp.zeros((total + 1,), jnp.int32).at[place].set(x.reshape(-1), mode="drop")
+
+    def put(x):
+        return jnp.zeros((total + 1,), jnp.int32).at[place].set(x.reshape(-1), mode="drop")
+
     return Pairs(put(rows + jnp.concatenate(parts)), put(jnp.concatenate(columns, axis=2)), jnp.sum(each))
 
 

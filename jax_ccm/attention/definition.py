@@ -37,7 +37,10 @@ def exact(
       ``float64``: the output ``[B, T, N, H]``, the gradient of the queries, and for each source those of its keys and
       values.
     """
-    wide = lambda x: np.asarray(x, np.float64)
+
+    def wide(x):
+        return np.asarray(x, np.float64)
+
     group = q.shape[2] // sources[0][0].shape[2]
     k, v = (np.concatenate([wide(s[i]) for s in sources], axis=1) for i in (0, 1))
     mask = np.concatenate([np.asarray(visibility.visible(rule, q_slots, s[2])) for s in sources], axis=-1)[:, None]
@@ -55,7 +58,10 @@ def exact(
     out = np.einsum("bnts,bsnh->btnh", weights, each_v)
     d_weights = np.einsum("btnh,bsnh->bnts", d_out, each_v)
     d_scores = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True)) * slope
-    shared = lambda x: x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(axis=3)
+
+    def shared(x):
+        return x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(axis=3)
+
     d_q = np.einsum("bnts,bsnh->btnh", d_scores, each_k)
     d_k = shared(np.einsum("bnts,btnh->bsnh", d_scores, q))
     d_v = shared(np.einsum("bnts,btnh->bsnh", weights, d_out))

@@ -226,7 +226,10 @@ def _attend_one(q, slots: Slots, sources, *, rule: Rule, score: Score):
         raise Refused(f"{kv_heads} key heads")
     own = (jnp.arange(heads)[:, None] // (heads // kv_heads) == jnp.arange(kv_heads))[:, :, None]
     wide = jnp.where(own, q[:, 0, :, None], 0).reshape(batch, heads, -1)
-    flat = lambda x: x.reshape(*x.shape[:2], -1)
+
+    def flat(x):
+        return x.reshape(*x.shape[:2], -1)
+
     scores = score.of(jnp.einsum("bnd,bsd->bns", wide, flat(k), preferred_element_type=jnp.float32))
     weights, share = _weights(scores, visible(rule, slots, seen))
     out = jnp.einsum("bns,bsd->bnd", weights.astype(v.dtype), flat(v), preferred_element_type=jnp.float32)

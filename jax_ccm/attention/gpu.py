@@ -61,7 +61,10 @@ def choose(length: int, keys: tuple[int, ...], size: int, itemsize: int) -> tupl
     if most < LEAST:
         raise Refused(f"blocks of {LEAST} x {size} numbers of {itemsize} bytes do not fit shared memory")
     most = min(MOST, 1 << (most.bit_length() - 1))
-    block = lambda n: min(most, max(LEAST, 1 << (n - 1).bit_length()))
+
+    def block(n):
+        return min(most, max(LEAST, 1 << (n - 1).bit_length()))
+
     return block(length), tuple(block(n) for n in keys)
 
 
@@ -119,7 +122,10 @@ def _walk(call: Call, refs, row, block, q_slots: Slots, kv_head, visit, state):
         def step(i, state, lists=lists, codes=codes, k=k, v=v, size=size):
             column = lists[row, block, i]
             mask = sees(call.rule, q_slots, _slots(codes, row, column, size).map(lambda x: x[None, :]))
-            load = lambda ref: _load(ref, row, column, size, kv_head)
+
+            def load(ref):
+                return _load(ref, row, column, size, kv_head)
+
             return visit(state, load(k), load(v), mask)
 
         state = jax.lax.fori_loop(0, counts[row, block], step, state)

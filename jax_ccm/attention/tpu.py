@@ -47,10 +47,16 @@ def _source_specs(call: Call):
     """Block specs of slots, keys and values of each source."""
     specs = []
     for source, size in enumerate(call.sizes.k):
-        block = lambda c, p, s=source: (c[p] >> (16 * s)) & 0xFFFF
+
+        def block(c, p, s=source):
+            return (c[p] >> (16 * s)) & 0xFFFF
+
         specs.append(pl.BlockSpec((1, 4, size), lambda h, p, r, c, b=block: (_batch(r, p), 0, b(c, p))))
         width = call.sizes.kv_heads * call.size
-        at = lambda h, p, r, c, b=block: (_batch(r, p), b(c, p), jax.lax.div(h, call.splits))
+
+        def at(h, p, r, c, b=block):
+            return (_batch(r, p), b(c, p), jax.lax.div(h, call.splits))
+
         specs += [pl.BlockSpec((1, size, width), at)] * 2
     return specs
 
@@ -133,7 +139,10 @@ def _key_gradients(call: Call, seen, source, size: int, queries):
     pairs = blocks.list_pairs(jnp.swapaxes(seen, 1, 2))
     width, q_width = call.sizes.kv_heads * call.size, call.step_heads * call.size
     mine = pl.BlockSpec((1, size, width), lambda h, p, g, r, c: (_batch(r, p), _row(r, p), h))
-    head = lambda h, g: h * call.splits + g
+
+    def head(h, g):
+        return h * call.splits + g
+
     specs = [
         pl.BlockSpec((1, 4, size), lambda h, p, g, r, c: (_batch(r, p), 0, _row(r, p))),
         mine,
@@ -194,7 +203,9 @@ def attend(
     batch, length, heads, size = q.shape
     if batch > blocks.MAX_BATCH:
         # As in serving thousands of sessions: more rows than the list of pairs can number.
-        pick = lambda first: jax.tree.map(lambda x: x[first : first + blocks.MAX_BATCH], (q, q_slots, sources))
+        def pick(first):
+            return jax.tree.map(lambda x: x[first : first + blocks.MAX_BATCH], (q, q_slots, sources))
+
         parts = map(pick, range(0, batch, blocks.MAX_BATCH))
         options = dict(rule=rule, score=score, interpret=interpret, sizes=sizes)
         return jnp.concatenate([attend(*part, **options) for part in parts])
@@ -210,7 +221,10 @@ def attend(
         if size not in HEAD_SIZES and not interpret:
             raise Refused(f"heads of {size} are not among {', '.join(map(str, HEAD_SIZES))}")
         sizes = choose(batch, q.shape[1], keys, q.shape[2], kv_heads, size, q.dtype.itemsize, short)
-    flat = lambda x: x.reshape(*x.shape[:2], -1)
+
+    def flat(x):
+        return x.reshape(*x.shape[:2], -1)
+
     call = Call(rule, sizes, q.shape[2], kv_heads, size, q.shape[1], keys, interpret, score or Score(size**-0.5))
     out = _attend(call, flat(q), q_slots, tuple((flat(k), flat(v), slots) for k, v, slots in sources))
     if not short:

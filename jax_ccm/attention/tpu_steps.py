@@ -76,7 +76,10 @@ def _rows(ref, lanes, block, length: int):
 def _visible(rule: Rule, queries, keys):
     """``bool [k, q]`` from the slots of a block of queries and one of keys, ``[1, 4, n]`` each."""
     q, k = queries[0], jnp.transpose(keys[0])
-    field = lambda i: (q[i : i + 1, :], k[:, i : i + 1])
+
+    def field(i):
+        return (q[i : i + 1, :], k[:, i : i + 1])
+
     pairs = [field(i) for i in range(4)]
     return sees(rule, Slots(*(x for x, _ in pairs)), Slots(*(x for _, x in pairs)))
 

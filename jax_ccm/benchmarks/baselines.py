@@ -147,7 +147,10 @@ def fill(cache: MemoryCache, method: Method, *, turns: int, turn: int) -> Memory
     """The cache as ``turns`` closed turns leave it, except the numbers in its keys and values, which stay."""
     live = slots_after(method, turns, turn, cache.memory_capacity)
     size = cache.slots.kind.shape[1]
-    like = lambda old, x: jax.device_put(np.broadcast_to(np.asarray(x, np.int32), old.shape), old.sharding)
+
+    def like(old, x):
+        return jax.device_put(np.broadcast_to(np.asarray(x, np.int32), old.shape), old.sharding)
+
     return dataclasses.replace(
         cache,
         slots=jax.tree.map(lambda old, x: like(old, np.pad(x, (0, size - len(x)))), cache.slots, live),
@@ -176,7 +179,10 @@ def _memory(method: Method, turns: int) -> int:
 def _note(method: Method) -> str:
     """What a method keeps of closed turns, for people."""
     of = f"each {method.chunk} tokens" if method.chunk else "a turn"
-    slots = lambda count: f"{count} slot{'s' * (count != 1)}"
+
+    def slots(count):
+        return f"{count} slot{'s' * (count != 1)}"
+
     if method.pool:
         return f"a slot for every {method.pool} tokens of text"
     if method.eviction is not None:

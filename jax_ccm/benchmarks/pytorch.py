@@ -162,18 +162,24 @@ def _compared(
                                                 "target_modules": list(adapter.targets)},
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
-        start = lambda *command, **settings: stack.enter_context(started([*command], shared | settings, REMEDY))
+
+        def start(*command, **settings):
+            return stack.enter_context(started([*command], shared | settings, REMEDY))
+
         sides = {
             "jax_ccm": start(sys.executable, "-m", pytorch_ours.__name__, **ours),
             "pytorch": start(options.peer, "-P", peers.__file__, pytorch_peer.__file__, **peer),
         }
         found = _rounds(kind, sides, options)
     sides_found = {name: {"about": side.about, "steps": found[name]} for name, side in sides.items()}
+
     # What both call float32, and the fastest of each.
-    fastest = lambda name, key="": min(
-        (cell["seconds"] for step, cell in found[name].items() if "seconds" in cell and step.startswith(key)),
-        default=None,
-    )
+    def fastest(name, key=""):
+        return min(
+            (cell["seconds"] for step, cell in found[name].items() if "seconds" in cell and step.startswith(key)),
+            default=None,
+        )
+
     ratios = {}
     for name, key in (("float32", "float32"), ("fastest", "")):
         own, other = fastest("jax_ccm", key), fastest("pytorch", key)
@@ -204,7 +210,10 @@ def _rounds(kind: Kind, sides: Mapping[str, Side], options: Options) -> dict[str
         if number == options.warm_up - 1:
             print(f"{kind}: measuring", flush=True)
     for (name, step), taken in samples.items():
-        median = lambda key, taken=taken: statistics.median(sample[key] for sample in taken)
+
+        def median(key, taken=taken):
+            return statistics.median(sample[key] for sample in taken)
+
         found[name][step] = {
             "seconds": median("wall"), "cpu_seconds": median("cpu"), "loss": taken[-1]["loss"],
             "gradient": taken[-1]["gradient"], "tokens_per_second": options.rows * options.tokens / median("wall"),

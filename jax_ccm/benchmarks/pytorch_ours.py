@@ -114,7 +114,10 @@ def to_adapter(model: Transformer, made: Batch, method: Method, comp: np.ndarray
 def _step(call: Callable[[], tuple[Any, Any]]) -> Step:
     def step() -> Callable[[], dict[str, float]]:
         loss, gradient = jax.block_until_ready(call())
-        square = lambda: sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(gradient))
+
+        def square():
+            return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(gradient))
+
         return lambda: {"loss": float(loss), "gradient": float(jnp.sqrt(square()))}
 
     return step

@@ -75,7 +75,10 @@ def _step(model: Any, base: Any, arrays: Mapping[str, Any]) -> Step:
         logits = model(inputs_embeds=inputs, use_cache=False, **given).logits.float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()
-        square = lambda: sum(float((each.grad.double() ** 2).sum()) for each in trained if each.grad is not None)
+
+        def square():
+            return sum(float((each.grad.double() ** 2).sum()) for each in trained if each.grad is not None)
+
         return lambda: {"loss": float(loss.detach()), "gradient": square() ** 0.5}
 
     return step

@@ -282,7 +282,10 @@ def _asked(side: Side, step: str) -> dict[str, Any]:
 
 def _summary(samples: list[dict[str, Any]], turns: int) -> dict[str, Any]:
     """Of rounds of so many turns each."""
-    median = lambda key: statistics.median(sample[key] for sample in samples)
+
+    def median(key):
+        return statistics.median(sample[key] for sample in samples)
+
     first = [seconds for sample in samples for seconds in sample["first"]]
     return {
         "turns_per_second": turns / median("seconds"),

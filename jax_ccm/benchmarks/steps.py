@@ -91,17 +91,26 @@ class _Steps:
         past = (own.memory or written) // written + recent if written else max(options.prefill // chunk, 1)
         cache = turns.as_left(self.model, own.cache(self.model, 1, turns=past, turn=max(chunk, options.reply)))
         state = dict(turns=past, turn=chunk, capacity=cache.memory_capacity)
-        refill = lambda held: baselines.fill(held, method, turns=past, turn=chunk)
+
+        def refill(held):
+            return baselines.fill(held, method, turns=past, turn=chunk)
+
         if method.remembers:
             piece = Chunk(np.ones((1, chunk), np.int32), np.ones((1, chunk), bool))
-            compress = lambda held: turns.read_and_close(self.model, held, piece, method=method)
+
+            def compress(held):
+                return turns.read_and_close(self.model, held, piece, method=method)
+
             self.calls["compress_step"] = _kept(cache, refill, compress)
             seen = turns.seen_pairs(method, **state, text=chunk, kind=Kind.TEXT, closing=True)
             self.work["compress_step"] = shape.forward_flops(chunk + len(method.closes), seen, 1)
             self.tokens["compress_step"] = chunk
         first = jnp.ones((1,), jnp.int32)
         decoder = unstacked() if pays_unstacked(self.model, cache) else self.model
-        answer = lambda held: turns.answer(decoder, held, first, length=options.reply, method=method)[0]
+
+        def answer(held):
+            return turns.answer(decoder, held, first, length=options.reply, method=method)[0]
+
         self.calls["decode"] = _kept(cache, refill, answer)
         seen = turns.seen_pairs(method, **state, text=options.reply, kind=Kind.QUERY, closing=False)
         self.work["decode"] = shape.forward_flops(options.reply, seen, options.reply)
@@ -183,7 +192,10 @@ def random_text(vocab: int, lengths: list[int]) -> Example:
     """A session of random text."""
     rng = np.random.default_rng(0)
     nothing = np.zeros(0, np.int32)
-    text = lambda size: Segment(rng.integers(0, vocab, size).astype(np.int32), np.ones(size, bool))
+
+    def text(size):
+        return Segment(rng.integers(0, vocab, size).astype(np.int32), np.ones(size, bool))
+
     return Example(nothing, nothing, tuple(text(size) for size in lengths))
 
 
@@ -191,7 +203,10 @@ def training_flops(config: Config, shape: ModelConfig, method: Method, made: Bat
     """FLOPs that a training step on a batch of like rows needs: forward, backward, and the teacher of the objective."""
     rows, tokens = made.tokens.shape
     linear = shape.forward_flops(rows * tokens, 0, rows * made.targets.shape[1])
-    attention = lambda method, made: shape.forward_flops(0, rows * row_pairs(method, made), 0)
+
+    def attention(method, made):
+        return shape.forward_flops(0, rows * row_pairs(method, made), 0)
+
     # Backward through a frozen base: one product for each one forward, two in attention; another where it is trained.
     backward = linear * (2 if config.train.trainable == "all" else 1) + 2 * attention(method, made)
     alone = dataclasses.replace(made, memory=None)
@@ -203,7 +218,9 @@ def row_pairs(method: Method, made: Batch) -> int:
     """Pairs of query and key that one row's attention needs."""
     from jax_ccm.rules.visibility import visible
 
-    first = lambda slots: slots.map(lambda x: np.asarray(x)[:1])
+    def first(slots):
+        return slots.map(lambda x: np.asarray(x)[:1])
+
     own = visible(method.rule, first(made.slots), first(made.slots)).sum()
     if made.memory is None:
         return int(own)

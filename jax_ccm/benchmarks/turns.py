@@ -103,7 +103,10 @@ class Conversation:
         cache = as_left(model, baseline.cache(model, 1, turns=turns, turn=self.turn))
         self.cache = cache
         self.decoder = unstacked() if pays_unstacked(model, cache) else model
-        piece = lambda size: Chunk(np.ones((1, size), np.int32), np.ones((1, size), bool))
+
+        def piece(size):
+            return Chunk(np.ones((1, size), np.int32), np.ones((1, size), bool))
+
         self.prompt, self.whole = piece(prompt), piece(self.turn)
         self.bytes = cache.nbytes
         self.slots = len(slots_after(baseline.method, turns, self.turn, cache.memory_capacity).kind)
@@ -118,7 +121,10 @@ class Conversation:
           What "first token", "token" (each further one) and "close" took.
         """
         method = self.baseline.method
-        before = lambda cache: jax.block_until_ready(fill(cache, method, turns=self.turns, turn=self.turn))
+
+        def before(cache):
+            return jax.block_until_ready(fill(cache, method, turns=self.turns, turn=self.turn))
+
         cache = before(self.cache)
         first, (cache, token) = timed(lambda: ask(self.model, cache, self.prompt, method=method))
         rest, (cache, _) = timed(lambda: answer(self.decoder, cache, token, length=self.reply, method=method))
@@ -210,7 +216,10 @@ def seen_pairs(method: Method, *, turns: int, turn: int, capacity: int, text: in
     place = np.arange(text) + total
     parts = [Slots(np.full(text, int(kind)), np.full(text, turns), place, place)]
     for number, token in enumerate(method.closes if closing else ()):
-        one = lambda x: np.array([x])
+
+        def one(x):
+            return np.array([x])
+
         position = (total if token.from_begin else total + text) + token.offset
         parts.append(Slots(one(int(token.kind)), one(turns), one(total + text + number), one(position)))
     queries = jax.tree.map(lambda *x: np.concatenate(x), *parts)
@@ -264,9 +273,15 @@ def most_sessions(
         batch = count * step
         cache = jax.eval_shape(lambda: baseline.cache(model, batch, turns=turns, turn=turn))
         if mesh is not None and mesh.size > 1:
-            on = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+            def on(x, place):
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
             cache = jax.tree.map(on, cache, sharding.cache_shardings(mesh, cache))
-        shape = lambda dtype: jax.ShapeDtypeStruct((batch, prompt), dtype)
+
+        def shape(dtype):
+            return jax.ShapeDtypeStruct((batch, prompt), dtype)
+
         lowered = ask.lower(model, cache, Chunk(shape(jnp.int32), shape(bool)), method=baseline.method)
         return compiled_bytes(lowered.compile())
 

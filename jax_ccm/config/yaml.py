@@ -74,7 +74,10 @@ def convert(kind: Any, value: Any, path: str = "") -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{path or 'the config'} is {_show(value)}; it must be a mapping of keys")
         hints = typing.get_type_hints(kind)
-        under = lambda name: f"{path}.{name}" if path else str(name)
+
+        def under(name):
+            return f"{path}.{name}" if path else str(name)
+
         names = [field.name for field in dataclasses.fields(kind)]
         for name in value:
             if name not in names:

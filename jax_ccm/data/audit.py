@@ -78,15 +78,24 @@ def questions(sources: Sequence[Source]) -> Iterator[str]:
       sources: of format "online".
     """
     found = [record for _, record in records(sources)]
-    plain = lambda text: " ".join(re.findall(r"\w+", text.lower()))
+
+    def plain(text):
+        return " ".join(re.findall(r"\w+", text.lower()))
+
     shorts = [[plain(text) for text in record.get("answers") or [record["target"]]] for record in found]
     contexts = [f" {plain(' '.join(record['contexts']))} " for record in found]
-    told = lambda own, context: any(f" {short} " in context for short in own)
+
+    def told(own, context):
+        return any(f" {short} " in context for short in own)
+
     inside = [told(own, context) for own, context in zip(shorts, contexts, strict=True)]
     # The conversation half of all away: another one, if there are two.
     away = [contexts[(number + (len(found) + 1) // 2) % len(found)] for number in range(len(found))]
     elsewhere = [told(own, context) for own, context in zip(shorts, away, strict=True)]
-    share = lambda hits: f"{sum(hits) / len(found):.0%}"
+
+    def share(hits):
+        return f"{sum(hits) / len(found):.0%}"
+
     others = f", and in {share(elsewhere)} of others" if len(found) > 1 else ""
     yield f"the answer stands, word for word, in {share(inside)} of the own conversations{others}"
     asked = collections.Counter(plain(record["query"]) for record in found)

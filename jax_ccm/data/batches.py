@@ -55,7 +55,10 @@ def joined(example: Example, join: float, uncompressed: float, rng: np.random.Ge
 def buckets(config: DataConfig, method: Method) -> list[layout.Sizes]:
     """The sizes that batches of a config may have, from small to large; the last is `caps`."""
     most = caps(config, method)
-    scored = lambda tokens: -(-config.scored * tokens // config.tokens)
+
+    def scored(tokens):
+        return -(-config.scored * tokens // config.tokens)
+
     return [layout.Sizes(tokens, most.memory, scored(tokens)) for tokens in (*sorted(config.buckets), config.tokens)]
 
 

@@ -163,7 +163,10 @@ class _Chat(Talk):
 
     def invented(self) -> str:
         """A word of two or three syllables."""
-        syllable = lambda: self.pick(ONSETS) + self.pick(VOWELS)
+
+        def syllable():
+            return self.pick(ONSETS) + self.pick(VOWELS)
+
         middle = syllable() if self.rng.random() < 0.4 else ""
         return (syllable() + middle + syllable() + self.pick(ENDINGS[self.split])).capitalize()
 
@@ -203,7 +206,10 @@ class _Chat(Talk):
 
     def correct(self) -> tuple[str, str] | None:
         """A turn that changes a fact, and the response, or None where nothing can change."""
-        changes = lambda fact: self.entry(fact.kind)["change"]
+
+        def changes(fact):
+            return self.entry(fact.kind)["change"]
+
         able = [fact for fact in self.known() if changes(fact)]
         if not able:
             return None
@@ -233,7 +239,10 @@ class _Chat(Talk):
         def answer(value: str | None = None) -> str:
             text = second_person(fact.fill(clause, **({"v": value} if value else {})))
             said = value or fact.slots["v"]
-            upper = lambda text: text[0].upper() + text[1:]
+
+            def upper(text):
+                return text[0].upper() + text[1:]
+
             return frame.format(s=text, S=upper(text), v=said, V=upper(said))
 
         return bridge + question, answer

@@ -123,7 +123,10 @@ class Talk:
 
     def value(self, name: str) -> str:
         """An entity of a kind; some are put together of two."""
-        one = lambda part: self.pick(entities(part, self.split))
+
+        def one(part):
+            return self.pick(entities(part, self.split))
+
         compound: dict[str, Callable[[], str]] = {
             "full_name": lambda: f"{one('first_name')} {one('surname')}",
             "doctor": lambda: f"Dr. {one('surname')}",

@@ -57,7 +57,10 @@ class Report:
         made = "" if self.units == self.records else f" (made of {self.records:,} records)"
         text = f"{self.kept:,} of {self.units:,} {self.noun}{made} are used"
         if self.dropped:
-            place = lambda reason: f" (the first: {self.first[reason]})" if reason in self.first else ""
+
+            def place(reason):
+                return f" (the first: {self.first[reason]})" if reason in self.first else ""
+
             text += "; dropped: " + ", ".join(
                 f"{n:,} {reason}{place(reason)}" for reason, n in self.dropped.most_common()
             )

@@ -29,7 +29,10 @@ def control_tokens(tokenizer: Any) -> frozenset[str]:
     template = str(getattr(tokenizer, "chat_template", None) or "")
     named = set(tokenizer.all_special_tokens)
     found = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-    steers = lambda token: token.special or token.content in named or token.content in template
+
+    def steers(token):
+        return token.special or token.content in named or token.content in template
+
     return frozenset(token.content for token in found if steers(token) and token.content.strip("▁ \t\r\n"))
 
 

@@ -153,9 +153,15 @@ def session(
       id: names the record in messages.
     """
     *context, query, target = turns
-    role_of = lambda number: ROLES[(len(context) - number) % 2]
-    named = lambda number: marked is None or number in marked
-    scored = lambda number: every and number > 0 and role_of(number) in roles and named(number)
+
+    def role_of(number):
+        return ROLES[(len(context) - number) % 2]
+
+    def named(number):
+        return marked is None or number in marked
+
+    def scored(number):
+        return every and number > 0 and role_of(number) in roles and named(number)
 
     def written(numbers: Sequence[int]) -> Segment:
         """Turns that become memory together, the first with its head and the last with its tail."""

@@ -11,7 +11,10 @@ from jax_ccm.data.sources import FIELDS, prepared
 
 def lines() -> Iterator[str]:
     """Formats and sources, in lines."""
-    written = lambda options: "?" + "&".join(f"{name}={value}" for name, value in options.items())
+
+    def written(options):
+        return "?" + "&".join(f"{name}={value}" for name, value in options.items())
+
     yield "formats of records (data.format), and the fields that each reads"
     for format, fields in FIELDS.items():
         names = [f"{name}{' (texts)' if several else ''}" for name, several in fields.items()]

@@ -124,7 +124,10 @@ class Evaluation:
         """
         if not isinstance(self.format, Text):
             raise UserError(f"whole texts are scored with data.format 'text', not {self.config.format!r}")
-        draws = lambda number: np.random.default_rng(number) if marked else None
+
+        def draws(number):
+            return np.random.default_rng(number) if marked else None
+
         return [self.format.build(unit, "all", draws(number)) for number, unit in enumerate(self.units)]
 
     def choices(self, step: int) -> list[Choice]:

@@ -49,7 +49,10 @@ class Recall:
     def record(self, split: str, seed: int, index: int) -> dict[str, Any]:
         """Record number ``index``: ``{"facts": [[name, thing], …], "asked": [place in facts, …]}``, token ids."""
         rng = random.Random(f"recall/{split}/{seed}/{index}")
-        pick = lambda count: int(rng.random() * count)
+
+        def pick(count):
+            return int(rng.random() * count)
+
         names = list(range(self.names))
         for place in range(self.facts):  # the first steps of a Fisher-Yates shuffle
             other = place + pick(self.names - place)

@@ -59,7 +59,10 @@ def runs(method: Method, example: Example, vocab_size: int, tokenizer: Any) -> t
     last = int(slots.segment.max())
     # The last segment is the tail, unless it was closed, too.
     tail = None if (tokens[slots.segment == last] >= vocab_size).any() else last
-    key = lambda place: (int(slots.segment[place]), int(slots.kind[place]), bool(gated[place]), bool(scored[place]))
+
+    def key(place):
+        return (int(slots.segment[place]), int(slots.kind[place]), bool(gated[place]), bool(scored[place]))
+
     found = []
     for (segment, kind, acts, counts), group in itertools.groupby(range(len(tokens)), key):
         places = list(group)
@@ -86,8 +89,11 @@ def _text(tokens: np.ndarray, kind: Kind, vocab_size: int, tokenizer: Any) -> st
         return f"<{name} x {len(added)}>" if kind == Kind.REPEAT else " ".join(f"<{name} {row}>" for row in added)
     if tokenizer is None:
         return " ".join(map(str, tokens))
+
     # Some tokenizers leave out the space before a text's first token; so one stands in front, and is cut off again.
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     ids = tokens.tolist()
     return decode([ids[0], *ids])[len(decode(ids[:1])) :]
 

@@ -64,8 +64,13 @@ class Words:
 
     def name(self) -> str:
         """An invented name."""
-        syllable = lambda: self.pick(ONSETS) + self.pick(VOWELS)
-        several = lambda: "".join(syllable() for _ in range(self.pick((2, 3))))
+
+        def syllable():
+            return self.pick(ONSETS) + self.pick(VOWELS)
+
+        def several():
+            return "".join(syllable() for _ in range(self.pick((2, 3))))
+
         return self._unused(lambda: (several() + self.pick(ENDINGS[self.split])).capitalize())
 
     def word(self) -> str:
@@ -175,7 +180,10 @@ def counting(draw: Words, count: int, told: int) -> Told:
     said |= dict.fromkeys((*before, told), draw.say("seen", k=key))
     right = len(before)
     wrong = sorted((number for number in range(len(NUMBERS)) if number != right), key=lambda n: abs(n - right))
-    answer = lambda n: draw.say("count", k=key, v=NUMBERS[n], times="times" if n else "time")
+
+    def answer(n):
+        return draw.say("count", k=key, v=NUMBERS[n], times="times" if n else "time")
+
     answers = [answer(n) for n in (right, *wrong[: CHOICES - 1])]
     return Told(said, draw.say("asked_seen", k=key), answers, NUMBERS[right])
 

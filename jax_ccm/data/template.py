@@ -95,7 +95,10 @@ class Template:
 
     def _write(self, template: ChatTemplate) -> None:
         """Sets the pieces of messages."""
-        fixed = lambda text: self._behind("a", [self._encoder.template(text)], space=False)[0]
+
+        def fixed(text):
+            return self._behind("a", [self._encoder.template(text)], space=False)[0]
+
         self.heads = {role: self._encode([self._encoder.template(template.heads[role])])[0] for role in ROLES}
         self.tails = {role: fixed(template.tails[role]) for role in ROLES}
         # Content stands behind the head of its message and nothing else, so that it is the same tokens everywhere.

@@ -60,8 +60,11 @@ def _kind(
     member: str, entry: Mapping[str, str], slots: Mapping[str, str], parts: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
     own = {MEMBER: member, PAST: member} | {k: text for k, text in entry.items() if k != "value"}
+
     # What a member brings (a question of its own) has fields, too.
-    fill = lambda text: text.format_map(_Keep(own)).format_map(_Keep(own))
+    def fill(text):
+        return text.format_map(_Keep(own)).format_map(_Keep(own))
+
     sentences = {part: [fill(text) for text in texts] for part, texts in parts.items()}
     return {"value": entry["value"], "slots": slots, "member": member, **sentences}
 

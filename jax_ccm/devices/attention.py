@@ -65,7 +65,9 @@ def causal(length: int, heads: Heads) -> tuple[Callable, Callable, tuple]:
     def gradients(arrays, d_out, slots):
         return jax.vjp(lambda arrays: forward(arrays, slots), arrays)[1](d_out)
 
-    wide = lambda count: jax.ShapeDtypeStruct((1, length, count * heads.size), jnp.bfloat16)
+    def wide(count):
+        return jax.ShapeDtypeStruct((1, length, count * heads.size), jnp.bfloat16)
+
     arrays = [wide(heads.heads), wide(heads.kv_heads), wide(heads.kv_heads)]
     return forward, gradients, (arrays, wide(heads.heads), None)
 

@@ -35,7 +35,10 @@ def rows(size: Size) -> Rows:
 
     def steps() -> dict[str, Any]:
         with sharding.use(made().mesh):
-            untrained = lambda chunk: (_ for _ in ()).throw(AssertionError("no training step is asked for"))
+
+            def untrained(chunk):
+                return (_ for _ in ()).throw(AssertionError("no training step is asked for"))
+
             found = single_steps(made().model, made().method, made().mesh, unstacked, ways, options, untrained)
         return found | {
             "title": f"{name}, {config.model.precision}, {report.machine(made().mesh)}",

@@ -37,9 +37,14 @@ def arbitrary(shape: ModelConfig, adapter: AdapterConfig, precision: str) -> Tra
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     if size > bytes_limit():
         raise DoesNotFit(f"weights of {size / 2**30:.1f} GiB; the device has {bytes_limit() / 2**30:.1f}")
+
     # Of each number's place alone, so that no temporary is as large as a stack of weights.
-    values = lambda path, x: _values(jax.tree_util.keystr(path), x)
-    make = lambda: jax.tree_util.tree_map_with_path(values, abstract)
+    def values(path, x):
+        return _values(jax.tree_util.keystr(path), x)
+
+    def make():
+        return jax.tree_util.tree_map_with_path(values, abstract)
+
     return jax.jit(make, out_shardings=sharding.parameter_shardings(one_device(), abstract, shape))()
 
 

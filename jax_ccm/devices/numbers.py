@@ -124,7 +124,10 @@ def _case(name: str, dtype: str, size: Size) -> Case:
     sizes = layout.Sizes(sizes.tokens + 9, sizes.memory + 5 if sizes.memory else 0, sizes.scored)
     made = layout.batch(method, examples, sizes, VOCAB)
     rng = np.random.default_rng(0)
-    draw = lambda length, heads: jnp.asarray(rng.normal(size=(len(examples), length, heads, HEAD)), dtype)
+
+    def draw(length, heads):
+        return jnp.asarray(rng.normal(size=(len(examples), length, heads, HEAD)), dtype)
+
     keys = [made.slots] + ([] if made.memory is None else [made.memory.slots])
     length = made.tokens.shape[1]
     sources = [(draw(slots.kind.shape[1], KV_HEADS), draw(slots.kind.shape[1], KV_HEADS)) for slots in keys]
@@ -139,7 +142,10 @@ def _kept(example: Example, method: Method) -> Example:
     if not method.keeps_text:
         return example
     *chunks, tail = example.segments
-    half = lambda number, count: np.arange(count) < (number % 2) * (count // 2)
+
+    def half(number, count):
+        return np.arange(count) < (number % 2) * (count // 2)
+
     marked = [dataclasses.replace(c, kept=half(number, len(c.tokens))) for number, c in enumerate(chunks)]
     return dataclasses.replace(example, segments=(*marked, tail))
 
@@ -149,7 +155,9 @@ def _program(case: Callable[[], Case], call: Callable) -> Any:
     made = case()
 
     def run(q, sources, d_out, q_slots, keys):
-        joined = lambda sources: tuple((*s, slots) for s, slots in zip(sources, keys, strict=True))
+        def joined(sources):
+            return tuple((*s, slots) for s, slots in zip(sources, keys, strict=True))
+
         out, pull = jax.vjp(lambda q, sources: call(q, q_slots, joined(sources), rule=made.method.rule), q, sources)
         return out, *pull(d_out)
 

@@ -36,17 +36,23 @@ NOTES = {
 def numbers(found: Mapping[str, Any]) -> Table:
     """A row for each method and type."""
     header = ["method", "type", "kernel", "forward", "gradients", "allowed", ""]
-    cells = lambda row: [f"{row[key]:.1e}" for key in ("forward", "gradients", "allowed")]
+
+    def cells(row):
+        return [f"{row[key]:.1e}" for key in ("forward", "gradients", "allowed")]
+
     return header, [_row(row, ("method", "dtype", "kernel"), cells, 3) for row in found["rows"]], 3
 
 
 def attention(found: Mapping[str, Any]) -> Table:
     """A row for each length, implementation and pass, by length."""
     header = ["T", "attention", "pass", "visible pairs", "ms", "TFLOP/s", "MiB of temporaries", ""]
-    cells = lambda row: [
-        f"{row['pairs']:,}", speed.number(1e3 * row["seconds"]), speed.number(row["flops_per_second"] / 1e12),
-        f"{row['temporaries'] / 2**20:,.1f}",
-    ]  # fmt: skip
+
+    def cells(row):
+        return [
+            f"{row['pairs']:,}", speed.number(1e3 * row["seconds"]), speed.number(row["flops_per_second"] / 1e12),
+            f"{row['temporaries'] / 2**20:,.1f}",
+        ]  # fmt: skip
+
     order = sorted(found["rows"], key=lambda row: row["length"])
     return header, [_row(row, ("length", "implementation", "pass"), cells, 4) for row in order], 3
 
@@ -54,11 +60,14 @@ def attention(found: Mapping[str, Any]) -> Table:
 def training(found: Mapping[str, Any]) -> Table:
     """A row for each decoder and attention."""
     header = ["model", "attention", "rows x tokens", "seconds", "tokens/s", "MFU", "of the matrix rate", ""]
-    cells = lambda row: [
-        f"{row['rows']} x {row['tokens'] // row['rows']:,}", speed.number(row["seconds"]),
-        speed.number(row["tokens_per_second"]), "-" if row["mfu"] is None else f"{row['mfu']:.0%}",
-        f"{row['of_matrix_rate']:.0%}",
-    ]  # fmt: skip
+
+    def cells(row):
+        return [
+            f"{row['rows']} x {row['tokens'] // row['rows']:,}", speed.number(row["seconds"]),
+            speed.number(row["tokens_per_second"]), "-" if row["mfu"] is None else f"{row['mfu']:.0%}",
+            f"{row['of_matrix_rate']:.0%}",
+        ]  # fmt: skip
+
     return header, [_row(row, ("model", "attention"), cells, 5) for row in found["rows"]], 2
 
 
@@ -78,10 +87,13 @@ def turns(found: Mapping[str, Any]) -> Table:
 def throughput(found: Mapping[str, Any]) -> Table:
     """A row for each system: its largest batch that fits, and what became of the others."""
     header = ["model", "memory", "slots", "batch", "samples/s", "questions alone/s", "GiB", ""]
-    cells = lambda row: [
-        f"{row['slots']:,}", f"{row['batch']:,}", speed.number(row["samples_per_second"]),
-        speed.number(row["questions_per_second"]), f"{row['bytes'] / 2**30:.1f}",
-    ]  # fmt: skip
+
+    def cells(row):
+        return [
+            f"{row['slots']:,}", f"{row['batch']:,}", speed.number(row["samples_per_second"]),
+            speed.number(row["questions_per_second"]), f"{row['bytes'] / 2**30:.1f}",
+        ]  # fmt: skip
+
     rows = []
     for system in dict.fromkeys(row["system"] for row in found["rows"]):
         own = [row for row in found["rows"] if row["system"] == system]

@@ -184,7 +184,10 @@ def parameter_shardings(mesh: Mesh, tree: Tree, config: Any) -> Tree:
 
 def cache_shardings(mesh: Mesh, cache: Tree) -> Tree:
     """`NamedSharding` for each array of a `MemoryCache`: sessions over data and fsdp, key/value heads over tensor."""
-    one = lambda keys, leaf: NamedSharding(mesh, fit(mesh, lookup(CACHE, path_of(keys)), leaf.shape))
+
+    def one(keys, leaf):
+        return NamedSharding(mesh, fit(mesh, lookup(CACHE, path_of(keys)), leaf.shape))
+
     return jax.tree_util.tree_map_with_path(one, cache)
 
 
@@ -292,9 +295,14 @@ def in_order(x, *names: str | None):
     left to itself it turns a whole cache before the loop over the layers, which takes a second one of the same size.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    order = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    def order(x):
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
     # Without axes of one: the only head of a device would else stand in tiles for two, and be copied into them.
-    lay = lambda x: order(x.reshape([size for size in x.shape if size > 1])).reshape(x.shape)
+    def lay(x):
+        return order(x.reshape([size for size in x.shape if size > 1])).reshape(x.shape)
+
     if mesh.size <= 1 or mesh.are_all_axes_manual:
         return lay(x)
     # On each device its own part: the constraint by itself would gather the whole.

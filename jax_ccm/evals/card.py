@@ -138,14 +138,20 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> str:
     if not runs:
         return "Tokens, time and hardware are not recorded."
     header = ["run", "steps", "tokens seen", "of these scored", "hours", "seed", "precision", "hardware"]
-    hours = lambda seconds: f"{seconds / 3600:.2f}"
+
+    def hours(seconds):
+        return f"{seconds / 3600:.2f}"
+
     rows = [
         [str(number), f"{run['steps']:,}", f"{run['tokens']:,}", f"{run['scored_tokens']:,}", hours(run["seconds"]),
          str(run["seed"]), run["precision"], run["hardware"]]
         for number, run in enumerate(runs, 1)
     ]  # fmt: skip
     if len(runs) > 1:
-        total = lambda key: sum(run[key] for run in runs)
+
+        def total(key):
+            return sum(run[key] for run in runs)
+
         sums = [f"{total(key):,}" for key in ("steps", "tokens", "scored_tokens")]
         rows.append(["all", *sums, hours(total("seconds")), "", "", ""])
     last = ", ".join(f"{package} {version}" for package, version in runs[-1]["versions"].items())
@@ -173,6 +179,9 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def _intervals(results: Mapping[str, Any]) -> str:
     steps = results["steps"]
     names = [name for name in STYLE if name in steps[0]["systems"]]
-    between = lambda cell: "{:,.2f} to {:,.2f}".format(*cell["ci95"]) if cell.get("ci95") else "-"
+
+    def between(cell):
+        return "{:,.2f} to {:,.2f}".format(*cell["ci95"]) if cell.get("ci95") else "-"
+
     rows = [[str(row["step"]), *(between(row["systems"][name]["perplexity"]) for name in names)] for row in steps]
     return output.table([name_of_steps(results)[0], *(STYLE[name][1] for name in names)], rows)

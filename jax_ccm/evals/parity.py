@@ -150,7 +150,10 @@ def recurrent_gradients(model: Transformer, method: Method, examples: Sequence[E
 
 def gradient_gap(ours: Any, theirs: Any) -> float:
     """Norm of the difference of two gradients over the norm of the first; 0 if both are zero."""
-    norm = lambda trees: np.sqrt(sum(float(np.sum(np.square(np.asarray(x, np.float64)))) for x in trees))
+
+    def norm(trees):
+        return np.sqrt(sum(float(np.sum(np.square(np.asarray(x, np.float64)))) for x in trees))
+
     pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
     difference = norm([np.asarray(a, np.float64) - np.asarray(b, np.float64) for a, b in pairs])
     return difference / max(norm([a for a, _ in pairs]), np.finfo(np.float32).tiny)
@@ -222,11 +225,16 @@ def differences(
     rows = []
     for step in range(max(int(row.max(initial=0)) for row in steps) + 1):
         # A session of few tokens may have none at a step.
-        pick = lambda rows, step=step: [x[s == step] for x, s in zip(rows, steps, strict=True) if (s == step).any()]
+        def pick(rows, step=step):
+            return [x[s == step] for x, s in zip(rows, steps, strict=True) if (s == step).any()]
+
         ours, theirs, without = pick(parallel), pick(recurrent), pick(bare)
         if not ours:
             continue
-        difference = lambda a, b: max(float(np.max(np.abs(x - y))) for x, y in zip(a, b, strict=True))
+
+        def difference(a, b):
+            return max(float(np.max(np.abs(x - y))) for x, y in zip(a, b, strict=True))
+
         largest = max(float(np.max(np.abs(x))) for x in ours)
         gap, allowed = difference(ours, theirs), LOGIT_TOLERANCE * max(1.0, largest)
         row = {"step": step, "tokens": sum(len(x) for x in ours), "gap": gap, "largest": largest, "allowed": allowed}
@@ -260,8 +268,13 @@ def sessions(
             reason = f"the config's data cannot be used: {error}"
     print(f"random tokens ({reason})")
     rng = np.random.default_rng(seed)
-    text = lambda low, high: rng.integers(0, vocab, int(rng.integers(low, high))).astype(np.int32)
-    unscored = lambda tokens: Segment(tokens, np.zeros(len(tokens), bool))
+
+    def text(low, high):
+        return rng.integers(0, vocab, int(rng.integers(low, high))).astype(np.int32)
+
+    def unscored(tokens):
+        return Segment(tokens, np.zeros(len(tokens), bool))
+
     start, separator = text(1, 2), text(2, 3)
     made = [
         Example(start, separator, tuple(unscored(text(3, 12)) for _ in range(count + 1)), f"random session {number}")
@@ -281,7 +294,10 @@ def from_data(data: DataConfig, tokenizer: Any, method: Method, counts: Sequence
         # Windows with their spans, up to as many of them as are wanted.
         texts = evaluation.texts(marked=method.heeds_marks)
         windows = [texts[number % len(texts)] for number in range(len(counts))]
-        shorter = lambda example, count: dataclasses.replace(example, segments=example.segments[: count + 1])
+
+        def shorter(example, count):
+            return dataclasses.replace(example, segments=example.segments[: count + 1])
+
         return list(map(shorter, windows, counts)), f"windows of data.{split}"
     found = []
     for number, count in enumerate(counts):
@@ -321,7 +337,10 @@ def print_table(result: dict[str, Any], sees_memory: bool) -> None:
     table = Table()
     for column in ("time step", "tokens", "largest logit", "parallel - recurrent", "allowed", "without memory", ""):
         table.add_column(column, justify="right")
-    verdict = lambda passed: "ok" if passed else "FAILED"
+
+    def verdict(passed):
+        return "ok" if passed else "FAILED"
+
     for row in result["steps"]:
         table.add_row(str(row["step"]), str(row["tokens"]), f"{row['largest']:.2f}", f"{row['gap']:.2e}",
                       f"{row['allowed']:.2e}", f"{row['memory']:.2e}", verdict(row["passed"]))  # fmt: skip

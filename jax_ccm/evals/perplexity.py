@@ -208,7 +208,10 @@ def answered(
     made = iter(
         replies.answer(system.model, system.method, asked, asking, identity=system.identity, name=name, **options)
     )
-    take = lambda side: None if side is None else [next(made) for _ in side]
+
+    def take(side):
+        return None if side is None else [next(made) for _ in side]
+
     said = [(take(right) or [], take(wrong)) for right, wrong in sides]
     return [dataclasses.replace(own, said=pair) for own, pair in zip(measured, said, strict=True)]
 

@@ -79,7 +79,10 @@ class Cutting:
 
     def borders(self, text: str) -> list[int]:
         """The characters of a text in front of which a chunk ends."""
-        places = lambda part: list(re.finditer(re.escape(part), text)) if part else []
+
+        def places(part):
+            return list(re.finditer(re.escape(part), text)) if part else []
+
         if self.delimiter is None and len(turns := places(self.head)) > 1:
             return [found.start() for found in turns[1:]]
         delimiter = BLANK_LINE if self.delimiter is None else self.delimiter

@@ -45,12 +45,16 @@ def grid(questions: Sequence[Stage], measured: Mapping[str, list[Measured]], slo
 
 
 def _stage(stage: Stage, where: np.ndarray) -> Stage:
-    pick = lambda side: None if side is None else [side[i] for i in where]
+    def pick(side):
+        return None if side is None else [side[i] for i in where]
+
     return dataclasses.replace(stage, right=pick(stage.right), wrong=pick(stage.wrong))
 
 
 def _part(measured: Measured, where: np.ndarray) -> Measured:
-    pick = lambda side: None if side is None else [side[i] for i in where]
+    def pick(side):
+        return None if side is None else [side[i] for i in where]
+
     said = measured.said and (pick(measured.said[0]), pick(measured.said[1]))
     return dataclasses.replace(
         measured, right=pick(measured.right), wrong=pick(measured.wrong), slots=measured.slots[where], said=said

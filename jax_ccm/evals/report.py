@@ -41,7 +41,10 @@ def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """
     steps, kind = results["steps"], quality(results)
     names = [name for name in STYLE if name in steps[0]["systems"]]
-    cells = lambda name: [row["systems"][name] for row in steps]
+
+    def cells(name):
+        return [row["systems"][name] for row in steps]
+
     columns: dict[str, list[str]] = {
         name_of_steps(results)[0]: [f"{row['step']}{_mark(row, kind)}" for row in steps],
         "examples": [f"{row['examples']:,}" for row in steps],
@@ -52,7 +55,10 @@ def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         shown[kind] = (" right", lambda value: f"{value:.3f}")
     for key, (suffix, text) in shown.items():
         for name in names:
-            told = lambda cell, key=key, text=text: "-" if (found := value(cell, key)) is None else text(found)
+
+            def told(cell, key=key, text=text):
+                return "-" if (found := value(cell, key)) is None else text(found)
+
             values = [told(cell) for cell in cells(name)]
             wrong = [f" ({told(cell['wrong'])})" if "wrong" in cell else "" for cell in cells(name)]
             columns[STYLE[name][1] + suffix] = [a + b for a, b in zip(values, wrong, strict=True)]
@@ -86,7 +92,10 @@ def reply_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             if "replies" not in cell:
                 continue
             said, wrong = cell["replies"], cell.get("wrong", {}).get("replies")
-            control = lambda key, wrong=wrong: f" ({wrong[key]['value']:.2f})" if wrong else ""
+
+            def control(key, wrong=wrong):
+                return f" ({wrong[key]['value']:.2f})" if wrong else ""
+
             mark = " †" if discriminates(step, "contains") is False else ""
             row = [
                 f"{step['step']}{mark}",
@@ -268,7 +277,9 @@ def quality(results: Mapping[str, Any]) -> str:
 
 
 def _draw_quality(axes: Any, steps: Sequence, times: list, names: list[str], kind: str) -> None:
-    own = lambda cell: value(cell, kind)
+    def own(cell):
+        return value(cell, kind)
+
     for number, name in enumerate(names):
         colour, _ = STYLE[name]
         cells = [row["systems"][name] for row in steps]

@@ -30,7 +30,10 @@ class Estimate:
 
     def to_json(self) -> dict[str, float | list[float | None] | None]:
         """Plain values, rounded to 6 digits behind the point."""
-        plain = lambda x: None if x is None else round(float(x), 6)
+
+        def plain(x):
+            return None if x is None else round(float(x), 6)
+
         return {"value": plain(self.value), "error": plain(self.error), "ci95": [plain(self.low), plain(self.high)]}
 
 

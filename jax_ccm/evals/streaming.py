@@ -193,7 +193,10 @@ def score_streams(
         size = budget.window + 1 - live
         piece, behind = text[:, done : done + size], text[:, done + 1 : done + 1 + size]
         valid = np.arange(size) < behind.shape[1]
-        pad = lambda x, size=size: np.pad(x, ((0, 0), (0, size - x.shape[1])))
+
+        def pad(x, size=size):
+            return np.pad(x, ((0, 0), (0, size - x.shape[1])))
+
         chunk = Chunk(pad(piece), np.broadcast_to(valid, (rows, size)))
         cache, loss, hit = _read(model, cache, chunk, pad(behind), method=method)
         losses.append(np.asarray(loss, np.float64)[:, valid])

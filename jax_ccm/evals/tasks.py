@@ -76,7 +76,10 @@ def accuracy(
             task: {"questions": len(those)} | {rule: float(values[those].mean()) for rule, values in decided.items()}
             for task, those in by_task.items()
         }
-        average = lambda values: float(np.mean([values[those].mean() for those in by_task.values()]))
+
+        def average(values):
+            return float(np.mean([values[those].mean() for those in by_task.values()]))
+
         result["task_mean"] = {rule: average(values) for rule, values in decided.items()}
         result["reference"] = reference_average(by_task, decided)
     return result

@@ -34,8 +34,11 @@ def windows(evaluation: Evaluation, method: Method, most: int = 0) -> list[Stage
 
 def questions(found: Sequence[Example], most: int = 0) -> list[Choice]:
     """Windows of text as questions, so many of them at equal distances; 0 for all."""
+
     # Windows of one text are not independent of each other: they share its id, by which the bootstrap draws.
-    shared = lambda example: example.id.rsplit(" from token ", 1)[0]
+    def shared(example):
+        return example.id.rsplit(" from token ", 1)[0]
+
     named = [dataclasses.replace(example, id=shared(example)) for example in perplexity.spread(found, most)]
     return [Choice((example,), 0) for example in named]
 

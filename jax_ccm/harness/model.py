@@ -250,7 +250,10 @@ class HarnessModel(TemplateLM):
             sampling = Sampling(float(draw[0]), int(draw[1]), float(draw[2]))
         known = self.tokenizer.get_added_vocab()
         stops = sorted({*self.experiment.ends, *(known[text] for text in until if text in known)})
-        decode = lambda tokens: self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+
+        def decode(tokens):
+            return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+
         examples = [
             self.cutting.session(self.system.method, self._fitting(self._prompt(text), self.max_length - most))
             for text in prompts

@@ -66,25 +66,30 @@ def init_cache(
     size = memory_capacity + raw_capacity + int(method.sink)
     shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
     mixed = (*shape[:2], method.mixed_slots, *shape[3:])
+
     # Every array is its own buffer, so that a cache may be donated.
-    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
-    make = lambda: MemoryCache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
-        slots=Slots(*(zeros(batch, size) for _ in range(4))),
-        tokens=zeros(batch),
-        chunks=zeros(batch),
-        logits=jnp.zeros((batch, config.vocab_size), jnp.float32),
-        accumulated_attention=jnp.zeros(shape[:-1], jnp.float32)
-        if method.eviction and method.eviction.decay is not None
-        else None,
-        mixed_k=jnp.zeros(mixed, jnp.float32) if method.mix is not None else None,
-        mixed_v=jnp.zeros(mixed, jnp.float32) if method.mix is not None else None,
-        lost=zeros(batch),
-        spoiled=jnp.zeros(batch, bool),
-        memory_capacity=memory_capacity,
-        overflow=overflow,
-    )
+    def zeros(*shape):
+        return jnp.zeros(shape, jnp.int32)
+
+    def make():
+        return MemoryCache(
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            slots=Slots(*(zeros(batch, size) for _ in range(4))),
+            tokens=zeros(batch),
+            chunks=zeros(batch),
+            logits=jnp.zeros((batch, config.vocab_size), jnp.float32),
+            accumulated_attention=jnp.zeros(shape[:-1], jnp.float32)
+            if method.eviction and method.eviction.decay is not None
+            else None,
+            mixed_k=jnp.zeros(mixed, jnp.float32) if method.mix is not None else None,
+            mixed_v=jnp.zeros(mixed, jnp.float32) if method.mix is not None else None,
+            lost=zeros(batch),
+            spoiled=jnp.zeros(batch, bool),
+            memory_capacity=memory_capacity,
+            overflow=overflow,
+        )
+
     return sharding.sharded_init(make, sharding.cache_shardings)
 
 
@@ -111,10 +116,16 @@ def append(cache: MemoryCache, k, v, slots: Slots, attention=None) -> MemoryCach
     rank = jnp.cumsum(slots.live, axis=1) - 1
     fits = slots.live & (raw + rank < raw_capacity(cache))
     place = jnp.where(fits, used + rank, cache.k.shape[2])
-    put = lambda old, new: put_rows(old, new, place)
+
+    def put(old, new):
+        return put_rows(old, new, place)
+
     # Layer by layer: with all layers of a slot as one entry a compiler would turn the cache around, into a second one.
     indices = jnp.broadcast_to(place, (cache.k.shape[0], *place.shape))
-    put_layers = lambda old, new: jax.vmap(put_rows)(old, new, indices)
+
+    def put_layers(old, new):
+        return jax.vmap(put_rows)(old, new, indices)
+
     return dataclasses.replace(
         cache,
         k=put_layers(cache.k, k),
@@ -129,7 +140,10 @@ def append(cache: MemoryCache, k, v, slots: Slots, attention=None) -> MemoryCach
 
 def with_room(cache: MemoryCache, count: int) -> MemoryCache:
     """The state with room for so many more raw tokens; it is copied."""
-    behind = lambda x, axis: jnp.pad(x, [(0, count if number == axis else 0) for number in range(x.ndim)])
+
+    def behind(x, axis):
+        return jnp.pad(x, [(0, count if number == axis else 0) for number in range(x.ndim)])
+
     attention = cache.accumulated_attention
     return dataclasses.replace(
         cache,
@@ -210,7 +224,10 @@ def take_row(cache: MemoryCache, row) -> MemoryCache:
 
 def put_row(cache: MemoryCache, one: MemoryCache, row) -> MemoryCache:
     """The cache with a session of `take_row` in one of its rows."""
-    put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, _row_axis(x))
+
+    def put(x, new):
+        return jax.lax.dynamic_update_slice_in_dim(x, new, row, _row_axis(x))
+
     return jax.tree.map(put, cache, one)
 
 
@@ -237,10 +254,15 @@ def remove(cache: MemoryCache, gone) -> MemoryCache:
 
     def entries(x):
         """Of ``[L, B, S, ...]``; what is dropped leaves no number behind."""
-        front = lambda y: y.reshape(1, *y.shape, *(1,) * (x.ndim - 3))
+
+        def front(y):
+            return y.reshape(1, *y.shape, *(1,) * (x.ndim - 3))
+
         return jnp.where(front(live), jnp.take_along_axis(x, front(order), axis=2), 0)
 
-    place = lambda x: jnp.where(live, jnp.take_along_axis(x, order, axis=1), 0)
+    def place(x):
+        return jnp.where(live, jnp.take_along_axis(x, order, axis=1), 0)
+
     return dataclasses.replace(
         cache,
         k=entries(cache.k),

@@ -96,7 +96,10 @@ def close_due(
         return cache
     held = jnp.sum(open_raw(cache, method), axis=1)
     due = valid & _due(closing, held, token, False)
-    close = lambda cache: compress(model, cache, due, method=method)
+
+    def close(cache):
+        return compress(model, cache, due, method=method)
+
     return jax.lax.cond(jnp.any(due), close, lambda cache: cache, cache)
 
 
@@ -132,7 +135,10 @@ def prefill(
         return read(model, cache, chunk, method=method, query=query)[0]
     width, length = min(closing.length, raw_capacity(cache)), chunk.tokens.shape[1]
     front = jnp.argsort(~chunk.valid, axis=1, stable=True)
-    move = lambda x: jnp.take_along_axis(jnp.asarray(x), front, axis=1)
+
+    def move(x):
+        return jnp.take_along_axis(jnp.asarray(x), front, axis=1)
+
     tokens, count = move(chunk.tokens), jnp.sum(chunk.valid, axis=1)
     kept = jnp.zeros(tokens.shape, bool) if chunk.kept is None else move(chunk.kept)
     ends = jnp.zeros(tokens.shape, bool) if ends is None else move(ends)
@@ -140,7 +146,10 @@ def prefill(
     def fill(carry):
         cache, done = carry
         place = jnp.minimum(done[:, None] + jnp.arange(width), length - 1)
-        pick = lambda x: jnp.take_along_axis(x, place, axis=1)
+
+        def pick(x):
+            return jnp.take_along_axis(x, place, axis=1)
+
         held = jnp.sum(open_raw(cache, method), axis=1, keepdims=True) + jnp.cumsum(~pick(kept), axis=1)
         due = _due(closing, held, pick(tokens), pick(ends)) & ~pick(kept)
         first = jnp.where(jnp.any(due, axis=1), jnp.argmax(due, axis=1) + 1, width)
@@ -148,10 +157,15 @@ def prefill(
         piece = Chunk(pick(tokens), jnp.arange(width) < take[:, None], None if chunk.kept is None else pick(kept))
         cache, _ = read(model, cache, piece, method=method, query=query)
         closes = (take > 0) & jnp.take_along_axis(due, jnp.maximum(take - 1, 0)[:, None], axis=1)[:, 0]
-        shrink = lambda cache: compress(model, cache, closes, method=method)
+
+        def shrink(cache):
+            return compress(model, cache, closes, method=method)
+
         return jax.lax.cond(jnp.any(closes), shrink, lambda cache: cache, cache), done + take
 
-    unread = lambda carry: jnp.any(carry[1] < count)
+    def unread(carry):
+        return jnp.any(carry[1] < count)
+
     return jax.lax.while_loop(unread, fill, (cache, jnp.zeros_like(count)))[0]
 
 

@@ -29,54 +29,24 @@ import numpy as np
 import jax_ccm
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError
+from jax_ccm.memory import earlier
 from jax_ccm.memory.cache import check, init_cache
+from jax_ccm.memory.held import SLOTS, TYPES, Held, check_shapes, check_slots
 from jax_ccm.nn import ModelConfig, Transformer
 from jax_ccm.records import sealed
-from jax_ccm.rules.describe import completed, describe_method, label, upgraded
+from jax_ccm.rules.describe import completed, describe_method, label
 from jax_ccm.rules.types import Kind, MemoryCache, Method, Slots
 
 FORMAT = "jax_ccm.memory/3"
 # Formats before: arrays of the whole cache, and no digest. The first rounded mixed memory to the type of the keys.
 OLDER = ("jax_ccm.memory/1", "jax_ccm.memory/2")
 NAME = "jax_ccm"
-SIZES = ("num_layers", "num_kv_heads", "head_dim", "vocab_size")
-_SLOTS = ("kind", "segment", "index", "position")
 # What an older file calls base and adapter.
 _MODEL = ("base", "adapter")
-_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class Foreign(UserError):
     """A memory of another model, adapter, tokenizer, template or method."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """What a memory file holds, in the form of today.
-
-    Attributes:
-      path: the file.
-      header: what it says of itself (`save`).
-      digest: of the file; empty for an older format.
-      arrays: as at the head of this module.
-    """
-
-    path: Path
-    header: dict[str, Any]
-    digest: str
-    arrays: dict[str, np.ndarray]
-
-    @property
-    def turns(self) -> tuple[tuple[int, int], ...]:
-        """Where the turns of a conversation lie, ``(first, end)`` of their chunks, as far as the file says."""
-        said = self.header["about"].get("turns", [])
-        is_span = lambda x: isinstance(x, list) and len(x) == 2 and all(type(n) is int and n >= 0 for n in x)
-        return tuple((x[0], x[1]) for x in said) if isinstance(said, list) and all(map(is_span, said)) else ()
-
-    def of(self, number: int) -> slice:
-        """Where the slots of a session lie."""
-        ends = np.cumsum(self.arrays["live"])
-        return slice(int(ends[number] - self.arrays["live"][number]), int(ends[number]))
 
 
 def save(
@@ -148,7 +118,7 @@ def read(path: str | Path) -> Held:
     if form == FORMAT and not file.digest:
         raise UserError(f"{path} is damaged: it has no digest")
     if form in OLDER:
-        header, arrays = _upgraded(path, file.header, file.shapes, file.arrays)
+        header, arrays = earlier.upgraded(path, file.header, file.shapes, file.arrays)
         if form == OLDER[0] and "mixed_k" in arrays:
             warnings.warn(
                 f"{path} is of an earlier version, which rounded mixed memory to {arrays['k'].dtype} after each chunk; "
@@ -161,9 +131,9 @@ def read(path: str | Path) -> Held:
                 stacklevel=3,
             )
         return checked(path, header, arrays)
-    _check_shapes(path, file.header, {name: (shape, _TYPES.get(t, t)) for name, (shape, t) in file.shapes.items()})
+    check_shapes(path, file.header, {name: (shape, TYPES.get(t, t)) for name, (shape, t) in file.shapes.items()})
     held = Held(Path(path), file.header, file.digest, file.arrays())
-    _check_slots(held)
+    check_slots(held)
     return held
 
 
@@ -173,9 +143,9 @@ def checked(path: str | Path, header: dict[str, Any], arrays: dict[str, np.ndarr
     Raises:
       UserError: unless it is whole, and what this library writes.
     """
-    _check_shapes(path, header, {name: (x.shape, str(x.dtype)) for name, x in arrays.items()})
+    check_shapes(path, header, {name: (x.shape, str(x.dtype)) for name, x in arrays.items()})
     held = Held(Path(path), header, "", arrays)
-    _check_slots(held)
+    check_slots(held)
     return held
 
 
@@ -207,16 +177,21 @@ def load(
     held = file if isinstance(file, Held) else read(file)
     path, header, arrays = held.path, held.header, held.arrays
     _require_kinship(held, fingerprints, method)
-    choose = lambda given, name: header[name] if given is None else given
-    make = lambda: init_cache(
-        model,
-        method,
-        header["sessions"],
-        memory_capacity=choose(memory_capacity, "memory_capacity"),
-        raw_capacity=choose(raw_capacity, "raw_capacity"),
-        dtype=dtype,
-        overflow=choose(overflow, "overflow"),
-    )
+
+    def choose(given, name):
+        return header[name] if given is None else given
+
+    def make():
+        return init_cache(
+            model,
+            method,
+            header["sessions"],
+            memory_capacity=choose(memory_capacity, "memory_capacity"),
+            raw_capacity=choose(raw_capacity, "raw_capacity"),
+            dtype=dtype,
+            overflow=choose(overflow, "overflow"),
+        )
+
     try:
         expected = jax.eval_shape(make)
     except UserError as e:
@@ -247,7 +222,7 @@ def _packed(cache: MemoryCache) -> dict[str, np.ndarray]:
         return np.concatenate([whole[:, row, :n] for row, n in enumerate(count)], axis=1)
 
     found = {"k": take(cache.k), "v": take(cache.v), "live": count}
-    found |= {name: np.asarray(getattr(cache.slots, name))[live] for name in _SLOTS}
+    found |= {name: np.asarray(getattr(cache.slots, name))[live] for name in SLOTS}
     found |= {name: np.asarray(getattr(cache, name)) for name in ("tokens", "chunks", "logits")}
     if cache.accumulated_attention is not None:
         found["received"] = take(cache.accumulated_attention)
@@ -269,67 +244,12 @@ def _unpacked(arrays: Mapping[str, np.ndarray], size: int, expected: MemoryCache
     found: dict[str, Any] = {name: spread(arrays[name], 1) for name in ("k", "v")}
     if "received" in arrays:
         found["accumulated_attention"] = spread(arrays["received"], 1)
-    found["slots"] = Slots(*(spread(arrays[name], 0) for name in _SLOTS))
+    found["slots"] = Slots(*(spread(arrays[name], 0) for name in SLOTS))
     rest = ("tokens", "chunks", "logits", "mixed_k", "mixed_v")
     found |= {name: jnp.asarray(arrays[name]) for name in rest if name in arrays}
     return found | {
         name: jnp.zeros(x.shape, x.dtype) for name in ("lost", "spoiled") for x in [getattr(expected, name)]
     }
-
-
-def _check_shapes(path, header: dict[str, Any], given: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
-    """Raises unless a header is whole, and the arrays have the names, shapes and types that it gives them."""
-    damaged = lambda what: UserError(f"{path} is damaged: it does not say {what}")
-    is_count = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31
-    model, method, names = (header.get(key) for key in ("model", "method", "fingerprints"))
-    if not isinstance(model, dict) or not all(is_count(model.get(name)) for name in SIZES):
-        raise damaged("which model it is for")
-    if not isinstance(method, dict) or not isinstance(method.get("closes", []), list):
-        raise damaged("which method wrote it")
-    if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
-        raise damaged("what it belongs to")
-    if not all(is_count(header.get(name)) for name in ("sessions", "memory_capacity", "raw_capacity")):
-        raise damaged("how many sessions it holds, in which places")
-    if not isinstance(header.get("about"), dict) or not isinstance(header.get("overflow"), str):
-        raise damaged("what it is about")
-    layers, heads, width, vocabulary = (model[name] for name in SIZES)
-    batch = header["sessions"]
-    kind = given.get("k", ((), "nothing"))[1]
-    count = given["kind"][0][0] if len(given.get("kind", ((),))[0]) == 1 else 0
-    expected: dict[str, tuple[tuple[int, ...], str]] = {
-        name: ((layers, count, heads, width), kind) for name in ("k", "v")
-    }
-    expected |= {name: ((count,), "int32") for name in _SLOTS}
-    expected |= {name: ((batch,), "int32") for name in ("live", "tokens", "chunks")}
-    expected["logits"] = (batch, vocabulary), "float32"
-    if "received" in given:
-        expected["received"] = (layers, count, heads), "float32"
-    if method.get("mix"):
-        mixed = (layers, batch, _mixed(method), heads, width)
-        expected |= {name: (mixed, "float32") for name in ("mixed_k", "mixed_v")}
-    given = {name: (shape, {"I32": "int32"}.get(kind, kind)) for name, (shape, kind) in given.items()}
-    show = lambda x: "nothing" if x is None else f"{x[1]} {list(x[0])}"
-    for name in sorted(given.keys() | expected.keys()):
-        if given.get(name) != expected.get(name) or given[name][1] not in (*_TYPES.values(), "int32"):
-            raise UserError(
-                f"{path} is damaged: it holds {show(given.get(name))} as {name!r}, and its header has "
-                f"{show(expected.get(name))}"
-            )
-
-
-def _check_slots(held: Held) -> None:
-    """Raises for slots that this library does not write."""
-    a = held.arrays
-    wrong = int(a["live"].sum()) != len(a["kind"]) or (a["live"] < 0).any() or (a["tokens"] < 0).any()
-    wrong = wrong or not np.isin(a["kind"], [kind for kind in Kind if kind != Kind.PAD]).all()
-    # The last is for methods that mix: their memory carries the segment and index of the newest chunk.
-    wrong = wrong or (a["chunks"] < 0).any() or any((a[name] < 0).any() for name in ("segment", "position"))
-    wrong = wrong or any((np.diff(a["index"][held.of(n)]) < 0).any() for n in range(len(a["live"])))
-    if wrong:
-        raise UserError(f"{held.path} is damaged: its slots are none that this library writes")
-    for name, x in a.items():
-        if x.dtype.kind != "i" and not np.isfinite(x.astype(np.float32)).all():
-            raise UserError(f"{held.path} is damaged: it holds numbers that are not finite as {name!r}")
 
 
 def _require_kinship(held: Held, fingerprints: Mapping[str, str], method: Method) -> None:
@@ -340,7 +260,10 @@ def _require_kinship(held: Held, fingerprints: Mapping[str, str], method: Method
         ours = {"model": "-".join(ours[name] for name in _MODEL if name in ours)}
     differ = [name for name in sorted(ours.keys() | stored.keys()) if ours.get(name) != stored.get(name)]
     if differ:
-        show = lambda names: ", ".join(f"{name} {names.get(name)!r}" for name in differ)
+
+        def show(names):
+            return ", ".join(f"{name} {names.get(name)!r}" for name in differ)
+
         raise Foreign(
             f"{held.path} was written with {show(stored)}; this session uses {show(ours)} (fingerprints). Use the same "
             "base model, adapter, tokenizer and template"
@@ -373,76 +296,13 @@ def _require_same(path, arrays: Mapping[str, np.ndarray], expected: MemoryCache)
         if (x := getattr(expected, name)) is not None:
             here[name] = x.dtype, list(x.shape)
     there = {name: (x.dtype, list(x.shape)) for name, x in arrays.items() if name in (*here, "received", "mixed_k")}
-    show = lambda x: "nothing" if x is None else f"{x[0]} {x[1]}"
+
+    def show(x):
+        return "nothing" if x is None else f"{x[0]} {x[1]}"
+
     for name in sorted(here.keys() | there.keys()):
         if show(here.get(name)) != show(there.get(name)):
             raise UserError(
                 f"{path} holds {show(there.get(name))} as {name!r}; this model and method have {show(here.get(name))}. "
                 "Use the model, and the type, that wrote it"
             )
-
-
-def _mixed(method: Mapping[str, Any]) -> int:
-    """`Method.mixed_slots` of a described method."""
-    if not method.get("mix"):
-        return 0
-    each = sum(token.get("kind") in method.get("writes", ()) for token in method["closes"] if isinstance(token, dict))
-    groups = method.get("groups", 1)
-    return each * (groups if type(groups) is int and groups > 0 else 1)
-
-
-def _upgraded(path, header: dict[str, Any], shapes, arrays) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and arrays of an older file in the form of today. ``arrays()`` reads them once their sizes make sense."""
-    shape = lambda name, rank: shapes[name][0] if len(shapes.get(name, ((),))[0]) == rank else None
-    sizes, vocabulary, capacity = shape("k", 5), shape("logits", 2), header.get("memory_capacity")
-    slots = [f"slots.{name}" for name in _SLOTS]
-    if not sizes or not vocabulary or type(capacity) is not int or not 0 <= capacity <= sizes[2]:
-        raise UserError(f"{path} is damaged: it does not say how many sessions and places it holds")
-    layers, batch, size, heads, width = sizes
-    rows = dict.fromkeys(slots, (batch, size)) | {"tokens": (batch,), "chunks": (batch,), "v": sizes}
-    method = header.get("method")
-    for name, wanted in rows.items():
-        if shapes.get(name, (None,))[0] != wanted:
-            raise UserError(f"{path} is damaged: {name!r} is not of the sizes of the rest")
-    if not isinstance(method, dict) or not isinstance(method.get("closes"), list):
-        raise UserError(f"{path} is damaged: it does not say which method wrote it")
-    try:
-        method = upgraded(method, str(path))
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is damaged: it does not say which method wrote it") from None
-    old = arrays()
-    live = old["slots.kind"] != Kind.PAD
-    if (np.diff(live.astype(int), axis=1) > 0).any():
-        raise UserError(f"{path} is damaged: its slots are none that this library writes")
-    packed = lambda x: x[:, live]
-    found = {"k": packed(old["k"]), "v": packed(old["v"]), "live": live.sum(axis=1).astype(np.int32)}
-    found |= {name: old[f"slots.{name}"][live] for name in _SLOTS}
-    found |= {name: old[name] for name in ("tokens", "chunks", "logits")}
-    if "received" in old:
-        found["received"] = packed(old["received"])
-    if (old.get("lost", np.zeros(1)) != 0).any() or old.get("spoiled", np.zeros(1, bool)).any():
-        raise UserError(f"{path} holds sessions that are invalid")
-    if count := _mixed(method):
-        found |= {name: old[name] for name in ("mixed_k", "mixed_v") if name in old} or _rounded(old, count)
-    renewed = {
-        "format": header["format"],
-        "fingerprints": {"model": str(header.get("fingerprint"))},
-        "method": method,
-        "model": dict(zip(SIZES, (layers, heads, width, vocabulary[1]), strict=True)),
-        "sessions": batch,
-        "memory_capacity": capacity,
-        "raw_capacity": size - capacity - int(method.get("sink") or 0),
-        "overflow": header.get("overflow"),
-        "about": {},
-    }
-    return renewed, found
-
-
-def _rounded(old: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """Mixed memory as the first format had it: the keys and values themselves."""
-    # Memory stands in order in front of all but the sink.
-    order = np.argsort(old["slots.kind"] != Kind.MEMORY, axis=1, kind="stable")[:, :count]
-    is_memory = np.take_along_axis(old["slots.kind"], order, axis=1) == Kind.MEMORY
-    take = lambda x: np.take_along_axis(x, order[None, :, :, None, None], axis=2)
-    mixed = lambda x: np.where(is_memory[None, :, :, None, None], take(x).astype(np.float32), np.float32(0))
-    return {"mixed_k": mixed(old["k"]), "mixed_v": mixed(old["v"])}

@@ -68,7 +68,10 @@ def sample(keys, logits, temperature, top_k, top_p):
         return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= smallest, logits, -jnp.inf))
 
     greedy = jnp.argmax(logits, axis=-1)
-    either = lambda logits: jnp.where(temperature[:, 0] > 0, draw(logits), greedy)
+
+    def either(logits):
+        return jnp.where(temperature[:, 0] > 0, draw(logits), greedy)
+
     return jax.lax.cond(jnp.any(temperature > 0), either, lambda logits: greedy, logits).astype(jnp.int32)
 
 
@@ -281,7 +284,10 @@ def _noted(drawn: Drawn, place, token, logits, wanted) -> Drawn:
         of_all = jax.nn.log_softmax(logits, axis=-1)
         best, which = jax.lax.top_k(of_all, drawn.top_tokens.shape[2])
         own = jnp.take_along_axis(of_all, token[:, None], axis=1)[:, 0]
-        put = lambda old, new: old.at[:, place].set(jnp.where(wanted.reshape(-1, *(1,) * (new.ndim - 1)), new, 0))
+
+        def put(old, new):
+            return old.at[:, place].set(jnp.where(wanted.reshape(-1, *(1,) * (new.ndim - 1)), new, 0))
+
         return dataclasses.replace(
             drawn,
             logprobs=put(drawn.logprobs, own),

@@ -70,7 +70,10 @@ def token_losses(axes: str, hidden, head, targets, cap: float | None = None, tau
     Returns:
       ``float32 [B, Q]``.
     """
-    step = lambda block: _loss(_logits(axes, block[0], head, cap), *_wanted(axes, block[1:], head, cap, share))[0]
+
+    def step(block):
+        return _loss(_logits(axes, block[0], head, cap), *_wanted(axes, block[1:], head, cap, share))[0]
+
     return _by_blocks(step, head, axes, hidden, targets, taught)
 
 

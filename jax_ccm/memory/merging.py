@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.errors import UserError
-from jax_ccm.memory.files import Held, called
+from jax_ccm.memory.files import called
+from jax_ccm.memory.held import Held
 from jax_ccm.nn import ModelConfig, RopeScaling, rope
 from jax_ccm.rules.types import Kind
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm.memory.files import SIZES, Held, called
+from jax_ccm.memory.files import called
+from jax_ccm.memory.held import SIZES, Held
 from jax_ccm.rules.types import Kind
 
 # Of the header, what is no part of what a file is about.

@@ -19,7 +19,7 @@ import numpy as np
 
 from jax_ccm.errors import UserError
 from jax_ccm.memory import files
-from jax_ccm.memory.files import Held
+from jax_ccm.memory.held import Held
 from jax_ccm.memory.merging import model_config, turner
 from jax_ccm.records import sealed
 from jax_ccm.rules.types import Kind
@@ -54,7 +54,10 @@ def write(held: Held, path: str | Path) -> str:
     arrays, method = held.arrays, held.header["method"]
     by = _distance(held)
     k = turner(model_config(held), method)(arrays["k"], by)
-    heads_first = lambda x: np.ascontiguousarray(x.transpose(1, 0, 2)[None])
+
+    def heads_first(x):
+        return np.ascontiguousarray(x.transpose(1, 0, 2)[None])
+
     found = {_OTHER + name: x for name, x in arrays.items() if name not in ("k", "v")}
     for layer in range(len(k)):
         found |= {f"keys.{layer}": heads_first(k[layer]), f"values.{layer}": heads_first(arrays["v"][layer])}
@@ -82,7 +85,10 @@ def read(path: str | Path) -> Held:
     given = file.arrays()
     try:
         layers = range(memory["model"]["num_layers"])
-        whole = lambda name: np.stack([given[f"{name}.{layer}"][0].transpose(1, 0, 2) for layer in layers])
+
+        def whole(name):
+            return np.stack([given[f"{name}.{layer}"][0].transpose(1, 0, 2) for layer in layers])
+
         arrays = {"k": whole("keys"), "v": whole("values")}
     except (KeyError, IndexError, TypeError, ValueError):
         raise UserError(f"{path} is damaged: it does not hold the keys and values of each layer") from None
@@ -108,7 +114,10 @@ def runs(held: Held) -> str:
 def _require_plain(held: Held) -> None:
     """Raises unless a turn sees all slots, and all of itself, for as long as it goes on."""
     header, arrays = held.header, held.arrays
-    refused = lambda why: UserError(f"{held.path} cannot be a prefix for PyTorch: {why}")
+
+    def refused(why):
+        return UserError(f"{held.path} cannot be a prefix for PyTorch: {why}")
+
     if header["sessions"] != 1:
         raise refused(f"it holds {header['sessions']} sessions; save one alone")
     if not len(arrays["kind"]):
@@ -126,7 +135,10 @@ def _require_plain(held: Held) -> None:
     if method.get("context") != "chunks":
         raise refused(f"method {name} does not go on from a memory that was written before")
     chunks = int(arrays["chunks"][0])
-    within = lambda spans, back: any(a <= back and (b is None or back <= b) for a, b in spans)
+
+    def within(spans, back):
+        return any(a <= back and (b is None or back <= b) for a, b in spans)
+
     for kind, segment in {(int(k), int(s)) for k, s in zip(arrays["kind"], arrays["segment"], strict=True)}:
         if not within(sees.get(f"QUERY sees {Kind(kind).name}", ()), chunks - segment):
             raise refused(

@@ -12,6 +12,7 @@ All functions are pure; model, cache and batch are pytrees, `method` is static.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def read(
     own = None
     if decay is not None and attention is not None:
         own, past = attention
-        cache = _observed(cache, past, decay ** count.astype(jnp.float32), finite)
+        cache = writing.observed(cache, past, decay ** count.astype(jnp.float32), finite)
     last = jnp.argmax(jnp.where(chunk.valid, rank, -1), axis=1)
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     # This also orders the write behind every layer's read of the cache: where nothing does, XLA copies the whole cache
@@ -162,17 +163,6 @@ def _text(cache: MemoryCache, chunk: Chunk, rank, text: Kind, method: Method):
     kind = jnp.where(chunk.valid, kind, Kind.PAD)
     segment = jnp.broadcast_to(cache.chunks[:, None], position.shape)
     return Slots(kind, segment, position, position), misplaced
-
-
-def _observed(cache: MemoryCache, received, faded, rows) -> MemoryCache:
-    """The state after its entries have received attention ``float32 [L, B, S, K]`` in ``rows`` (``bool [B]``).
-
-    Of what they received before a share ``faded``, ``float32 [B]``, is left.
-    """
-    before = cache.accumulated_attention
-    assert before is not None
-    total = before * faded[None, :, None, None] + received
-    return dataclasses.replace(cache, accumulated_attention=jnp.where(rows[None, :, None, None], total, before))
 
 
 def compress(
@@ -269,11 +259,10 @@ def _closing_tokens(cache: MemoryCache, selected, rows, method: Method) -> tuple
       `Slots` of ``[B, n]``, and of ``[B, m]`` for the m of these tokens that write; PAD where a token is not run.
     """
     slots, n = cache.slots, len(method.closes)
-    row = lambda values: jnp.asarray(values, jnp.int32)[None]
     runs = rows[:, None]  # [B, 1], or [B, n] where chunks differ
     if method.ratio is not None:
         text = selected & (slots.kind != Kind.SINK)
-        runs = runs & (row(range(n)) < method.num_closing(jnp.sum(text, axis=1, keepdims=True)))
+        runs = runs & (_row(range(n)) < method.num_closing(jnp.sum(text, axis=1, keepdims=True)))
     # Positions and order of what is written follow the chunk's last token.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
     begins = selected
@@ -282,16 +271,21 @@ def _closing_tokens(cache: MemoryCache, selected, rows, method: Method) -> tuple
         sinks = jnp.sum(selected & (slots.kind == Kind.SINK), axis=1, keepdims=True)
         begins = selected & ((slots.kind != Kind.SINK) | (sinks <= method.sink))
     begin = jnp.min(jnp.where(begins, slots.index, last), axis=1, keepdims=True)
-    from_begin = row([token.from_begin for token in method.closes]) > 0
-    position = jnp.where(from_begin, begin, last + 1) + row([token.offset for token in method.closes])
-    kind = jnp.where(runs, row([token.kind for token in method.closes]), Kind.PAD)
+    from_begin = _row([token.from_begin for token in method.closes]) > 0
+    position = jnp.where(from_begin, begin, last + 1) + _row([token.offset for token in method.closes])
+    kind = jnp.where(runs, _row([token.kind for token in method.closes]), Kind.PAD)
     segment = jnp.broadcast_to(cache.chunks[:, None] - method.recent, kind.shape)
     # The tokens themselves come after everything raw; the segment hides what is not selected.
-    comp = Slots(kind, segment, cache.tokens[:, None] + row(range(n)), jnp.maximum(position, 0))
+    comp = Slots(kind, segment, cache.tokens[:, None] + _row(range(n)), jnp.maximum(position, 0))
     # Where chunks differ in how many tokens close them, all of these are written.
     entries = jnp.where(runs, jnp.full((1, method.slots_per_chunk), Kind.MEMORY), Kind.PAD)
     order = jnp.broadcast_to(last, (kind.shape[0], method.slots_per_chunk))
     return comp, Slots(entries, _written(method, segment), order, _written(method, comp.position))
+
+
+def _row(values):
+    """``int32 [1, n]``: the same for every session."""
+    return jnp.asarray(values, jnp.int32)[None]
 
 
 def _written(method: Method, x):
@@ -337,7 +331,10 @@ def repeat(
         begin = cache.tokens - jnp.sum(raw, axis=1) - length * back
     place = jnp.arange(length)[None]
     position = begin[:, None] + place
-    whole = lambda value: jnp.broadcast_to(jnp.asarray(value, jnp.int32), position.shape)
+
+    def whole(value):
+        return jnp.broadcast_to(jnp.asarray(value, jnp.int32), position.shape)
+
     slots = Slots(whole(Kind.REPEAT), whole((cache.chunks - back)[:, None]), cache.tokens[:, None] + place, position)
     tokens = whole(model.config.vocab_size + method.repeat.embedding_index)
     if method.repeat_by == "text":
@@ -403,10 +400,10 @@ def compress_scan(model: Transformer, cache: MemoryCache, chunks: Chunk, *, meth
     Raises:
       UserError: as `read`.
     """
-    step = lambda cache, chunk: (
-        compress_step(model, cache, chunk, method=method),
-        None,
-    )
+
+    def step(cache, chunk):
+        return compress_step(model, cache, chunk, method=method), None
+
     return jax.lax.scan(step, cache, chunks)[0]
 
 
@@ -446,5 +443,5 @@ def stream_step(
     cache, logits = read(model, cache, chunk, method=method)
     raw = is_in(cache.slots.kind, RAW)
     oldest = raw & (jnp.cumsum(raw, axis=1) <= jnp.reshape(jnp.asarray(closes), (-1, 1))) & full[:, None]
-    shrink = lambda cache: compress(model, cache, oldest, method=method)
+    shrink = functools.partial(compress, model, which=oldest, method=method)
     return jax.lax.cond(jnp.any(oldest), shrink, lambda cache: cache, cache), logits

@@ -40,11 +40,17 @@ def best(cache: MemoryCache, method: Method, selected, closing):
     order = jnp.moveaxis(jax.lax.top_k(jnp.moveaxis(scores, 2, 3), size)[1], 3, 2)  # [L, B, n, K]
     wanted = jnp.minimum(policy.slots * (1 if policy.constant else cache.chunks + 1), jnp.sum(candidates, axis=1))
     live = jnp.arange(size) < wanted[:, None]
-    take = lambda x: jnp.take_along_axis(x, order[..., None], axis=2)
+
+    def take(x):
+        return jnp.take_along_axis(x, order[..., None], axis=2)
+
     attention = (
         None if cache.accumulated_attention is None else jnp.take_along_axis(cache.accumulated_attention, order, axis=2)
     )
-    slot = lambda x: jnp.take_along_axis(x, order[0, :, :, 0], axis=1)
+
+    def slot(x):
+        return jnp.take_along_axis(x, order[0, :, :, 0], axis=1)
+
     slots = Slots(
         jnp.where(live, Kind.MEMORY, Kind.PAD),
         jnp.broadcast_to(cache.chunks[:, None], live.shape),
@@ -79,8 +85,12 @@ def write(
 
     def layer(number, whole):
         # In place: a copy of the whole cache would halve the sessions that fit.
-        at = lambda arrays: tuple(x[number] for x in arrays)
-        update = lambda x, layer: jax.lax.dynamic_update_index_in_dim(x, layer, number, 0)
+        def at(arrays):
+            return tuple(x[number] for x in arrays)
+
+        def update(x, layer):
+            return jax.lax.dynamic_update_index_in_dim(x, layer, number, 0)
+
         return tuple(map(update, whole, store(at(whole), at(new))))
 
     done = jax.lax.fori_loop(0, k.shape[0], layer, old)
@@ -117,7 +127,10 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
     old, size, count = cache.slots, cache.k.shape[2], slots.kind.shape[1]
     # Where no chunk is old enough yet (`Method.recent`), one is closed and nothing is written.
     blend = _blending(cache, method, count, closing & jnp.any(slots.live, axis=1) if method.recent else closing)
-    join = lambda a, b: jnp.concatenate([a, b], axis=1)
+
+    def join(a, b):
+        return jnp.concatenate([a, b], axis=1)
+
     both = Slots(*(join(a, b) for a, b in zip(fields(old), fields(slots), strict=True)))
     kept = reachable(method.rule, both, cache.chunks + 1, cache.tokens) & both.live
     is_new = jnp.arange(both.kind.shape[1]) >= size
@@ -129,7 +142,10 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
     refused = rank > cache.memory_capacity if cache.overflow == "error" else rank <= excess[:, None]
     kept = kept & ~(memory & refused)
     order = jnp.argsort(jnp.where(kept, both.index, jnp.iinfo(jnp.int32).max), axis=1, stable=True)[:, :size]
-    take = lambda x: jnp.take_along_axis(x, order, axis=1)
+
+    def take(x):
+        return jnp.take_along_axis(x, order, axis=1)
+
     live = take(kept)
     placed = Slots(
         jnp.where(live, take(both.kind), Kind.PAD),
@@ -141,8 +157,12 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
     stays = whole and method.forgets_text and cache.overflow == "error"
 
     def place(own, new):
-        inner = lambda a: a.reshape(*a.shape, *(1,) * (own.ndim - 2))
-        each = lambda x, place: jnp.take_along_axis(x, inner(jnp.clip(place, 0, x.shape[1] - 1)), axis=1)
+        def inner(a):
+            return a.reshape(*a.shape, *(1,) * (own.ndim - 2))
+
+        def each(x, place):
+            return jnp.take_along_axis(x, inner(jnp.clip(place, 0, x.shape[1] - 1)), axis=1)
+
         entered = each(new.astype(own.dtype), order - size) if count else jnp.zeros_like(own)
         # What stays is not even read from elsewhere, so that a layer can change in place.
         entries = jnp.where(inner(enters), entered, own if stays else each(own, order))
@@ -172,7 +192,10 @@ def _blending(cache: MemoryCache, method: Method, count: int, closing):
         )
     if method.mix is None:
         return lambda mixed, new: (new, new)  # there is no mixture
-    column = lambda x: x[:, None, None, None]
+
+    def column(x):
+        return x[:, None, None, None]
+
     number = jnp.maximum(cache.chunks - method.recent, 0)
     rate = column(method.mix.rate(number // method.groups + 1).astype(jnp.float32))
     group = jnp.arange(method.groups) == (number % method.groups)[:, None]  # [B, groups]
@@ -217,9 +240,20 @@ def pooled(cache: MemoryCache, method: Method, closing):
         parts = parts.reshape(*x.shape[:2], width, size, *x.shape[3:])
         return jnp.einsum("bwc,lbwckh->lbwkh", share, parts, precision=jax.lax.Precision.HIGHEST)
 
-    pick = lambda x: jnp.max(
-        jnp.where(used, jnp.take_along_axis(x, order, axis=1).reshape(used.shape), 0), axis=2, initial=0
-    )
+    def pick(x):
+        return jnp.max(jnp.where(used, jnp.take_along_axis(x, order, axis=1).reshape(used.shape), 0), axis=2, initial=0)
+
     kind = jnp.where(count > 0, Kind.MEMORY, Kind.PAD)
     entries = Slots(kind, pick(slots.segment), pick(slots.index), pick(slots.position))
     return mean(cache.k), mean(cache.v), entries
+
+
+def observed(cache: MemoryCache, received, faded, rows) -> MemoryCache:
+    """The state after its entries have received attention ``float32 [L, B, S, K]`` in ``rows`` (``bool [B]``).
+
+    Of what they received before a share ``faded``, ``float32 [B]``, is left.
+    """
+    before = cache.accumulated_attention
+    assert before is not None
+    total = before * faded[None, :, None, None] + received
+    return dataclasses.replace(cache, accumulated_attention=jnp.where(rows[None, :, None, None], total, before))

@@ -90,7 +90,10 @@ def beside(name: str, **options: Any) -> dict[str, Method]:
     own = build(name, **options)
     if name not in _UPDATES:
         return {name: own}
-    shared = lambda other: {x: options[x] for x in options if x in inspect.signature(METHODS[other]).parameters}
+
+    def shared(other):
+        return {x: options[x] for x in options if x in inspect.signature(METHODS[other]).parameters}
+
     return {
         _UPDATES[other]: build(other, **shared(other)) for other in dict.fromkeys(("ccm_concat", "ccm_merge", name))
     }

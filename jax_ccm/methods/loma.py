@@ -96,7 +96,10 @@ def loma(
     _one_of("repeats_see", repeats_see, ("self", "causal", "both"))
     stride = _one_of("positions", positions, ("stride", "sequential")) == "stride"
     size = ratio * memory_tokens
-    place = lambda k: ratio * (k + 1) - 1 - size if stride else k
+
+    def place(k):
+        return ratio * (k + 1) - 1 - size if stride else k
+
     appending = Method(
         name="loma",
         rule=Rule(tuple(clauses), both_ways=both),

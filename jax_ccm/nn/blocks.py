@@ -54,7 +54,10 @@ class Attention(nnx.Module):
 
     def project(self, x, gate, keys):
         """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``, not yet rotated."""
-        heads = lambda y: constrain(y.reshape(*y.shape[:-1], -1, self.head_dim), "rows", "tokens", "heads")
+
+        def heads(y):
+            return constrain(y.reshape(*y.shape[:-1], -1, self.head_dim), "rows", "tokens", "heads")
+
         if self.fused is not None:
             q, k, v = map(heads, self.fused(x, gate, keys[:3]))
         else:
@@ -91,7 +94,10 @@ class MLP(nnx.Module):
 
     def gated(self, open, up):
         """``activation(open) * up``; these two alone, a layer's largest arrays, are kept for the backward pass."""
-        gated = lambda open, up: ACTIVATIONS[self.activation](open) * up
+
+        def gated(open, up):
+            return ACTIVATIONS[self.activation](open) * up
+
         # As for whole layers: within a loop over layers nothing is computed once where it was asked for twice.
         return jax.checkpoint(gated, prevent_cse=False)(open, up)
 

@@ -78,7 +78,10 @@ class LayerInputs:
         windowed = jnp.asarray(config.windowed)
         kinds = [config.as_seen(kind) for kind in sorted(set(config.windowed))]
         rules = [with_window(rule, kind.sliding_window) for kind in kinds]
-        turns = lambda positions: tuple(rope.angles(kind, positions) for kind in kinds)
+
+        def turns(positions):
+            return tuple(rope.angles(kind, positions) for kind in kinds)
+
         angles = turns(slots.position if by_index is None else by_index)
         cached = by_index is not None and isinstance(memory, MemoryCache)
         past_angles = turns(jnp.arange(memory.k.shape[2])[None]) if cached else None
@@ -108,16 +111,20 @@ class LayerInputs:
         """
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
         which = None if len(self.attends) == 1 else self.windowed[number]
-        pick = lambda options: (
-            options[0] if which is None else jax.tree.map(lambda no, yes: jnp.where(which, yes, no), *options)
-        )
+
+        def pick(options):
+            return options[0] if which is None else jax.tree.map(lambda no, yes: jnp.where(which, yes, no), *options)
+
         attend = self.attends[0] if which is None else functools.partial(jax.lax.cond, which, *reversed(self.attends))
         cos, sin = pick(self.angles)
         q, k, v = block.self_attn.project(block.input_layernorm(x), self.gate, keys)
         rotated = rope.rotate(k, cos, sin)
         mk, mv = self._remembered(rotated, v, past, pick)
         q, received = rope.rotate(q, cos, sin), None
-        operand = lambda each: None if each is None else each.astype(self.operands)
+
+        def operand(each):
+            return None if each is None else each.astype(self.operands)
+
         attended = functools.partial(attend, operand(q), operand(rotated))
         if self.observe is None:
             y = attended(operand(v), operand(mk), operand(mv))

@@ -28,8 +28,11 @@ def _llama3(freqs: np.ndarray, scaling: RopeScaling, base: float) -> np.ndarray:
 def _yarn(freqs: np.ndarray, scaling: RopeScaling, base: float) -> np.ndarray:
     """YaRN (Peng et al. 2023, section 3.2): as llama3, but the ramp is linear in the number of the pair."""
     size = 2 * len(freqs)
+
     # The dimension whose wave turns so often within the old context.
-    turning = lambda turns: size * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / math.log(base) / 2
+    def turning(turns):
+        return size * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / math.log(base) / 2
+
     low, high = turning(scaling.beta_fast), turning(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)

@@ -78,7 +78,10 @@ class Transformer(nnx.Module):
         self.precision = precision = Precision.of(precision)
         self.attention = "auto"
         self.embed_tokens = Embedding(key_embed, config, adapter, precision)
-        make = lambda key: Block(key, config, adapter, precision)
+
+        def make(key):
+            return Block(key, config, adapter, precision)
+
         self.layers = jax.vmap(make)(jax.random.split(key_layers, config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config, precision.params)
         self.transposed_embedding: nnx.Param | None = None
@@ -141,7 +144,10 @@ class Transformer(nnx.Module):
             out, new, more = run.layer(block, x, past if held is None else held[:2], number, key)
             if whole is not None and held is not None:
                 replaced = (in_order(layer, "rows", None, "heads") for layer in store(held, new))
-                update = lambda each, layer: jax.lax.dynamic_update_index_in_dim(each, layer, number, 0)
+
+                def update(each, layer):
+                    return jax.lax.dynamic_update_index_in_dim(each, layer, number, 0)
+
                 whole, new = tuple(map(update, whole, replaced)), ()
             return (out, whole), (new, out if output_hidden_states else more)
 
@@ -192,8 +198,13 @@ class Transformer(nnx.Module):
         """
         unstacked, kept, output = copy.copy(self), jnp.dtype(self.precision.params), self.precision.output
         unstacked.precision = Precision.of(output)
-        read = lambda x: x.astype(output) if x.dtype == kept else x
-        layer = lambda number: jax.tree.map(lambda x: read(x[number]), self.layers)
+
+        def read(x):
+            return x.astype(output) if x.dtype == kept else x
+
+        def layer(number):
+            return jax.tree.map(lambda x: read(x[number]), self.layers)
+
         unstacked.layers = nnx.List([layer(number) for number in range(self.config.num_layers)])
         if self.config.tie_embeddings:
             unstacked.transposed_embedding = nnx.data(nnx.Param(read(self.embed_tokens.embedding[...]).T))

@@ -54,7 +54,10 @@ def _backward(spec, compute, output, residuals, g):
     terms, result = spec.split("->")
     left, right = terms.split(",")
     g = g.astype(compute)
-    product = lambda spec, x, like: jnp.einsum(spec, g, x, preferred_element_type=jnp.float32).astype(like.dtype)
+
+    def product(spec, x, like):
+        return jnp.einsum(spec, g, x, preferred_element_type=jnp.float32).astype(like.dtype)
+
     to_a = None if b is None else product(f"{result},{right}->{left}", b, types[0])
     to_b = None if a is None else product(f"{result},{left}->{right}", a, types[1])
     return to_a, to_b

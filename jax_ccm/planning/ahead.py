@@ -104,7 +104,10 @@ def mesh_for(target: str, **sizes: int) -> Mesh:
 def compile_for(mesh: Mesh, fn: Callable, *arguments: Any) -> Compiled:
     """Compiles ``fn`` for a mesh; arguments are `jax.ShapeDtypeStruct` trees, whole on every device if not sharded."""
     whole = NamedSharding(mesh, P())
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or whole)
+
+    def place(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or whole)
+
     with jax.set_mesh(mesh):
         return compiled(jax.jit(fn).lower(*jax.tree.map(place, arguments)))[1]
 
@@ -144,10 +147,16 @@ def call(
       ``forward(arrays, slots)``, ``gradients(arrays, d_out, slots)``, and ``(arrays, d_out, slots)``: arrays are
       ``[B, T, N H]``, twice ``[B, T, K H]``, and twice ``[B, M, K H]``.
     """
-    wide = lambda n, count: jax.ShapeDtypeStruct((batch, n, count * heads.size), dtype)
+
+    def wide(n, count):
+        return jax.ShapeDtypeStruct((batch, n, count * heads.size), dtype)
+
     arrays = [wide(length, n) for n in (heads.heads, heads.kv_heads, heads.kv_heads)]
     arrays += [wide(memory, heads.kv_heads)] * 2 if memory else []
-    slots_of = lambda n: Slots(*[jax.ShapeDtypeStruct((batch, n), jnp.int32)] * 4)
+
+    def slots_of(n):
+        return Slots(*[jax.ShapeDtypeStruct((batch, n), jnp.int32)] * 4)
+
     slots = (slots_of(length), slots_of(memory) if memory else None)
 
     def forward(arrays, slots):
@@ -194,7 +203,9 @@ def layer(rule: Rule, batch: int, length: int, memory: int, *, attention: bool =
     def gradients(x, weights, slots, packed, d_out):
         return jax.vjp(lambda x, weights: forward(x, weights, slots, packed), x, weights)[1](d_out)
 
-    slots_of = lambda n: Slots(*[jax.ShapeDtypeStruct((batch, n), jnp.int32)] * 4)
+    def slots_of(n):
+        return Slots(*[jax.ShapeDtypeStruct((batch, n), jnp.int32)] * 4)
+
     packed = Packed(jax.ShapeDtypeStruct((batch, memory), jnp.int32), slots_of(memory), None)
     x = jax.ShapeDtypeStruct((batch, length, LLAMA_8B.hidden_size), jnp.bfloat16)
     return gradients, (x, weights, slots_of(length), packed, x)
@@ -278,7 +289,10 @@ def markdown(found: dict[str, Any]) -> str:
     for what, length in dict.fromkeys((row["what"], row["length"]) for row in found["compiled"]):
         rows = {row["target"]: row for row in found["compiled"] if (row["what"], row["length"]) == (what, length)}
         kernels = ", ".join(str(n) for n in sorted({row["kernels"] for row in rows.values()}))
-        cell = lambda row: f"{row['temporaries'] / 2**20:,.1f} MiB, {row['seconds']:.0f} s"
+
+        def cell(row):
+            return f"{row['temporaries'] / 2**20:,.1f} MiB, {row['seconds']:.0f} s"
+
         cells = [cell(rows[target]) if target in rows else "-" for target in targets]
         lines.append([PROGRAMS[what].format(length), kernels, *cells])
     return output.table(["program", "kernels", *targets], lines, left=2) + "\n"

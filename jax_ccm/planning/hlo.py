@@ -120,9 +120,15 @@ def _turns(line: str, bodies: dict[str, list[str]]) -> int:
 
 def _one(operation: str, result: str, line: str, started: bool) -> _Exchange:
     """What an instruction exchanges."""
-    sizes = lambda dims: tuple(map(int, dims.split(","))) if dims else ()
+
+    def sizes(dims):
+        return tuple(map(int, dims.split(","))) if dims else ()
+
     shapes: list[tuple[str, tuple[int, ...]]] = [(kind, sizes(dims)) for kind, dims in _SHAPE.findall(result)]
-    size = lambda shape: math.prod(shape[1]) * _bits(shape[0]) // 8
+
+    def size(shape):
+        return math.prod(shape[1]) * _bits(shape[0]) // 8
+
     # What is started gives operand and result (and counters); several results together are one exchange.
     shapes = [max(shapes, key=size)] if started or len(shapes) == 1 else shapes
     group = _group(line)

@@ -139,7 +139,10 @@ def _walk(pairs: blocks.Pairs, sizes: Sizes) -> tuple[int, int, list[int]]:
     """Cells visited, runs of one row, and for each source how often a block is loaded."""
     used = int(pairs.count)
     rows, columns = np.asarray(pairs.rows)[:used], np.asarray(pairs.columns)[:used]
-    changes = lambda x: 1 + int(np.count_nonzero(x[1:] != x[:-1]))
+
+    def changes(x):
+        return 1 + int(np.count_nonzero(x[1:] != x[:-1]))
+
     cells, loads = 0, []
     for source, k in enumerate(sizes.k):
         cells += int(np.count_nonzero(rows & (SOURCE << source))) * sizes.q * k

@@ -103,14 +103,17 @@ def abstract_cache(
     config: Config, shape: ModelConfig, method: Method, mesh: jax.sharding.Mesh, sessions: int, slots: int, raw: int
 ) -> MemoryCache:
     """The cache of so many sessions, ``slots`` for memory and ``raw`` for text."""
-    make = lambda: init_cache(
-        shape,
-        method,
-        sessions,
-        memory_capacity=slots,
-        raw_capacity=raw,
-        dtype=Precision.of(config.model.precision).output,
-    )
+
+    def make():
+        return init_cache(
+            shape,
+            method,
+            sessions,
+            memory_capacity=slots,
+            raw_capacity=raw,
+            dtype=Precision.of(config.model.precision).output,
+        )
+
     cache = jax.eval_shape(make)
     return on(sharding.cache_shardings(mesh, cache), cache)
 

@@ -167,7 +167,10 @@ def plot(plan: dict[str, Any], path: Path) -> None:
             width=0.95 * width,
             label=system,
         )
-    label = lambda s: f"{s['chunks']} x {s['chunk_tokens']}\n{s['raw']} raw"
+
+    def label(s):
+        return f"{s['chunks']} x {s['chunk_tokens']}\n{s['raw']} raw"
+
     right.set_xticks(range(len(rows)), [label(row["setting"]) for row in rows])
     right.set_ylabel("live sessions that fit")
     if rows:

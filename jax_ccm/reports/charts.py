@@ -62,9 +62,12 @@ def training(runs: Sequence[Found]) -> Any:
     axes = figure.subplots()
     handles = []
     for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
-        points = lambda key, run=run: [
-            (line["step"], line[key]) for line in run.content["lines"] if isinstance(line.get(key), (int, float))
-        ]
+
+        def points(key, run=run):
+            return [
+                (line["step"], line[key]) for line in run.content["lines"] if isinstance(line.get(key), (int, float))
+            ]
+
         if losses := points("loss"):
             axes.plot(*zip(*losses, strict=True), color=colour, linewidth=1.1, alpha=0.55)
         if checked := points("validation_loss"):

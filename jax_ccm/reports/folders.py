@@ -113,7 +113,10 @@ def _training(folder: Path, name: str) -> Found:
     file = folder / METRICS
     lines = [line for line in _lines(file) if set(LOSSES) & set(line)]
     numbers = (int, float, type(None))
-    sound = lambda line: isinstance(line.get("step"), int) and all(isinstance(line.get(key), numbers) for key in LOSSES)
+
+    def sound(line):
+        return isinstance(line.get("step"), int) and all(isinstance(line.get(key), numbers) for key in LOSSES)
+
     if not lines or not all(map(sound, lines)):
         raise UserError(f"{file} holds no losses by step; give a working directory of {_commands()}")
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}

@@ -102,7 +102,10 @@ def make(found: Sequence[Found], folder: Path, *, title: str, command: str, vers
       UserError: for a file that lacks what its command writes.
     """
     page = Page(folder)
-    of = lambda kind: [one for one in found if one.kind == kind]
+
+    def of(kind):
+        return [one for one in found if one.kind == kind]
+
     rows = []
     for one in found:
         with whole(one):
@@ -228,8 +231,13 @@ def table(made: Table, *, long: Sequence[int] = (), by: Sequence[int] = ()) -> s
       by: columns whose changes part the rows, said once for each part.
     """
     header, rows, text = made
-    kind = lambda number: " ".join(["text"] * (number < text) + ["long"] * (number in long))
-    cell = lambda tag, number, said: f'<{tag} class="{kind(number)}">{html.escape(said)}</{tag}>'
+
+    def kind(number):
+        return " ".join(["text"] * (number < text) + ["long"] * (number in long))
+
+    def cell(tag, number, said):
+        return f'<{tag} class="{kind(number)}">{html.escape(said)}</{tag}>'
+
     lines = ["".join(cell("th", number, said) for number, said in enumerate(header))]
     before = None
     body = []

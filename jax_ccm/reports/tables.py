@@ -89,7 +89,10 @@ def training(runs: Sequence[Found]) -> Table:
         losses = [line["loss"] for line in lines if line.get("loss") is not None]
         last = next((line for line in lines[::-1] if "tokens" in line), {})
         best, step = min(checked, default=(None, None))
-        number = lambda value, how: "-" if value is None else format(value, how)
+
+        def number(value, how):
+            return "-" if value is None else format(value, how)
+
         rows.append(
             [
                 run.name,
@@ -136,5 +139,8 @@ def _shown(estimate: Mapping[str, Any] | None) -> str:
     if estimate is None or estimate["value"] is None:
         return "-"
     low, high = estimate.get("ci95") or (None, None)
-    write = lambda value: f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+    def write(value):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
     return write(estimate["value"]) + ("" if low is None else f" [{write(low)}, {write(high)}]")

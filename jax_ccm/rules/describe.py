@@ -54,11 +54,14 @@ def upgraded(stored: dict[str, Any], where: str) -> dict[str, Any]:
         return stored
     old, new = ", ".join(changed), ", ".join(changed.values())
     print(f"note: the method in {where} is of an earlier version; its {old} are read as {new}", file=sys.stderr)
-    new_token = lambda token: (
-        {_RENAMED_OF_TOKENS.get(name, name): value for name, value in token.items()}
-        if isinstance(token, dict)
-        else token
-    )
+
+    def new_token(token):
+        return (
+            {_RENAMED_OF_TOKENS.get(name, name): value for name, value in token.items()}
+            if isinstance(token, dict)
+            else token
+        )
+
     return found | {"closes": [new_token(token) for token in found["closes"]], "repeat": new_token(found["repeat"])}
 
 

@@ -55,7 +55,10 @@ def draw(method: Method, lengths: Sequence[int], kept: Sequence[int] = ()) -> st
         seen.append(visibility.visible(method.rule, batch.slots, memory)[0])
         columns += ["|", *(f"M{1 + segment}" for segment in memory.segment[0])]
     widths = [max(1, len(name)) for name in columns]
-    line = lambda cells: " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+
+    def line(cells):
+        return " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+
     running = method.rope == "running"
     lines = ["  " + line(columns) + "   position" * running]
     for i, name in enumerate(names):

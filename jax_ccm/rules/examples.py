@@ -89,5 +89,8 @@ def join(example: Example, groups: Sequence[int]) -> Example:
 def cut(segment: Segment, size: int) -> tuple[Segment, ...]:
     """The segment in parts of ``size`` tokens; the last has the rest, from 1 to ``size``."""
     parts = [slice(first, first + size) for first in range(0, len(segment.tokens), size)]
-    kept = lambda part: None if segment.kept is None else segment.kept[part]
+
+    def kept(part):
+        return None if segment.kept is None else segment.kept[part]
+
     return tuple(Segment(segment.tokens[part], segment.scored[part], kept(part)) for part in parts)

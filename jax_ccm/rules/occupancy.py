@@ -42,8 +42,13 @@ def occupancy(
     sinks = int((kind == Kind.SINK).sum())
     text = Slots(kind, segment, place, place)
     now = np.array([closed]), np.array([len(place)])
-    seen = lambda slots: reachable(method.rule, slots.map(lambda x: x[None]), *now)[0]
-    memory = lambda segment, index, position: Slots(np.full(len(index), int(Kind.MEMORY)), segment, index, position)
+
+    def seen(slots):
+        return reachable(method.rule, slots.map(lambda x: x[None]), *now)[0]
+
+    def memory(segment, index, position):
+        return Slots(np.full(len(index), int(Kind.MEMORY)), segment, index, position)
+
     parts = [text]
     older = max(closed - method.recent, 0)
     # Sinks and what is kept are not compressed.

@@ -373,7 +373,10 @@ def _padded(row: dict[str, np.ndarray], sizes: Sizes, pool: int) -> dict[str, np
     caps: dict[str, int] = dict.fromkeys(("tokens", "kind", "segment", "position", "index"), sizes.tokens)
     caps |= dict.fromkeys(("indices", "targets", "steps", "weights"), sizes.scored)
     caps |= dict.fromkeys(("source", "share"), sizes.memory * pool)
-    pad = lambda x, size: np.concatenate([x, np.zeros(size - len(x), x.dtype)])  # np.pad is ten times slower
+
+    def pad(x, size):
+        return np.concatenate([x, np.zeros(size - len(x), x.dtype)])  # np.pad is ten times slower
+
     floats = ("weights", "share")
     return {
         name: x if name == "mix" else pad(x, caps.get(name, sizes.memory)).astype("f4" if name in floats else "i4")

@@ -112,8 +112,8 @@ def see(
       key: kinds that are seen.
       nearest, farthest, window, hidden: as of `Clause`.
     """
-    as_tuple = lambda kinds: (kinds,) if isinstance(kinds, Kind) else tuple(kinds)
-    return Clause(as_tuple(query), as_tuple(key), nearest, farthest, window, hidden)
+    looking, seen = ((kinds,) if isinstance(kinds, Kind) else tuple(kinds) for kinds in (query, key))
+    return Clause(looking, seen, nearest, farthest, window, hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,9 +263,14 @@ class Method:
         """The method with mixtures for its memory, of each of which text sees the latest state; itself without one."""
         if mix is None:
             return self
+
         # Each looks at the newest states that there are when it looks: those of the last chunks, one in each group.
-        newest = lambda c: dataclasses.replace(c, farthest=min(c.farthest, max(c.nearest, 1) + groups - 1))
-        latest = lambda c: newest(c) if Kind.MEMORY in c.key else c
+        def newest(c):
+            return dataclasses.replace(c, farthest=min(c.farthest, max(c.nearest, 1) + groups - 1))
+
+        def latest(c):
+            return newest(c) if Kind.MEMORY in c.key else c
+
         rule = dataclasses.replace(self.rule, sees=tuple(map(latest, self.rule.sees)))
         return dataclasses.replace(self, rule=rule, mix=mix, groups=groups)
 
@@ -347,7 +352,10 @@ class Method:
 
         Where it does, a turn that was answered is read once more, as context, before it is closed.
         """
-        apart = lambda kinds: (Kind.TEXT in kinds) != (Kind.QUERY in kinds)
+
+        def apart(kinds):
+            return (Kind.TEXT in kinds) != (Kind.QUERY in kinds)
+
         return apart(self.gate) or any(apart(clause.query) or apart(clause.key) for clause in self.rule.sees)
 
     @property

@@ -62,9 +62,10 @@ class Server:
             Route("/slots", guard(memories.slots)),
             Route("/slots/{id}", guard(memories.slot), methods=["POST"]),
         ]
-        nowhere = lambda request, error: refusal(
-            Refused(f"{request.method} {request.url.path} is nothing here", status=error.status_code)
-        )
+
+        def nowhere(request, error):
+            return refusal(Refused(f"{request.method} {request.url.path} is nothing here", status=error.status_code))
+
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: nowhere, 405: nowhere})
 
     async def page(self, request: Request) -> Answer:
@@ -143,7 +144,10 @@ class Server:
             place = dict(start=asked.session, keep=asked.session, snapshot=made.id)
         if not asked.store:
             place = dict(start=place["start"])
-        about = lambda reply: {"response": made.whole(reply)} | ({"session": within} if within else {})
+
+        def about(reply):
+            return {"response": made.whole(reply)} | ({"session": within} if within else {})
+
         replies = self._replies(request, asked, within=within, about=about, **place)
         if not asked.stream:
             return JSONResponse(made.whole(await _last(replies)))
@@ -170,7 +174,10 @@ class Server:
         asked = requests.compact(await self.door.json(request), self.defaults)
         within = await self._session_of(asked.previous)
         made = shapes.Compaction(self.defaults.model)
-        about = lambda reply: {"response": made.whole(reply)} | ({"session": within} if within else {})
+
+        def about(reply):
+            return {"response": made.whole(reply)} | ({"session": within} if within else {})
+
         replies = self._replies(request, asked, start=asked.previous, keep=made.id, within=within, about=about)
         return JSONResponse(made.whole(await _last(replies)))
 

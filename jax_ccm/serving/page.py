@@ -13,8 +13,13 @@ from starlette.responses import HTMLResponse
 def page() -> HTMLResponse:
     """The page, with a policy under which a browser runs its own script alone and asks its own server alone."""
     text = (importlib.resources.files("jax_ccm.serving") / "page.html").read_text()
-    digest = lambda part: base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
-    allowed = lambda tag: " ".join(f"'sha256-{digest(part)}'" for part in re.findall(f"(?s)<{tag}>(.*?)</{tag}>", text))
+
+    def digest(part):
+        return base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+
+    def allowed(tag):
+        return " ".join(f"'sha256-{digest(part)}'" for part in re.findall(f"(?s)<{tag}>(.*?)</{tag}>", text))
+
     policy = {
         "default-src": "'none'", "script-src": allowed("script"), "style-src": allowed("style"),
         "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'",

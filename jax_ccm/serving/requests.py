@@ -267,7 +267,10 @@ def _answering(fields: _Body, defaults: Defaults, limit: int | None, name: str) 
     if limit is not None and not 1 <= limit <= defaults.most_tokens:
         raise Refused(f"{name} is {limit}; it must be from 1 to {defaults.most_tokens}", name)
     number = (int, float)
-    inside = lambda low, high: lambda value: low <= value <= high
+
+    def inside(low, high):
+        return lambda value: low <= value <= high
+
     temperature = fields.take("temperature", defaults.temperature, number, "a number from 0 to 2", inside(0, 2))
     top_p = fields.take("top_p", 1.0, number, "a number above 0, up to 1", lambda value: 0 < value <= 1)
     top_k = fields.take("top_k", 0, int, "a whole number from 0 on", inside(0, 2**31 - 1))

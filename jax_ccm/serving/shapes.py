@@ -164,11 +164,15 @@ def _response_usage(reply: Reply) -> dict[str, Any]:
 
 def _part(text: str, logprobs: Sequence[Logprob] = ()) -> dict[str, Any]:
     # Here bytes have to be a list: an empty one where the tokenizer does not say of which bytes a token is made.
-    each = lambda x: {"token": x.token, "logprob": x.value, "bytes": list(x.bytes or ())}
+    def each(x):
+        return {"token": x.token, "logprob": x.value, "bytes": list(x.bytes or ())}
+
     told = [each(x) | {"top_logprobs": list(map(each, x.top))} for x in logprobs]
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": told}
 
 
 def _logprobs(of: Sequence[Logprob]) -> dict[str, Any]:
-    each = lambda x: {"token": x.token, "logprob": x.value, "bytes": None if x.bytes is None else list(x.bytes)}
+    def each(x):
+        return {"token": x.token, "logprob": x.value, "bytes": None if x.bytes is None else list(x.bytes)}
+
     return {"content": [each(x) | {"top_logprobs": list(map(each, x.top))} for x in of], "refusal": None}

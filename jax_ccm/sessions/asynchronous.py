@@ -114,7 +114,10 @@ class AsyncConversations:
 
     async def _stream(self, rows: Collection[int], pieces: Generator[T, None, None]) -> AsyncIterator[T]:
         end: Any = object()
-        following: Callable[[], T] = lambda: next(pieces, end)
+
+        def following() -> T:
+            return next(pieces, end)
+
         try:
             async with self._in_order(rows):
                 piece = await self._run(following)
@@ -146,7 +149,10 @@ class AsyncConversations:
         """Calls something in a thread; a task that is cancelled has it stop, and waits until it has."""
         given_up, context = threading.Event(), contextvars.copy_context()
         context.run(GIVEN_UP.set, given_up)
-        work: Callable[[], T] = lambda: context.run(act, *given, **named)
+
+        def work() -> T:
+            return context.run(act, *given, **named)
+
         done = asyncio.get_running_loop().run_in_executor(self._threads, work)
         try:
             return await asyncio.shield(done)

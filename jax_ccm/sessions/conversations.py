@@ -123,7 +123,10 @@ class Conversations:
           UserError: if one of the turns cannot be answered; all sessions are then as they were.
         """
         self._require(turns)
-        start = lambda: [self.turn(row, text, how[row]) for row, text in turns.items()]
+
+        def start():
+            return [self.turn(row, text, how[row]) for row, text in turns.items()]
+
         yield from self._shared.replies(turns, start, self.keep, at_a_time)
 
     def turn(
@@ -194,8 +197,13 @@ class Conversations:
         self._require(turns)
         how, nobody = dataclasses.replace(self.how, max_tokens=max_tokens), self.engine.nobody
         told = [Exchange.instructing(self.engine, system)] if system else []
-        new = lambda row, text: Turn(self.scratch, row, lambda: nobody, told=told, text=text, how=how, keeps=False)
-        start = lambda: [new(row, text) for row, text in turns.items()]
+
+        def new(row, text):
+            return Turn(self.scratch, row, lambda: nobody, told=told, text=text, how=how, keeps=False)
+
+        def start():
+            return [new(row, text) for row, text in turns.items()]
+
         with self._shared.sessions(turns):
             *_, replies = self._shared.replies(turns, start, lambda turns: None, AT_A_TIME)
         return {row: reply.text for row, reply in replies.items()}
@@ -231,7 +239,10 @@ class Conversations:
           UserError: if there is no room, or the method keeps nothing of what was said before.
         """
         self._require(texts)
-        chunks = lambda row: self.engine.document(texts[row], first=not self.state.tokens[row])
+
+        def chunks(row):
+            return self.engine.document(texts[row], first=not self.state.tokens[row])
+
         self._all(texts, lambda row: self._turn(row, told=[Exchange(chunks(row), turn=False)]))
 
     def reset(self, row: int) -> None:
@@ -364,7 +375,10 @@ class Conversations:
         from jax_ccm.evals.systems import fingerprint
 
         experiment, template = self.engine.experiment, self.engine.template
-        digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:16]
+
+        def digest(text):
+            return hashlib.sha256(text.encode()).hexdigest()[:16]
+
         fixed = [
             template.start,
             template.separator,
@@ -408,7 +422,10 @@ class Conversations:
 
     def _put(self, row: int, session: Session) -> None:
         """Puts a session into a row, within `Shared.cache`."""
-        at = lambda values, new: (*values[:row], new, *values[row + 1 :])
+
+        def at(values, new):
+            return (*values[:row], new, *values[row + 1 :])
+
         state = self.state
         cache = _put(state.cache, session.cache, np.int32(row))
         turns, tokens = at(state.turns, session.turns), at(state.tokens, session.tokens)

@@ -136,7 +136,10 @@ class Scratch:
         engine = self.engine
         method, nobody = engine.experiment.method, Want(Answering(), 0, 0, 0)
         each = [wants.get(row, nobody) for row in range(engine.rows)]
-        array = lambda kind, value: np.asarray([value(want) for want in each], kind)
+
+        def array(kind, value):
+            return np.asarray([value(want) for want in each], kind)
+
         closing, query = policy(method, engine.closing, query=True)
         drawn, tokens = self._run(
             _make,
@@ -166,9 +169,16 @@ class Scratch:
         for row, want in wants.items():
             count, best = int(drawn.lengths[row]), want.how.logprobs
             ids, logprobs = drawn.tokens[row, :count], drawn.logprobs[row]
-            top = lambda i, row=row, best=best: list(
-                zip(drawn.top_tokens[row, i, :best].tolist(), drawn.top_logprobs[row, i, :best].tolist(), strict=True)
-            )
+
+            def top(i, row=row, best=best):
+                return list(
+                    zip(
+                        drawn.top_tokens[row, i, :best].tolist(),
+                        drawn.top_logprobs[row, i, :best].tolist(),
+                        strict=True,
+                    )
+                )
+
             told = [] if best is None else [(int(ids[i]), float(logprobs[i]), top(i)) for i in range(count)]
             made[row] = Made(ids, count < min(want.limit, AT_A_TIME), told)
         return made

@@ -102,7 +102,10 @@ class Terminal:
         """A reply, printed as it is made, with dots where its limit cut it; seconds to its first token, and from there
         to the last."""
         how, shown, reply = {0: dataclasses.replace(talk.how, max_tokens=self.max_tokens)}, "", None
-        indented = lambda piece: printable(piece).replace("\n", "\n" + " " * len(label))
+
+        def indented(piece):
+            return printable(piece).replace("\n", "\n" + " " * len(label))
+
         began = first = last = time.perf_counter()
         print(label, end="", flush=True)
         try:

@@ -83,13 +83,18 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continue
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
-                show = lambda side, name=name: side.get(name, "not there")
+
+                def show(side, name=name):
+                    return side.get(name, "not there")
+
                 found.append(f"{key}: {name} was {show(old)}, now {show(new)}")
     return found
 
 
 def _data(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    show = lambda x: f"{x['records']:,} records ({x['used']:,} examples are used)"
+    def show(x):
+        return f"{x['records']:,} records ({x['used']:,} examples are used)"
+
     if show(old) != show(new):
         return f"{show(old)} then, {show(new)} now"
     return f"as many records as before ({old['records']:,}), but other tokens"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -113,7 +114,7 @@ class Run:
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         method = self.experiment.method
-        init = lambda params: init_state(params, optimizer)
+        init = functools.partial(init_state, optimizer=optimizer)
         mesh, shape = self.experiment.mesh, self.experiment.model_config
         state_shardings = sharding.parameter_shardings(mesh, jax.eval_shape(init, params), shape)
         # The model's own arrays become those of the state.
@@ -377,7 +378,9 @@ class Run:
         )
 
     def _count(self, params: Any) -> None:
-        count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+        def count(tree):
+            return sum(x.size for x in jax.tree.leaves(tree))
+
         self.parameters = {"trained": count(params), "frozen": count(self.frozen)}
         print(f"parameters: {self.parameters['trained']:,} trained, {self.parameters['frozen']:,} frozen")
 
@@ -390,7 +393,10 @@ class Run:
 
     def _report(self) -> str:
         progress = self.progress
-        loss = lambda x: "not measured" if x is None else f"{x:.4f}"
+
+        def loss(x):
+            return "not measured" if x is None else f"{x:.4f}"
+
         text = f"step {progress.step}, loss {loss(progress.loss)}"
         if progress.best is not None:
             text += f", validation loss {loss(progress.validation_loss)} (best {loss(progress.best)} at step "

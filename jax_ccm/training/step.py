@@ -52,7 +52,10 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
 
 def _decayed(params: Tree) -> Tree:
     """Whether weight decay applies to each leaf: not to norm scales and biases."""
-    plain = lambda path, _: path[-1].key not in ("scale", "bias")
+
+    def plain(path, _):
+        return path[-1].key not in ("scale", "bias")
+
     return jax.tree_util.tree_map_with_path(plain, params)
 
 

@@ -173,7 +173,10 @@ class Adapter(Lora):
         known, wanted = (_kinds(found) for found in (self.method or described, described))
         there = {row: kind for row, kind in sorted(known.items()) if row < self.config.tokens}
         closing = [row for row, kind in there.items() if kind != REPEATS] or [self.config.tokens - 1]
-        of_kind = lambda kind: [row for row, other in there.items() if other == kind] or closing[-1:]
+
+        def of_kind(kind):
+            return [row for row, other in there.items() if other == kind] or closing[-1:]
+
         taken, seen = np.zeros(method.num_embeddings, int), dict.fromkeys(wanted.values(), 0)
         for row, kind in sorted(wanted.items()):
             rows = of_kind(kind)
@@ -218,7 +221,10 @@ class Adapter(Lora):
         config = model.adapter or adapter.config
         _require_arrays(adapter, model, config)
         there = parameters(nnx.state(model, nnx.LoRAParam) if shardings is None else shardings)
-        sharding_of = lambda path: there[path].sharding if shardings is None and path in there else there.get(path)
+
+        def sharding_of(path):
+            return there[path].sharding if shardings is None and path in there else there.get(path)
+
         arrays = {path: jax.device_put(x, sharding_of(path)) for path, x in adapter.arrays.items()}
         return model.with_adapter(config, arrays)
 
@@ -273,7 +279,10 @@ class Adapter(Lora):
         more = layers - depth(self.arrays)
         if not self.partial or more < 0:
             return self
-        pad = lambda path, x: x if path == COMP else np.pad(x, ((0, more), (0, 0), (0, 0)))
+
+        def pad(path, x):
+            return x if path == COMP else np.pad(x, ((0, more), (0, 0), (0, 0)))
+
         return dataclasses.replace(self, arrays={path: pad(path, x) for path, x in self.arrays.items()})
 
 
@@ -321,7 +330,10 @@ def format_of(path: str | Path) -> Format:
       UserError: if it is no folder, or holds no adapter, or more than one.
     """
     path = locate_adapter(path)
-    there = lambda *names: any((path / name).is_file() for name in names)
+
+    def there(*names):
+        return any((path / name).is_file() for name in names)
+
     found: list[Format] = []
     if there(CONFIG_FILE, TENSOR_FILE):
         found.append("own")

@@ -149,7 +149,10 @@ class GgufFile:
             )
         window = self._int("attention.sliding_window", 0) or None
         layers = self._int("block_count")
-        bias = lambda part: f"model.layers.0.{part}.bias" in self.shapes
+
+        def bias(part):
+            return f"model.layers.0.{part}.bias" in self.shapes
+
         config = ModelConfig(
             **self._of_architecture(layers, width=hidden // heads, head_dim=head_dim, windowed=window is not None),
             vocab_size=self.shapes["model.embed_tokens.weight"][0],

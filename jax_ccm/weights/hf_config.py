@@ -208,16 +208,24 @@ def _window(get: Fields, family: str) -> dict[str, Any]:
     has_window = every or family in _FULL_EVERY or get("use_sliding_window", bool, default=False)
     window = get("sliding_window", int, optional=True) if has_window and family != "llama" else None
     if not kinds and window is not None:
-        full = lambda number: False
+
+        def full(number):
+            return False
+
         if family.startswith("qwen"):
             first = 0 if get.raw.get("max_window_layers") == 0 else get("max_window_layers", int)
-            full = lambda number: number < first
+
+            def full(number):
+                return number < first
         elif family in _FULL_EVERY:
             period = _FULL_EVERY[family]
             if family == "gemma3_text":
                 # Files have one of these two where they have no layer_types.
                 period = get("_sliding_window_pattern", int, default=get("sliding_window_pattern", int, default=period))
-            full = lambda number: (number + 1) % period == 0
+
+            def full(number):
+                return (number + 1) % period == 0
+
         kinds = ["full_attention" if full(number) else "sliding_attention" for number in range(layers)]
     full_layers = tuple(number for number, kind in enumerate(kinds) if kind == "full_attention")
     wrong = "sliding_attention" if window is None else "full_attention" if every else None

@@ -42,7 +42,10 @@ def names(raw: dict[str, Any], field: str, where: str) -> list[str]:
 
 def numbers(given: dict[str, Any], name: str, where: str) -> tuple[float, ...]:
     value = given.get(name)
-    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
+
+    def number(x):
+        return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
+
     if not isinstance(value, list) or not all(map(number, value)):
         raise UserError(f"{where}: {name} is {value!r}; it must be a list of positive numbers")
     return tuple(map(float, value))

@@ -107,7 +107,10 @@ def _scaling(kind: str, get: Fields, params: Fields) -> RopeScaling:
         short, long = (numbers(given, name, params.where) for name in ("short_factor", "long_factor"))
         scaling = dataclasses.replace(scaling, short_factor=short, long_factor=long)
     else:
-        temper = lambda scale: 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+        def temper(scale):
+            return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
         one, all_ = (params(name, float) if given.get(name) else 0.0 for name in ("mscale", "mscale_all_dim"))
         shown = temper(one) / temper(all_) if one and all_ else temper(1.0)
         scaling = dataclasses.replace(

@@ -62,7 +62,10 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     else:
         differ = ["gate"] * (bool(there["gate"]) != bool(here["gate"]))
     if differ:
-        show = lambda key: f"{key}: {json.dumps(there.get(key))} there, {json.dumps(here.get(key))} here"
+
+        def show(key):
+            return f"{key}: {json.dumps(there.get(key))} there, {json.dumps(here.get(key))} here"
+
         raise UserError(
             f"{source} was trained for the method {label(there)}, but the method here is {label(here)}. They differ "
             f"({'; '.join(map(show, differ))}). Use the adapter's method, or an adapter for this one"
@@ -77,7 +80,10 @@ def serves_fewer(stored: dict[str, Any], method: Method) -> bool:
 
 def _without_repetition(method: dict[str, Any]) -> dict[str, Any]:
     """A described method without its repetition tokens, which nobody else sees: what is left of it outside training."""
-    kinds = lambda names: [name for name in names if name != "REPEAT"]
+
+    def kinds(names):
+        return [name for name in names if name != "REPEAT"]
+
     sees = {pair: spans for pair, spans in method["sees"].items() if not pair.startswith("REPEAT ")}
     return method | {
         "repeat": None,
@@ -203,7 +209,10 @@ def check_base(
                 "set adapter.accept_quantised_base: true"
             )
     if differ:
-        called = lambda base: f"{base.get('name') or 'an unnamed model'!r} (fingerprint {base.get('fingerprint', '?')})"
+
+        def called(base):
+            return f"{base.get('name') or 'an unnamed model'!r} (fingerprint {base.get('fingerprint', '?')})"
+
         raise UserError(
             f"{source} was trained on the base model {called(stored)}, but the base model here is "
             f"{called(describe_base(model, name))}: "
@@ -214,7 +223,10 @@ def check_base(
 
 def _with_defaults(kind: type, stored: dict[str, Any]) -> dict[str, Any]:
     """What was stored of a dataclass; a field that an older file does not have yet has its default there."""
-    default = lambda field: None if field.default is dataclasses.MISSING else field.default
+
+    def default(field):
+        return None if field.default is dataclasses.MISSING else field.default
+
     return {field.name: default(field) for field in dataclasses.fields(kind)} | stored
 
 

@@ -106,7 +106,10 @@ def unpack(tensors: dict[str, np.ndarray], modules: Modules, path: Path) -> Lora
                 f"{', '.join(PROJECTIONS)} (base_model.model.model.layers.N...) and {COMP_KEY!r}"
             )
     layers = 1 + max((layer for layer, _ in found), default=-1)
-    of_layer = lambda layer: [target for target in PROJECTIONS if modules.has(_module(layer, target))]
+
+    def of_layer(layer):
+        return [target for target in PROJECTIONS if modules.has(_module(layer, target))]
+
     wanted = [(layer, target) for layer in range(layers) for target in of_layer(layer)]
     _check(found, wanted or [(0, target) for target in of_layer(0)], modules, path)
     names = [_module(*module) for module in wanted]

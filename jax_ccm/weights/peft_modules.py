@@ -102,7 +102,10 @@ class Modules:
     def strangers(self) -> list[str]:
         """Names that are asked for and are no projection of a layer, such as the head."""
         names = () if isinstance(self.targets, str) else self.targets
-        known = lambda name: name.split(".")[-1] in PROJECTIONS or _matches(self.excluded, name)
+
+        def known(name):
+            return name.split(".")[-1] in PROJECTIONS or _matches(self.excluded, name)
+
         return [name for name in names if not known(name)]
 
 

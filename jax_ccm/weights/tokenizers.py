@@ -270,7 +270,9 @@ def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> N
     """Control tokens are special; those that the user defined are only kept whole."""
     from tokenizers import AddedToken
 
-    chosen = lambda kind: [token for token, given in zip(tokens, types, strict=True) if given == kind]
+    def chosen(kind):
+        return [token for token, given in zip(tokens, types, strict=True) if given == kind]
+
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in chosen(_CONTROL)])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in chosen(_USER_DEFINED)])
 

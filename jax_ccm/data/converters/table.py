@@ -36,7 +36,10 @@ class Converter:
     def options(self) -> dict[str, str]:
         """Name and default of each option."""
         _, *options = inspect.signature(self.convert).parameters.values()
-        written = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
+
+        def written(value):
+            return str(value).lower() if isinstance(value, bool) else str(value)
+
         return {option.name: written(option.default) for option in options}
 
 
