@@ -57,14 +57,18 @@ class Door:
         @functools.wraps(endpoint)
         async def guarded(request: Request) -> Answer:
             try:
+                # First of all: it also holds for what needs no token, such as the page.
                 self._require_own_pages(request)
                 if not open:
                     self._require_token(request)
                 answer = await endpoint(request)
             except ClientDisconnect:
+                # Nobody hears it; 499 is what nginx counts for a client that went away.
                 answer = Answer(status_code=499)
             except Exception as e:
                 answer = refusal(as_refused(e))
+            # The route's pattern, not the address: names of sessions would make a counter each, and are nobody's
+            # business.
             route = request.scope["route"].path if "route" in request.scope else endpoint.__name__
             labels = f'path="{route}",method="{request.method}",status="{answer.status_code}"'
             self._metrics.add("requests", 1, labels)
@@ -75,6 +79,7 @@ class Door:
     def _require_own_pages(self, request: Request) -> None:
         """Refuses what a page of another site has a browser ask, which needs no token where there is none."""
         origin, host = request.headers.get("origin"), request.headers.get("host", "")
+        # A browser sends Origin with whatever a page of another site posts or wants to read; most programs send none.
         if origin is not None and _split(origin).netloc != host:
             raise Refused(f"this server answers no pages of {origin[:80]!r}", status=403, code="foreign_origin")
         # A name that its owner has made to mean this machine is of the same origin as the owner's page.
@@ -86,6 +91,7 @@ class Door:
 
     def _require_token(self, request: Request) -> None:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
+        # In constant time: how long it takes tells nothing about how much of a guess was right.
         right = hmac.compare_digest(given.strip().encode(), self.access.token.encode())
         if self.access.token and not (kind.lower() == "bearer" and right):
             raise Refused("give the server's token: Authorization: Bearer TOKEN", status=401, code="invalid_api_key")
@@ -98,6 +104,7 @@ class Door:
         """
         body = bytearray()
         too_large = Refused(f"the body has more than {most:,} bytes, the most that is taken here", status=413)
+        # Refused before it is read; a body that comes in pieces says no length, and is counted below.
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length) > most:
             raise too_large
@@ -135,6 +142,7 @@ def as_refused(error: Exception) -> Refused:
     """An error as the client is told of it; one that nobody foresaw goes to the log."""
     if isinstance(error, Refused):
         return error
+    # From the special to the general: all of these are user errors.
     for kind, status, code in (
         (Missing, 404, "not_found"),
         (Busy, 429, "rate_limit_exceeded"),

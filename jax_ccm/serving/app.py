@@ -40,6 +40,7 @@ class Server:
         @contextlib.asynccontextmanager
         async def lifespan(_):
             yield
+            # It joins a thread, and would block the loop until the last answers are made.
             await run_in_threadpool(self.pool.close)
 
         guard, memories = self.door.guard, self.memories
@@ -109,6 +110,7 @@ class Server:
         replies = self._replies(request, asked, start=asked.session, keep=asked.session)
         if not asked.stream:
             return JSONResponse(made.whole(await _last(replies)))
+        # Before the stream begins: what is refused up to here still has a status of its own.
         first = await anext(replies)
 
         async def events() -> AsyncIterator[str]:
@@ -122,6 +124,7 @@ class Server:
                         for event in made.ends(reply, usage=asked.usage):
                             yield _sse(event)
             except Exception as e:
+                # The status is out: what goes wrong from here on is an event.
                 yield _sse(as_refused(e).body())
             yield "data: [DONE]\n\n"
 
@@ -209,6 +212,8 @@ class Server:
             while True:
                 try:
                     async with asyncio.timeout(None if asked.stream else 0.5):
+                        # A stream's own response notices that the client has gone; for an answer in one piece it is
+                        # asked twice a second.
                         what = await heard.get()
                 except TimeoutError:
                     if await request.is_disconnected():

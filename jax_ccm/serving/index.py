@@ -69,12 +69,14 @@ class Index:
             with contextlib.suppress(FileNotFoundError):  # it has gone in the meantime
                 if each.is_file():
                     found.append((each.name, self._entry(each.name, each.stat(), None)))
+        # In order of use, which `older` relies on, and which `used` and `wrote` keep up by putting the newest last.
         self._entries = OrderedDict(sorted(found, key=lambda item: item[1].used))
         self.bytes = sum(entry.size for entry in self._entries.values())
 
     def _entry(self, name: str, stat: os.stat_result, session: str | None) -> Entry:
         """What is known of a file: as before if it is the same, of a session as its head says if that is not given."""
         now, old = (stat.st_size, stat.st_mtime_ns, stat.st_ino), self._entries.get(name)
+        # The number on disk tells a replaced file from the one before, even within one tick of the clock.
         if old is not None and old[:3] == now:
             return old
         if not name.startswith(self._begins):
@@ -98,6 +100,7 @@ class Index:
         """Notes that a file was used now; on disk too, for the next server."""
         path = self._folder / name
         with contextlib.suppress(OSError):
+            # The time on disk is all that tells the next server which sessions are idle.
             os.utime(path)
             stat, old = path.stat(), self._entries.get(name)
             if old is not None:
@@ -115,6 +118,7 @@ class Index:
 
     def older(self, nanoseconds: int) -> list[str]:
         """The files that were used last before a point in time, the longest idle first."""
+        # In order of use: the first one that is young enough ends it.
         idle = itertools.takewhile(lambda item: item[1].used < nanoseconds, self._entries.items())
         return [name for name, _ in idle]
 

@@ -49,14 +49,19 @@ class Memories:
         """Makes a memory file that of a session, whether it was there or not."""
         name = _session(request)
         body = await self.door.bytes(request, self.door.access.memory)
+        # A dot in front: no session has such a name, and what a killed server leaves of it is removed at the next
+        # start.
         path = self.pool.store.folder / f".{uuid.uuid4().hex}.tmp"
         try:
             try:
                 await run_in_threadpool(path.write_bytes, body)
             except OSError as e:
                 raise Unkept(f"the memory cannot be written: {e.strerror}") from e
+            # The body is read again, checked and written anew: what the client sent never stands under a session's
+            # name.
             await self._do(lambda: self.pool.put(name, path), name)
         except UserError as e:
+            # Messages name the memory, and not where it lies on the server.
             raise type(e)(str(e).replace(str(path), "the memory")) from None
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -100,6 +105,7 @@ class Memories:
             _named(filename, path, files.read)  # what is no memory is not overwritten
         else:
             self.pool.require_disk()
+        # The file says whose memory it is, so that deleting the session finds it.
         header = held.header | {"about": held.header["about"] | {"session": name}}
         with self.pool.store.saving(filename, name):
             files.write(files.Held(held.path, header, held.digest, held.arrays), path)
@@ -142,6 +148,7 @@ def figures(held: files.Held) -> dict[str, Any]:
         for number, (first, end) in enumerate(held.turns, 1):
             is_of = (arrays["segment"] >= first) & (arrays["segment"] < end) & (arrays["kind"] != Kind.SINK)
             of[is_of] = number
+    # Bytes of a slot: keys and as many of values, of all layers.
     each = 2 * arrays["k"].nbytes // max(len(of), 1)
     mixed = sum(arrays[name].nbytes for name in ("mixed_k", "mixed_v") if name in arrays)
     return {

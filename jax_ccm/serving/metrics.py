@@ -39,6 +39,7 @@ class Metrics:
             entry = self._sums[name]
             entry[0] += value
             entry[1] += 1
+            # Buckets of Prometheus are cumulative: each counts all values up to its bound.
             for place, bound in enumerate(_DISTRIBUTIONS[name][1]):
                 entry[2][place] += value <= bound
 

@@ -45,8 +45,10 @@ class Pool:
         """
         self.talk, self.store, self.durable, self.limits, self.metrics = talk, store, durable, limits, metrics
         self._rows: OrderedDict[str, int] = OrderedDict()  # by name, the longest idle first
+        # By name, what is to be kept with sessions whose last turn is not on disk yet.
         self._dirty: dict[str, Mapping[str, Any]] = {}
         self._waiting: list[Turn] = []
+        # What `do` is to call, and the session it is about.
         self._orders: list[tuple[str | None, Callable[[], None]]] = []
         self._running: list[Turn] = []  # those that have not heard their last yet
         self._seated: dict[int, Turn] = {}  # by row
@@ -81,6 +83,7 @@ class Pool:
         done, result = threading.Event(), []
 
         def order():
+            # What goes wrong with it is the asker's affair: the thread goes on for all others.
             try:
                 result.append((act(), None))
             except Exception as e:
@@ -121,11 +124,13 @@ class Pool:
           UserError: if it does not go with what is served, or a limit is reached.
         """
         self._require_room(name, 0)
+        # Checked before anything of the session that is there changes.
         held = self.talk.opened(path)[0]
         with self.store.writing(name) as there:
             files.write(held, there)
         self._staying.discard(name)
         self._dirty.pop(name, None)
+        # The row has what the session was before; the next turn loads the file.
         if (row := self._rows.pop(name, None)) is not None:
             self.talk.reset(row)
 
@@ -147,6 +152,7 @@ class Pool:
         Raises:
           Unkept: if its file cannot be removed; then it is as it was.
         """
+        # The file first: if it cannot be removed, the row still has the session, and nothing was changed.
         found = self.store.remove(name)
         row, dirty = self._rows.pop(name, None), self._dirty.pop(name, None)
         if row is not None:
@@ -160,6 +166,7 @@ class Pool:
 
     def slots(self) -> list[dict[str, Any]]:
         """The sessions that have a row, as llama.cpp shows its slots. To be called by `do`."""
+        # A session in its first turn has a row, but no entry in `_rows` before that turn is kept.
         busy = {turn.keep: row for row, turn in self._seated.items() if turn.keep is not None}
         rows, state = {**busy, **self._rows}, self.talk.state
         return [
@@ -201,21 +208,25 @@ class Pool:
         while True:
             with self._change:
                 while not (self._waiting or self._orders or self._seated or self._closed):
+                    # Wakes up by itself only to look for sessions that have been idle for too long.
                     self._change.wait(timeout=60)
                     if self.limits.idle and not self._waiting:
                         break
                 busy = _names(self._running)
+                # An order about a session waits for its turns, and later turns wait for the order (`taken`).
                 orders = [(name, order) for name, order in self._orders if name not in busy]
                 self._orders = [(name, order) for name, order in self._orders if name in busy]
                 joining = self._next(busy | {name for name, _ in self._orders if name is not None})
                 if self._closed and not (orders or joining or self._seated):
                     break
+            # Without the lock, so that others may ask in the meantime.
             for _, order in orders:
                 order()
             self._expire(busy)
             for turn in joining:
                 self._join(turn)
             self._go_on()
+        # Without `durable` these turns were acknowledged, and are on disk nowhere.
         for name in list(self._dirty):
             try:
                 self._save(name)
@@ -233,6 +244,7 @@ class Pool:
                 self._waiting.remove(turn)
                 self._running.append(turn)
                 found.append(turn)
+            # Also of turns that stay: later ones of the same session must not overtake them.
             taken = taken | names
         return found
 
@@ -242,6 +254,7 @@ class Pool:
         try:
             row = self._seat(turn.start, turn.keep)
             if turn.keep is not None:
+                # Before it is read: what cannot be kept need not be answered.
                 self._require_room(turn.keep, len(self.talk.state.turns[row]) + len(turn.told))
                 if turn.snapshot is not None:
                     self._require_room(turn.snapshot, 0)
@@ -264,6 +277,7 @@ class Pool:
         try:
             moved = self._going.step()
         except Exception as e:
+            # A program that fails takes the donated scratch along: nobody's row can be gone on with.
             for row, turn in list(self._seated.items()):
                 self._stand_up(row, turn, e)
             return
@@ -275,6 +289,7 @@ class Pool:
             if turn.first is None:
                 turn.first = time.perf_counter()
                 self.metrics.observe("first_token", turn.first - turn.began)
+            # An answer may have ended while its memory is still made: its end is heard when it is kept, and not before.
             turn.hear(dataclasses.replace(going.reply, ended=""))
 
     def _settle(self, row: int, turn: Turn, going: turns.Turn) -> None:
@@ -284,12 +299,16 @@ class Pool:
             if going.refused is not None:
                 raise going.refused
             if not turn.left and turn.keep is not None:
+                # A copy, to return to if the disk takes no file.
                 before = self.talk.session(row)
                 self.talk.keep([going])
                 about = turn.about(reply)
                 try:
+                    # The snapshot first: killed between the two, the session is as its last acknowledged turn left it,
+                    # beside a response that nobody has heard of.
                     if turn.snapshot is not None:
                         self._write(turn.snapshot, row, about)
+                    # What is to be kept goes with the response; the session goes on and says nothing of it.
                     self._keep(turn.keep, row, {} if turn.snapshot is not None else about)
                 except Exception:
                     self._going.leave(row)
@@ -332,6 +351,7 @@ class Pool:
 
     def _seat(self, start: str | None, keep: str | None) -> int:
         """The row in which a session speaks now."""
+        # What is kept under its own name begins with its first turn; whatever else is gone on from must be there.
         if start is not None and start not in self._rows and start not in self.store:
             if start != keep:
                 raise Missing(f"there is no {_kind(start)} {start!r}")
@@ -343,12 +363,15 @@ class Pool:
             return self._rows[start]
         row = self._vacate(start)
         if start is None:
+            # The row may hold what somebody else left in it.
             self.talk.reset(row)
         elif start in self._rows:
+            # A copy, as of a file: a response stays as it is, whatever goes on from it.
             self.talk.fork(self._rows[start], row)
         else:
             self.talk.load(row, self.store.path(start))
             self.metrics.add("loads", 1)
+        # A row becomes that of a new session in `_keep`, when the turn is over.
         if start is not None and start == keep:
             self._rows[start] = row
         return row
@@ -373,7 +396,9 @@ class Pool:
         if self.durable:
             self._write(name, row, about)
         else:
+            # In memory alone; on disk when its row is wanted, at the end, or when its file is asked for.
             self._dirty[name] = about
+        # It was kept from another row: the old one has what it was before.
         if (old := self._rows.pop(name, row)) != row:
             self.talk.reset(old)
         self._rows[name] = row

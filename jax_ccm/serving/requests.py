@@ -101,6 +101,7 @@ class _Body:
     def __init__(self, body: Any):
         if not isinstance(body, dict):
             raise Refused(f"the body is a JSON {type(body).__name__}; an object is needed")
+        # Clients write null for fields that they leave out.
         self._left = {name: value for name, value in body.items() if value is not None}
 
     def take(self, name: str, default: Any, kinds: type | tuple[type, ...], what: str, fits=lambda value: True) -> Any:
@@ -108,6 +109,7 @@ class _Body:
         if value is default:
             return value
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        # A bool is an int in Python, and no number of tokens.
         if isinstance(value, bool) and bool not in kinds or not isinstance(value, kinds) or not fits(value):
             raise Refused(f"{name} is {_show(value)}; it must be {what}", name)
         return value
@@ -120,6 +122,7 @@ class _Body:
 
     def end(self) -> None:
         for name, value in self._left.items():
+            # Types, too: 1 == True and 0 == False in Python.
             if name in _NEUTRAL and any(value == x and type(value) is type(x) for x in _NEUTRAL[name]):
                 continue
             if name in _NAMES and isinstance(value, str):
@@ -158,6 +161,7 @@ def chat(body: Any, defaults: Defaults, session: str | None) -> Asked:
     logprobs = fields.take("logprobs", False, bool, "true or false")
     how = dataclasses.replace(how, logprobs=_top(fields, logprobs, "logprobs is true"))
     stream = fields.take("stream", False, bool, "true or false")
+    # The options of a stream are taken only where one is asked for.
     options = _Body(fields.take("stream_options", {}, dict, "an object", lambda value: stream))
     usage = options.take("include_usage", False, bool, "true or false")
     try:
@@ -274,6 +278,7 @@ def _answering(fields: _Body, defaults: Defaults, limit: int | None, name: str) 
     temperature = fields.take("temperature", defaults.temperature, number, "a number from 0 to 2", inside(0, 2))
     top_p = fields.take("top_p", 1.0, number, "a number above 0, up to 1", lambda value: 0 < value <= 1)
     top_k = fields.take("top_k", 0, int, "a whole number from 0 on", inside(0, 2**31 - 1))
+    # Any 64-bit seed is taken, of either sign; the keys take 32 bits of it.
     seed = fields.take("seed", 0, int, "a whole number", inside(-(2**63), 2**64))
     stop = fields.take("stop", [], (str, list), "a text or up to 4 texts")
     stop = [stop] if isinstance(stop, str) else stop
@@ -287,6 +292,8 @@ def _turns(messages: Sequence[Any], name: str, offset: int = 0) -> tuple[tuple[t
     """Turns with their answers, and the last turn, which has none. Raises as `_exchanges`."""
     if not messages:
         raise Refused(f"{name} has no message; the last one must be the user's", name)
+    # Turns take turns: with an even number of messages the last one is no question. A fault in one of them is said
+    # first.
     if len(messages) % 2 == 0:
         _exchanges(messages, name, offset)
         raise Refused(f"the last of {name} is the assistant's; there is nothing to answer", name)

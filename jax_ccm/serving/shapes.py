@@ -97,6 +97,7 @@ class Response:
         """Events in front of the text."""
         yield self._event("response.created", response=self.whole(None))
         yield self._event("response.in_progress", response=self.whole(None))
+        # The item opens empty; its part comes with the next event.
         item = self._message(_part(""), "in_progress") | {"content": []}
         yield self._event("response.output_item.added", output_index=0, item=item)
         yield self._event("response.content_part.added", **self._place(), part=_part(""))
@@ -126,6 +127,7 @@ class Response:
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         event = {"type": kind, "sequence_number": self._number, **fields}
+        # Numbers run through all events of a response, whoever makes them: clients put them in order by these.
         self._number += 1
         return event
 

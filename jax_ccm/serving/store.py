@@ -111,6 +111,7 @@ class Store:
         except UserError as e:
             raise Unkept(str(e).replace(str(path), path.name)) from e
         finally:
+            # After a failure as well: the file of before may be there, and counts.
             self._index.wrote(path.name, session)
 
     @contextlib.contextmanager
@@ -145,6 +146,7 @@ class Store:
         return (name.removesuffix(ENDING) for name in self._index)
 
     def __contains__(self, name: str) -> bool:
+        # The disk is asked, and not the index: one look at one name is cheap, and true.
         return self.path(name).is_file()
 
     def remove(self, name: str) -> bool:
@@ -204,8 +206,10 @@ def _take(folder: Path, option: str) -> IO[str]:
     """Takes a folder for this process; the lock is given back when it is closed."""
     lock: IO[str] | None = None
     try:
+        # A memory is personal data: nobody else on the machine may look into the folder.
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (folder / ".lock").open("w")
+        # The kernel gives the lock back when the process ends in whatever way: a kill leaves nothing to clear up.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left in folder.glob(".*.tmp"):  # a server that was killed was writing it
             left.unlink()

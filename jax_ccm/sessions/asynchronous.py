@@ -113,23 +113,30 @@ class AsyncConversations:
             return await self._run(act, *given, **named)
 
     async def _stream(self, rows: Collection[int], pieces: Generator[T, None, None]) -> AsyncIterator[T]:
+        # `next` without a default would raise StopIteration in the thread, which no future can carry.
         end: Any = object()
 
         def following() -> T:
             return next(pieces, end)
 
         try:
+            # Until the first piece the calls before it are waited for. From then on the sessions are claimed in the
+            # scratch, and calls that would change them are refused: one that waited for a stream that nobody reads on
+            # would never end.
             async with self._in_order(rows):
                 piece = await self._run(following)
             while piece is not end:
                 yield piece
                 piece = await self._run(following)
         finally:
+            # In a thread, too: closing waits for the cache, which another turn may hold.
             await self._run(pieces.close)
 
     @contextlib.asynccontextmanager
     async def _in_order(self, rows: Collection[int]) -> AsyncIterator[None]:
         """Waits until the calls about these sessions that were made before are over."""
+        # No await up to the end of the loop: calls are in the order in which they come here. All earlier calls are
+        # waited for, not the last one alone: that one may be cancelled while an older one still runs.
         before = {call for row in rows for call in self._asked.get(row, ())}
         over = asyncio.get_running_loop().create_future()
         for row in set(rows):
@@ -139,6 +146,7 @@ class AsyncConversations:
                 await asyncio.wait(before)
             yield
         finally:
+            # Also for a call that was cancelled while it waited: those behind it must not wait for ever.
             over.set_result(None)
             for row in set(rows):
                 self._asked[row].remove(over)
@@ -147,6 +155,7 @@ class AsyncConversations:
 
     async def _run(self, act: Callable[..., T], *given: Any, **named: Any) -> T:
         """Calls something in a thread; a task that is cancelled has it stop, and waits until it has."""
+        # `run_in_executor` takes no context along. The flag is seen by this call alone, in whatever thread it runs.
         given_up, context = threading.Event(), contextvars.copy_context()
         context.run(GIVEN_UP.set, given_up)
 
@@ -154,6 +163,8 @@ class AsyncConversations:
             return context.run(act, *given, **named)
 
         done = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        # Cancelling the future would not stop the thread: it sees the flag at its next step, and until then the
+        # sessions are in the middle of a turn.
         try:
             return await asyncio.shield(done)
         except asyncio.CancelledError:

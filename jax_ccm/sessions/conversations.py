@@ -92,6 +92,8 @@ class Conversations:
           UserError: if one of the turns cannot be answered; all sessions are then as they were.
         """
         self._require(turns)
+        # Held to the end of the call, so that other calls about these sessions wait. `stream` holds nothing between
+        # pieces.
         with self._shared.sessions(turns):
             *_, replies = self.replies(turns, self._alike(turns, max_tokens), at_a_time=AT_A_TIME)
         return {row: reply.text for row, reply in replies.items()}
@@ -104,6 +106,8 @@ class Conversations:
         shown = dict.fromkeys(turns, "")
         for replies in self.replies(turns, self._alike(turns, max_tokens)):
             for row, reply in replies.items():
+                # Half a character, or what may be the beginning of a stop text, is held back: what was yielded cannot
+                # be taken back.
                 text = reply.text if reply.ended else self.how.sure(reply.text)
                 if len(text) > len(shown[row]):
                     yield row, text[len(shown[row]) :]
@@ -124,6 +128,7 @@ class Conversations:
         """
         self._require(turns)
 
+        # Called within `Shared.cache`: a turn takes numbers from `state`, which another thread may be about to replace.
         def start():
             return [self.turn(row, text, how[row]) for row, text in turns.items()]
 
@@ -157,8 +162,11 @@ class Conversations:
         known, exchanges = self.state.tokens[row], [Exchange.instructing(self.engine, system)] if system else []
         if system and known:
             raise UserError("a system message begins a conversation, and this one has begun; reset it first")
+        # A system message is always one chunk.
         known += sum(len(part.chunks[0]) for part in exchanges)
         for asked, answered in told:
+            # Only what begins a session has the tokens that begin a text, so that each turn must know what was read
+            # before it.
             question = self.engine.question(asked, first=not known)
             exchanges.append(Exchange(self.engine.chunks(question, self.engine.answer(answered))))
             known += sum(map(len, exchanges[-1].chunks))
@@ -171,11 +179,13 @@ class Conversations:
           UserError: if one of the turns was interrupted.
         """
         with self._shared.cache():
+            # All are checked before one is put: all of them become memory, or none.
             for turn in turns:
                 if not self.scratch.owns(turn.row, turn):
                     raise interrupted(turn.row)
             for turn in turns:
                 row, state = turn.row, self.state
+                # Texts that were read are chunks, too, but no turns that could be forgotten.
                 ends = [end for part, end in turn.exchanges if part.turn]
                 read = sum(len(chunk) for part, _ in turn.exchanges for chunk in part.chunks)
                 made = Session(self.scratch.take(row), (*state.turns[row], *ends), state.tokens[row] + read, turn.said)
@@ -295,6 +305,7 @@ class Conversations:
             if not 0 <= turn < len(session.turns):
                 raise UserError(f"there is no turn {turn + 1}; the session has {len(session.turns)}")
             slots, (first, end) = session.cache.slots, session.turns[turn]
+            # bool [1, S]. Slots of the sink belong to no turn: the first tokens of a session, and a system message.
             gone = np.asarray(slots.live & (slots.kind != Kind.SINK) & (slots.segment >= first) & (slots.segment < end))
             self._put(row, dataclasses.replace(session, cache=remove(session.cache, gone)))
         return int(gone.sum())
@@ -306,6 +317,7 @@ class Conversations:
           UserError: for a row that does not exist.
         """
         self._require([row, to])
+        # Sessions first and then the cache, in this order everywhere: two threads never wait for each other.
         with self._shared.sessions([row, to]), self._shared.change(to):
             self._put(to, self.session(row))
 
@@ -349,6 +361,7 @@ class Conversations:
         """
         self._require_memory_alone(row)
         held, one = self.opened(path)
+        # `said` stays empty: methods that need it have no files.
         self.restore(row, Session(one, held.turns, int(np.asarray(one.tokens)[0])))
         return held.header["about"]
 
@@ -379,6 +392,7 @@ class Conversations:
         def digest(text):
             return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+        # The template counts as token ids: another spelling that gives the same tokens is the same to a memory.
         fixed = [
             template.start,
             template.separator,
@@ -400,6 +414,7 @@ class Conversations:
         with self._shared.cache():
             state = self.state
             slots = int(np.asarray(state.cache.slots.live)[row].sum())
+        # Mixed slots are also held in float32, to which the next chunk is added.
         each, mixed = sizes.kv_bytes_per_slot(state.cache.k.dtype.itemsize), sizes.kv_bytes_per_slot(4)
         ours = slots * each + self.engine.experiment.method.mixed_slots * mixed
         return slots, ours, state.tokens[row] * each
@@ -411,6 +426,8 @@ class Conversations:
         """A turn that goes on from a session as it is."""
         state = self.state
         return Turn(
+            # The state as it is when this is called: the start of a turn, and again where it has to be read anew. Until
+            # the turn is kept only the scratch changes.
             self.scratch, row, lambda: take(self.state.cache, np.int32(row)), known=state.tokens[row],
             number=len(state.turns[row]), said=state.said[row], **options,
         )  # fmt: skip
@@ -427,6 +444,7 @@ class Conversations:
             return (*values[:row], new, *values[row + 1 :])
 
         state = self.state
+        # The old state's cache is donated: whoever still held `self.state` of before would read arrays that are gone.
         cache = _put(state.cache, session.cache, np.int32(row))
         turns, tokens = at(state.turns, session.turns), at(state.tokens, session.tokens)
         self.state = State(cache, turns, tokens, at(state.said, session.said))

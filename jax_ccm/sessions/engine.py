@@ -55,6 +55,7 @@ class Answering:
     def sure(self, text: str) -> str:
         """The part of an answer in the making that will stay as it is."""
         text = text.rstrip("\ufffd")  # half a character
+        # An answer may go on to a stop text with any end of it that such a text begins with.
         open_ends = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
         return text[: len(text) - max(open_ends, default=0)]
 
@@ -93,6 +94,7 @@ class Engine:
         self.experiment, self.rows, self.template, self.data = experiment, rows, experiment.template, data
         self.closing = closing
         self.nobody = self.empty(1)
+        # With the cache of all rows: its size decides whether unstacked layers pay.
         self.decoder = for_decoding(experiment.model, self.empty())
         self.stops = experiment.reply_ends
 
@@ -114,6 +116,7 @@ class Engine:
         Raises:
           UserError: if there is nothing to read in it, or no text.
         """
+        # What is "dropped" between turns leaves nothing before the question: each turn begins a text.
         begins = first or self.experiment.method.context == "dropped"
         tokens = self.encode(text, first=first, what="the turn")
         opening = self.template.start if begins else self.template.separator
@@ -181,6 +184,7 @@ class Engine:
             + len(template.tails["user"])
             + max(len(template.start), len(template.separator))
         )
+        # A chunk is read whole before it is closed, so that it has to fit the places for raw text with all around it.
         room = self.experiment.config.cache.raw_capacity - around
         size = max(min(self.data.max_turn_tokens, room), 1)
         chunks = []
@@ -197,6 +201,7 @@ class Engine:
         found = [at for stop in stops if (at := text.find(stop)) >= 0]
         if not found:
             return None
+        # Counted by the decoded text and not by tokens: a stop text may begin or end in the middle of one.
         return max(n for n in range(len(answer)) if len(self._decode(answer[:n])) <= min(found))
 
     def behind(self, question: np.ndarray, answer: np.ndarray, chunks: Sequence[np.ndarray]) -> np.ndarray | None:
@@ -206,6 +211,8 @@ class Engine:
         """
         method = self.experiment.method
         read, whole = np.concatenate([question, self.template.answer, answer]), np.concatenate(chunks)
+        # Where question and answer are closed one after the other, training shows the answer's chunk no text of the
+        # question; the answer that was made saw it.
         apart = len(chunks) > 1 and method.chunk is None and self.closing is None
         if method.tells_queries_apart or apart or not np.array_equal(read, whole[: len(read)]):
             return None
@@ -230,6 +237,7 @@ class Engine:
     def held(self, one: MemoryCache) -> int:
         """Tokens that a session (`take_row`) still holds as text: a system message, closed chunks and an open one."""
         method, kind = self.experiment.method, np.asarray(one.slots.kind)
+        # What the method keeps as its own sink is no text that a caller has put there.
         kept = max(int((kind == Kind.SINK).sum()) - method.sink, 0)
         if not method.recent:
             return kept
@@ -246,6 +254,7 @@ class Engine:
         Raises:
           UserError: with what it may be.
         """
+        # Where nothing is answered, the tokens that end an answer need no room either.
         if (left := self.room_after(tokens + held)) is not None and (left < room if room else left + self._tail < 0):
             taken = f", of which {held} are taken" * bool(held)
             raise UserError(
@@ -262,6 +271,7 @@ class Engine:
         config, method = self.experiment.config.cache, self.experiment.method
         if method.chunk or self.closing:
             return None
+        # `raw_capacity` counts no sink: that has a place of its own, which the first tokens take.
         return config.raw_capacity + int(method.sink) - tokens - self._tail
 
     @property

@@ -23,5 +23,6 @@ def whole() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+    # However often it was pressed, it is one interrupt.
     if waiting:
         before(*waiting[-1])

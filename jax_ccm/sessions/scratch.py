@@ -118,8 +118,11 @@ class Scratch:
     def read(self, row: int, piece: np.ndarray, *, query: bool, keep: bool = False) -> None:
         """Reads int32 tokens into a row, up to the largest of `PIECES`; ``keep``: they are never compressed."""
         experiment, closing = self.engine.experiment, self.engine.closing
+        # Padded to one of few sizes: each size is a program of its own.
         size = next(size for size in PIECES if size >= len(piece))
         if experiment.method.chunk is None and closing is None:
+            # `read` refuses a chunk, padding and all, beyond the places of raw text. Text that is closed on the way is
+            # cut inside the program, and may be longer.
             size = min(size, raw_capacity(self.cache))
         chunk = rows.chunk([piece.tolist()], size, experiment.model_config.vocab_size)
         if keep:
@@ -135,6 +138,7 @@ class Scratch:
         """Makes tokens in some rows, up to `AT_A_TIME` each."""
         engine = self.engine
         method, nobody = engine.experiment.method, Want(Answering(), 0, 0, 0)
+        # Rows that want nothing have a limit of 0, and stay as they are.
         each = [wants.get(row, nobody) for row in range(engine.rows)]
 
         def array(kind, value):
@@ -154,14 +158,17 @@ class Scratch:
                 start=array(np.int32, lambda want: want.start),
                 limit=array(np.int32, lambda want: min(want.limit, AT_A_TIME)),
                 told=array(bool, lambda want: want.how.logprobs is not None),
+                # -1 is no token's id: for a model in which no token ends an answer.
                 stops=np.asarray(engine.stops or [-1], np.int32),
             ),
             method=method,
             max_tokens=AT_A_TIME,
             closing=closing,
             query=query,
+            # Rows of the head that the tokenizer does not know are never drawn.
             vocabulary=len(engine.experiment.tokenizer),
         )
+        # One transfer for all of it.
         drawn, tokens = jax.device_get((drawn, tokens))
         most = int(tokens[list(wants)].max())
         warn_beyond(engine.experiment.model_config, method, tokens=most, slots=self.cache.slots.kind.shape[1])
@@ -170,6 +177,7 @@ class Scratch:
             count, best = int(drawn.lengths[row]), want.how.logprobs
             ids, logprobs = drawn.tokens[row, :count], drawn.logprobs[row]
 
+            # Bound as defaults: the closure would see the last row of the loop.
             def top(i, row=row, best=best):
                 return list(
                     zip(
@@ -180,6 +188,7 @@ class Scratch:
                 )
 
             told = [] if best is None else [(int(ids[i]), float(logprobs[i]), top(i)) for i in range(count)]
+            # Fewer than were wanted: a token that ends the answer stood behind them, or the row is spoiled (`check`).
             made[row] = Made(ids, count < min(want.limit, AT_A_TIME), told)
         return made
 
@@ -200,6 +209,7 @@ class Scratch:
 
         The cache is gone until the program has returned: if it does not, all turns that were worked on are.
         """
+        # Donated: from the call on these arrays belong to the program, whether it returns or not.
         cache, self._cache = self.cache, None
         try:
             found = program(cache, *given, **static)
@@ -215,6 +225,7 @@ _put = jax.jit(put_row, donate_argnums=0)
 
 
 def _read_row(cache, row, model, chunk, *, method, query, closing):
+    # One row in and out: the forward pass works on `[1, ...]`, whatever B is.
     one = prefill(model, take_row(cache, row), chunk, method=method, query=query, closing=closing)
     return put_row(cache, one, row)
 
@@ -224,6 +235,7 @@ def _close_row(cache, row, model, *, method):
 
 
 def _make_rows(cache, model, seeds, numbers, draws, *, method, max_tokens, closing, query, vocabulary):
+    # [B]: by seed and number of the turn, and by nothing of the row or its neighbours.
     keys = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
     draws = dataclasses.replace(draws, keys=keys)
     static = dict(method=method, max_tokens=max_tokens, closing=closing, query=query, vocabulary=vocabulary)

@@ -31,6 +31,7 @@ class FairLock:
         self._owner, self._depth = 0, 0
 
     def __enter__(self) -> None:
+        # Read without the lock: nobody but this thread writes this thread's number there.
         if self._owner == threading.get_ident():
             self._lock.acquire()
         else:
@@ -76,6 +77,7 @@ class Shared:
     def sessions(self, rows: Collection[int]) -> Iterator[None]:
         """Waits for the calls of other threads that change these sessions, and lets others wait."""
         with contextlib.ExitStack() as held:
+            # ExitStack gives back those that it has if waiting for the next one is interrupted.
             for row in sorted(set(rows)):  # one order for all: nobody waits in a circle
                 held.enter_context(self._sessions[row])
             yield
@@ -111,6 +113,7 @@ class Shared:
           UserError: if one of the turns cannot be answered, or its session is in the middle of another one.
         """
         turns: Sequence[Turn] = ()
+        # This generator holds no lock while a result is out: each piece may be asked for by another thread.
         try:
             with self.sessions(rows), self.cache():
                 turns = start()
@@ -131,13 +134,16 @@ class Shared:
         finally:
             with self.cache():
                 for turn in turns:
+                    # Rows may be lost and claimed by another turn since: that one stays.
                     if self._going.running.get(turn.row) is turn:
                         self._going.leave(turn.row)
+        # Behind the end: whoever sees the last replies may begin a turn in these rows at once.
         yield replies
 
     def _step(self, turns: Sequence[Turn], before: tuple[int, int], at_a_time: int) -> bool:
         """Goes on by a little, unless another thread has; whether these turns are over."""
         self._require(turns)
+        # Where another caller's step has brought something, that is shown before the next step is made.
         if not _over(turns) and _grown(turns) == before:
             try:
                 self._going.step(at_a_time)

@@ -83,6 +83,7 @@ class Terminal:
         if self.alone:
             entry["without_memory"] = self._alone(text)
             print(f"without  {printable(entry['without_memory'])}")
+        # Kept before the turn: `/compare` answers the last turn from what was known then.
         before = self._here()
         reply, first, seconds = self._reply(self.talk, text, "memory   " if self.alone else "model    ")
         self._last = text, before
@@ -115,6 +116,7 @@ class Terminal:
                 reply = replies[0]
                 sure = reply.text if reply.ended else how[0].sure(reply.text)
                 print(indented(sure[len(shown) :]), end="", flush=True)
+                # What is sure may be shorter than before: an end that begins like a stop text is held back.
                 shown = max(shown, sure, key=len)
                 if not reply.ended:
                     last = time.perf_counter()
@@ -160,6 +162,7 @@ class Terminal:
             return
         known, of_turns = self._past or [], np.zeros(kept.shape, bool)
         for number, (first, end) in enumerate(turns):
+            # bool [S]
             of = kept & (segment >= first) & (segment < end)
             of_turns |= of
             said = f"  {printable(known[number][0])[:60]}" if number < len(known) else ""
@@ -210,6 +213,7 @@ class Terminal:
                 raise UserError("there is no last turn to compare; say something first, or give what to ask")
             text, told = self._last
         compared: dict[str, Any] = {}
+        # Each begins from the same state, and the conversation is put back whatever happens.
         with self._at(told):
             compared["memory"] = self._answer(self.talk, text, "memory")
         if told.past is None:
@@ -218,6 +222,7 @@ class Terminal:
             compared["full"] = self._answer(self._from_all(told, text), text, "full")
         with self._at(told):
             self._anew()
+            # The turns of `OTHER` have the same form: what differs from the right memory is its contents.
             self.talk.tell({0: OTHER})
             compared["another"] = self._answer(self.talk, text, "another")
         with self._at(told):
@@ -249,6 +254,7 @@ class Terminal:
         needed = told.session.tokens + len(question) + self.max_tokens + 64
         full = self._full[0] if self._full is not None else None
         if full is None or full.engine.experiment.config.cache.raw_capacity < needed:
+            # A multiple of 256, so that the next texts mostly fit the same cache and compile nothing.
             cache = dataclasses.replace(experiment.config.cache, raw_capacity=-(-needed // 256) * 256)
             base = dataclasses.replace(
                 experiment,
@@ -258,6 +264,7 @@ class Terminal:
             how = self.talk.how
             full = Conversations(base, sampling=how.sampling, seed=how.seed, stop=how.stop)
         elif self._full is not None and (self._full[1].past, self._full[1].system) == (told.past, told.system):
+            # The same past as for the text before: it stands in the kept session, and need not be read again.
             full.restore(0, self._full[1].session)
             return full
         full.reset(0)

@@ -130,6 +130,7 @@ class Turn:
         self._number = number + sum(part.turn for part in told)
         self.made, self._logprobs, self._ended = NOTHING, [], ""
         engine = scratch.engine
+        # `first` is told what is read before the question, too: only the very first text of a session begins one.
         self._question = None if text is None else engine.question(text, first=not known + self.read)
         self._steps = self._go()
 
@@ -155,6 +156,7 @@ class Turn:
     def go_on(self, made: Made | None = None) -> None:
         """Reads or closes one piece, or takes the tokens that it waited for."""
         try:
+            # Before each piece: rows are taken from all turns when a program fails.
             if not self.scratch.owns(self.row, self):
                 raise interrupted(self.row)
             self.wants = next(self._steps) if made is None else self._steps.send(made)
@@ -169,6 +171,7 @@ class Turn:
             yield from self._absorb(part)
         if self._question is not None:
             if self._told:
+                # If the question must be read anew, it is from behind what was told, not from where the session was.
                 told = self.scratch.take(self.row)
                 self._start = lambda: told
             yield from self._answer(self._question, self.scratch.chunks(self.row))
@@ -186,6 +189,7 @@ class Turn:
         if method.context == "joined":
             engine.require_room(len(self.said) + len(opened) + self.how.max_tokens)
         engine.require_fit(len(opened), self.how.max_tokens, held)
+        # The answer sees its question and nothing else, whatever the session has read.
         if method.context == "dropped":
             self._start = lambda: engine.nobody
             self._begin()
@@ -193,6 +197,7 @@ class Turn:
         cut = False
         while not self._ended:
             made = yield self.how.max_tokens - len(self.made)
+            # After each make: a row without room, or with numbers that are not finite, must not go on.
             self.scratch.check(self.row)
             cut = self._take(made)
         if self._keeps:
@@ -203,6 +208,7 @@ class Turn:
         engine = self.scratch.engine
         self.made = np.concatenate([self.made, made.tokens])
         self._logprobs += [_logprob(engine, *each) for each in made.logprobs]
+        # Looked for in all of the answer: a stop text may have begun among the tokens of earlier steps.
         end = engine.stopped(self.made, self.how.stop)
         if end is not None:
             self.made = self.made[:end]
@@ -218,10 +224,12 @@ class Turn:
         engine = self.scratch.engine
         method, chunks = engine.experiment.method, engine.chunks(question, self.made)
         rest = NOTHING if method.context == "dropped" else engine.behind(question, self.made, chunks)
+        # What was made cannot be closed as it stands: back to where the session was, and read as training lays it out.
         if method.context == "joined" or rest is None and engine.closing is None:
             self._begin()
             yield from self._absorb(Exchange(chunks))
             return
+        # The row has read tokens behind the stop text; these count for nothing and must not become memory.
         if cut:
             self._begin()
             yield from self._read(np.concatenate([opened, self.made]), query=True)
@@ -238,9 +246,11 @@ class Turn:
             # All that was said is one chunk.
             chunks, first = [np.concatenate([self.said, *chunks])], 0
             engine.require_room(len(chunks[0]))
+            # The one chunk holds what was said before, too: it is compressed from an empty session.
             self.scratch.put(self.row, engine.nobody)
         for chunk in chunks:
             engine.require_fit(len(chunk), 0, engine.held(self.scratch.take(self.row)))
+            # A system message is marked as kept, and never closed.
             yield from self._read(chunk, keep=part.stays)
             if not part.stays:
                 yield from self._close()
@@ -318,14 +328,17 @@ class Turns:
         for turn in reading[: max(len(reading) // 4, 1)]:
             if self.running.get(turn.row) is not turn:
                 continue
+            # To the end of the order, so that the next step reads for others.
             self.running.move_to_end(turn.row)
             turn.go_on()
             if turn.over:
                 moved.add(turn.row)
+        # While somebody reads, a step makes one token at a time: those who read wait for no more than that.
         if reading:
             most = 1
         making = {turn.row: turn for turn in running if turn.wants}
         if making:
+            # One program makes the next tokens of all rows that wait for some.
             made = self.scratch.make({row: turn.want(most) for row, turn in making.items()})
             for row, turn in making.items():
                 turn.go_on(made[row])
@@ -339,5 +352,6 @@ def interrupted(row: int) -> UserError:
 
 def _logprob(engine: Engine, token: int, value: float, top: Sequence[tuple[int, float]]) -> Logprob:
     text = engine.experiment.tokenizer.decode([token])
+    # A token that is part of a character has no bytes that decoding could tell.
     spelled = None if "\ufffd" in text else tuple(text.encode())
     return Logprob(text, spelled, value, tuple(_logprob(engine, *each, ()) for each in top))
