@@ -82,7 +82,7 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     config, model, method, said = experiment.config, experiment.model, experiment.method, experiment.config.eval
     evaluation = Evaluation.open(config.data, experiment.tokenizer, options.split)
     print(f"{options.split} data: {evaluation.report}")
-    choices = said.by == "age" or (said.by == "step" and evaluation.has_choices)
+    choices = said.by == "age" or (said.by in ("step", "task") and evaluation.has_choices)
     questions, missing = ask(
         evaluation, method, said.by, said.steps, most=said.max_examples, choices=choices, split=options.split
     )
@@ -128,13 +128,13 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
 
 
 def _check(config: Config, options: Options) -> None:
-    from jax_ccm.evals.systems import SYSTEMS
+    from jax_ccm.evals.systems import SYSTEMS, WHOLE
 
     for name in config.eval.methods:
         if name not in SYSTEMS[config.eval.by]:
             raise unknown(f"entry of eval.methods (by {config.eval.by})", name, SYSTEMS[config.eval.by])
     steps = config.eval.steps
-    if config.eval.by != "text" and (not steps or min(steps) < 1 or len(set(steps)) < len(steps)):
+    if config.eval.by not in WHOLE and (not steps or min(steps) < 1 or len(set(steps)) < len(steps)):
         raise UserError(f"eval.steps is {list(steps)}; give different numbers from 1, such as [1, 2, 4]")
     if not getattr(config.data, options.split):
         raise UserError(f"data.{options.split} is empty; name at least one source to evaluate on")

@@ -29,11 +29,14 @@ class Options:
     """Where the page and its pictures go."""
     title: str = "jax_ccm report"
     """Title of the page."""
+    kvpress: str = ""
+    """Also write the evaluations of kvpress:FILE (by task, with replies) in kvpress's layout, under kvpress/ in the
+    working directory: how it calls the data, such as ruler:4096."""
 
 
 def main() -> None:
     options = tyro.cli(Options, prog=f"python -m {COMMAND}")
-    from jax_ccm.reports import folders, page
+    from jax_ccm.reports import folders, kvpress, page
 
     found = folders.find(options.runs)
     workdir = paths.usable(options.workdir)
@@ -41,6 +44,9 @@ def main() -> None:
     made = page.make(found, workdir, title=options.title, command=output.command_line(COMMAND), versions=versions)
     (workdir / "report.html").write_text(made, encoding="utf-8")
     counts = ", ".join(f"{count} of {kind}" for kind, count in page.described(found).items())
+    if options.kvpress:
+        for folder in kvpress.export(found, options.kvpress, workdir / "kvpress"):
+            print(f"kvpress: {folder}")
     print(f"{counts}: page in {workdir / 'report.html'}, pictures beside it")
 
 

@@ -180,6 +180,39 @@ def test_questions_by_age(tmp_path, monkeypatch, capsys):
     assert code == 2 and "no record is of an age among eval.steps [7]" in err
 
 
+def test_questions_by_task(tmp_path, monkeypatch, capsys):
+    """Each behind its whole context, however long, so that what is asked for was told; those of no task apart."""
+    lengths = {"niah": (1, 2, 5), "qa": (3, 4), "": (2, 1)}
+    records = [
+        {"contexts": [f"{task} {n} {k}" for k in range(n)], "query": "what?", "target": f"it is {n}"}
+        | ({"task": task} if task else {})
+        for task, counts in lengths.items()
+        for n in counts
+    ]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    questions = {"format": "online", "test": [str(file)], "max_turn_tokens": 99, "train": [], "validation": []}
+    data.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model = {"precision": "float32", "scratch": SCRATCH, "tokenizer": str(tmp_path / "tokenizer")}
+    config = write(tmp_path / "c.yaml", model=model, data=questions, eval={"by": "task", "steps": []})
+    code, out, err = run(monkeypatch, capsys, config, "--workdir", str(tmp_path / "out"))
+    assert code == 0, err
+    assert "task niah: 3 of test, with wrong-memory control" in out and "left out" not in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = {row["step"]: row for row in results["steps"]}
+    assert {name: row["examples"] for name, row in rows.items()} == {"niah": 3, "qa": 2, "questions": 2, "all": 7}
+    slots = {name: row["systems"]["memory"]["kv_slots"] for name, row in rows.items()}
+    each = slots["qa"] / 3.5
+    assert slots["niah"] == pytest.approx(each * 8 / 3) and slots["questions"] == pytest.approx(each * 1.5)
+    assert (tmp_path / "out" / "table.md").read_text().startswith("| task |")
+    assert (tmp_path / "out" / "plot.png").stat().st_size > 10_000
+    # At a time step the same records are cut, or left out.
+    code, out, _ = run(
+        monkeypatch, capsys, config, "--workdir", str(tmp_path / "t"), "--eval.by", "step", "--eval.steps", 4
+    )
+    assert code == 0 and "t=4: 2 of test" in out
+
+
 def test_bad_input(tmp_path, monkeypatch, capsys):
     config = write(tmp_path / "c.yaml")
     out = tmp_path / "out"

@@ -214,10 +214,11 @@ class TrainConfig:
 class EvalConfig:
     """Quality by time step, or of whole texts."""
 
-    by: Literal["step", "age", "text", "stream"] = "step"
+    by: Literal["step", "age", "task", "text", "stream"] = "step"
     """Score a target behind so many chunks of context ("step"); questions by how long ago what they ask for was told
-    ("age"; online records with a field of that name); every token of a plain "text"; or every token of a "stream" of
-    text that is read with a fixed number of slots, beside a window and StreamingLLM with as many."""
+    ("age"; online records with a field of that name); every question behind its whole context, by the "task" that its
+    record names; every token of a plain "text"; or every token of a "stream" of text that is read with a fixed number
+    of slots, beside a window and StreamingLLM with as many."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 12)
     """By step: time steps (closed chunks before the target) to report. By age: the ages. By stream: lengths in text
     tokens, up to data.chunk times data.max_chunks + 1."""

@@ -51,7 +51,7 @@ class DataConfig:
     """Sources to report on."""
     format: Format = "dialogue"
     """What a record holds: "dialogue" ``{"turns", "scored"?, "system"?}``, "online"
-    ``{"contexts", "query", "target", "choices"?, "system"?}``,
+    ``{"contexts", "query", "target", "choices"?, "answers"?, "task"?, "system"?}``,
     "fewshot" ``{"text", "label"}`` (each source is one task), "text"
     ``{"text"}``, "recall" (generated)."""
     batch_size: int = 8

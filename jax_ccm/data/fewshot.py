@@ -123,6 +123,9 @@ class FewShot:
     def age(self, unit: Unit) -> int | None:
         return None
 
+    def task(self, unit: Unit) -> str:
+        return unit.task
+
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         assert isinstance(unit, Shot)
         task = self._tasks[unit.task]

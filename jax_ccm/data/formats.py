@@ -104,6 +104,10 @@ class Askable(Format, Protocol):
         """How long ago what a question asks for was told, where its record says so."""
         ...
 
+    def task(self, unit: Unit) -> str:
+        """The task that a question belongs to, where its record names one, or ""."""
+        ...
+
 
 class NoChoices:
     """Questions with one answer."""
@@ -119,6 +123,9 @@ class NoChoices:
 
     def age(self, unit: Unit) -> int | None:
         return None
+
+    def task(self, unit: Unit) -> str:
+        return ""
 
 
 def segment(tokens: np.ndarray, scored: bool = False) -> Segment:
@@ -374,6 +381,9 @@ class Online:
         if age is not None and (type(age) is not int or age < 1):
             raise UserError(f"{unit.id}: field 'age' must be a whole number, at least 1; it is {age!r}")
         return age
+
+    def task(self, unit: Unit) -> str:
+        return self._records[unit.id].get("task", "")
 
 
 def limited(

@@ -110,8 +110,7 @@ class Evaluation:
     def questions(self, step: int) -> list[Choice]:
         """`examples` as questions with one answer each."""
         self._check(step)
-        own = self.format.short_answers
-        return [Choice((self.format.ask(unit, step),), 0, answers=own(unit)) for unit in self._long_enough(step)]
+        return [self._question(unit, step) for unit in self._long_enough(step)]
 
     def texts(self, *, marked: bool = True) -> list[Example]:
         """Every window of plain text, all of its tokens scored but the first.
@@ -163,6 +162,24 @@ class Evaluation:
         asked = [unit for unit, own in zip(self.units, ages, strict=True) if own == age]
         return [self._choice(unit, self.format.chunks(unit)) for unit in asked]
 
+    def by_task(self, *, choices: bool = False) -> dict[str, list[Choice]]:
+        """All questions behind their whole contexts, by the task that their records name.
+
+        Args:
+          choices: whether the questions have several answers.
+
+        Returns:
+          The questions of each task, in the order in which tasks first occur; those of no task are of the task
+          "questions".
+        """
+        self._check(1)
+        found: dict[str, list[Choice]] = {}
+        for unit in self.units:
+            step = self.format.chunks(unit)
+            made = self._choice(unit, step) if choices else self._question(unit, step)
+            found.setdefault(self.format.task(unit) or "questions", []).append(made)
+        return found
+
     def _check(self, step: int) -> None:
         if step < 1:
             raise UserError(f"time step {step}: evaluation starts at 1, the first chunk")
@@ -176,6 +193,9 @@ class Evaluation:
         exact = isinstance(self.config, TurnsConfig) and not self.config.truncate
         lengths = ((unit, self.format.chunks(unit)) for unit in self.units)
         return [unit for unit, length in lengths if length == step or (length > step and not exact)]
+
+    def _question(self, unit: Unit, step: int) -> Choice:
+        return Choice((self.format.ask(unit, step),), 0, answers=self.format.short_answers(unit))
 
     def _choice(self, unit: Unit, step: int) -> Choice:
         targets, right = self.format.answers(unit)

@@ -37,6 +37,7 @@ FIELDS: dict[str, dict[str, bool]] = {
         "choices?": True,
         "answers?": True,
         "system?": False,
+        "task?": False,
     },
     "fewshot": {"text": False, "label": False},
     "text": {"text": False},
@@ -252,10 +253,10 @@ def blank(record: Record, format: str) -> bool:
     """Whether one of the texts that a format reads from a record is empty or white space: it would be no chunk."""
     for field, is_list in FIELDS[format].items():
         name = field.rstrip("?")
-        # An empty system message is none.
+        # An empty system message, or name of a task, is none.
         if (
             name in record
-            and name != "system"
+            and name not in ("system", "task")
             and not all(text.strip() for text in (record[name] if is_list else [record[name]]))
         ):
             return True

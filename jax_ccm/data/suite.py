@@ -207,7 +207,7 @@ TASKS: dict[str, tuple[Task, int, int, str]] = {
 def question(
     name: str, split: str, seed: int, index: int, turns: Sequence[int], ages: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """Record number ``index``: ``{"contexts", "query", "target", "choices", "answers", "age"}``.
+    """Record number ``index``: ``{"contexts", "query", "target", "choices", "answers", "age", "task"}``.
 
     Args:
       name: a key of `TASKS`.
@@ -228,7 +228,7 @@ def question(
         contexts += [made.said[place], draw.pick(draw.replies)] if place in made.said else draw.pick(draw.small_talk)
     choices = sorted(made.answers, key=lambda _: draw.rng.random())
     shown = {"contexts": contexts, "query": made.query, "target": made.answers[0], "choices": choices}
-    return shown | {"answers": [made.value], "age": count - told}
+    return shown | {"answers": [made.value], "age": count - told, "task": name}
 
 
 def fewest(name: str, ages: Sequence[int]) -> int:

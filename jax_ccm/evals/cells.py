@@ -30,6 +30,8 @@ def name_of_steps(results: Mapping[str, Any]) -> tuple[str, str, str]:
     """What the rows of the table are: as a column, as an axis, and as a word."""
     if results["config"]["eval"].get("by") == "age":
         return "age", "age of what is asked for: exchanges since it was told", "age"
+    if results["config"]["eval"].get("by") == "task":
+        return "task", "task, each question behind its whole context", "task"
     if results["config"]["eval"].get("by") == "stream":
         return "length", "text tokens read", "length"
     return "t", "time step: chunks of context before the question", "time step"

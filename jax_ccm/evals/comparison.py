@@ -99,7 +99,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     off = any("off" in cells[last] for _, cells in every)
     full = next((cells[last]["kv_slots"] for name, cells in every if name == SHARED["full"]), None)
     header = ["system", "slots", "KiB"] + (["of full"] if full else [])
-    header += ["perplexity"] if steps == ["text"] else [f"t={s}" if s != "all" else "all" for s in steps]
+    header += ["perplexity"] if steps == ["text"] else [f"t={s}" if s.isdigit() else s for s in steps]
     header += (["compression off"] if off else []) + [SHARES[name] for name in shares]
     header += ["tokens repeated", "chunks repeated"] if repeats else []
     body = []

@@ -55,7 +55,8 @@ class Stage:
     """The questions of one time step.
 
     Attributes:
-      step: the time step: context chunks before the tail; the age of what is asked for; or "text" for whole texts.
+      step: the time step: context chunks before the tail; the age of what is asked for; the name of a task; or "text"
+        for whole texts.
       right: sessions; one without choices is a question with one answer.
       wrong: the same tails after the contexts of other sessions, or None where there are too few.
       note: why there are none, if so.
@@ -98,28 +99,27 @@ def spread(found: Sequence[Any], most: int = 0) -> list[Any]:
 
 
 def stages(
-    evaluation: Evaluation, steps: Sequence[int], *, most: int = 0, choices: bool = False, ages: bool = False
+    evaluation: Evaluation, steps: Sequence[int], *, most: int = 0, choices: bool = False, by: str = "step"
 ) -> list[Stage]:
     """The questions of each time step that has any.
 
     Args:
       evaluation: the data.
-      steps: time steps.
+      steps: time steps, or ages of what is asked for.
       most: questions of a time step, taken at equal distances from all; 0 for all.
       choices: whether the questions have several answers.
-      ages: whether ``steps`` are ages of what is asked for instead.
+      by: "step"; "age"; or "task", which has all questions behind their whole contexts.
 
     Raises:
       UserError: if no record is of any of the ages, or long enough for any of the time steps.
     """
+    if by == "task":
+        groups: dict[Any, list[Choice]] = dict(evaluation.by_task(choices=choices))
+    else:
+        at_step = evaluation.choices if choices else evaluation.questions
+        groups = {step: (evaluation.choices_by_age if by == "age" else at_step)(step) for step in steps}
     found = []
-    for step in steps:
-        if ages:
-            right = evaluation.choices_by_age(step)
-        elif choices:
-            right = evaluation.choices(step)
-        else:
-            right = evaluation.questions(step)
+    for step, right in groups.items():
         right = spread(right, most)
         if not right:
             continue
@@ -127,7 +127,7 @@ def stages(
             found.append(Stage(step, right, wrong_memory_choices(right)))
         except UserError as error:
             found.append(Stage(step, right, None, str(error)))
-    if not found and ages:
+    if not found and by == "age":
         raise UserError(f"no record is of an age among eval.steps {list(steps)} ({evaluation.report})")
     if not found:
         raise UserError(

@@ -201,17 +201,21 @@ def figure_of(results: Mapping[str, Any]) -> Any:
         return tradeoff(points, title=results["title"])
     steps = [row for row in results["steps"] if row["step"] != "all"]
     names = [name for name in STYLE if name in steps[0]["systems"]]
-    times = [row["step"] for row in steps]
+    # Tasks have no order: they stand side by side, and no line joins them.
+    ordered = not any(isinstance(row["step"], str) for row in steps)
+    times = [row["step"] if ordered else place for place, row in enumerate(steps)]
+    line = "-" if ordered else ""
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    _draw_quality(left, steps, times, names, quality(results))
-    _draw_memory(right, steps, times, names)
+    _draw_quality(left, steps, times, names, quality(results), line)
+    _draw_memory(right, steps, times, names, line)
     for axes in (left, right):
         axes.set_xlabel(name_of_steps(results)[1])
         if results["config"]["eval"].get("by") == "stream":
             axes.set_xscale("log", base=2)
             axes.minorticks_off()
-        axes.set_xticks(times, [f"{time:,}" for time in times])
+        labels = [f"{row['step']:,}" if ordered else row["step"] for row in steps]
+        axes.set_xticks(times, labels, **({} if ordered else {"rotation": 30, "ha": "right", "fontsize": 8}))
         axes.margins(x=0.07)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
@@ -276,7 +280,7 @@ def quality(results: Mapping[str, Any]) -> str:
     return "token_accuracy" if results["config"]["data"]["format"] == "recall" else "perplexity"
 
 
-def _draw_quality(axes: Any, steps: Sequence, times: list, names: list[str], kind: str) -> None:
+def _draw_quality(axes: Any, steps: Sequence, times: list, names: list[str], kind: str, line: str) -> None:
     def own(cell):
         return value(cell, kind)
 
@@ -284,13 +288,14 @@ def _draw_quality(axes: Any, steps: Sequence, times: list, names: list[str], kin
         colour, _ = STYLE[name]
         cells = [row["systems"][name] for row in steps]
         heights = [own(cell) for cell in cells]
-        axes.plot(times, heights, color=colour, marker="o", markersize=4, linewidth=1.8, zorder=3)
+        axes.plot(times, heights, color=colour, marker="o", markersize=4, linewidth=1.8, linestyle=line, zorder=3)
         aside = 3 * (number - (len(names) - 1) / 2)
         draw_intervals(axes, times, [estimate_of(cell, kind) for cell in cells], colour, aside)
         wrong = [(time, own(cell["wrong"])) for time, cell in zip(times, cells, strict=True) if "wrong" in cell]
         if wrong:
             # Open circles, so that a single time step is seen, too.
-            axes.plot(*zip(*wrong, strict=True), color=colour, linestyle=DASHES, **CONTROL, zorder=2)
+            dashes = DASHES if line else ""
+            axes.plot(*zip(*wrong, strict=True), color=colour, linestyle=dashes, **CONTROL, zorder=2)
     titles = {
         "perplexity": "Perplexity of the target (lower is better)",
         "accuracy": "Accuracy by likelihood of the choices (mean over tokens)",
@@ -310,12 +315,12 @@ def _scale_heights(axes: Any) -> None:
         axes.set_yscale("log")
 
 
-def _draw_memory(axes: Any, steps: Sequence, times: list, names: list[str]) -> None:
+def _draw_memory(axes: Any, steps: Sequence, times: list, names: list[str], line: str) -> None:
     unit, name_of_unit = unit_of(max(row["systems"][name]["kv_bytes"] for row in steps for name in names))
     for name in names:
         colour, _ = STYLE[name]
         heights = [row["systems"][name]["kv_bytes"] / unit for row in steps]
-        axes.plot(times, heights, color=colour, marker="o", markersize=4, linewidth=1.8)
+        axes.plot(times, heights, color=colour, marker="o", markersize=4, linewidth=1.8, linestyle=line)
         # Two systems with full context hold the same.
         if name != "full_lora":
             axes.annotate(f"{heights[-1]:,.3g}", (times[-1], heights[-1]), xytext=(5, 3), textcoords="offset points",

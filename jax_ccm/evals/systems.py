@@ -25,8 +25,11 @@ from jax_ccm.weights.hf import is_adapter, parameters
 
 SYSTEMS = {"step": ("none", "full", "uncompressed", "memory"), "text": ("full", "uncompressed", "memory")}
 DEFAULT = {"step": ("none", "full", "memory"), "text": ("full", "uncompressed", "memory")}
-SYSTEMS["age"], DEFAULT["age"] = SYSTEMS["step"], DEFAULT["step"]
+for known in (SYSTEMS, DEFAULT):
+    known |= dict.fromkeys(("age", "task"), known["step"])
 SYSTEMS["stream"] = DEFAULT["stream"] = ("window", "streaming_llm", "memory")
+# What takes every record as a whole, and no ``steps``.
+WHOLE = ("task", "text")
 # First tokens that StreamingLLM keeps: its own choice. Without any it is a window.
 SINKS = {"streaming_llm": 4, "window": 0}
 
@@ -136,7 +139,7 @@ def ask(
     Args:
       evaluation: the records.
       method: the compression method.
-      by: "step", "age", "text" or "stream".
+      by: "step", "age", "task", "text" or "stream".
       steps: chunks of context before the question, ages of what it asks for, or lengths of streams.
       most: questions of a step, or windows; 0 for all.
       choices: whether candidates are scored, too.
@@ -149,11 +152,12 @@ def ask(
         questions = streaming.stages(evaluation, steps, most)
         print(f"{len(questions[0].right):,} streams of {split}, of {questions[-1].step:,} tokens")
     else:
-        questions = perplexity.stages(evaluation, steps, most=most, choices=choices, ages=by == "age")
+        questions = perplexity.stages(evaluation, steps, most=most, choices=choices, by=by)
         for stage in questions:
             control = f"no wrong-memory control ({stage.note})" if stage.note else "with wrong-memory control"
-            print(f"{'age ' if by == 'age' else 't='}{stage.step}: {len(stage.right):,} of {split}, {control}")
-    missing = sorted(set(steps) - {stage.step for stage in questions}) if by != "text" else []
+            name = {"age": "age ", "task": "task "}.get(by, "t=")
+            print(f"{name}{stage.step}: {len(stage.right):,} of {split}, {control}")
+    missing = [] if by in WHOLE else sorted(set(steps) - {stage.step for stage in questions})
     for step in missing:
         what = {"age": "is of age", "stream": "is as long as"}.get(by, "has so many chunks of context as time step")
         print(f"no record {what} {step:,}, which is left out")

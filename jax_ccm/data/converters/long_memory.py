@@ -59,7 +59,8 @@ def longmemeval(path: str, type: str = "any", words: int = 0) -> Converted:
         contexts = _sessions(row, made, words)
         answer = row.said("answer")
         query = f"[{row.text('question_date')}] {row.text('question')}"
-        made.add({"contexts": contexts, "query": query, "target": answer}, f"{row.place} ({kind})")
+        record = {"contexts": contexts, "query": query, "target": answer, "task": kind}
+        made.add(record, f"{row.place} ({kind})")
     return made
 
 
@@ -114,7 +115,7 @@ def locomo(path: str, category: str = "1,2,3,4") -> Converted:
             if kind not in wanted:
                 made.drop("of another category", question.place)
                 continue
-            record = {"contexts": contexts, "query": question.text("question")}
+            record = {"contexts": contexts, "query": question.text("question"), "task": f"category {kind}"}
             if kind == "5":
                 wrong = question.said("adversarial_answer")
                 record |= {"target": NEVER_SAID, "choices": [NEVER_SAID, wrong]}
@@ -162,5 +163,6 @@ def kvpress(path: str, words: int = 64, task: str = "any") -> Converted:
             cut[context] = pieces(context, words)
         query = "\n".join(part for name in ("question", "answer_prefix") if (part := row.text(name).strip()))
         target = ", ".join(row.texts("answer"))
-        made.add({"contexts": cut[context], "query": query, "target": target}, row.place)
+        record = {"contexts": cut[context], "query": query, "target": target}
+        made.add(record | ({"task": row.text("task")} if "task" in row.content else {}), row.place)
     return made

@@ -68,7 +68,7 @@ def test_longmemeval(tmp_path):
         "contexts": [
             "[2023/05/01 (Mon) 02:21] Hi one two", "Hello!", "[2023/05/20 (Sat) 02:21] I moved to", "Good.",
         ],
-        "query": "[2023/06/01 (Thu) 10:00] Where do I live?", "target": "7",
+        "query": "[2023/06/01 (Thu) 10:00] Where do I live?", "target": "7", "task": "knowledge-update",
     }  # fmt: skip
     assert source.where(1) == f"{path}[2] (multi-session)" and len(source) == 2
     assert source.changed["messages cut after 3 words"] == 4
@@ -91,7 +91,7 @@ def test_locomo(tmp_path):
     path.write_text(json.dumps([{"sample_id": "x", "conversation": talk, "qa": asked}]))
     assert records(f"locomo:{path}") == [
         {"contexts": ["[1 May] Ann: Hi!", "Bob: Look. [shares a picture: a dog]", "[later] Ann: Hi!"],
-         "query": "Who?", "target": "2022"}
+         "query": "Who?", "target": "2022", "task": "category 2"}
     ]  # fmt: skip
     (never,) = records(f"locomo:{path}?category=5")
     assert never["choices"] == ["Not mentioned in the conversation", "a cat"]
@@ -107,7 +107,12 @@ def test_kvpress(tmp_path):
            "answer": ["7", "8"], "max_new_tokens": 16, "task": "niah"}  # fmt: skip
     path = as_parquet(tmp_path / "ruler.parquet", [row, row | {"task": "qa", "answer_prefix": ""}])
     assert records(f"kvpress:{path}?words=5&task=niah") == [
-        {"contexts": ["The number is 7.", "The other is 8."], "query": "Which?\nThey are", "target": "7, 8"}
+        {
+            "contexts": ["The number is 7.", "The other is 8."],
+            "query": "Which?\nThey are",
+            "target": "7, 8",
+            "task": "niah",
+        }
     ]
     assert records(f"kvpress:{path}")[1]["query"] == "Which?"
     path = write(tmp_path / "loogle.jsonl", [row | {"answer": 5}])
