@@ -51,6 +51,7 @@ def config_beside(adapter: str | Path) -> Config | None:
     if not path.is_file():
         return None
     tree = read_yaml(path)
+    # A folder here is the user's own; one from a hub or bucket is somebody else's.
     if not Path(adapter).expanduser().is_dir() and (code := _code(tree)):
         raise UserError(
             f"the config of {adapter} names code, {code}, which does not come with an adapter and is not run for one "
@@ -82,6 +83,7 @@ def portable(config: Config) -> Config:
 
 def chosen(config: Config) -> dict[str, Any]:
     """What a config says beyond the defaults, as nested dicts: `from_mapping` makes the same config of it."""
+    # The defaults of the format that the data have; but ``format`` itself is said unless it is that of all defaults.
     usual = to_mapping(Config(data=type(config.data)()))
     return _beyond(to_mapping(config), {**usual, "data": {**usual["data"], "format": Config().data.format}})
 

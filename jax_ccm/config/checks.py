@@ -28,6 +28,7 @@ def check(config: Any) -> None:
     for path, least in at_least.items():
         section, name = path.split(".")
         value = getattr(getattr(config, section), name)
+        # Not ``value < least``: NaN is refused, too. So below.
         if not value >= least:
             raise UserError(f"{path} is {value}; it must be at least {least}")
     if config.eval.reply_tokens and config.data.format in ("text", "recall"):

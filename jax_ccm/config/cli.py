@@ -51,6 +51,7 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
 
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argv[0] if argv and not argv[0].startswith("-") else None
+    # A YAML file may stand behind options, anything else only in front of them.
     file = next((arg for arg in argv if arg.endswith((".yaml", ".yml"))), first)
     config, argv = in_format(Config() if file is None else open_config(file), argv)
     about = tyro.conf.arg(metavar="CONFIG", help="A YAML file; or an adapter's name, folder or hub id: its own config.")
@@ -66,8 +67,10 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
         prog=f"python -m {command}",
         description=options.__doc__,
         use_underscores=True,
+        # Flags take a value: --accept_changes True.
         config=(tyro.conf.FlagConversionOff,),
     )
+    # tyro may have taken another argument for the config than the one that was read.
     if file is None or parsed.config != paths.of(file):
         raise UserError(
             f"the config is {str(parsed.config)!r}; give a YAML file, such as configs/recall_tiny.yaml, or an adapter "
@@ -92,6 +95,7 @@ def keep_programs() -> None:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jax_ccm", "programs", _processor())
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Making a folder that is there succeeds even where nothing can be written.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
@@ -144,6 +148,7 @@ def check_platforms() -> None:
       UserError: naming the package that is missing, or the platforms that there are.
     """
     given = os.environ.get("JAX_PLATFORMS", "")
+    # JAX finds plugins in both ways: as modules in the package jax_plugins, and by entry points.
     entries = importlib.metadata.entry_points(group="jax_plugins")
     plugins = {*_modules("jax_plugins"), *(entry.name for entry in entries)}
     if importlib.util.find_spec("libtpu") is not None:
@@ -190,6 +195,7 @@ def run(main: Callable[[], int | None], *, several: bool = False) -> NoReturn:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")  # a terminal may lack characters of an answer, or of a path
     try:
+        # First: what follows asks for the home folder.
         find_home()
         check_platforms()
         keep_programs()

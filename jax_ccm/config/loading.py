@@ -93,8 +93,10 @@ class Experiment:
             return self.ends
         if data.chat_template:
             assert self.template is not None
+            # The first token of a message's tail; what follows it is a line break or the like.
             found |= set(self.template.end[:1].tolist())
         elif "\n" in data.pieces()["separator"]:
+            # The separator begins the next turn with a line break, which may be within a token of several characters.
             texts = self.tokenizer.batch_decode([[i] for i in range(self.model_config.vocab_size)])
             found |= {i for i, text in enumerate(texts) if "\n" in text}
         return tuple(sorted(found))
@@ -171,8 +173,10 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
     config = with_precision(config)
     method = build_method(config)
     shape = _adapter_config(config, method)
+    # Three shapes: of what was read, of what must be made fresh beside it, and of the adapter in the end.
     stored, fresh = _stored(config, adapter, method), shape
     if stored is not None:
+        # One that is named to the command holds as it is; one to start training from must be what the config says.
         if not adapter:
             _require_shape(stored.config, shape, config.adapter.load)
         targets = stored.config.targets
@@ -181,12 +185,14 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         fresh = dataclasses.replace(shape, targets=new, tokens=0) if new else None
         shape = dataclasses.replace(stored.config, dropout=config.adapter.dropout, targets=(*targets, *new))
     source = base_source(config)
+    # An adapter that was trained together with its base fits no other.
     if stored is not None and TRAINED_BASE in stored.extra:
         source = str(paths.of(f"{stored.source}/{stored.extra[TRAINED_BASE]}"))
     if stored is not None and source:
         _require_base(source, stored.source)
     tokenizer = tokenizer_of(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    # Only the fresh part of the adapter is made here; what was read is put in below.
     model = _base(config, source, fresh, tokenizer, mesh)
     on = {"base": base_source(config), "accept_quantised_base": config.adapter.accept_quantised_base}
     if config.adapter.merge:
@@ -202,6 +208,8 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         if fresh is not None:
             print(f"adapter.targets: {', '.join(fresh.targets)} start fresh; the others come from {stored.source}")
         shardings = _shardings(mesh, model.config, shape, config.model.precision)
+        # Without the fresh part, whose arrays `with_targets` has taken over: `onto` compares the shapes of whole
+        # adapters.
         model = trained.onto(model.with_adapter(None), method=method, shardings=shardings, **on)
     return Experiment(config, model, method, tokenizer, mesh, source, stored)
 
@@ -319,6 +327,7 @@ def _base(
         )
     shape = _scratch_shape(config, tokenizer)
     shardings = _shardings(mesh, shape, adapter, precision)
+    # Under jit with shardings each device makes its own part only.
     return jax.jit(lambda key: _scratch(key, shape, adapter, precision), out_shardings=shardings)(key)
 
 

@@ -106,6 +106,7 @@ def _with_options(builders: Mapping[str, Callable[..., Method]], base: type) -> 
     for name in found:
         of = ", ".join(key for key, builder in builders.items() if name in inspect.signature(builder).parameters)
         lines.append(f"{name}: {helps.get(name, '').rstrip('.')} (for {of}).")
+    # None stands for what was not given: the method's own default then holds.
     fields = [(name, kind | None, dataclasses.field(default=None)) for name, kind in found.items()]
     made = dataclasses.make_dataclass("MethodConfig", fields, bases=(base,), frozen=True)
     made.__doc__ = "\n".join([NamedMethod.__doc__ or "", "", "Attributes:", *(f"  {line}" for line in lines)])
@@ -114,6 +115,7 @@ def _with_options(builders: Mapping[str, Callable[..., Method]], base: type) -> 
 
 
 if typing.TYPE_CHECKING:
+    # A class that is made at run time is none to a type checker.
     MethodConfig = NamedMethod
 else:
     MethodConfig = _with_options(METHODS, NamedMethod)
@@ -366,6 +368,7 @@ def _unset(names: Collection[str], args: Sequence[str]) -> tuple[set[str], list[
         name = name.removeprefix("--data.") if name.startswith("--data.") else ""
         if name in names and (value if equals else next(iter(left), "")) == "None":
             found.add(name)
+            # A value that is an argument of its own goes with the name.
             left = left[not equals :]
         else:
             rest.append(arg)

@@ -22,6 +22,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     import yaml
 
+    # A class of its own, because resolvers are added to a class, and others use SafeLoader, too.
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
             seen = set()
@@ -46,6 +47,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         tree = yaml.load(text, Loader)
     except yaml.YAMLError as e:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    # A ValueError, too, and already said.
     except UserError:
         raise
     except RecursionError:
@@ -87,6 +89,7 @@ def convert(kind: Any, value: Any, path: str = "") -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
+        # Of unions there are only those of one type with None.
         (kind,) = (arg for arg in args if arg is not type(None))
         return convert(kind, value, path)
     if origin is Literal:
@@ -103,6 +106,7 @@ def convert(kind: Any, value: Any, path: str = "") -> Any:
         return tuple(convert(arg, v, f"{path}[{i}]") for i, (arg, v) in enumerate(zip(args, value, strict=True)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    # In Python True is an int.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{path} is {_show(value)}; it must be {_article(kind)}")
     return value

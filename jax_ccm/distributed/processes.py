@@ -49,6 +49,7 @@ def initialize(heartbeat: int) -> None:
             f"the processes {where} did not find each other ({reason}). See that all of them were started and can "
             "reach the first; JAX_NUM_PROCESSES=1 with the other two variables runs this one alone"
         ) from e
+    # An error that nobody catches must end the process as `leave` does, too.
     shown = sys.excepthook
     sys.excepthook = lambda *error: (shown(*error), leave(1))[0]
     if not is_first():
@@ -98,11 +99,13 @@ def _named() -> dict[str, Any]:
             "processes, the second this one's, from 0 on"
         )
     found = {"num_processes": int(numbers[0]), "process_id": int(numbers[1])}
+    # The variables say it all: JAX shall not ask SLURM or a metadata server for the rest.
     return found | {"coordinator_address": address, "cluster_detection_method": "deactivate"}
 
 
 def _launcher() -> str | None:
     """The variable by which SLURM (inside ``srun``) or Open MPI tells of several processes."""
+    # An allocation (sbatch, salloc) sets SLURM_NTASKS as well; other processes there are within a step alone.
     if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         return "SLURM_NTASKS"
     return "OMPI_COMM_WORLD_SIZE" if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1 else None
@@ -112,11 +115,13 @@ def _in_cluster() -> bool:
     """Whether JAX can find other processes by itself."""
     if _launcher():
         return True
+    # Without the variable JAX takes a TPU where it finds one.
     if "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu") or importlib.util.find_spec("libtpu") is None:
         return False
     gke = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     # The chips of a TPU VM, whose metadata server knows the other hosts.
     chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    # Not where the variables say who is there (one host of GKE), or that there is no metadata server to ask.
     return gke or (bool(chips) and "TPU_SKIP_MDS_QUERY" not in os.environ and "TPU_WORKER_HOSTNAMES" not in os.environ)
 
 
@@ -163,6 +168,7 @@ def whole(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         from jax.experimental import multihost_utils
 
+        # JAX gathers arrays that are spread over processes in this form only.
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
@@ -177,6 +183,8 @@ def require_shared(folder: Path) -> None:
         return
     from jax.experimental import multihost_utils
 
+    # Each process has made up a name of its own; all look for the first one's, which is sent as numbers of equal
+    # length.
     mark = folder / f".shared-{uuid.uuid4().hex}"
     if is_first():
         mark.write_bytes(b"")
@@ -184,6 +192,7 @@ def require_shared(folder: Path) -> None:
     seen = folder / bytes(np.asarray(multihost_utils.broadcast_one_to_all(name))).decode()
     shared = agree(seen.exists())
     if is_first():
+        # `agree` has waited until everybody has looked.
         mark.unlink()
     if not shared:
         raise UserError(
@@ -214,6 +223,7 @@ class Vote:
         """Asks; returns a function that waits for the answer. A single process answers when that is called."""
         if jax.process_count() == 1:
             return self._question
+        # bool [devices], a vote of each: so the array is spread over all of them.
         mine = np.full(jax.local_device_count(), self._question())
         answer = self._any(jax.make_array_from_process_local_data(self._votes, mine))
         return lambda: bool(answer)

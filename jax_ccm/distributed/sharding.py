@@ -50,24 +50,24 @@ ROWS = ("data", "fsdp")
 # Stacked layers have their number in front. What is not named is whole on every device: norms, biases of outputs, the
 # embeddings of compression tokens, counters. Optimizer moments have the paths of their parameters.
 PARAMETERS: tuple[tuple[str, P], ...] = (
-    (r"embed_tokens\.embedding$", P("tensor", "fsdp")),
-    (r"lm_head\.kernel$", P("fsdp", "tensor")),
-    (r"(q|k|v|gate|up)_proj\.kernel$", P(None, "fsdp", "tensor")),
-    (r"(o|down)_proj\.kernel$", P(None, "tensor", "fsdp")),
-    (r"(q|k|v|gate|up)_proj\.bias$", P(None, "tensor")),
+    (r"embed_tokens\.embedding$", P("tensor", "fsdp")),  # [V, D]
+    (r"lm_head\.kernel$", P("fsdp", "tensor")),  # [D, V]
+    (r"(q|k|v|gate|up)_proj\.kernel$", P(None, "fsdp", "tensor")),  # [L, D, out]
+    (r"(o|down)_proj\.kernel$", P(None, "tensor", "fsdp")),  # [L, in, D]
+    (r"(q|k|v|gate|up)_proj\.bias$", P(None, "tensor")),  # [L, out]
     # The small factors of the LoRA follow the side of the projection that tensor cuts, so that it needs no exchange.
-    (r"(q|k|v|gate|up)_proj\.lora_b$", P(None, None, "tensor")),
-    (r"(o|down)_proj\.lora_a$", P(None, "tensor")),
+    (r"(q|k|v|gate|up)_proj\.lora_b$", P(None, None, "tensor")),  # [L, r, out]
+    (r"(o|down)_proj\.lora_a$", P(None, "tensor")),  # [L, in, r]
     (r"", P()),
 )
 CACHE: tuple[tuple[str, P], ...] = (
-    (r"^(mixed_)?(k|v)$", P(None, ROWS, None, "tensor")),
-    (r"^accumulated_attention$", P(None, ROWS, None, "tensor")),
-    (r"^logits$", P(ROWS, "tensor")),
+    (r"^(mixed_)?(k|v)$", P(None, ROWS, None, "tensor")),  # [L, B, S, K, H]
+    (r"^accumulated_attention$", P(None, ROWS, None, "tensor")),  # [L, B, S, K]
+    (r"^logits$", P(ROWS, "tensor")),  # [B, V]
     (r"", P(ROWS)),
 )
 BATCH: tuple[tuple[str, P], ...] = (
-    (r"^(tokens|slots\.\w+)$", P(ROWS, "context")),
+    (r"^(tokens|slots\.\w+)$", P(ROWS, "context")),  # [B, T]
     (r"", P(ROWS)),
 )
 # Names of the dimensions of activations, for `constrain`.
@@ -78,6 +78,7 @@ ACTIVATIONS: dict[str, str | tuple[str, ...]] = {
     "inner": "tensor",
     "vocab": "tensor",
 }
+# The last dimension of these is K * H.
 _KV = re.compile(r"(k|v)_proj\.(kernel|bias|lora_b)$")
 
 
@@ -101,11 +102,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if math.prod(shape) != len(devices):
         remedy = f"sizes whose product divides {len(devices)}" if -1 in sizes.values() else "-1 for one of them"
         raise UserError(f"mesh is {{{given}}}, which does not make up the {what} that there are; give {remedy}")
+    # Auto is said, because newer versions of JAX make axes Explicit by default, and one code cannot serve both.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def use(mesh: Mesh) -> contextlib.AbstractContextManager:
     """A context in which programs are traced for the mesh; for a single device of the default kind nothing changes."""
+    # Without a mesh in use `constrain` and `sharded_init` do nothing, and programs are the same as without this module.
     default = mesh.size == 1 and mesh.devices.flat[0].platform == jax.default_backend()
     return contextlib.nullcontext() if default else jax.set_mesh(mesh)
 
@@ -176,6 +179,7 @@ def parameter_shardings(mesh: Mesh, tree: Tree, config: Any) -> Tree:
 
     def one(keys, leaf):
         path = path_of(keys)
+        # Whether tensor divides is asked of K and not of K * H: no head is cut in two.
         counts = (*leaf.shape[:-1], config.num_kv_heads) if _KV.search(path) else leaf.shape
         return NamedSharding(mesh, fit(mesh, lookup(PARAMETERS, path), counts))
 
@@ -196,6 +200,7 @@ def batch_shardings(mesh: Mesh, batch: Tree, leading: int = 0) -> Tree:
 
     def one(keys, leaf):
         spec = fit(mesh, lookup(BATCH, path_of(keys)), leaf.shape[leading:])
+        # Micro-batches are run one after the other: their axis stays whole.
         return NamedSharding(mesh, P(*(None,) * leading, *spec))
 
     return jax.tree_util.tree_map_with_path(one, batch)
@@ -213,6 +218,7 @@ def row_shares(mesh: Mesh) -> int:
 
 def process_shares(mesh: Mesh) -> list[int]:
     """Which of the `row_shares` this process's devices hold, in increasing order."""
+    # data and fsdp are the outer axes, so that the devices of one share have neighbouring numbers.
     share = np.arange(mesh.size).reshape(mesh.devices.shape) // (mesh.shape["tensor"] * mesh.shape["context"])
     here = np.vectorize(lambda device: device.process_index == jax.process_index(), otypes=[bool])(mesh.devices)
     return sorted(set(share[here].tolist()))
@@ -242,6 +248,8 @@ def place(mesh: Mesh, batch: Tree, leading: int = 0) -> Tree:
         size = local.shape[leading] // len(shares)
         shape = (*local.shape[:leading], size * total, *local.shape[leading + 1 :])
 
+        # ``index`` is of the global array. Here the shares of this process lie behind each other, also where shares of
+        # other processes are between them; each piece lies within one share.
         def piece(index):
             first = (index[leading].start or 0) // size if size else 0
             count = (index[leading].stop or shape[leading]) - (index[leading].start or 0)
@@ -252,6 +260,7 @@ def place(mesh: Mesh, batch: Tree, leading: int = 0) -> Tree:
 
     if len(shares) == total:
         return jax.device_put(batch, batch_shardings(mesh, batch, leading))
+    # The shapes of the global arrays.
     whole = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             (*x.shape[:leading], x.shape[leading] // len(shares) * total, *x.shape[leading + 1 :]), x.dtype
@@ -325,11 +334,13 @@ def context_shards() -> int:
 def fit(mesh: Any, spec: P, shape: Sequence[int]) -> P:
     """The spec without axes that do not divide their dimension, and without axes of size 1."""
     kept = []
+    # A spec ends with the last dimension that is cut.
     for axes, size in zip(spec, shape, strict=False):
         named = () if axes is None else (axes,) if isinstance(axes, str) else axes
         named = tuple(axis for axis in named if mesh.shape[axis] > 1)
         fits = named and size % math.prod(mesh.shape[axis] for axis in named) == 0
         kept.append((named[0] if len(named) == 1 else named) if fits else None)
+    # P("data", None) and P("data") mean the same, and are not equal.
     while kept and kept[-1] is None:
         kept.pop()
     return P(*kept)

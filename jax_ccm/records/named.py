@@ -16,6 +16,7 @@ WHOLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 def is_named(name: str) -> bool:
     """Whether a name is that of a function in a module, as opposed to a key of a table."""
+    # No name of a table holds a colon.
     return ":" in name
 
 
@@ -49,6 +50,7 @@ def function(name: str, what: str, returns: tuple[type, ...]) -> Callable[..., A
     if not inspect.isfunction(found):
         functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
         raise unknown(f"function of the module {module_name!r}:", function_name, functions)
+    # Also of annotations that are text (from __future__ import annotations).
     hint = typing.get_type_hints(found).get("return")
     if hint not in returns:
         allowed = " or ".join(kind.__name__ for kind in returns)

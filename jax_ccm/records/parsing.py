@@ -9,6 +9,7 @@ from typing import Any
 
 from jax_ccm.errors import UserError
 
+# Surrogates. JSON can write one alone (\ud83d), and no UTF-8 can.
 _HALF = re.compile("[\ud800-\udfff]")
 # Longer whole numbers are read as floats: Python refuses to make integers of thousands of digits of text.
 _DIGITS = 300
@@ -45,6 +46,7 @@ def read_text(path: Path) -> str:
       UserError: if it is missing, cannot be read, or is not UTF-8.
     """
     try:
+        # A byte order mark is no text.
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None

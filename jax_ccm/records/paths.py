@@ -81,6 +81,7 @@ def local(path: str | os.PathLike, patterns: Sequence[str] = ("*",)) -> Path:
     there = of(path)
     if not is_remote(there):
         return there
+    # Under the path that it has there, so that suffixes and neighbours stay what they are.
     here = _copies() / str(there).replace("://", "/")
     files = (
         {file for pattern in patterns for file in there.glob(pattern) if not file.is_dir()} if there.is_dir() else []
@@ -100,6 +101,8 @@ def _fetch(there: Any, here: Path) -> None:
     here.parent.mkdir(parents=True, exist_ok=True)
     with there.open("rb") as source, here.open("wb") as target:
         shutil.copyfileobj(source, target, 2**20)
+    # Noted when it is whole, so that an interrupted copy is made again; by size and time, so that a changed file is,
+    # too.
     _fetched[str(there)] = stamp
 
 
@@ -119,6 +122,7 @@ def write(path: str | os.PathLike, content: bytes) -> None:
     if is_remote(path):  # so it is with every object of a bucket
         path.write_bytes(content)
         return
+    # Beside it: a rename is atomic within one file system only.
     new = path.with_name(f".{path.name}.{os.getpid()}")
     new.write_bytes(content)
     os.replace(new, path)
@@ -158,6 +162,7 @@ def usable(path: str | os.PathLike, option: str = "--workdir") -> Path:
 
 def save_figure(figure: Any, path: str | os.PathLike, **options: Any) -> None:
     """Writes a figure of matplotlib as PNG."""
+    # By way of memory, since matplotlib opens no URL of a bucket.
     data = io.BytesIO()
     figure.savefig(data, format="png", **options)
     of(path).write_bytes(data.getvalue())

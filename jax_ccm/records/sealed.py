@@ -20,6 +20,7 @@ from jax_ccm.records.parsing import parse_json
 
 # In the file's own header, where no text inside a JSON string can stand: quotes in there are escaped.
 _DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
+# Stands in the digest's place while the digest is taken, and is as long: no offset in the file changes.
 _UNKNOWN = "0" * 64
 # Names and shapes of arrays, and what is said about them.
 MOST_HEADER = 2**24
@@ -101,17 +102,20 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
     digest = hashlib.sha256(content).hexdigest()
     content[found.start(1) : found.end(1)] = digest.encode()
     path = Path(path)
+    # A name of this thread's own: of two that write one file, the last that is whole counts.
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with part.open("wb") as file:
             file.write(content)
             file.flush()
+            # Before the rename: else the name could be on disk, and the content not, when the machine stops.
             os.fsync(file.fileno())
         os.replace(part, path)
         _settle(path.parent)
     except OSError as e:
         raise UserError(f"{path} cannot be written: {e}") from e
     finally:
+        # After the rename there is none; after an error it would stay.
         with contextlib.suppress(OSError):
             part.unlink()
     return digest
@@ -133,9 +137,11 @@ def _checked_digest(path: Path) -> str:
     Raises:
       UserError: if it is not the digest of this file.
     """
+    # A pipe would keep us waiting, and a device need not end.
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("it is not a plain file")
     with path.open("rb") as file:
+        # safetensors: 8 bytes with the length of the header, the header in JSON (at least "{}"), the arrays.
         size = int.from_bytes(file.read(8), "little")
         if not 2 <= size <= min(path.stat().st_size - 8, MOST_HEADER):
             raise OSError(f"its header is said to have {size:,} bytes; it is cut short, or none of this kind")

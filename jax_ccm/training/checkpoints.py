@@ -33,6 +33,7 @@ T = TypeVar("T")
 # In the name of a folder that Orbax is writing; the name changes when all is written.
 UNFINISHED = ".orbax-checkpoint-tmp"
 
+# What remat, the attention and the mesh change is rounding.
 # Keys that a resumed run may change: how long it runs, and what it reports when.
 FREE = (
     "train.steps", "train.log_every", "train.eval_every", "train.eval_examples", "train.checkpoint_every", "train.keep",
@@ -86,9 +87,12 @@ class Checkpoints:
         if paths.is_remote(self.folder):
             print(f"{self.folder} is in a bucket, which cannot be locked: see that no other run uses it")
         else:
+            # Orbax takes absolute paths only.
             self.folder = self.folder.absolute()
             if processes.is_first():
+                # Given back by `close`, or when the object is collected; to call it again does nothing.
                 self._unlock = weakref.finalize(self, os.close, _lock(self.folder))
+        # Not asynchronous: when `save` returns the checkpoint is whole, and an error of writing is raised there.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._remove_unfinished()
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "progress"))
@@ -127,6 +131,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         make = self._ocp.args
+        # Of what is in memory, before anything is written: what is read back is held against that.
         record: dict[str, Any] = {"progress": dict(progress), "fingerprint": fingerprint(state)}
         record["checksum"] = _checksum(record)
         args = make.Composite(state=make.StandardSave(state), progress=make.JsonSave(record))
@@ -189,6 +194,7 @@ class Checkpoints:
             return self._ocp.StandardCheckpointHandler().restore(self._epath(step, "state"), args=restore), record
 
         result, why = _attempt(read)
+        # All processes go on from the same checkpoint, or none of them from this one.
         if not processes.agree(result is not None) or result is None:
             return None, why or "another process cannot read its part"
         state, record = result
@@ -200,6 +206,7 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         record = dict(self._ocp.JsonCheckpointHandler().restore(self._epath(step, "progress")))
+        # JSON in which a bit was flipped may still be JSON.
         if record.pop("checksum", None) != _checksum(record):
             raise ValueError("its progress is not what was saved")
         return record
@@ -222,6 +229,7 @@ class Checkpoints:
                 shutil.rmtree(bad) if isinstance(bad, Path) else bad.rmtree()
             (self.folder / str(step)).rename(bad)
         processes.wait(f"set aside {step}")
+        # The manager remembers which steps there are.
         self._manager.reload()
         return bad
 
@@ -229,6 +237,7 @@ class Checkpoints:
 def _lock(folder: Path) -> int:
     """A file descriptor that holds the folder until it is closed, or the process has ended in whatever way."""
     folder.mkdir(parents=True, exist_ok=True)
+    # The folder itself is locked: no file is left behind, and the kernel unlocks when the process ends in whatever way.
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -263,11 +272,16 @@ def fingerprint(tree: Any) -> dict[str, int]:
 def _sums(tree: Any) -> list[jax.Array]:
     def of(x: jax.Array) -> jax.Array:
         bits = x.astype(jnp.uint8) if x.dtype == bool else x
+        # 8 and 16 bits are widened: every element is one number of 32 bits.
         bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
+        # The weight of an element is 1 + 2 i, i its place in row-major order. Odd numbers have inverses modulo 2^32, so
+        # that no change of a single element is multiplied away. An iota for each axis needs no reshape of an array that
+        # is spread.
         weights = jnp.ones(x.shape, jnp.uint32)
         for axis in range(x.ndim):
             stride = jnp.uint32(2 * math.prod(x.shape[axis + 1 :]) % 2**32)
             weights += stride * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        # Overflow is meant: it is the modulus.
         return jnp.sum(bits * weights, dtype=jnp.uint32)
 
     return [of(x) for x in jax.tree.leaves(tree)]

@@ -50,10 +50,14 @@ def export(
     }  # fmt: skip
     if config.train.trainable == "all":
         folder = workdir / f"model{suffix}"
+        # The parameters are whole in each process (`Run._export` gathers them), so that one can write without the
+        # others.
         if processes.is_first():
             _replace_folder(folder, lambda new: save_hf(model, new))
+        # Relative to the adapter's folder, so that a run's folder may be moved or copied as a whole.
         extra[TRAINED_BASE] = f"../{folder.name}"
     shape = experiment.adapter_config
+    # Full training of a method without tokens of its own has learned nothing but the base.
     if not (shape.rank or shape.tokens):
         return None
     path = workdir / f"adapter{suffix}"
@@ -67,15 +71,18 @@ def export(
 def _replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     """Writes a folder beside ``folder`` and puts it in its place; in a bucket, file by file."""
     if paths.is_remote(folder):
+        # safetensors writes to local files only.
         with tempfile.TemporaryDirectory() as made:
             write(Path(made))
             paths.upload(Path(made), folder, remove=True)
         return
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    # What a process has left that was killed in here.
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
     write(new)
     if folder.exists():
+        # A rename does not replace a folder that holds files: the old one goes aside first.
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -34,8 +34,10 @@ def of_files(config: Config, base: str) -> dict[str, Any]:
     if base:
         found["model.source"] = _folder(Path(locate(base)), WEIGHT_FILES)
     tokenizer = config.model.tokenizer or base_source(config)
+    # Recall data are token ids from the start: the tokenizer is never opened.
     if tokenizer and config.data.format != "recall":
         path = Path(locate(tokenizer, TOKENIZER_FILES))
+        # config.json describes the base, and is compared as one of its files.
         found["model.tokenizer"] = _folder(path, [x for x in TOKENIZER_FILES if x != "config.json"])
     for key in ("merge", "load"):
         if folder := getattr(config.adapter, key):
@@ -60,6 +62,7 @@ def _file(path: Path) -> str:
             digest.update(file.read())
         else:
             for number in range(count):
+                # The first block begins with the file, the last one ends with it.
                 file.seek(number * (size - BLOCK) // (count - 1))
                 digest.update(file.read(BLOCK))
     return f"{size:,} bytes, {digest.hexdigest()[:16]}"
@@ -67,6 +70,7 @@ def _file(path: Path) -> str:
 
 def of_data(data: TrainingSet) -> dict[str, Any]:
     """The fingerprint of data as they are trained or evaluated on: how many there are, and a digest of their tokens."""
+    # Data that were tokenised before have a digest from then; to hash their units would read all of them again.
     digest = data.digest or digest_of(data.units).hexdigest()
     return {"records": data.report.records, "used": len(data.units), "tokens": digest[:16]}
 

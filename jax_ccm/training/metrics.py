@@ -55,6 +55,7 @@ class Progress:
         """Counts a step."""
         self.tokens += tokens
         self.scored += scored
+        # Sums, not means: a checkpoint within an interval holds them, and the resumed run adds to them.
         for name, value in dict(loss=loss, grad_norm=grad_norm, steps=1, tokens=tokens, scored=scored).items():
             self.window[name] = self.window.get(name, 0) + value
 
@@ -90,6 +91,7 @@ class Metrics:
         path = self._folder / "metrics.jsonl"
         removed = cut(path, start)
         self._file = path.open("a", encoding="utf-8")
+        # TensorBoard forgets what it was told from this step on: those steps are run again.
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1 if start else None)
         self._progress = _Line(start, steps) if sys.stdout.isatty() else None
         if removed:
@@ -115,6 +117,7 @@ class Metrics:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
+            # TensorBoard groups curves by what stands before a slash.
             self._board.add_scalar(name.replace("validation_", "validation/"), value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
@@ -149,6 +152,7 @@ class Metrics:
 
     def close(self) -> None:
         """Closes every sink."""
+        # Closed before the last copy to a bucket, so that the copy holds everything.
         self._file.close()
         self._board.close()
         self.flush()
@@ -230,6 +234,7 @@ def cut(path: Path, last: int) -> int:
     kept = [line for line in lines if _step(line) <= last]
     if len(kept) == len(lines):
         return 0
+    # A file of its own, which then takes the place: a kill in between leaves the old records or the new ones.
     replacement = path.with_suffix(".tmp")
     replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(replacement, path)
@@ -240,6 +245,7 @@ def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
+        # A line that a kill cut short counts as later than any step.
         return float("inf")
 
 

@@ -36,11 +36,14 @@ class StopRequest:
         self._main = threading.current_thread() is threading.main_thread()
         if not self._main:
             return self  # Python delivers signals to the main thread only.
+        # Python's handler in C writes the number of a signal into this socket at once, whatever the main thread does.
         self._read, self._write = socket.socketpair()
+        # `set_wakeup_fd` takes no descriptor that could block.
         self._write.setblocking(False)
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
         self._before = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        # Only signals that Python handles are written to the socket; the default action would end the process.
         self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -66,6 +69,8 @@ class StopRequest:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
             if not select.select([self._read], [], [], left)[0]:
                 _say(f"SIGTERM: the {self._grace:g} s of train.grace are over; {self._lost()}")
+                # sys.exit would end this thread alone, and the main thread may be in the runtime until long after the
+                # kill.
                 os._exit(1)
             received = self._read.recv(1)
             if not received:
@@ -79,4 +84,5 @@ class StopRequest:
 
 
 def _say(text: str) -> None:
+    # Past Python's buffers: `os._exit` does not flush them.
     os.write(2, f"{text}\n".encode())

@@ -69,8 +69,11 @@ class Run:
         self._warned = False
         folder = paths.usable(self.workdir / "checkpoints")
         processes.require_shared(folder)
+        # Whatever fails below gives the folder back to other runs; from `pop_all` on that is for `train` or `close` to
+        # do.
         with contextlib.ExitStack() as stack:
             self.checkpoints = stack.enter_context(Checkpoints(folder, config.train.keep))
+            # Configs are compared before anything large is loaded.
             stored = self.checkpoints.progress()
             if stored is not None:
                 # Read through the dataclasses: keys that an older version did not have yet get their defaults.
@@ -80,6 +83,7 @@ class Run:
                     self.config = config = dataclasses.replace(config, model=model)
                 self._announce_changes(require_same(before, to_mapping(config), self.workdir))
             self.experiment = load_experiment(config)
+            # The precision is resolved in it: config.yaml and checkpoints hold what "auto" became.
             self.config = self.experiment.config
             with sharding.use(self.experiment.mesh):
                 self._prepare(stored, accept_changes)
@@ -124,6 +128,7 @@ class Run:
             self.graphdef, method, optimizer, config.train, objective=config.objective, dropout=dropout, shardings=out
         )
         self._validation_loss = make_validation(self.graphdef, method, config.train)
+        # Donated above, but shapes are still known.
         self._count(params)
         restored = self.checkpoints.restore(self.state)
         if restored is None:
@@ -183,6 +188,7 @@ class Run:
             else:
                 metrics.say(f"all {last} steps are done already")
             finished = progress.step == last
+            # Within the block: SIGTERM then waits for the export, as it does for a step.
             if finished:
                 self._export(metrics, "")
         summary = self._summary(finished, compile_seconds, time.perf_counter() - began)
@@ -201,12 +207,14 @@ class Run:
     def _loop(self, metrics: Metrics) -> float:
         """Runs the steps that remain; returns the seconds that compilation took."""
         train, progress = self.config.train, self.progress
+        # The seed's own key makes fresh weights (`load_experiment`); dropout has another.
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
         groups = _grouped(self.batches, self.config.optimizer.accumulation)
         # Compiled ahead of time, once for each size of batch (one, unless the data have buckets): an executable cannot
         # be traced again behind our back.
         executables: dict[tuple[int, ...], Any] = {}
         compile_seconds = 0.0
+        # The step whose numbers were not looked at yet: its number, and its metrics on the device.
         pending: tuple[int, Any] | None = None
         vote = processes.Vote(lambda: self._stop.name is not None)
         if progress.unvalidated:
@@ -214,6 +222,7 @@ class Run:
         began = time.perf_counter()
         while progress.step < train.steps:
             batch = next(groups)
+            # [A, B, ...]: micro-batches in front of the rows, which are spread.
             batch = sharding.place(self.experiment.mesh, batch, leading=1)
             if batch.tokens.shape not in executables:
                 self._settle(pending, metrics)
@@ -227,7 +236,9 @@ class Run:
                 rows, length = batch.tokens.shape[1:]
                 metrics.say(f"compiled the training step for {rows} x {length} tokens in {seconds:.1f} s")
                 began = time.perf_counter()
+            # Given to the devices before the step, so that the answer does not wait for it.
             asked = vote.ask()
+            # Returns before the step is done. The state is donated: only the new one exists from here on.
             self.state, found = executables[batch.tokens.shape](self.state, self.frozen, batch, key)
             # The step before is looked at while this one runs.
             self._settle(pending, metrics)
@@ -238,11 +249,13 @@ class Run:
             validate = bool(train.eval_every) and (final or now % train.eval_every == 0)
             stopping = asked()
             save = final or now % train.checkpoint_every == 0 or stopping
+            # Otherwise the loop stays one step ahead of the devices.
             if not (log or validate or save):
                 continue
             self._settle(pending, metrics)
             pending = None
             progress.add_seconds(time.perf_counter() - began)
+            # Before the checkpoint, which then holds the record and the validation: a resumed run repeats neither.
             if log:
                 self._record(metrics)
             if validate and stopping and not final:
@@ -267,6 +280,7 @@ class Run:
         if pending is None:
             return
         step, found = pending
+        # float() waits for the device.
         loss, norm = float(found["loss"]), float(found["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunError(
@@ -286,6 +300,7 @@ class Run:
         values = {
             "loss": progress.loss,
             "grad_norm": window["grad_norm"] / window["steps"],
+            # The schedule counts steps from 0; this is the rate of the step that was just done.
             "learning_rate": float(np.asarray(self.schedule(progress.step - 1))),
             "tokens_per_second": window["tokens"] / seconds,
             "tokens": progress.tokens,
@@ -308,9 +323,11 @@ class Run:
         metrics.say(f"step {progress.step}  validation loss {loss:.4f}{'  (best so far)' if better else ''}")
         if better:
             progress.best, progress.best_step = loss, progress.step
+            # The loss is the same number in all processes, so that all of them take part in the export.
             self._export(metrics, "_best")
 
     def _last_good(self) -> str:
+        # Also asked by the thread that watches for signals (`StopRequest`).
         good = self.checkpoints.latest()
         return f"the checkpoint of step {good} is kept" if good else "there is no checkpoint yet"
 
@@ -318,6 +335,7 @@ class Run:
         began = time.perf_counter()
         progress = {
             "config": to_mapping(self.config),
+            # No batch is read ahead, so that the iterator stands just behind this step.
             "data": self.batches.get_state(),
             "progress": dataclasses.asdict(self.progress),
             "inputs": self._inputs,
@@ -326,6 +344,7 @@ class Run:
         self.checkpoints.save(self.progress.step, self.state, progress)
         metrics.flush()
         grace, a_step = self.config.train.grace, self.progress.seconds / self.progress.step
+        # SIGTERM may come just when a step begins: that step is done first, then the checkpoint.
         needed = a_step + time.perf_counter() - began
         if grace and needed > grace and not self._warned:
             self._warned = True
@@ -336,6 +355,7 @@ class Run:
             )
 
     def _export(self, metrics: Metrics, suffix: str) -> None:
+        # By all processes: each waits for the others' pieces.
         params = jax.tree.map(processes.whole, self.state["params"])
         model = nnx.merge(self.graphdef, params, self.frozen)
         progress = self.progress
@@ -363,6 +383,7 @@ class Run:
         self._inputs["data.validation"] = inputs.of_data(held_out)
         count = math.ceil(min(config.train.eval_examples, len(held_out.units)) / data.batch_size)
         print(f"validation data: {held_out.report}; {count * data.batch_size:,} examples are scored each time")
+        # Drawn once, so that the same examples are scored each time; the last batch is filled from a second round.
         return train, list(itertools.islice(held_out.iterator(seed=config.train.seed, rows=self._rows()), count))
 
     def _rows(self) -> list[int]:
@@ -430,6 +451,7 @@ def _grouped(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
     """Groups of micro-batches, stacked along a new leading axis."""
     while True:
         group = [next(batches) for _ in range(count)]
+        # [B, ...] -> [A, B, ...]
         yield jax.tree.map(lambda *leaves: np.stack(leaves), *group)
 
 

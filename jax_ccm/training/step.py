@@ -35,9 +35,11 @@ def split(model: Transformer, trainable: str) -> tuple[nnx.GraphDef, Tree, Tree]
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from zero, then a half cosine to zero, or constant."""
+    # Rounded up, as by the trainer of transformers, which the reference's recipes were run with.
     warmup = math.ceil(config.warmup_ratio * steps)
     rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
     if config.schedule == "cosine":
+        # optax refuses a decay over 0 steps, which a run of one step with a warm-up would have.
         rest = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1))
     else:
         rest = optax.constant_schedule(config.learning_rate)
@@ -117,6 +119,7 @@ def make_step(
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def step(state, frozen, batches, key):
         params = state["params"]
+        # By number and not by a chain of splits: a resumed run draws what it would have drawn.
         key = jax.random.fold_in(key, state["step"])
 
         def add_micro_batch(total, scanned):
@@ -125,11 +128,13 @@ def make_step(
             (loss, scored), grads = grad(params, frozen, batch, jax.random.fold_in(key, number))
             return jax.tree.map(jnp.add, total, (grads, loss, scored)), None
 
+        # One micro-batch at a time: the activations of one are in memory, and the gradients' sum.
         count = batches.tokens.shape[0]
         zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0))
         (grads, loss, scored), _ = jax.lax.scan(add_micro_batch, zero, (jnp.arange(count), batches))
         grads = jax.tree.map(lambda x: x / count, grads)
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
+        # `scored` and `tokens` are counts over all micro-batches, the losses and gradients means over them.
         metrics = {"loss": loss / count, "grad_norm": optax.global_norm(grads), "scored": scored}
         metrics["tokens"] = jnp.sum(batches.slots.kind != Kind.PAD)
         new = {"params": optax.apply_updates(params, updates), "optimizer": opt_state, "step": state["step"] + 1}
@@ -147,6 +152,7 @@ def make_validation(
     def sums(params, frozen, batch):
         model = nnx.merge(graphdef, params, frozen).with_attention(train.attention)
         hidden = parallel_forward(model, batch, method=method)
+        # What a method repeats (LoMA) is part of its training loss; held-out loss is that of the text alone.
         text = batch.weights * ~repeated(batch)
         return jnp.sum(scored_losses(model, hidden, batch) * text), jnp.sum(text)
 

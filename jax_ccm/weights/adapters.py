@@ -104,6 +104,7 @@ class Adapter(Lora):
         Raises:
           UserError: if the model has no adapter, or the method another number of tokens.
         """
+        # LoRAParam is the type of the embeddings of compression tokens, too.
         trained = parameters(nnx.state(model, nnx.LoRAParam))
         if model.adapter is None or not trained:
             raise UserError("this model has no adapter; build it with an AdapterConfig")
@@ -142,6 +143,7 @@ class Adapter(Lora):
         if format not in writers:
             raise unknown("adapter format", format, FORMATS)
         path = paths.of(path)
+        # Arrays of an `Adapter` are on the host and whole, so that the others have nothing to give.
         if not processes.is_first():
             return path
         adapter = self
@@ -177,6 +179,7 @@ class Adapter(Lora):
         def of_kind(kind):
             return [row for row, other in there.items() if other == kind] or closing[-1:]
 
+        # For each row of the new table the row of the trained one that it begins as.
         taken, seen = np.zeros(method.num_embeddings, int), dict.fromkeys(wanted.values(), 0)
         for row, kind in sorted(wanted.items()):
             rows = of_kind(kind)
@@ -220,6 +223,7 @@ class Adapter(Lora):
             _require_shape(adapter, model.adapter)
         config = model.adapter or adapter.config
         _require_arrays(adapter, model, config)
+        # By path, since a model without an adapter has other leaves than the one that results.
         there = parameters(nnx.state(model, nnx.LoRAParam) if shardings is None else shardings)
 
         def sharding_of(path):
@@ -254,6 +258,7 @@ class Adapter(Lora):
         for target in adapter.config.targets if adapter.config.rank else ():
             path = stem(target)
             kernel, a, b = leaves[f"{path}.kernel"], adapter.arrays[f"{path}.lora_a"], adapter.arrays[f"{path}.lora_b"]
+            # kernel [L, in, out], A [L, in, r], B [L, r, out]
             if kernel.shape != (a.shape[0], a.shape[1], b.shape[2]):
                 raise UserError(
                     f"{adapter.source} does not fit this model: tensors {path + '.lora_a'!r} {list(a.shape)} and "
@@ -261,6 +266,7 @@ class Adapter(Lora):
                 )
             merge = jax.jit(_add_low_rank, static_argnames="scale", out_shardings=kernel.sharding)
             leaves[f"{path}.kernel"] = merge(kernel, a, b, scale=adapter.config.scale)
+        # `parameters` keeps the order of the leaves.
         return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), list(leaves.values())))
 
     def _for(self, method: Method) -> Adapter:
@@ -337,6 +343,7 @@ def format_of(path: str | Path) -> Format:
     found: list[Format] = []
     if there(CONFIG_FILE, TENSOR_FILE):
         found.append("own")
+    # Two formats share this file; the name of the tensor file tells them apart.
     if there(peft.CONFIG_FILE):
         if there(peft.TENSOR_FILE, "adapter_model.bin"):
             found.append("peft")
@@ -424,6 +431,7 @@ def _add_low_rank(kernel, a, b, scale: float):
     # Layer by layer: a float32 copy of a whole stack would not fit beside a large model.
     def layer(args):
         w, a, b = args
+        # "highest", because accelerators would round the operands of a float32 product.
         return (w.astype(jnp.float32) + scale * jnp.matmul(a, b, precision="highest")).astype(w.dtype)
 
     return jax.lax.map(layer, (kernel, a, b))

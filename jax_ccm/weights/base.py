@@ -106,6 +106,7 @@ def load_model(
     if adapter is not None:
         arrays |= _fresh_adapter(key, config, adapter, sharding_of, arrays["embed_tokens.embedding"])
     leaves = [arrays[name] for name in parameters(target)]
+    # The model is put together without its constructor, which would make random weights.
     return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
 
@@ -137,6 +138,7 @@ def _check(target: Transformer, config: ModelConfig, tensors: Tensors) -> None:
         if missing == ["lm_head.weight"]:
             hint = ". If the head is the transposed embedding, the config must say so (tie_word_embeddings: true)"
         raise UserError(f"{tensors.file(missing[0])} lacks {_some(missing, tensors)}{hint}")
+    # Old Llama files hold the frequencies of the rotary embedding as a tensor; they follow from the config.
     unexpected = [name for name in tensors.shapes if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if config.tie_embeddings and "lm_head.weight" in unexpected:
         _check_tied(tensors)
@@ -164,6 +166,7 @@ def _check_tied(tensors: Tensors) -> None:
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     same = tensors.shapes[head] == tensors.shapes[table]
     rows = tensors.shapes[table][0]
+    # In blocks, since each table may have gigabytes.
     for start in range(0, rows if same else 0, 8192):
         index = (slice(start, min(start + 8192, rows)), slice(None))
         same = same and np.array_equal(tensors.read(head, index), tensors.read(table, index))
@@ -180,10 +183,13 @@ def _read_parameter(tensors: Tensors, path: str, out: np.ndarray, index: Index) 
     Pieces are read side by side: numpy dequantises, converts and copies without the interpreter's lock.
     """
     if path.startswith("layers."):
+        # One tensor for each layer of the stack: its name, its place in the stack, and the slice of it that is asked
+        # for.
         parts = [(hf_name(path).format(layer=index[0].start + n), out[n], index[1:]) for n in range(out.shape[0])]
     else:
         parts = [(hf_name(path), out, index)]
     if path.endswith(".kernel"):
+        # Kernels are [out, in] in the file. part.T is a view: what is written into it stands transposed in ``out``.
         parts = [(name, part.T, at[::-1]) for name, part, at in parts]
     pieces = [
         (name, part[n : n + PIECE], (slice(at[0].start + n, min(at[0].start + n + PIECE, at[0].stop)), *at[1:]))
@@ -208,6 +214,7 @@ def _place(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, read: Ca
     def piece(index: Index | None) -> np.ndarray:
         assert index is not None
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+        # Devices that hold the same slice (replicas) share one copy on the host.
         if bounds not in pieces:
             out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
             read(out, tuple(slice(*b) for b in bounds))

@@ -67,6 +67,7 @@ class GgufFile:
         self._arch = self.metadata.get("general.architecture")
         self._tensors = {hf_name(tensor.name, self._arch): tensor for _, tensor in found}
         self._file = {hf_name(tensor.name, self._arch): file for file, tensor in found}
+        # GGUF names the innermost dimension first.
         self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         try:
             self.config = self._config()
@@ -80,6 +81,7 @@ class GgufFile:
                     f"tensor {tensor.name!r} in {file} is of type {tensor.tensor_type.name}; readable: "
                     f"{', '.join(kind.name for kind in tensor_types())}. Take another quantisation of the model"
                 )
+        # Read into the config above, and no parameter of the model.
         self.shapes.pop(_ROPE_FACTORS, None)
 
     @staticmethod
@@ -91,6 +93,7 @@ class GgufFile:
         """
         match = _PART.fullmatch(path.name)
         files = sorted(path.parent.glob(f"{glob.escape(match[1])}-*-of-{match[3]}.gguf")) if match else [path]
+        # Sizes and times of change are part of the key, so that a file that was replaced is read anew.
         return _open(path, tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
     def describe(self, name: str) -> str:
@@ -121,6 +124,7 @@ class GgufFile:
             return None
         heads = self.config.num_heads if part == "q_proj" else self.config.num_kv_heads
         rows = np.arange(self.shapes[name][0])
+        # [N, H / 2, 2] -> [N, 2, H / 2]
         return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def _config(self) -> ModelConfig:
@@ -195,6 +199,7 @@ class GgufFile:
         """A number of this architecture's metadata."""
         key = f"{self._arch}.{name}"
         value = self.metadata.get(key, default)
+        # Some files give a number for each layer; here all layers have the same.
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -291,9 +296,11 @@ def _parts(path: Path) -> dict[Path, _Part]:
     parts = {file: given if file == path else _read(file) for file in files}
     first = parts[files[0]].metadata
     for number, (file, part) in enumerate(parts.items()):
+        # Numbered from 1 in the names, from 0 in the metadata.
         place = part.metadata.get("split.no"), part.metadata.get("split.count")
         if place != (number, count):
             raise UserError(f"{file} says split.no, split.count = {place}, not {(number, count)}; get it again")
+        # Of the keys that the reader adds (GGUF.), the number of tensors differs between parts.
         shared = [key for key in part.metadata.keys() & first if not key.startswith(("split.no", "GGUF."))]
         odd = sorted(key for key in shared if part.metadata[key] != first[key])
         if odd:
@@ -320,6 +327,7 @@ def _with_factors(config: ModelConfig, factors: np.ndarray, metadata: dict, path
     scaling = RopeScaling("llama3", float(np.max(factors)), 1.0, 4.0, int(metadata.get(key, 8192)))
     plain = dataclasses.replace(config, rope_scaling=None)
     scaled = dataclasses.replace(config, rope_scaling=scaling)
+    # [H / 2]
     expected = rope.frequencies(plain) / rope.frequencies(scaled)
     fits = factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4)
     if config.rope_scaling is not None or not fits:

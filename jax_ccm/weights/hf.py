@@ -59,6 +59,7 @@ class Safetensors:
         self._handles = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        # A whole file counts before an index, as for transformers.
         weight_map = {} if single.is_file() or not index.is_file() else _read_index(index)
         for path in sorted({folder / file for file in weight_map.values()}) or [single]:
             handle = _open(path)
@@ -113,6 +114,8 @@ def _damage(path: Path) -> str | None:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
+        # 8 bytes with the length of the header, the header in JSON, the tensors; offsets count from the end of the
+        # header.
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if len(head) < 8 or 8 + length > size:
             return f"it ends within its header, after {size} bytes"
@@ -150,6 +153,7 @@ def split(tensors: Tensors, config: ModelConfig) -> Tensors:
     for name, shape in tensors.shapes.items():
         part = name.split(".")[-2] if "." in name else ""
         sizes = [rows[each] for each in FUSED_ROWS.get(part, ())]
+        # One of another size is left as it is, and refused by its name when the model is checked.
         if sizes and shape[0] == sum(sizes):
             first = 0
             for each, size in zip(FUSED_ROWS[part], sizes, strict=True):
@@ -222,7 +226,9 @@ def save_hf(model: Transformer, folder: str | Path, *, max_file_bytes: int = 5_0
     if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} already holds a model; give an empty or new folder")
     params = base_parameters(model)
+    # All base weights are of one type (`Precision.params`).
     dtype = next(iter(params.values())).dtype
+    # Before anything is written: it refuses what the format cannot say.
     config = hf_config.to_dict(model.config, dtype.name)
     groups = _groups(params, fused=model.config.family in hf_config.FUSED)
     plan = _plan(groups, max_file_bytes)
@@ -232,12 +238,14 @@ def save_hf(model: Transformer, folder: str | Path, *, max_file_bytes: int = 5_0
         files = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
     tensors = _tensors(groups)
     for file, names in zip(files, plan, strict=True):
+        # transformers refuses a file that does not name its framework.
         save_file(dict(next(tensors) for _ in names), folder / file, metadata={"format": "pt"})
     if len(plan) > 1:
         total = sum(leaf.nbytes for leaf in params.values())
         weight_map = {name: file for file, names in zip(files, plan, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         output.write_json(folder / "model.safetensors.index.json", index)
+    # Last: a folder without it is not taken for a model.
     output.write_json(folder / "config.json", config)
     return folder
 
@@ -276,5 +284,7 @@ def _tensors(groups: dict[str, list[Any]]) -> Iterator[tuple[str, np.ndarray]]:
         # Outputs are the last axis here, rows in the file.
         host = np.concatenate([np.asarray(leaf) for leaf in leaves], axis=-1)
         for layer, tensor in enumerate(host if path.startswith("layers.") else host[None]):
+            # [in, out] -> [out, in]
             tensor = tensor.T if path.endswith(".kernel") else tensor
+            # safetensors writes the buffer of an array as it lies in memory, transposed or not.
             yield hf_name(path).format(layer=layer), np.ascontiguousarray(tensor)

@@ -149,6 +149,7 @@ def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
     if head_dim % 2:
         raise UserError(f"{where}: head_dim is {head_dim}; rotary embedding needs an even number")
     bias = get("attention_bias", bool, default=False) if family in _ATTENTION_BIAS else False
+    # What the family always has comes last, and holds whatever the file says.
     fields = {"qkv_bias": bias, "o_bias": bias} | _ALWAYS.get(family, {})
     fields |= hf_rope.read(get, family) | _window(get, family)
     if "query_pre_attn_scalar" in _DEFAULTS[family]:
@@ -182,6 +183,7 @@ def from_dict(raw: dict[str, Any], where: str) -> ModelConfig:
 
 def _refuse(raw: dict[str, Any], family: str, where: str) -> None:
     for name, (neutral, reason) in _NEUTRAL.items():
+        # null counts as absent, as in transformers.
         if raw.get(name) not in (None, neutral) and name not in _IMPLEMENTED.get(family, ()):
             raise UserError(f"{where}: {name} is {raw[name]!r}: {reason}")
     gelu = _ALWAYS.get(family, {}).get("activation") == "gelu_tanh"
@@ -213,6 +215,7 @@ def _window(get: Fields, family: str) -> dict[str, Any]:
             return False
 
         if family.startswith("qwen"):
+            # 0 has a meaning here (every layer has the window), and is no positive number to `Fields`.
             first = 0 if get.raw.get("max_window_layers") == 0 else get("max_window_layers", int)
 
             def full(number):
@@ -231,6 +234,7 @@ def _window(get: Fields, family: str) -> dict[str, Any]:
     wrong = "sliding_attention" if window is None else "full_attention" if every else None
     if wrong in kinds:
         raise UserError(f"{where}: layer_types say {wrong}, but the sliding window in force is {window}")
+    # No layer has a window, so that the model is one without.
     if len(full_layers) == layers:
         return {}
     return {"sliding_window": window, "full_layers": full_layers}
@@ -295,6 +299,7 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
     # The length of sessions is chosen by who loads the file; it has no place in it.
     scaling = config.rope_scaling
     unsaid = None if scaling is None else dataclasses.replace(scaling, length=None)
+    # What the file cannot say shows when it is read again.
     if from_dict(raw, "export") != dataclasses.replace(config, rope_scaling=unsaid):
         raise UserError(
             f"a {family!r} config.json cannot express this model: {config}. Its biases, q/k norm and window must be "

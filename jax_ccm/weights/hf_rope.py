@@ -45,6 +45,7 @@ def read(get: Fields, family: str) -> dict[str, Any]:
         given = (given.get("full_attention") or {}) if nested else given
     # A null entry counts as absent, as it does in transformers.
     given = {name: value for name, value in given.items() if value is not None}
+    # Older files call it "type"; some have both.
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
     if family == "phi3" and kind in ("su", "yarn"):
@@ -59,6 +60,7 @@ def read(get: Fields, family: str) -> dict[str, Any]:
             f"{where}: partial_rotary_factor is {share!r}: rotary embedding of only a part of each head is implemented "
             f"for {', '.join(PARTIAL)} only"
         )
+    # Without defaults: those of the family are of the fields around these.
     params = dataclasses.replace(get, raw=given, defaults={}, where=f"{where}: rope parameters")
     theta = params("rope_theta", float) if "rope_theta" in given else get("rope_theta", float, default=10000.0)
     strange = sorted(set(given) - set(PARAMETERS[kind]) - {"rope_theta", "factor", "original_max_position_embeddings"})
@@ -95,6 +97,7 @@ def _scaling(kind: str, get: Fields, params: Fields) -> RopeScaling:
     factor = longest / original if kind == "longrope" and "factor" not in given else params("factor", float)
     if kind in ("linear", "dynamic"):
         # What dynamic NTK takes for the old context is the context that the file names.
+        # 8192 is the default of the field, which linear scaling does not use.
         return RopeScaling(kind, factor, original_max_position=longest if kind == "dynamic" else 8192)
     if kind == "llama3":
         low, high = params("low_freq_factor", float), params("high_freq_factor", float)
@@ -103,12 +106,14 @@ def _scaling(kind: str, get: Fields, params: Fields) -> RopeScaling:
         return RopeScaling(kind, factor, low, high, original)
     scaling = RopeScaling(kind, factor, original_max_position=original)
     if kind == "longrope":
+        # As transformers computes it where the file does not say.
         shown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         short, long = (numbers(given, name, params.where) for name in ("short_factor", "long_factor"))
         scaling = dataclasses.replace(scaling, short_factor=short, long_factor=long)
     else:
 
         def temper(scale):
+            # YaRN's temperature of the scores, as a factor of cosine and sine.
             return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
         one, all_ = (params(name, float) if given.get(name) else 0.0 for name in ("mscale", "mscale_all_dim"))

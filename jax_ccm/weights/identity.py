@@ -117,6 +117,7 @@ def describe_base(model: Transformer, name: str) -> dict[str, Any]:
     config.pop("max_position")
     arrays = base_parameters(model)
     counts = {path: min(x.size, max(_SAMPLES, _OF_A_LAYER * _layers(path, x))) for path, x in arrays.items()}
+    # Of a fixed byte order: the same text on every machine.
     sample = {path: x.view(np.uint16).astype(">u2").tobytes().hex() for path, x in _samples(arrays, counts).items()}
     text = json.dumps([{k: _short(v) for k, v in sorted(config.items())}, sample])
     return {
@@ -139,6 +140,8 @@ def _sample_indices(size: int, count: int) -> np.ndarray:
 def _samples(arrays: dict[str, Any], counts: dict[str, int]) -> dict[str, np.ndarray]:
     """So many numbers of each array, bfloat16, on the host."""
     arrays = {path: arrays[path] for path in counts}
+    # A place for each axis: flat places of a large stack do not fit int32, and to flatten an array that is spread would
+    # gather it.
     where = {path: np.unravel_index(_sample_indices(x.size, counts[path]), x.shape) for path, x in arrays.items()}
     return {path: processes.whole(x).astype(ml_dtypes.bfloat16) for path, x in _take(arrays, where).items()}
 
@@ -151,6 +154,7 @@ def _take(arrays, where):
 def _order(x: np.ndarray) -> np.ndarray:
     """Whole numbers that count the bfloat16 values: neighbours differ by one."""
     bits = x.view(np.int16).astype(np.int32)
+    # A sign and a magnitude: negative values are turned around, and both zeros are 0.
     return np.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
@@ -246,6 +250,7 @@ def _compare(there: dict[str, str], model: Transformer) -> tuple[str, float] | N
     for path, a in stored.items():
         x, b = arrays[path], here[path]
         unequal, far = a != b, np.abs(_order(a) - _order(b)) > 1
+        # The layer that each sample is of.
         layer = _sample_indices(x.size, a.size) * _layers(path, x) // x.size
         counts, wrong = np.bincount(layer), np.bincount(layer, far)
         if unequal.mean() > _ROUNDED or (wrong > np.maximum(_ROUNDED * counts, 1)).any():

@@ -85,6 +85,7 @@ def unpack(tensors: dict[str, np.ndarray], modules: Modules, path: Path) -> Lora
       UserError: naming the tensor, if one is missing, empty, not known, or of another shape than it should have.
     """
     found: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    # Of the embeddings of compression tokens, if there are any.
     rows = None
     for key, x in tensors.items():
         match = _LORA_KEY.fullmatch(key)
@@ -113,6 +114,7 @@ def unpack(tensors: dict[str, np.ndarray], modules: Modules, path: Path) -> Lora
     wanted = [(layer, target) for layer in range(layers) for target in of_layer(layer)]
     _check(found, wanted or [(0, target) for target in of_layer(0)], modules, path)
     names = [_module(*module) for module in wanted]
+    # Ours have one scale and one rank for all modules.
     scales = collections.Counter(map(modules.scale_of, names))
     scale, rank = max(scales, key=lambda x: scales[x]), max(map(modules.rank_of, names))
     # Exactly what the config says, where one number says it for all.
@@ -130,7 +132,9 @@ def unpack(tensors: dict[str, np.ndarray], modules: Modules, path: Path) -> Lora
         for layer, sides in of_target.items():
             own = modules.rank_of(_module(layer, target))
             factor = modules.scale_of(_module(layer, target)) / scale
+            # [r, in] -> [in, r]; what a smaller rank leaves is zero, and adds nothing.
             a[layer, :, :own] = sides["A"].T
+            # [out, r] -> [r, out]; another scale is multiplied in float64, so that it is rounded once.
             b[layer, :own] = sides["B"].T if factor == 1 else sides["B"].T.astype(np.float64) * factor
         arrays[f"{stem(target)}.lora_a"], arrays[f"{stem(target)}.lora_b"] = a, b
     # Only names that tell layers apart can have no module in any deeper layer.
@@ -203,6 +207,7 @@ def config_bytes(adapter: Lora, **more: Any) -> bytes:
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": [*range(depth(adapter.arrays))] if adapter.partial else None,
+        # PEFT declares an integer.
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
         "modules_to_save": None,

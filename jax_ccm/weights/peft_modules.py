@@ -82,6 +82,7 @@ class Modules:
         return self.layers is None or name in self.targets or self._layer(name) in self.layers
 
     def _layer(self, name: str) -> int | None:
+        # As in PEFT: without names anything may stand before the number.
         before = "|".join(self.layers_names) or r"[^.]*"
         found = re.match(rf"(?:.*?\.)?(?:{before})\.(\d+)\.", name)
         return int(found[1]) if found else None
@@ -158,6 +159,7 @@ class _Given:
 
     def rank(self) -> int:
         rank = self._config.get("r")
+        # Not isinstance, to which true is an integer.
         if type(rank) is not int or rank < 1:
             raise self.refused("r", "an integer from 1")
         return rank
@@ -209,6 +211,7 @@ class _Given:
 
 def _matches(wanted: tuple[str, ...] | str, name: str) -> bool:
     if isinstance(wanted, str):
+        # As in PEFT: a string is a regular expression for the whole name, a list has names or their ends.
         return re.fullmatch(wanted, name) is not None
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 

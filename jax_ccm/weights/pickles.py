@@ -99,6 +99,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> dict[str, np.ndarray]:
                 f"{path}: entry {name!r} has {entries[name].file_size} bytes, but {count} numbers of {kind} take "
                 f"{count * dtype.itemsize}"
             )
+        # Several tensors may be views of one storage.
         if key not in storages:
             storages[key] = np.frombuffer(archive.read(name), np.uint8)
         return storages[key].view(dtype)
@@ -155,6 +156,7 @@ def _is_count(x: Any) -> bool:
 
 def _tensor(storage, pid, offset, size, stride, *, where: str) -> np.ndarray:
     """Checks what the pickle says of a tensor and copies it out of its storage."""
+    # ("storage", kind, key, device, numbers)
     known = type(pid) is tuple and len(pid) == 5 and pid[0] == "storage" and pid[1] in _STORAGES
     if not (known and type(pid[2]) is str and _is_count(pid[4])):
         raise UserError(f"{where} has no storage of a known kind but {pid!r}; known: {', '.join(_STORAGES)}")
@@ -164,9 +166,11 @@ def _tensor(storage, pid, offset, size, stride, *, where: str) -> np.ndarray:
         raise UserError(f"{where} has offset {offset!r}, size {size!r} and stride {stride!r}, which is no tensor")
     count = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    # The second: with steps of 0 a small file could become a huge array.
     if count and (last >= whole.size or count > whole.size):
         raise UserError(f"{where} of size {list(size)} reaches beyond its storage of {whole.size} numbers")
     if not count:
         return np.zeros(size, whole.dtype)
     strides = [step * whole.itemsize for step in stride]
+    # It checks nothing itself; the bounds were checked above.
     return np.lib.stride_tricks.as_strided(whole[offset:], size, strides).copy()

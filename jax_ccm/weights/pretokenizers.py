@@ -15,7 +15,9 @@ _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
+# Digits in groups of up to three, from the left.
 _LLAMA3 = _WORDS + r"\p{N}{1,3}" + _REST
+# Digits one by one.
 _QWEN2 = _WORDS + r"\p{N}" + _REST
 _QWEN35 = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _SPACES
 # Words with at most one change from capitals to small letters.

@@ -52,6 +52,7 @@ def read_reference(folder: Path, method: Method | None) -> Lora:
     tensors, metadata = read_tensors(path)
     found = unpack(tensors, modules, path)
     config, arrays = found.config, dict(found.arrays)
+    # An export of ours says its method; else the folder's name may.
     about = known(metadata, path) or {"method": _method_of_run(folder)}
     if COMP in arrays:
         if about["method"] is None and method is None:
@@ -89,6 +90,7 @@ def reference_tensors(adapter: Lora) -> dict[str, np.ndarray]:
             )
         if adapter.method["mix"] is not None:
             rows = tensors[COMP_KEY]
+            # [2 n, D]: the second half for SUM tokens.
             tensors[COMP_KEY] = np.concatenate([rows, np.zeros_like(rows)])
     return tensors
 

@@ -61,6 +61,7 @@ def _from_file(path: Path, file: Path) -> PreTrainedTokenizerFast:
         tokenizer = _transformers().PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     if tokenizer.eos_token is None:
         _names_of_class(tokenizer, path, own)
+    # Tokens that only tokenizer_config.json names go behind those of tokenizer.json, and must get the ids that it says.
     known = {token.content for token in own.get_added_tokens_decoder().values()}
     asked = {str(token): index for index, token in tokenizer.init_kwargs.get("added_tokens_decoder", {}).items()}
     for _, token in sorted(tokenizer.added_tokens_decoder.items()):
@@ -147,6 +148,7 @@ def from_gguf(path: Path) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         chat_template=meta.get("tokenizer.chat_template"),
         model_max_length=file.config.max_position,
+        # Else decoding would drop spaces before punctuation that were in the text.
         clean_up_tokenization_spaces=False,
         **named,
     )
@@ -233,6 +235,7 @@ def _sentencepiece(meta: dict[str, Any], tokens: list[str], named: dict[str, str
 
     scores, types = meta["tokenizer.ggml.scores"], meta["tokenizer.ggml.token_type"]
     vocab = {token: index for index, token in enumerate(tokens)}
+    # Control, user-defined and byte tokens are never made by merges.
     whole = {token for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED, _BYTE)}
     ranks = {token: score for token, score in zip(tokens, scores, strict=True) if token not in whole}
     merges = _merges(ranks)
@@ -273,6 +276,7 @@ def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> N
     def chosen(kind):
         return [token for token, given in zip(tokens, types, strict=True) if given == kind]
 
+    # Not normalised: they are looked for in the text as it stands, before spaces become ▁.
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in chosen(_CONTROL)])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in chosen(_USER_DEFINED)])
 
