@@ -29,6 +29,7 @@ FIRST = 1  # of its row
 LAST = 2  # of its row
 SOURCE = 4  # the key block is of the first source; shifted left by one for each further source; none set: nothing seen
 # Bits of `Pairs.rows`: 14 of the batch row, 13 of the block, 4 of flags; of `Pairs.columns`: 16 for each source.
+# 31 in all, so that no entry is negative. Four flags are enough for two sources, as are two times 16 bits.
 MAX_BATCH, MAX_BLOCKS = 1 << 14, 1 << 13
 
 
@@ -82,8 +83,8 @@ def codes(slots: Slots, size: int) -> Array:
 def bounds(slots: Slots, size: int, kinds: tuple[Kind, ...]) -> Bounds:
     """The `Bounds` of every one of ``kinds``, for slots ``[B, S]`` in blocks of ``size``."""
     codes = jnp.stack(jax.tree.leaves(pad_slots(slots, size)))
-    codes = codes.reshape(*codes.shape[:2], -1, 1, size)
-    mine = codes[0] == jnp.asarray(kinds, jnp.int32)[:, None]
+    codes = codes.reshape(*codes.shape[:2], -1, 1, size)  # [4, B, n, 1, size], one for each field
+    mine = codes[0] == jnp.asarray(kinds, jnp.int32)[:, None]  # [B, n, kinds, size]
     some = jnp.any(mine, axis=-1)
 
     # Zero where there are none: differences of the extremes must not overflow.
@@ -127,6 +128,8 @@ def seen_blocks(rule: Rule, q: Slots, keys: Sequence[Slots], q_size: int, k_size
 
 def _meet(clause: Clause, both_ways: tuple[Kind, ...], q: Bounds, k: Bounds) -> Array:
     """Whether the extremes leave room for a query that sees a key."""
+    # A pair of places may have any difference between low - high and high - low of the extremes: a condition that no
+    # difference in that range meets rules the pair of blocks out.
     hit = q.some & k.some & (q.high.segment - k.low.segment >= clause.nearest)
     if clause.farthest < INF:
         hit &= q.low.segment - k.high.segment <= clause.farthest
@@ -151,7 +154,8 @@ def list_pairs(*seen: Array) -> Pairs:
     if batch > MAX_BATCH or max(count, *widths) > MAX_BLOCKS:
         raise ValueError(f"{batch} rows of {count} and {widths} blocks; at most {MAX_BATCH} rows of {MAX_BLOCKS}")
     nothing = ~functools.reduce(jnp.logical_or, [jnp.any(x, axis=2) for x in seen])[:, :, None]
-    joined = jnp.concatenate([*seen, nothing], axis=2)
+    joined = jnp.concatenate([*seen, nothing], axis=2)  # [B, n, m of all sources + 1]
+    # Number of a pair in its row, from 1; of pairs in the row, [B, n]; and where the row's pairs begin in the list.
     rank = joined + _sum_before(joined)
     each = rank[:, :, -1]
     whole = jnp.sum(each, axis=1, keepdims=True)
@@ -165,6 +169,7 @@ def list_pairs(*seen: Array) -> Pairs:
     # Visits of a row go from source to source: one stands at its first block before its turn, at its last after it.
     last = [jnp.max(jnp.where(x, number(x.shape[2]), 0), axis=2, keepdims=True) for x in seen]
     first = [jnp.min(jnp.where(x, number(x.shape[2]), last[s]), axis=2, keepdims=True) for s, x in enumerate(seen)]
+    # The last turn is the column without a source.
     columns, parts = [], []
     for turn, width in enumerate([*widths, 1]):
         at = [first[s] if s > turn else number(width) if s == turn else last[s] for s in range(len(seen))]
@@ -172,6 +177,7 @@ def list_pairs(*seen: Array) -> Pairs:
         columns.append(jnp.broadcast_to(packed, (batch, count, width)))
         parts.append(jnp.full((width,), SOURCE << turn if turn < len(seen) else 0, jnp.int32))
     total = joined.size
+    # Pairs that are not visited get an index behind the list, which the scatter drops.
     place = jnp.where(joined, begin[:, :, None] + rank - 1, total + 1).reshape(-1)
 
     def put(x):
@@ -185,5 +191,6 @@ def _sum_before(x: Array) -> Array:
     size = x.shape[-1]
     # By a product with a triangle: running sums take a TPU's compiler seconds, and more for longer rows.
     before = jnp.arange(size)[:, None] < jnp.arange(size)
+    # 0 and 1 are exact in bfloat16, to which a TPU rounds operands by default; counts above 256 are not.
     exact = jax.lax.Precision.DEFAULT if x.dtype == bool else jax.lax.Precision.HIGHEST
     return jnp.matmul(x.astype(jnp.float32), before.astype(jnp.float32), precision=exact).astype(jnp.int32)

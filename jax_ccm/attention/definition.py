@@ -43,23 +43,27 @@ def exact(
 
     group = q.shape[2] // sources[0][0].shape[2]
     k, v = (np.concatenate([wide(s[i]) for s in sources], axis=1) for i in (0, 1))
+    # [B, 1, T, S]: the same for all heads.
     mask = np.concatenate([np.asarray(visibility.visible(rule, q_slots, s[2])) for s in sources], axis=-1)[:, None]
     score = score or Score(q.shape[3] ** -0.5)
     q, d_out = wide(q), wide(d_out)
-    each_k, each_v = (np.repeat(x, group, axis=2) for x in (k, v))
+    each_k, each_v = (np.repeat(x, group, axis=2) for x in (k, v))  # [B, S, N, H]
     products, slope = np.einsum("btnh,bsnh->bnts", q, each_k) * score.scale, score.scale
     if score.cap is not None:
         products = score.cap * np.tanh(products / score.cap)
         slope = score.scale * (1 - (products / score.cap) ** 2)
     scores = np.where(mask, products, -np.inf)
+    # A row that sees nothing has a finite top, and so weights of 0 instead of NaN.
     top = np.max(scores, axis=-1, keepdims=True, initial=-1e30)
     weights = np.exp(scores - top)
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
     out = np.einsum("bnts,bsnh->btnh", weights, each_v)
     d_weights = np.einsum("btnh,bsnh->bnts", d_out, each_v)
+    # The gradient of a softmax: weights times what is above the weighted mean.
     d_scores = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True)) * slope
 
     def shared(x):
+        # Query heads of a group, neighbours, share a key: its gradient is the sum over them.
         return x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(axis=3)
 
     d_q = np.einsum("bnts,bsnh->btnh", d_scores, each_k)

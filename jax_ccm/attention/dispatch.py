@@ -23,6 +23,7 @@ QUERY_BLOCK = 512
 # Into so many parts are queries cut that stand in order, if each has so many.
 PARTS, PART = 4, 128
 # The score of what is hidden.
+# Finite: in a row that sees nothing the difference from the maximum is then 0, and no NaN.
 HIDDEN = -1e30
 # Up to so many key heads on a device, one query a row meets all of them at once.
 WIDE_HEADS = 8
@@ -75,6 +76,7 @@ def memory_attention(
             f"queries {q.shape}, keys {k.shape} and values {v.shape} do not fit together: expected [B, T, N, H] and "
             "twice [B, T, K, H] with N a multiple of K"
         )
+    # The text first. `_joined` turns the order around, and the kernels visit sources in this one.
     sources = [(k, v, slots)]
     if memory_k is not None and memory_v is not None and memory_slots is not None and memory_k.shape[1]:
         sources.append((memory_k, memory_v, memory_slots))
@@ -85,6 +87,7 @@ def memory_attention(
             return kernel(q, slots, tuple(sources), rule=rule, score=score)
         except Refused as e:
             _say(f"attention runs as 'xla': the kernel refuses, {e}")
+    # Rules that look both ways need what stands behind, too.
     return _xla(q, slots, sources, rule, score, in_order and not rule.both_ways)
 
 
@@ -92,6 +95,7 @@ def _kernel(implementation: str | None):
     """The kernel that is wanted and fits the device, or None."""
     if implementation == "xla":
         return None
+    # The mesh says what is compiled for: ahead of time that is no device of this machine.
     mesh = jax.sharding.get_abstract_mesh()
     platform = mesh.abstract_device.platform if mesh.abstract_device is not None else jax.default_backend()
     if platform in COMPILED and (platform == "tpu" or implementation == "pallas"):
@@ -118,6 +122,7 @@ def _on_mesh(attend):
 def _spread(attend, q, slots: Slots, sources, *, rule: Rule, score: Score):
     """``attend`` on each device of the mesh in use: rows and heads as they lie; queries see all tokens of their row."""
     tokens, heads = activation_spec(slots.kind.shape, "rows", "tokens"), activation_spec(q.shape, "rows", None, "heads")
+    # Each device attends by itself: the query heads that it has must share the key heads that it has.
     if len(heads) > 2 and activation_spec(sources[0][0].shape, "rows", None, "heads") != heads:
         raise Refused(f"{sources[0][0].shape[2]} key heads cannot be spread like {q.shape[2]} query heads")
     queries = activation_spec(q.shape, "rows", "tokens", "heads")
@@ -126,6 +131,7 @@ def _spread(attend, q, slots: Slots, sources, *, rule: Rule, score: Score):
         functools.partial(attend, rule=rule, score=score),
         in_specs=(queries, tokens, tuple((heads, heads, rows) for _ in sources)),
         out_specs=queries,
+        # A kernel's result does not say how it varies over the mesh, which this check would ask of it.
         check_vma=False,
     )
     return own(q, slots, sources)
@@ -148,8 +154,10 @@ def _xla(q, slots: Slots, sources, rule: Rule, score: Score, in_order: bool):
     # Heads in front, so that the products are plain matrix products.
     k, v = (constrain(jnp.moveaxis(x, 1, 2), "rows", "heads") for x in (k, v))
     length = q.shape[1]
+    # Memory stands in front, seen by queries of all parts: what a part needs is then one run from the beginning.
     before = seen.kind.shape[1] - length
     # Parts of the queries, each with the keys up to its end: with four of them 5/8 of all pairs.
+    # Where devices share the tokens of a row, a part would lie on some of them only.
     parts = max(min(PARTS, length // PART), 1) if in_order and context_shards() == 1 else 1
     ends = [length * part // parts for part in range(parts + 1)]
     outs = []
@@ -175,6 +183,7 @@ def _in_blocks(q, slots: Slots, k, v, seen: Slots, *, rule: Rule, score: Score):
     def split(x):
         x = x.reshape(batch, shards, own, *x.shape[2:])
         x = jnp.pad(x, [(0, 0), (0, 0), (0, blocks * QUERY_BLOCK - own)] + [(0, 0)] * (x.ndim - 3))
+        # [blocks, B, shards, 512, ...]
         x = jnp.moveaxis(x.reshape(batch, shards, blocks, QUERY_BLOCK, *x.shape[3:]), 2, 0)
         return x.reshape(blocks, batch, shards * QUERY_BLOCK, *x.shape[4:])
 
@@ -191,14 +200,15 @@ def _attend(q, slots: Slots, k, v, seen: Slots, *, rule: Rule, score: Score):
     q = constrain(q, "rows", "tokens", "heads")
     # The query heads of a group share their keys as rows of one matrix; tokens in front, as devices may share them.
     rows = (batch, kv_heads, length * heads // kv_heads)
-    q = jnp.moveaxis(q.reshape(batch, length, kv_heads, -1, size), 1, 2).reshape(*rows, size)
+    q = jnp.moveaxis(q.reshape(batch, length, kv_heads, -1, size), 1, 2).reshape(*rows, size)  # [B, K, T G, H]
     scores = score.of(einsum("bkqh,bksh->bkqs", q, k, output="float32"))
-    scores = scores.reshape(batch, kv_heads, length, -1, k.shape[2])
+    scores = scores.reshape(batch, kv_heads, length, -1, k.shape[2])  # [B, K, T, G, S]
+    # The mask is [B, T, S]: the same for all heads.
     weights, share = _weights(scores, visible(rule, slots, seen)[:, None, :, None])
     # Divided after the product: T x H numbers instead of T x S.
     weights = weights.astype(v.dtype).reshape(*rows, -1)
     out = einsum("bkqs,bksh->bkqh", weights, v, output="float32")
-    out = out.reshape(batch, kv_heads, length, -1, size) * share
+    out = out.reshape(batch, kv_heads, length, -1, size) * share  # [B, K, T, G, H]
     out = jnp.moveaxis(out.astype(v.dtype), 1, 2)
     return constrain(out.reshape(batch, length, heads, size), "rows", "tokens", "heads")
 
@@ -224,8 +234,9 @@ def _attend_one(q, slots: Slots, sources, *, rule: Rule, score: Score):
     kv_heads = k.shape[2]
     if kv_heads > WIDE_HEADS:
         raise Refused(f"{kv_heads} key heads")
+    # [N, K, 1]: which key head each query head has.
     own = (jnp.arange(heads)[:, None] // (heads // kv_heads) == jnp.arange(kv_heads))[:, :, None]
-    wide = jnp.where(own, q[:, 0, :, None], 0).reshape(batch, heads, -1)
+    wide = jnp.where(own, q[:, 0, :, None], 0).reshape(batch, heads, -1)  # [B, N, K H]
 
     def flat(x):
         return x.reshape(*x.shape[:2], -1)
@@ -233,6 +244,7 @@ def _attend_one(q, slots: Slots, sources, *, rule: Rule, score: Score):
     scores = score.of(jnp.einsum("bnd,bsd->bns", wide, flat(k), preferred_element_type=jnp.float32))
     weights, share = _weights(scores, visible(rule, slots, seen))
     out = jnp.einsum("bns,bsd->bnd", weights.astype(v.dtype), flat(v), preferred_element_type=jnp.float32)
+    # [B, N, K, H]: each query head has met the values of all key heads, and keeps those of its own.
     out = jnp.sum(jnp.where(own, out.reshape(batch, heads, kv_heads, size), 0), axis=2) * share
     return out.astype(v.dtype)[:, None]
 
@@ -240,6 +252,7 @@ def _attend_one(q, slots: Slots, sources, *, rule: Rule, score: Score):
 def _weights(scores, mask):
     """Weights of keys, not yet divided; and ``[..., 1]`` what to multiply sums with: 0 where nothing is seen."""
     scores = jnp.where(mask, scores, HIDDEN)
+    # The maximum falls out of the quotient; no gradient has to go through it.
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     # What is hidden weighs exp(HIDDEN - top) = 0, unless nothing is seen at all.

@@ -128,6 +128,7 @@ def _walk(call: Call, refs, row, block, q_slots: Slots, kv_head, visit, state):
 
             return visit(state, load(k), load(v), mask)
 
+        # The number of visits is data: a block that sees nothing costs one program that writes its zeros.
         state = jax.lax.fori_loop(0, counts[row, block], step, state)
     return state
 
@@ -140,17 +141,21 @@ def _forward_kernel(codes, q, *refs, call: Call, group: int):
     def visit(state, k, v, mask):
         top, total, sums = state
         scores = jnp.where(mask, call.score.of(_dot(query, k.T)), HIDDEN)
+        # The online softmax: what was summed so far is scaled to the new maximum.
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
         shrink, weights = jnp.exp(top - higher), jnp.exp(scores - higher[:, None])
         total = total * shrink + jnp.sum(weights, axis=1)
         return higher, total, sums * shrink[:, None] + _dot(weights.astype(v.dtype), v)
 
     state = jnp.full((call.q,), UNSEEN, jnp.float32), jnp.zeros((call.q,), jnp.float32)
-    state = *state, jnp.zeros(query.shape, jnp.float32)
+    state = *state, jnp.zeros(query.shape, jnp.float32)  # top, total, sums
+    # Neighbouring query heads share a key head. Integer ``//`` does not lower in Triton.
     slots, kv_head = _slots(codes, row, block, call.q), jax.lax.div(head, group)
     top, total, sums = _walk(call, keys, row, block, slots, kv_head, visit, state)
+    # A query that saw nothing: zeros.
     total = jnp.maximum(total, 1e-30)
     _store(out, row, block, call.q, head, sums / total[:, None])
+    # In whole blocks, so that it is stored without a mask.
     lse[row, head, pl.ds(block * call.q, call.q)] = top + jnp.log(total)
 
 
@@ -161,6 +166,7 @@ def _queries_kernel(codes, q, d_out, lse, delta, *refs, call: Call, group: int):
     query, gradient = (_load(x, row, block, call.q, head) for x in (q, d_out))
     own_lse, own_delta = lse[row, head, places][:, None], delta[row, head, places][:, None]
 
+    # Weights come from scores that are made anew and the logsumexp: none were kept.
     def visit(sums, k, v, mask):
         scores = call.score.of(_dot(query, k.T))
         weights = jnp.where(mask, jnp.exp(scores - own_lse), 0.0)
@@ -191,6 +197,8 @@ def _keys_kernel(counts, lists, codes, k, v, q_codes, q, d_out, lse, delta, d_k,
         sums_k += _dot(d_scores.astype(query.dtype), query)
         return sums_k, sums_v + _dot(weights.astype(gradient.dtype), gradient)
 
+    # The gradient of a shared key is the sum over its query heads; one program has them all, so that nothing is added
+    # up in global memory.
     def each(g, state):
         return jax.lax.fori_loop(0, counts[row, block], functools.partial(step, kv_head * group + g), state)
 
@@ -244,6 +252,7 @@ def _backward(call: Call, q, q_slots: Slots, sources, out, lse, d_out):
     batch, length, heads, _ = q.shape
     group = heads // sources[0][0].shape[2]
     seen, codes = _seen(call, q_slots, sources), blocks.codes(q_slots, call.q)
+    # What is the same for all keys of a query in the softmax's gradient: its sum over H of output times gradient.
     delta = jnp.einsum("btnh,btnh->bnt", out, d_out, preferred_element_type=jnp.float32)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - length)))
     queries = (codes, q, d_out, lse, delta)
@@ -264,6 +273,7 @@ def _backward(call: Call, q, q_slots: Slots, sources, out, lse, d_out):
                 "memory_attention_dkv",
                 (blocks_seen.shape[2], k.shape[2], batch),
                 [_like(k), _like(v)],
+                # Turned around: for each block of keys the blocks of queries that see it.
                 (*_lists(jnp.swapaxes(blocks_seen, 1, 2)), blocks.codes(slots, size), k, v, *queries),
             )
         )

@@ -34,6 +34,7 @@ class Score:
 
     def back(self, gradients, scores):
         """Gradients of the scaled products, from those of their scores."""
+        # ``tanh'(x) = 1 - tanh(x)**2``, from the score itself.
         return gradients if self.cap is None else gradients * (1 - (scores / self.cap) ** 2)
 
 
@@ -68,7 +69,7 @@ def heads_as_rows(q, slots: Slots, kv_heads: int):
     """Queries ``[B, T, N, H]`` as ``[B, T G, K, H]``, with G = N / K, and their slots ``[B, T]`` as ``[B, T G]``."""
     batch, length, heads, size = q.shape
     group = heads // kv_heads
-    q = jnp.moveaxis(q.reshape(batch, length, kv_heads, group, size), 3, 2)
+    q = jnp.moveaxis(q.reshape(batch, length, kv_heads, group, size), 3, 2)  # [B, T, G, K, H]
     return q.reshape(batch, length * group, kv_heads, size), slots.map(lambda x: jnp.repeat(x, group, axis=1))
 
 
@@ -76,7 +77,7 @@ def rows_as_heads(out, length: int):
     """``[B, T G, K, H]`` as ``[B, T, N, H]`` again, for T of ``length``."""
     batch, rows, kv_heads, size = out.shape
     out = out.reshape(batch, length, rows // length, kv_heads, size)
-    return jnp.moveaxis(out, 2, 3).reshape(batch, length, -1, size)
+    return jnp.moveaxis(out, 2, 3).reshape(batch, length, -1, size)  # [B, T, K, G, H]
 
 
 class Refused(ValueError):

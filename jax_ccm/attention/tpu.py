@@ -33,6 +33,8 @@ def _row(rows, step):
     return blocks.block_of(rows[step])
 
 
+# Of the arguments of an index map, h is a block of heads and p a pair, the grid's own; r and c are the prefetched
+# `Pairs.rows` and `Pairs.columns`, from which it is known what to load before the step begins.
 def _query_specs(call: Call):
     """Block specs of slots, of a ``[B, T, N H]`` array and of statistics, for a list whose rows are queries."""
     width = call.step_heads * call.size
@@ -55,6 +57,7 @@ def _source_specs(call: Call):
         width = call.sizes.kv_heads * call.size
 
         def at(h, p, r, c, b=block):
+            # The `splits` blocks of query heads that share key heads load the same ones.
             return (_batch(r, p), b(c, p), jax.lax.div(h, call.splits))
 
         specs += [pl.BlockSpec((1, size, width), at)] * 2
@@ -63,6 +66,7 @@ def _source_specs(call: Call):
 
 def _run(call: Call, kernel, name: str, pairs: Pairs, grid, specs, out_specs, out_shapes, scratch, arguments):
     spec = pltpu.PrefetchScalarGridSpec(2, grid=grid, in_specs=specs, out_specs=out_specs, scratch_shapes=scratch)
+    # Blocks of heads do not depend on each other; pairs do, since sums over a row's pairs stay in scratch memory.
     semantics = ("parallel",) + ("arbitrary",) * (len(grid) - 1)
     return pl.pallas_call(
         kernel,
@@ -75,6 +79,7 @@ def _run(call: Call, kernel, name: str, pairs: Pairs, grid, specs, out_specs, ou
 
 
 def _padded(call: Call) -> int:
+    # T in whole blocks: statistics are written for places behind the end, too.
     return -(-call.length // call.sizes.q) * call.sizes.q
 
 
@@ -91,17 +96,20 @@ def _forward(call: Call, q, q_slots: Slots, sources):
     """Output, and logsumexp of each head of a step."""
     pairs = blocks.list_pairs(*_seen(call, q_slots, sources))
     slots, wide, narrow = _query_specs(call)
+    # A block's row of heads is an axis of its own: [B, head blocks, heads of a step, T].
     statistics = (q.shape[0], call.head_blocks, call.step_heads, _padded(call))
     return _run(
         call,
         functools.partial(forward_kernel, call=call),
         "memory_attention",
         pairs,
+        # The number of pairs is data: the grid is of dynamic size.
         (call.head_blocks, pairs.count),
         [slots, wide, *_source_specs(call)],
         [wide, narrow],
         [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(statistics, jnp.float32)],
         [
+            # Maximum, sum of weights, and sum of weighted values of each query; transposed, as scores are.
             pltpu.VMEM((call.step_heads, call.sizes.q), jnp.float32),
             pltpu.VMEM((call.step_heads, call.sizes.q), jnp.float32),
             pltpu.VMEM((call.step_heads, call.size, call.sizes.q), jnp.float32),
@@ -127,6 +135,7 @@ def _backward(call: Call, q, q_slots: Slots, sources, out, lse, d_out):
         [pltpu.VMEM((call.step_heads, call.size, call.sizes.q), jnp.float32)],
         (codes, q, out, d_out, lse, *_key_arguments(call, sources)),
     )
+    # delta comes from the first kernel, and is made there once for all sources.
     return d_q, [
         _key_gradients(call, seen[i], source, call.sizes.k[i], (codes, q, d_out, lse, delta))
         for i, source in enumerate(sources)
@@ -161,6 +170,7 @@ def _key_gradients(call: Call, seen, source, size: int, queries):
         functools.partial(keys_kernel, call=call, length=k.shape[1]),
         "memory_attention_dkv",
         pairs,
+        # Splits innermost: the sums of a block of keys, over all its query heads, are whole before the next begins.
         (call.head_blocks // call.splits, pairs.count, call.splits),
         specs,
         [mine, mine],

@@ -93,7 +93,9 @@ def vmem_bytes(sizes: Sizes, size: int, itemsize: int) -> int:
     queries = sizes.q * sizes.kv_heads * sizes.group * size
     keys = [k * sizes.kv_heads * size for k in sizes.k]
     scores = 5 * 4 * sizes.q * max(sizes.k)
+    # Queries, output, its gradient and the result; keys and values of all sources; the float32 sum.
     d_q = 2 * itemsize * (4 * queries + 2 * sum(keys)) + 4 * queries
+    # Queries and the output's gradient; keys, values and both results; two float32 sums.
     d_kv = 2 * itemsize * (2 * queries + 4 * max(keys)) + 2 * 4 * max(keys)
     return max(d_q, d_kv) + scores
 
@@ -102,4 +104,5 @@ def pair_bytes(batch: int, length: int, keys: tuple[int, ...], sizes: Sizes) -> 
     """Scalar memory of the longest list of pairs that there may be."""
     rows = -(-length // sizes.q)
     columns = sum(-(-n // k) for n, k in zip(keys, sizes.k, strict=True))
+    # Two int32 a pair, and one spare pair.
     return 8 * (batch * rows * (columns + 1) + 1)

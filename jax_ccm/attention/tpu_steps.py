@@ -67,6 +67,7 @@ class Call:
 def _rows(ref, lanes, block, length: int):
     """One head ``[n, H]`` of a block ``[1, n, heads H]``, zeros behind the end of the array."""
     x = ref[0, :, lanes]
+    # What is loaded from there is anything, NaN included, which a weight of 0 would not undo.
     if length % x.shape[0]:
         place = block * x.shape[0] + jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0)
         x = jnp.where(place < length, x, jnp.zeros_like(x))
@@ -75,6 +76,7 @@ def _rows(ref, lanes, block, length: int):
 
 def _visible(rule: Rule, queries, keys):
     """``bool [k, q]`` from the slots of a block of queries and one of keys, ``[1, 4, n]`` each."""
+    # Fields of queries are rows and those of keys columns, so that they broadcast to [k, q].
     q, k = queries[0], jnp.transpose(keys[0])
 
     def field(i):
@@ -121,11 +123,12 @@ def forward_kernel(rows, columns, q_slots, q, *refs, call: Call):
             scores = _scores(call, _rows(k, lanes, block, length), q[0, :, call.lanes(head)], mask)
             old = top[head : head + 1]
             new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
+            # What was summed so far is scaled to the new maximum.
             weights, shrink = jnp.exp(scores - new), jnp.exp(old - new)
             top[head : head + 1] = new
             total[head : head + 1] = shrink * total[head : head + 1] + jnp.sum(weights, axis=0, keepdims=True)
             values = _rows(v, lanes, block, length)
-            sums[head] = shrink * sums[head] + _dot(values, weights.astype(values.dtype), 0, 0)
+            sums[head] = shrink * sums[head] + _dot(values, weights.astype(values.dtype), 0, 0)  # [H, q]
 
     _sources(call, rows, columns, keys, visit)
 
@@ -140,6 +143,7 @@ def forward_kernel(rows, columns, q_slots, q, *refs, call: Call):
 
 def _probabilities(call: Call, k, q, mask, lse, head: int):
     """Probabilities, and the scores that they come from."""
+    # From the logsumexp that the forward pass left: scores are made again, weights were not kept.
     scores = call.score.of(_dot(k, q, 1, 1))
     return jnp.where(mask, jnp.exp(scores - lse[0, 0, head : head + 1]), 0.0), scores
 
@@ -163,8 +167,9 @@ def queries_kernel(rows, columns, q_slots, q, out, d_out, lse, *refs, call: Call
             lanes = call.lanes(head // call.sizes.group)
             key, value = _rows(k, lanes, block, length), _rows(v, lanes, block, length)
             weights, scores = _probabilities(call, key, q[0, :, call.lanes(head)], mask, lse, head)
-            d_weights = _dot(value, d_out[0, :, call.lanes(head)], 1, 1)
+            d_weights = _dot(value, d_out[0, :, call.lanes(head)], 1, 1)  # [k, q]
             d_scores = call.score.back(weights * (d_weights - delta[0, 0, head : head + 1]), scores)
+            # [H, q]: what queries behind the end leave stays in their own columns, which are not stored.
             sums[head] += _dot(key, d_scores.astype(key.dtype), 0, 0)
 
     _sources(call, rows, columns, keys, visit)
@@ -172,6 +177,7 @@ def queries_kernel(rows, columns, q_slots, q, out, d_out, lse, *refs, call: Call
     @pl.when((flags & LAST) != 0)
     def _():
         for head in range(call.step_heads):
+            # The scale of the scores is left for the end: a product for each number of a query, not of a score.
             d_q[0, :, call.lanes(head)] = jnp.transpose(sums[head] * call.score.scale).astype(d_q.dtype)
 
 
@@ -180,6 +186,7 @@ def keys_kernel(rows, columns, slots, k, v, q_slots, q, d_out, lse, delta, d_k, 
     step, split = pl.program_id(1), pl.program_id(2)
     flags = rows[step]
 
+    # Sums of a block of keys go over its whole row of the list and over all splits.
     @pl.when(((flags & FIRST) != 0) & (split == 0))
     def _():
         sums_k[...] = jnp.zeros(sums_k.shape, sums_k.dtype)
@@ -193,6 +200,7 @@ def keys_kernel(rows, columns, slots, k, v, q_slots, q, d_out, lse, delta, d_k, 
         for head in range(call.step_heads):
             kv_head = head // call.sizes.group
             lanes = call.lanes(kv_head)
+            # Summed over queries, unlike above: those behind the end have to be zeros.
             query = _rows(q, call.lanes(head), block, call.length)
             d_head = _rows(d_out, call.lanes(head), block, call.length)
             weights, scores = _probabilities(call, _rows(k, lanes, place, length), query, mask, lse, head)

@@ -28,6 +28,7 @@ class RMSNorm(nnx.Module):
         if self.offset:
             # Rounded once, as Gemma does.
             return ((1 + self.scale[...].astype(jnp.float32)) * h).astype(x.dtype)
+        # Rounded before the scale, as Hugging Face's Llama does.
         return self.scale[...] * h.astype(x.dtype)
 
 
@@ -56,6 +57,7 @@ class Attention(nnx.Module):
         """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``, not yet rotated."""
 
         def heads(y):
+            # [..., N H] -> [..., N, H], or K heads of keys and values; the heads are what `tensor` spreads.
             return constrain(y.reshape(*y.shape[:-1], -1, self.head_dim), "rows", "tokens", "heads")
 
         if self.fused is not None:
@@ -63,6 +65,7 @@ class Attention(nnx.Module):
         else:
             layers = self.q_proj, self.k_proj, self.v_proj
             q, k, v = (heads(layer(x, gate, key)) for layer, key in zip(layers, keys[:3], strict=True))
+        # Over each head by itself, and before the rotation (Qwen3, Gemma 3).
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v

@@ -113,6 +113,7 @@ class ModelConfig:
     @property
     def layer_weights(self) -> int:
         """Numbers in the projections of all layers: each costs two FLOPs a token."""
+        # Queries and output have N heads each, keys and values K each; the MLP has three matrices.
         attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
         return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
 
@@ -124,6 +125,7 @@ class ModelConfig:
           pairs: of a query and a key, in each layer.
           scored: tokens whose logits are computed.
         """
+        # Two products for a pair, with its key and with its value: four FLOPs for each number of a head.
         attention = 4.0 * self.num_layers * self.num_heads * self.head_dim * pairs
         return 2.0 * self.layer_weights * tokens + attention + 2.0 * self.vocab_size * self.hidden_size * scored
 
@@ -152,6 +154,7 @@ class ModelConfig:
         """Positions that the rotary embedding serves; beyond is allowed, and warned about."""
         scaling = self.rope_scaling
         length = (scaling.length if scaling is not None else None) or 0
+        # With the short factors, which hold for lengths up to the original one, it serves no more than that.
         if scaling is not None and scaling.kind == "longrope" and length <= scaling.original_max_position:
             return min(self.max_position, scaling.original_max_position)
         return max(self.max_position, length)

@@ -75,7 +75,9 @@ class LayerInputs:
           single: whether there is a single token a row.
           implementation: of `memory_attention`.
         """
+        # An array, since a scan indexes it by the traced number of the layer.
         windowed = jnp.asarray(config.windowed)
+        # Without the window first, since False sorts before True; `layer` picks by this order.
         kinds = [config.as_seen(kind) for kind in sorted(set(config.windowed))]
         rules = [with_window(rule, kind.sliding_window) for kind in kinds]
 
@@ -83,6 +85,7 @@ class LayerInputs:
             return tuple(rope.angles(kind, positions) for kind in kinds)
 
         angles = turns(slots.position if by_index is None else by_index)
+        # Where positions are places in the cache, entries are rotated at each use, by where they stand in its array.
         cached = by_index is not None and isinstance(memory, MemoryCache)
         past_angles = turns(jnp.arange(memory.k.shape[2])[None]) if cached else None
         memory_slots = memory.slots if memory is not None else None
@@ -109,16 +112,21 @@ class LayerInputs:
           ``[B, T, D]``; keys and values of the tokens, as a cache keeps them; attention received by the tokens and by
           the memory where it is observed, else None.
         """
+        # One for each projection: q, k, v, o, gate, up, down.
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
         which = None if len(self.attends) == 1 else self.windowed[number]
 
         def pick(options):
+            # Both were computed once for all layers; there is no choice where all layers are of one kind.
             return options[0] if which is None else jax.tree.map(lambda no, yes: jnp.where(which, yes, no), *options)
 
+        # A branch and not a choice between results: only one kind of attention is run.
         attend = self.attends[0] if which is None else functools.partial(jax.lax.cond, which, *reversed(self.attends))
         cos, sin = pick(self.angles)
         q, k, v = block.self_attn.project(block.input_layernorm(x), self.gate, keys)
+        # Rotated once, for attention and cache alike; merged keys are means of rotated ones (CCM, as its code does).
         rotated = rope.rotate(k, cos, sin)
+        # [B, M, K, H]: older chunks, out of this layer's own keys (`Packed`) or from the cache.
         mk, mv = self._remembered(rotated, v, past, pick)
         q, received = rope.rotate(q, cos, sin), None
 
@@ -129,11 +137,13 @@ class LayerInputs:
         if self.observe is None:
             y = attended(operand(v), operand(mk), operand(mv))
         else:
+            # Keys are bound: the cotangent is pulled back to the values alone.
             y, received = accumulated_attention(
                 lambda v, mv: attended(v, operand(mk), mv), operand(v), operand(mv), self.observe
             )
         x = x + block.after_attention(block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), self.gate, keys[3]))
         out = constrain(x + block.feed_forward(x, self.gate, keys[4:]), "rows", "tokens")
+        # What a cache keeps: where positions are places in the cache, they change later, so that keys stay unrotated.
         return out, (k if self.by_index else rotated, v), received
 
     def _remembered(self, k, v, past, pick):
@@ -161,6 +171,7 @@ def accumulated_attention(attend, v, memory_v, weights):
     Returns:
       The output, and ``float32 [B, T, K]`` and ``[B, M, K]``.
     """
+    # One cotangent w_q for every number of every head, so that the H numbers of a key's result are all the same.
     y, pull = jax.vjp(attend, v, memory_v)
     own, past = pull(jnp.broadcast_to(weights[:, :, None, None], y.shape).astype(y.dtype))
     return y, (own[..., 0].astype(jnp.float32), past[..., 0].astype(jnp.float32))
@@ -168,9 +179,10 @@ def accumulated_attention(attend, v, memory_v, weights):
 
 def pack(memory: Packed, x):
     """Memory entries ``[B, M, K, H]`` out of the tokens' keys or values ``[B, T, K, H]``."""
-    source = jnp.take_along_axis(x, memory.source[:, :, None, None], axis=1)
+    source = jnp.take_along_axis(x, memory.source[:, :, None, None], axis=1)  # [B, P, K, H]
     if memory.share is not None:
         parts = source.astype(jnp.float32) * memory.share[:, :, None, None]
+        # [B, M, c, K, H]: the c sources of a slot are neighbours.
         return jnp.sum(parts.reshape(*memory.slots.kind.shape, -1, *x.shape[2:]), axis=2).astype(x.dtype)
     if memory.mix is None:
         return source

@@ -64,6 +64,7 @@ class Linear(nnx.Module):
             self.lora_a = nnx.LoRAParam(
                 jax.random.uniform(key_a, (in_features, adapter.rank), jnp.float32, -bound, bound)
             )
+            # Zeros, as in the LoRA and CCM code: an untrained adapter leaves the base as it is.
             self.lora_b = nnx.LoRAParam(jnp.zeros((adapter.rank, out_features), jnp.float32))
         else:
             self.lora_a = self.lora_b = None
@@ -97,14 +98,17 @@ class Linear(nnx.Module):
             return y
         if isinstance(gate, Gate):
             # Row by row: with row numbers as indices the compiler would gather the rows of all devices.
+            # [B, P, out] of the P gated tokens alone.
             delta = self._branch(jax.vmap(lambda x, place: x[place])(x, gate.indices), gate.values, dropout_key)
             add = jax.vmap(lambda y, place, delta: y.at[place].add(delta))
+            # Added, not set: unused indices all point to place 0, with a gate of 0.
             return add(y, gate.indices, delta.astype(y.dtype))
         return y + self._branch(x, gate, dropout_key).astype(y.dtype)
 
     def _branch(self, x, gate, dropout_key):
         """``gate * (alpha / r) * dropout(x) A B``, float32."""
         assert self.lora_a is not None and self.lora_b is not None
+        # float32 throughout, whatever the base computes in: as CCM's code keeps and runs its LoRA.
         h = x.astype(jnp.float32)
         if dropout_key is not None and self.dropout:
             keep = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, h.shape)
@@ -115,6 +119,7 @@ class Linear(nnx.Module):
 
 def _product(precision: Precision, x, kernel, axes: str):
     """``x W`` for ``[B, T, in]``, or as many axes in front as there are, and a kernel of axes "io" or "oi"."""
+    # The letters i and o are the kernel's; `einsum` takes no ellipsis.
     front = "abcdefgh"[: x.ndim - 1]
     return einsum(f"{front}i,{axes}->{front}o", x, kernel, compute=precision.compute, output=precision.output)
 
@@ -140,6 +145,7 @@ class Fused(nnx.Module):
         kernels = [layer.kernel[...] for layer in layers if layer.kernel is not None]
         self.kernel = nnx.Param(jnp.concatenate(kernels, axis=1))
         self.parts = nnx.List([copy.copy(layer) for layer in layers])
+        # The parts keep bias and LoRA; the joined kernel takes the place of theirs.
         for part in self.parts:
             part.kernel = None
         self.ends = tuple(itertools.accumulate(kernel.shape[1] for kernel in kernels))

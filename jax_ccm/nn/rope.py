@@ -21,6 +21,7 @@ def _llama3(freqs: np.ndarray, scaling: RopeScaling, base: float) -> np.ndarray:
     ramp = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
+    # 1 keeps a frequency, 0 divides it by the factor.
     ramp = np.clip(ramp, 0.0, 1.0)
     return (1 - ramp) * freqs / scaling.factor + ramp * freqs
 
@@ -31,12 +32,14 @@ def _yarn(freqs: np.ndarray, scaling: RopeScaling, base: float) -> np.ndarray:
 
     # The dimension whose wave turns so often within the old context.
     def turning(turns):
+        # The pair i with ``original / (2 pi base**(2 i / size)) = turns``.
         return size * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / math.log(base) / 2
 
     low, high = turning(scaling.beta_fast), turning(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
+    # 0.001 as in Hugging Face's code, where both edges fall together.
     slowed = np.clip((np.arange(len(freqs)) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
     return slowed * freqs / scaling.factor + (1 - slowed) * freqs
 
@@ -45,6 +48,7 @@ def _dynamic(freqs: np.ndarray, scaling: RopeScaling, base: float) -> np.ndarray
     """Dynamic NTK: beyond the old context the base grows so that the longest wave is slowed with the length."""
     size = 2 * len(freqs)
     longer = max((scaling.length or 0) / scaling.original_max_position, 1.0)
+    # The exponent makes the last pair, ``base**-((size - 2) / size)``, slower by just what stands in brackets.
     growth = (scaling.factor * longer - scaling.factor + 1) ** (size / (size - 2))
     return freqs * growth ** -(np.arange(0, size, 2) / size)
 
@@ -77,6 +81,7 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
 def angles(config: ModelConfig, position):
     """Cosine and sine for positions ``int32 [...]``, with the attention factor: two float32 arrays ``[..., R / 2]``."""
+    # Positions are exact in float32 up to 2**24.
     angle = position[..., None].astype(jnp.float32) * frequencies(config)
     factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
     return (jnp.cos(angle), jnp.sin(angle)) if factor == 1.0 else (factor * jnp.cos(angle), factor * jnp.sin(angle))
@@ -94,6 +99,7 @@ def rotate(x, cos, sin):
 
 rotate.defvjp(
     lambda x, cos, sin: (_rotated(x, cos, sin), (cos, sin)),
+    # The transposed map is the rotation by the opposite angle; a factor in cosine and sine stays as it is.
     lambda angles, g: (_rotated(g, angles[0], -angles[1]), None, None),
 )
 
@@ -103,6 +109,7 @@ def _rotated(x, cos, sin):
     rest = [x[..., 2 * half :]] if 2 * half < x.shape[-1] else []
     # Split first and joined last: the whole of x and of its gradient then lies in memory in its own type alone.
     first, second = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half : 2 * half]))
+    # [B, T, 1, R / 2]: the same angles for all heads.
     cos, sin = cos[..., None, :], sin[..., None, :]
     halves = first * cos - second * sin, second * cos + first * sin
     return jnp.concatenate([*(half.astype(x.dtype) for half in halves), *rest], axis=-1)

@@ -45,6 +45,7 @@ class Embedding(nnx.Module):
         """``[B, T, D]`` for ids ``int32 [B, T]``."""
         table = self.embedding[...]
         vocab = table.shape[0]
+        # Ids of compression tokens are beyond the table: they read any row of it, which is replaced below.
         x = table[jnp.minimum(tokens, vocab - 1)].astype(self.output)
         if self.comp is None:
             return x
@@ -85,6 +86,7 @@ class Transformer(nnx.Module):
         self.layers = jax.vmap(make)(jax.random.split(key_layers, config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config, precision.params)
         self.transposed_embedding: nnx.Param | None = None
+        # Compression tokens have no column even where the head is a matrix of its own (CCM: the head is not extended).
         if not config.tie_embeddings:
             self.lm_head = Linear(key_head, config.hidden_size, config.vocab_size, precision=precision)
 
@@ -138,8 +140,11 @@ class Transformer(nnx.Module):
         )  # fmt: skip
 
         def body(carry, scanned):
+            # Without `store` the cache is scanned input, a layer at a time. With it, the cache is part of the carry,
+            # which changes in place; as input and output of the scan it would be there twice.
             x, whole = carry
             block, past, number, key = scanned
+            # Laid out as they are stored, so that only a layer is ever turned around (`sharding.in_order`).
             held = None if whole is None else tuple(in_order(each[number], "rows", None, "heads") for each in whole)
             out, new, more = run.layer(block, x, past if held is None else held[:2], number, key)
             if whole is not None and held is not None:
@@ -148,13 +153,16 @@ class Transformer(nnx.Module):
                 def update(each, layer):
                     return jax.lax.dynamic_update_index_in_dim(each, layer, number, 0)
 
+                # Nothing is stacked over layers: the tokens' keys and values are in the cache.
                 whole, new = tuple(map(update, whole, replaced)), ()
             return (out, whole), (new, out if output_hidden_states else more)
 
         if remat != "none":
+            # Products with weights have no batch dimensions; those of attention, with rows and heads in front, have.
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         x = constrain(self.embed_tokens(tokens), "rows", "tokens")
+        # The root is rounded to the type of the activations first, as Gemma's code does.
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
@@ -177,6 +185,7 @@ class Transformer(nnx.Module):
           arrays: by path, such as "layers.self_attn.q_proj.lora_a" and "embed_tokens.comp".
         """
         target = abstract_transformer(self.config, adapter, self.precision)
+        # The most specific type first: a `LoRAParam` is a `Param`, too.
         graphdef, slots, _ = nnx.split(target, nnx.LoRAParam, ...)
         found = jax.tree_util.tree_map_with_path(lambda keys, _: arrays[path_of(keys)], slots)
         return nnx.merge(graphdef, found, nnx.split(self, nnx.LoRAParam, ...)[2]).with_attention(self.attention)

@@ -90,6 +90,7 @@ TABLE = (
     Choice("gpu", (), "bfloat16", "tensor cores multiply bfloat16, and memory holds twice as many weights and slots"),
     Choice(
         "cpu",
+        # One of a list is enough: AMX and AVX512-BF16 both multiply bfloat16 and add up in float32.
         ("amx_bf16", "avx512_bf16"),
         "mixed",
         "the processor has instructions for products of bfloat16 that are summed in float32",
@@ -108,6 +109,7 @@ def automatic(platform: str, flags: frozenset[str] | None = None) -> Choice:
     Returns:
       The line of `TABLE`.
     """
+    # A GPU that is present is called "gpu"; one that is only compiled for, by its vendor's name.
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     for choice in TABLE:
         if choice.platform != platform:
@@ -131,10 +133,12 @@ def resolved(precision: str | Precision, platform: str) -> tuple[Precision, str]
 
 def processor_flags() -> frozenset[str]:
     """What this machine's processor can do, by the names of Linux ("avx512_bf16"); empty where it is not said."""
+    # Only Linux has this file; elsewhere a CPU counts as one without instructions for bfloat16.
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
     # "flags" on x86, "Features" on ARM.
+    # The first processor speaks for all of the machine.
     found = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     return frozenset(found.partition(":")[2].split())

@@ -37,6 +37,7 @@ def einsum(spec: str, a, b, *, compute=None, output=None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _rounded(spec: str, compute: str, output: str, a, b) -> Any:
+    # Asked of XLA, whose product else has the type of its operands.
     total = np.promote_types(output, np.float32)
     found = jnp.einsum(spec, a.astype(compute), b.astype(compute), preferred_element_type=total)
     return found.astype(output)
@@ -45,6 +46,7 @@ def _rounded(spec: str, compute: str, output: str, a, b) -> Any:
 def _forward(spec, compute, output, a, b):
     # Only what a gradient needs is kept: in training an adapter none of the activations before a frozen kernel.
     kept = b.value.astype(compute) if a.perturbed else None, a.value.astype(compute) if b.perturbed else None
+    # As empty numbers, since residuals are arrays; gradients get the types of the operands before rounding.
     types = np.zeros((), a.value.dtype), np.zeros((), b.value.dtype)
     return _rounded(spec, compute, output, a.value, b.value), (kept, types)
 
@@ -53,11 +55,13 @@ def _backward(spec, compute, output, residuals, g):
     (b, a), types = residuals
     terms, result = spec.split("->")
     left, right = terms.split(",")
+    # Rounded too: beside a float32 cotangent XLA would turn the kept operand into float32 (see above).
     g = g.astype(compute)
 
     def product(spec, x, like):
         return jnp.einsum(spec, g, x, preferred_element_type=jnp.float32).astype(like.dtype)
 
+    # No letter is lost or repeated (see `einsum`), so that each gradient is again a product of two terms.
     to_a = None if b is None else product(f"{result},{right}->{left}", b, types[0])
     to_b = None if a is None else product(f"{result},{left}->{right}", a, types[1])
     return to_a, to_b
