@@ -74,6 +74,7 @@ def model_card(
 def _base_model(recipe: Mapping[str, Any], said: CardConfig) -> str:
     """Id of the base on the hub; empty if none is known."""
     source = recipe.get("model", {}).get("source", "")
+    # What lies on this machine is no id of the hub, even if it looks like one.
     return said.base_model or (source if _HUB_ID.fullmatch(source) and not Path(source).exists() else "")
 
 
@@ -86,6 +87,7 @@ def _front_matter(adapter: Lora, recipe: Mapping[str, Any], said: CardConfig) ->
         base_model=base or None,
         library_name="jax_ccm",
         license=said.license or None,
+        # The hub lists an adapter under its base by this tag.
         tags=[*tags, *([f"base_model:adapter:{base}"] if base else [])],
         datasets=list(said.datasets) or None,
     ).to_yaml()
@@ -126,6 +128,7 @@ def _training(adapter: Lora, recipe: Mapping[str, Any], said: CardConfig) -> lis
     sources = recipe.get("data", {}).get("train", [])
     parts += ["\n".join(f"- `{source}`" for source in sources) or "Not recorded.", said.data]
     parts += ["### Training Procedure", _runs(adapter.extra.get("runs", []))]
+    # How it is evaluated is told with the results; what a person says of it stands in the card itself.
     rest = {section: keys for section, keys in recipe.items() if section not in ("card", "eval")}
     if rest:
         text = yaml.safe_dump(rest, sort_keys=False, allow_unicode=True).rstrip()

@@ -95,6 +95,7 @@ def discriminates(row: Mapping[str, Any], kind: str) -> bool | None:
         found = differences.get("minus_wrong") or differences.get("minus_none")
     if found is None:
         return None
+    # A bootstrap over one conversation has no spread: its interval says nothing.
     return row["dialogues"] > 1 and found["ci95"][0] is not None and found["ci95"][0] > 0
 
 

@@ -54,6 +54,8 @@ def side_by_side(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "
         for what, key in {
             "base model": lambda r: r["base"],
             "data": lambda r: (r["data"]["split"], r["data"]["sources"]),
+            # Numbers of examples and tokens by step: other questions, or other ways to cut them, hardly give the same
+            # ones.
             "questions": lambda r: [(row["step"], row["examples"], row["tokens"]) for row in r["steps"]],
         }.items():
             if key(run) != key(first):
@@ -63,6 +65,7 @@ def side_by_side(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "
                 )
     shared = {}
     for key, title in SHARED.items():
+        # Baselines depend on base, data and questions, which are the same: one measurement serves all.
         if found := next((run for _, run in runs if key in run["steps"][0]["systems"]), None):
             shared[title] = [_cells(found, key)]
     systems = shared | {name: [_cells(run, "memory") for run in several] for name, several in named.items()}
@@ -84,6 +87,8 @@ def _cells(results: Mapping[str, Any], system: str) -> dict[str, Any]:
         if system == "memory":
             cells[str(row["step"])] |= {name: row[name] for name in SHARES if name in row}
             if "uncompressed" in row["systems"]:
+                # The adapter on all text with nothing compressed, under its own name: it differs from adapter to
+                # adapter.
                 cells[str(row["step"])]["off"] = row["systems"]["uncompressed"]["perplexity"]
     memory = results["memory"] if system == "memory" else results["systems"][system]
     return {"command": results["command"], "memory": memory, "steps": cells}

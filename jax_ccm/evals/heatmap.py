@@ -48,6 +48,7 @@ def figure_of(cells: Sequence[Mapping[str, Any]]) -> Any:
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     shades = ScalarMappable(Normalize(0, 1), "viridis")
     for place, (title, of) in zip(axes, panels, strict=True):
+        # [lengths, ages]; NaN where no question is of that age and length.
         heights = np.full((len(lengths), len(ages)), np.nan)
         for cell in cells:
             system, at = of(cell), (lengths.index(tuple(cell["chunks"])), ages.index(cell["age"]))
@@ -57,6 +58,7 @@ def figure_of(cells: Sequence[Mapping[str, Any]]) -> Any:
             mark = "" if discriminates(cell, kind) is not False else "†"
             place.text(
                 at[1], at[0], f"{heights[at]:.2f}{mark}\n", ha="center", va="center", fontsize=9,
+                # Viridis is dark below, so that letters are white there.
                 color="white" if heights[at] < 0.55 else "black",
             )  # fmt: skip
             place.text(

@@ -27,6 +27,7 @@ from jax_ccm.rules.examples import Example, Segment
 from jax_ccm.rules.rows import arrange, batch
 from jax_ccm.rules.types import MemoryCache, Method
 
+# Of the largest logit of a time step (at least 1), and of the norm of the gradient.
 LOGIT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 # Large enough that a wrong gate shows, small enough that the model stays itself.
@@ -69,6 +70,7 @@ def parallel_logits(
     Returns:
       For each example ``float32 [q, V]``, in the order of its scored tokens.
     """
+    # Only training lays repetition out; a session has none.
     method = dataclasses.replace(method, repeat=None)
     made = batch(method, examples, caps_for(method, examples), model.config.vocab_size)
     if not with_memory:
@@ -81,6 +83,7 @@ def without_memory(made: Batch) -> Batch:
     """The batch with its memory hidden from everybody."""
     if made.memory is None:
         return made
+    # Of kind PAD, which no rule sees.
     slots = dataclasses.replace(made.memory.slots, kind=np.zeros_like(made.memory.slots.kind))
     return dataclasses.replace(made, memory=dataclasses.replace(made.memory, slots=slots))
 
@@ -122,6 +125,7 @@ def recurrent_logits(
         state = _compress(model, state, chunk.valid.any(axis=1), method=method)
     state, logits = _read(model, state, sessions.tail, method=method, query=True)
     collect(logits, sessions.weights[1])
+    # Once, at the end: what was lost or spoiled on the way stays noted in the cache.
     check(state)
     return [np.concatenate(row) for row in found]
 
@@ -134,6 +138,7 @@ def parallel_gradients(model: Transformer, method: Method, examples: Sequence[Ex
     """
     method = dataclasses.replace(method, repeat=None)
     made = batch(method, examples, caps_for(method, examples), model.config.vocab_size)
+    # The most specific type first: LoRAParam is also a Param.
     graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
     loss, gradients = _parallel_gradients(adapter, base, made, graphdef=graphdef, method=method)
     return float(loss), gradients
@@ -154,6 +159,7 @@ def gradient_gap(ours: Any, theirs: Any) -> float:
     def norm(trees):
         return np.sqrt(sum(float(np.sum(np.square(np.asarray(x, np.float64)))) for x in trees))
 
+    # In float64: squares of small gradients would be rounded away.
     pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
     difference = norm([np.asarray(a, np.float64) - np.asarray(b, np.float64) for a, b in pairs])
     return difference / max(norm([a for a, _ in pairs]), np.finfo(np.float32).tiny)
@@ -185,6 +191,7 @@ def _recurrent_gradients(adapter, base, cache, arrays, *, graphdef, method):
     def loss(adapter):
         model = nnx.merge(graphdef, adapter, base)
 
+        # The backward pass computes each chunk anew, instead of keeping the activations of all of them.
         @jax.checkpoint
         def step(cache, scanned):
             chunk, targets, weights = scanned
@@ -195,6 +202,7 @@ def _recurrent_gradients(adapter, base, cache, arrays, *, graphdef, method):
         closed, losses = jax.lax.scan(step, cache, (context, targets[0], weights[0]))
         _, logits = read(model, closed, tail, method=method, query=True)
         total = jnp.sum(losses) + _total_loss(logits, targets[1], weights[1])
+        # The mean over all scored tokens, as the parallel loss has it.
         return total / jnp.maximum(jnp.sum(weights[0]) + jnp.sum(weights[1]), 1.0)
 
     return jax.value_and_grad(loss)(adapter)
@@ -236,6 +244,8 @@ def differences(
             return max(float(np.max(np.abs(x - y))) for x, y in zip(a, b, strict=True))
 
         largest = max(float(np.max(np.abs(x))) for x in ours)
+        # A sum of products is off by parts of its size: a fixed tolerance would be loose for small logits and tight for
+        # large.
         gap, allowed = difference(ours, theirs), LOGIT_TOLERANCE * max(1.0, largest)
         row = {"step": step, "tokens": sum(len(x) for x in ours), "gap": gap, "largest": largest, "allowed": allowed}
         # Comparing this way round, a NaN does not pass.
@@ -259,6 +269,7 @@ def sessions(
     Returns:
       Examples with different numbers of chunks, and what they are.
     """
+    # Different numbers of chunks, so that rows that have ended go on beside others.
     counts = np.linspace(steps, 1, examples).round().astype(int)
     reason = "random tokens are asked for"
     if not random_tokens:
@@ -322,6 +333,7 @@ def with_adapter(model: Transformer, path: str | Path | None, *, random_b: bool,
     leaves, tree = jax.tree_util.tree_flatten_with_path(adapter)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     drawn = [
+        # B alone: A is drawn when an adapter is made, and B is zero then.
         RANDOM_B * jax.random.normal(key, leaf.shape, leaf.dtype) if "lora_b" in jax.tree_util.keystr(path) else leaf
         for key, (path, leaf) in zip(keys, leaves, strict=True)
     ]

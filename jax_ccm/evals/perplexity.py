@@ -124,6 +124,7 @@ def stages(
         if not right:
             continue
         try:
+            # The tails are the same, so that right and wrong are compared question by question.
             found.append(Stage(step, right, wrong_memory_choices(right)))
         except UserError as error:
             found.append(Stage(step, right, None, str(error)))
@@ -172,6 +173,7 @@ def measure(
     made = score(
         system.model, system.method, asked, rows=rows, store=store, identity=system.identity, log=log, name=system.name
     )
+    # In the order in which they were asked: the sides of all time steps, then the answers alone.
     scores = iter(made)
     taken: dict[int | str, list[list[tuple[Scores, ...]]]] = {stage.step: [] for stage in questions}
     for stage, side in sides:
@@ -245,6 +247,7 @@ def reply_lines(
     """Every question with its reply, as plain values: for people to read."""
     for number, stage in enumerate(questions):
         for name, steps in measured.items():
+            # A system without context has no replies behind a wrong one.
             for context, said in zip(("right", "wrong"), steps[number].said or (), strict=False):
                 for question, reply in zip(stage.right, said or (), strict=False):
                     example = question.examples[question.answer]
@@ -264,6 +267,7 @@ def _summary(
 ) -> dict[str, Any]:
     right = [question for stage in questions for question in stage.right]
     controlled = all(stage.wrong is not None for stage in questions)
+    # Drawn by record: questions about the same conversation are not independent. The same draws serve all systems.
     resamples = Resamples([question.examples[question.answer].id for question in right])
     row: dict[str, Any] = {"step": step, "examples": len(right), "dialogues": resamples.groups}
     row |= {"tokens": 0, "systems": {}}
@@ -291,6 +295,7 @@ def _summary(
         rights[name] = _rights(right, own, said, resamples)
         if said:
             cell["replies"] = _replies(said, rights[name])
+        # Numbers of all time steps together have a control only if each of them has.
         if controlled and all(stage.wrong is not None for stage in steps):
             others = [scores for stage in steps for scores in stage.wrong or ()]
             wrong_losses[name], wrong = _cell(right, others, resamples)
@@ -298,6 +303,7 @@ def _summary(
             accuracy = tasks.accuracy(right, others, steps[0].unconditional, resamples)
             if accuracy:
                 wrong["accuracy"] = accuracy
+            # Of the same draws: the difference of pairs, whose interval is narrower than those of its two sides.
             wrong["minus_right"] = estimate(wrong_losses[name] - loss)
             said = [reply for step in steps if step.said for reply in step.said[1] or ()]
             wrongs[name] = _rights(right, others, said, resamples)
@@ -348,6 +354,7 @@ def _cell(
     totals = np.array([answer.nll.sum() for answer in answers])
     counts = np.array([len(answer.nll) for answer in answers], float)
     hits = np.array([answer.hit.sum() for answer in answers], float)
+    # Losses are pooled before the exponential (CCM, section 4.1): long answers weigh more than short ones.
     loss = resamples.mean(totals, counts)
     return loss, {
         "tokens": int(counts.sum()),
@@ -366,6 +373,7 @@ def _shares(losses: dict[str, np.ndarray], wrong: dict[str, np.ndarray]) -> dict
         if {"none", "memory", full} <= set(losses):
             found[f"gap_closed{suffix}"] = share(losses["none"] - losses["memory"], losses["none"] - losses[full])
         if {"memory", full} <= set(wrong):
+            # What the right context is worth, to the memory and to full context.
             knows = {name: wrong[name] - losses[name] for name in ("memory", full)}
             found[f"content_share{suffix}"] = share(knows["memory"], knows[full])
     return found

@@ -100,8 +100,10 @@ class Cutting:
         A token that holds the end of one piece and the begin of the next belongs to the first.
         """
         first, most = self.start(prompt), len(prompt.tokens) - self.tail
+        # Borders within the start, or that leave too short a tail, do not count.
         own = {int(end) for end in np.searchsorted(prompt.begins, self.borders(prompt.text)) if first < end <= most}
         found, begin = [], first
+        # Pieces between borders, each cut again where it is longer than a chunk.
         for end in (*sorted(own), len(prompt.tokens)):
             found += [at for at in range(begin + self.chunk, end, self.chunk) if at <= most]
             found += [end] if end in own else []
@@ -118,9 +120,11 @@ class Cutting:
         """
         start, (*chunks, tail) = self.start(prompt), np.split(prompt.tokens, self.ends(prompt))
         chunks = [*chunks, tail]
+        # What stands in front of all turns begins the session, and is no part of its first chunk.
         chunks[0] = chunks[0][start:]
         *context, tail = (Segment(tokens, np.zeros(len(tokens), bool)) for tokens in chunks)
         asked = concat(tail, Segment(continuation, np.ones(len(continuation), bool)))
+        # More than what the tokenizer put in by itself: a system message.
         keeps = start > prompt.special and method.kept_kind is not None
         return Example(prompt.tokens[:start], NOTHING, (*context, asked), prompt.text[-60:], keeps_start=keeps)
 
@@ -185,6 +189,7 @@ def with_contexts_of_others(examples: Sequence[Example]) -> list[Example]:
     Raises:
       UserError: if there are not two different contexts.
     """
+    # By their tokens: requests that share a context share the one that takes its place.
     contexts = {_context(example): example.segments[:-1] for example in examples if len(example.segments) > 1}
     if len(contexts) < 2:
         raise UserError(
@@ -193,6 +198,7 @@ def with_contexts_of_others(examples: Sequence[Example]) -> list[Example]:
             "chunk)"
         )
     names = list(contexts)
+    # Each behind the next, the last behind the first: no context stays with its own question.
     following = dict(zip(names, [*names[1:], names[0]], strict=True))
     return [
         dataclasses.replace(example, segments=(*contexts[following[name]], example.segments[-1]))
@@ -230,6 +236,7 @@ def windows(tokens: np.ndarray, prefix: int, size: int) -> Iterator[tuple[np.nda
     """
     for first in range(0, len(tokens), size):
         end = min(first + size, len(tokens))
+        # The last token that is scored is never read, so that so many places hold one token more.
         before = tokens[max(end - size - 1, 0) : first]
         yield (before if first else np.array([prefix], np.int32)), tokens[first:end]
 
@@ -273,6 +280,7 @@ def rolling(
     totals = [0.0] * len(texts)
     if not examples:
         return totals
+    # Positions that run on may go beyond those that the base was trained for; places in a cache do not.
     if method.rope == "running":
         lengths = [len(x.start) + sum(len(segment.tokens) for segment in x.segments) for x in examples]
         warn_beyond(system.model.config, method, tokens=max(lengths))

@@ -32,6 +32,7 @@ def grid(questions: Sequence[Stage], measured: Mapping[str, list[Measured]], slo
     if len(different) < 2:
         return []
     cells = []
+    # Parts of about as many different lengths, however many questions each has.
     for those in np.array_split(different, min(len(different), MOST_LENGTHS)):
         for number, (stage, own) in enumerate(zip(questions, lengths, strict=True)):
             where = np.flatnonzero(np.isin(own, those))

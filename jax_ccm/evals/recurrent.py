@@ -42,6 +42,7 @@ def same_context(arranged: Sequence[Sequence[Segment]]) -> list[list[int]]:
         digest = hashlib.sha256()
         for segment in context:
             kept = np.zeros(0, bool) if segment.kept is None else segment.kept
+            # Lengths in front of the numbers: text cut otherwise is another context.
             digest.update(f"{len(segment.tokens)},{len(kept)}:".encode())
             for array in (segment.tokens.astype("<i4"), segment.scored, kept):
                 digest.update(array.tobytes())
@@ -86,7 +87,7 @@ def behind_contexts(
     sizes = [[len(segment.tokens) for segment in segments] for segments in arranged]
     # Neighbours in this order have as many chunks, of about the same lengths.
     order = sorted(same_context(arranged), key=lambda those: (len(sizes[those[0]]), max(sizes[those[0]])))
-    # One shape of cache for all.
+    # One shape of cache for all. Shapes alone: a cache of all examples together is not allocated.
     roomy = jax.eval_shape(lambda: cache_for(model, method, [_longer(example, room) for example in examples]))
     raw = _padded(roomy.k.shape[2] - roomy.memory_capacity, method.chunk or 1)
     for first in range(0, len(order), rows):
@@ -94,10 +95,12 @@ def behind_contexts(
         cache = init_cache(model, method, rows, memory_capacity=roomy.memory_capacity, raw_capacity=raw)
         contexts = _filled([those[0] for those in groups], rows)
         cache, scored = _read_contexts(model, method, cache, stream(method, [examples[i] for i in contexts]))
+        # One for each tail: the row that holds its context, and the number of the example.
         tails = [(row, index) for row, those in enumerate(groups) for index in those]
         for begin in range(0, len(tails), rows):
             some = tails[begin : begin + rows]
             own_rows, chosen = zip(*_filled(some, rows), strict=True)
+            # A copy of each row for each of its tails: what is scored is read into it and thrown away.
             own = select(cache, np.array(own_rows))
             sessions = stream(method, [examples[i] for i in chosen])
             yield Behind(own, [number for _, number in some], sessions, [scored[row] for row, _ in some])
@@ -125,6 +128,7 @@ def score_recurrently(
     found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(examples)
     for behind in behind_contexts(model, method, examples, rows=rows):
         answers = _score_tails(model, method, behind.cache, behind.sessions)
+        # Idle rows repeat the first, and stand behind all others: `zip` ends before them.
         for number, before, answer in zip(behind.numbers, behind.scored, answers, strict=False):
             losses, hits = zip(*before, answer, strict=True)
             found[number] = np.concatenate(losses), np.concatenate(hits)
@@ -149,6 +153,7 @@ def _read_contexts(model, method: Method, cache, sessions: Stream) -> tuple[Memo
     for time in range(sessions.context.tokens.shape[0]):
         chunk = jax.tree.map(operator.itemgetter(time), sessions.context)
         targets, weights = sessions.targets[0][time], sessions.weights[0][time]
+        # Most contexts are not scored, and then need no logits.
         asked = bool(weights.any())
         cache, *made = _step(model, cache, *fit(chunk, targets), method=method, close=True, asked=asked)
         if asked:
@@ -161,6 +166,7 @@ def _score_tails(model, method: Method, cache, sessions: Stream) -> Scored:
     """The scores of each row's tail."""
     tail = fit(sessions.tail, sessions.targets[1])
     cache, *made = _step(model, cache, *tail, method=method, close=False, asked=True)
+    # Once a batch: what was lost on the way stays noted.
     check(cache)
     return _scored(sessions.weights[1], *made)
 
@@ -182,6 +188,7 @@ def fit(*arrays: Any) -> Any:
     """Chunks ``[B, C]`` (and arrays as long), padded on the right to one of few lengths."""
 
     def pad(x):
+        # At the end, with zeros, which are invalid places.
         return np.pad(x, ((0, 0), (0, _padded(x.shape[1]) - x.shape[1])))
 
     return jax.tree.map(pad, arrays)
@@ -232,6 +239,7 @@ def stream(method: Method, examples: Sequence[Example]) -> Stream:
     for i, row in enumerate(rows):
         text = np.concatenate([segment.tokens for segment in row])
         scored = np.concatenate([segment.scored for segment in row])
+        # The token behind each, over the borders of segments: the last of a chunk predicts the first of the next.
         behind = np.append(text[1:], 0), np.append(scored[1:], False)
         first = 0
         for number, segment in enumerate(row):
@@ -262,6 +270,7 @@ def cache_for(model: Transformer, method: Method, examples: Sequence[Example]) -
     # Text that some later segment can see stays in the cache.
     keeps = any(set(clause.key) & set(RAW) and clause.farthest > 0 for clause in method.rule.sees)
     lengths = [[len(segment.tokens) for segment in row] for row in rows]
+    # A system message takes places of raw text for as long as the session lives.
     kept = max(0 if row[0].kept is None else int(row[0].kept.sum()) for row in rows)
     raw, unit = max(sum(row) if keeps else max(row) for row in lengths) + kept, method.chunk or 1
     return init_cache(
@@ -303,6 +312,7 @@ def repeat_recurrently(
     roomy = jax.eval_shape(lambda: cache_for(model, method, examples))
     chunks = max(map(len, texts), default=0)
     slots = max(roomy.memory_capacity, method.memory_slots(max(chunks, 1), longest), 1)
+    # With the place of the sink, as `cache_for` has made it.
     raw = roomy.k.shape[2] - roomy.memory_capacity
     found: list[list[np.ndarray]] = [[] for _ in examples]
     for first in range(0, len(examples), rows):
@@ -311,6 +321,7 @@ def repeat_recurrently(
         own = [texts[i] for i in numbers] + [[]] * (rows - len(numbers))
         for time in range(max(map(len, own))):
             pieces = [row[time] if time < len(row) else np.zeros(0, np.int32) for row in own]
+            # The chunk that was closed in this step: an older one where recent chunks stay as text.
             asked = time - method.recent
             # A row that has ended says something, too, which nobody hears.
             begin = np.array([sum(map(len, row[: max(asked, 0)])) for row in own], np.int32)

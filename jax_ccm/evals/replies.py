@@ -81,6 +81,7 @@ class Asking:
             return None
         assert template is not None
         written = isinstance(data, TurnsConfig) and data.chat_template
+        # A chat template ends a turn by a token; without one a model goes on with the text that separates turns.
         until = "" if written else data.pieces().get("separator", "").strip()
         around = len(template.heads["user"]), len(template.answer)
         return cls(max_tokens, tuple(ends), until, len(tokenizer), tokenizer.decode, around)
@@ -113,6 +114,7 @@ class Reply:
 
 def words(text: str) -> list[str]:
     """The words of a text as SQuAD compares them."""
+    # In the order of the official script: an article is found behind punctuation that was taken away.
     return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
 
 
@@ -141,9 +143,11 @@ def judge(text: str, target: str, answers: Sequence[str] = (), *, tokens: int = 
       answers: its short forms; () for none.
       tokens, cut: of the `Reply`.
     """
+    # The best over all answers, as SQuAD does with its several annotators.
     every = (target, *answers)
     exact = max(float(words(text) == words(one)) for one in every)
     best = max(f1(text, one) for one in every)
+    # A whole sentence is hardly ever said again word for word; its short form may be.
     return Reply(text, tokens, cut, exact, best, max(contains(text, one) for one in answers or (target,)))
 
 
@@ -155,6 +159,7 @@ def prompt(example: Example) -> Example:
     """
     *context, tail = example.segments
     where = np.flatnonzero(tail.scored)
+    # Scored tokens in one piece, and not from the first token on.
     if not len(where) or not where[0] or where[-1] - where[0] >= len(where):
         raise UserError(
             f"{example.id}: replies are generated to questions with one answer, in one piece behind the question; set "
@@ -201,6 +206,7 @@ def answer(
     """
     log = log or (lambda line: None)
     asked = [prompt(question.examples[question.answer]) for question in questions]
+    # Whatever else decides a reply is part of its file's name in the store.
     what = f"replies of {asking.max_tokens} below {asking.vocabulary} until {asking.stops}"
 
     def compute() -> dict[str, np.ndarray]:
@@ -220,6 +226,7 @@ def answer(
         _, target = asking.texts(question.examples[question.answer])
         text = asking.decode(tokens.tolist())
         whole = text.partition(asking.until)[0] if asking.until else text
+        # A text that ended it was found in time, even if the limit was reached, too.
         cut = len(tokens) == asking.max_tokens and whole == text
         found.append(judge(whole.strip(), target, question.answers, tokens=len(tokens), cut=cut))
     return found
@@ -264,6 +271,7 @@ def continued(
         (tail,) = fit(behind.sessions.tail)
         cache = _read(model, behind.cache, tail, method=method)
         decoder = decoder or for_decoding(model, cache)
+        # By the number of the example: what is drawn does not depend on where it stands in a batch.
         numbers = [*behind.numbers, *[0] * (rows - len(behind.numbers))]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.array(numbers))
         active = np.arange(rows) < len(behind.numbers)
@@ -274,6 +282,7 @@ def continued(
             )  # fmt: skip
             tokens, lengths = np.asarray(tokens), np.asarray(lengths)
             for row in np.flatnonzero(active):
+                # The last piece may go beyond the limit: all pieces are of one length, and one program.
                 so_far = np.concatenate([made[numbers[row]], tokens[row, : lengths[row]]])[:max_tokens]
                 made[numbers[row]] = so_far
                 active[row] = lengths[row] == piece and not (ended is not None and ended(so_far))

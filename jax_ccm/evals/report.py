@@ -125,6 +125,7 @@ def print_table(results: Mapping[str, Any]) -> None:
         table = Table(title=title, title_justify="left")
         for column in header:
             table.add_column(column, justify="right", no_wrap=False)
+        # A line in front of the row of all time steps together.
         for row, below in zip(rows, [*rows[1:], None], strict=True):
             table.add_row(*row, end_section=below is not None and below[0][:3] == "all" != row[0][:3])
         console.print(table)
@@ -402,6 +403,7 @@ def write(workdir: Path, results: dict[str, Any], said: Iterable[Any] | None = N
                 line["wrong_nll"] = cell["wrong"]["nll"]["value"]
             lines.append(line)
     output.write_lines(workdir / "metrics.jsonl", lines)
+    # Of an earlier evaluation in the same folder: it would be taken for this one's.
     (workdir / "replies.jsonl").unlink(missing_ok=True)
     if said is not None:
         output.write_lines(workdir / "replies.jsonl", said)

@@ -90,6 +90,7 @@ class Store:
         digest = hashlib.sha256(f"{code()}|{identity}|{method!r}|{what}|{len(examples)}".encode())
         for example in examples:
             pieces = [example.start, example.separator]
+            # Lengths in front of the numbers: pieces cut otherwise are other examples.
             for s in example.segments:
                 pieces += [s.tokens, s.scored, s.scored[:0] if s.kept is None else s.kept]
             for piece in pieces:
@@ -112,6 +113,7 @@ class Store:
 
     def save(self, path: Path, **arrays: np.ndarray) -> None:
         """Writes a file, as a whole or not at all."""
+        # Made in memory, so that the file can be put in its place as a whole.
         content = io.BytesIO()
         np.savez(content, **arrays)  # type: ignore[arg-type]
         paths.write(path, content.getvalue())
@@ -191,6 +193,7 @@ def shapes(lengths: Sequence[int] | np.ndarray, rows: int, shape_cost: int) -> l
     # best[j]: least cost of the j shortest lengths, by dynamic programming over where the last shape begins.
     best, begins = np.zeros(len(values) + 1), np.zeros(len(values) + 1, int)
     for j in range(1, len(values) + 1):
+        # [j]: batches, if the last shape began behind each of the j shorter lengths; idle rows are paid for, too.
         batches = -(-(before[j] - before[:j]) // rows)
         cost = best[:j] + batches * rows * values[j - 1] + shape_cost
         begins[j] = int(np.argmin(cost))
@@ -248,6 +251,7 @@ def score(
             log(f"{name}: {len(examples):,} examples, chunk by chunk, {time.perf_counter() - start:.0f} s")
         else:
             scores = _in_parallel(model, method, examples, rows, lambda line: log(f"{name}: {line}"))
+        # Examples have different numbers of scored tokens: one behind the other, with their lengths.
         nll, hit = (np.concatenate([getattr(x, key) for x in scores]) for key in ("nll", "hit"))
         return {"lengths": np.array([len(x.nll) for x in scores]), "nll": nll, "hit": hit}
 
@@ -264,12 +268,14 @@ def _in_parallel(
     needs = [measure(method, example) for example in examples]
     lengths = np.array([need.tokens for need in needs])
     chosen = shapes(lengths, rows, SHAPE_COST.get(jax.default_backend(), SHAPE_COST_ELSEWHERE))
+    # The first shape that holds each.
     shape_of = np.searchsorted(chosen, lengths)
     found: list[Scores | None] = [None] * len(examples)
     start, computed = time.perf_counter(), 0
     pending: list[tuple[np.ndarray, Batch, tuple[jax.Array, jax.Array]]] = []
     for number in range(len(chosen)):
         members = np.flatnonzero(shape_of == number)
+        # Of the members alone: a long example elsewhere enlarges nothing here.
         caps = Sizes(*(max(getattr(needs[i], f.name) for i in members) for f in dataclasses.fields(Sizes)))
         for first in range(0, len(members), rows):
             those = members[first : first + rows]
@@ -279,6 +285,7 @@ def _in_parallel(
             pending.append((those, made, _losses(model, made, method=method)))
             computed += rows * caps.tokens
             if len(pending) > 1:
+                # Waits for a batch while the next one is computed already: calls return before the device is done.
                 _collect(found, *pending.pop(0))
     for item in pending:
         _collect(found, *item)

@@ -51,9 +51,11 @@ class Resamples:
           resamples: number of draws.
           seed: of the draws.
         """
+        # By their texts: ids of different types have no order of their own.
         _, member = np.unique([repr(group) for group in groups], return_inverse=True)
         self.groups = int(member.max(initial=-1)) + 1
         rng = np.random.default_rng(seed)
+        # [resamples, groups], how often each is drawn: weights in place of copies.
         draws = rng.multinomial(self.groups, np.full(self.groups, 1 / max(self.groups, 1)), size=resamples)
         # The first row is the sample itself.
         self._weights = np.concatenate([np.ones((1, self.groups)), draws])[:, member]
@@ -65,6 +67,7 @@ class Resamples:
           totals: ``float64 [examples]``.
           counts: ``float64 [examples]``.
         """
+        # A resample in which nothing is counted is not a number, and is left out by `estimate`.
         with np.errstate(invalid="ignore", divide="ignore"):
             return (self._weights @ totals) / (self._weights @ counts)
 
@@ -76,12 +79,14 @@ def estimate(values: np.ndarray) -> Estimate:
     draws = values[1:][np.isfinite(values[1:])]
     if len(draws) < 2:
         return Estimate(float(values[0]))
+    # Percentiles, so that intervals of ratios and of perplexities need not be symmetric.
     low, high = np.quantile(draws, [0.025, 0.975])
     return Estimate(float(values[0]), float(draws.std(ddof=1)), float(low), float(high))
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> Estimate:
     """An `Estimate` of ``part / whole``; undefined where the whole is not clearly above zero."""
+    # A resample whose whole is about zero says nothing of a share.
     usable = whole > SMALLEST_GAP
     ratio = np.where(usable, part / np.where(usable, whole, 1.0), np.nan)
     return estimate(ratio)

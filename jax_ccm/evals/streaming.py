@@ -66,6 +66,7 @@ class Budget:
                 f"the first {self.closes} tokens that are closed (data.chunk) leave {left} slots of memory, so that "
                 "nothing becomes free; raise data.chunk, or lower the method's slots"
             )
+        # More chunks than any capacity holds: the memory when it is full.
         held = method.sink + min(method.memory_slots(1 << 20, self.closes), self.capacity)
         if self.window < held + self.closes:
             raise UserError(
@@ -77,6 +78,7 @@ class Budget:
         """Live slots behind each time that text is closed."""
         chunks = before = 0
         while True:
+            # Until it is full each closing leaves more memory, and less becomes free.
             chunks += 1
             held = min(self.memory.memory_slots(chunks, self.closes), self.capacity)
             yield self.window + 1 - self.closes + held - before
@@ -102,6 +104,7 @@ def stages(evaluation: Evaluation, lengths: Sequence[int], most: int = 0) -> lis
             f"the longest stream has {longest:,} tokens, fewer than the smallest of eval.steps, {min(lengths):,}; "
             "raise data.max_chunks or give longer texts"
         )
+    # Only those that reach the largest length, so that all lengths are measured on the same texts.
     questions = texts.questions([example for example in found if _length(example) >= reached[-1]], most)
     return [Stage(length, questions, None) for length in reached]
 
@@ -153,6 +156,7 @@ def measure(
             [(Scores(nll[row, _unscored(example) : stage.step], hit[row, _unscored(example) : stage.step]),)
              for row, example in enumerate(examples)],
             None,
+            # One more than the window: text is closed once that is exceeded.
             np.full(len(examples), float(min(budget.window + 1, int(stage.step)))),
             {},
             system.method.mixed_slots * system.model.config.kv_bytes_per_slot(4),
@@ -190,6 +194,7 @@ def score_streams(
     losses, hits = [np.zeros((rows, 1))], [np.zeros((rows, 1), bool)]
     # The last token is only a target.
     while done < text.shape[1] - 1:
+        # Read up to one slot more than the window: that is when text is closed.
         size = budget.window + 1 - live
         piece, behind = text[:, done : done + size], text[:, done + 1 : done + 1 + size]
         valid = np.arange(size) < behind.shape[1]
@@ -204,6 +209,7 @@ def score_streams(
         done += size
         if done < text.shape[1] - 1:
             live = next(sizes)
+            # Baselines drop as much as takes them to the memory's size, so that all hold as many slots at every moment.
             closes = budget.closes if method.remembers else budget.window + 1 - live
             cache = _close(model, cache, closes, method=method)
     check(cache)
@@ -220,6 +226,7 @@ def _read(model, cache, chunk, targets, *, method):
 
 @functools.partial(jax.jit, static_argnames="method", donate_argnums=1)
 def _close(model, cache, closes, *, method):
+    # The oldest raw text in the order of slots. How many is traced: one program for all systems and moments.
     raw = is_in(cache.slots.kind, RAW) & cache.slots.live
     return compress(model, cache, raw & (jnp.cumsum(raw, axis=1) <= closes), method=method)
 

@@ -58,6 +58,7 @@ def make_system(
       accept_quantised_base: it may have been trained on a base that differs by quantisation.
     """
     identity = f"{base['name']}|{base['fingerprint']}|{model.precision}|{jax.default_backend()}"
+    # A gate of nothing: the base itself, whatever adapter was loaded.
     if name == "none":
         return System(name, model, base_only(build("none")), f"{base['name']}, no context", identity)
     if name == "full":
@@ -67,6 +68,7 @@ def make_system(
         method = base_only(build("streaming_llm", sinks=SINKS[name]))
         return System(name, model, method, f"{base['name']}, {kept}the newest text", identity)
     if name == "uncompressed":
+        # The method's own gate lets the LoRA act on all text.
         text = f"{base['name']}, full context, the adapter on all text"
         return System(name, model, build("full"), text, f"{identity}|{fingerprint(model)}")
     if name == "full_lora":
@@ -82,6 +84,7 @@ def make_system(
         return System(name, model, build("full"), text, f"{identity}|{fingerprint(model)}")
     if method.eviction is not None:
         text = f"{base['name']} with {label(describe_method(method))}, nothing trained"
+        # Eviction is training-free: there is no adapter in it.
         return System(name, model.with_adapter(None), method, text, identity)
     if not adapter:
         print("note: no --adapter and no adapter.load: the memory is that of an untrained adapter")

@@ -40,6 +40,7 @@ def unconditional(like: Example, examples: Iterable[Example], prefix: np.ndarray
     for example in examples:
         tokens = answer_tokens(example)
         scored = np.arange(len(prefix) + len(tokens)) >= len(prefix)
+        # The prefix is read, and the answer behind it is scored.
         segment = Segment(np.concatenate([prefix, tokens]).astype(np.int32), scored)
         found[tokens.tobytes()] = Example(like.start, like.separator, (segment,), "an answer alone")
     return found
@@ -104,6 +105,7 @@ def correct(
     right: dict[str, list[bool]] = {"sum": [], "mean": [], "calibrated": []}
     for question, found in zip(questions, scores, strict=True):
         total = np.array([-answer.nll.sum() for answer in found])
+        # By tokens, too: a long answer has a lower sum in any case.
         values = {"sum": total, "mean": total / [len(answer.nll) for answer in found]}
         if alone:
             values["calibrated"] = total - [alone[answer_tokens(e).tobytes()] for e in question.examples]
@@ -122,6 +124,7 @@ def reference_average(by_task: Mapping[str, Sequence[int]], correct: Mapping[str
     found = []
     for task, those in by_task.items():
         rule = "calibrated" if CALIBRATED_TASK in task and "calibrated" in correct else "mean"
+        # The slip of the reference: the last question of each task is left out. A task of one question then has none.
         if EXCLUDED_TASK not in task and len(those) > 1:
             found.append(correct[rule][list(those)[:-1]].mean())
     return float(np.mean(found)) if found else None

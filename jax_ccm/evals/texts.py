@@ -109,6 +109,7 @@ def _guessed(system: System, examples: Sequence[Example], rows: int, store, log)
     found = []
     for example, scores in zip(examples, made, strict=True):
         sizes = [len(segment.tokens) for segment in closed(system.method, arrange(system.method, example))]
+        # Scores of the repetition stand behind those of the text.
         hits = scores.hit[len(scores.hit) - sum(sizes) :]
         found.append(np.split(hits, np.cumsum(sizes)[:-1]) if sizes else [])
     return found
@@ -135,6 +136,7 @@ def _generated(system: System, examples: Sequence[Example], rows: int, store, lo
     )["tokens"]  # fmt: skip
     found, begin = [], 0
     for row in texts:
+        # Borders of the closed chunks in what is said of all texts, one behind the other.
         ends = begin + np.cumsum([0, *map(len, row)])
         found.append([said[a:b] == text for a, b, text in zip(ends, ends[1:], row, strict=False)])
         begin = int(ends[-1])
