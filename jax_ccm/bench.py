@@ -60,6 +60,7 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
         print(f"note: training is left out; method {experiment.method.name!r} runs only as a recurrence")
         options = dataclasses.replace(options, train_rounds=0)
     if options.train_rounds:
+        # Before the measurements, which take minutes, and of which training is the last.
         sharding.check_rows(experiment.mesh, "data.batch_size", config.data.batch_size)
     with sharding.use(experiment.mesh):
         results = _measure(experiment, ways, options, command)
@@ -90,6 +91,7 @@ def _measure(experiment: Experiment, ways: list[Baseline], options: Options, com
         "weights_bytes": weights_bytes(experiment.model),
         "kv_bytes_per_slot": experiment.model_config.kv_bytes_per_slot(experiment.model.dtype.itemsize),
     } | report.environment()
+    # A copy of all layers: made once, and only if some program is faster with it.
     unstacked = functools.cache(experiment.model.unstacked)
     results["turns"] = [after_turns(experiment.model, unstacked, ways, options, turns) for turns in options.turns]
     results |= single_steps(
@@ -126,6 +128,7 @@ def training_step(experiment: Experiment, length: int) -> tuple[Callable[[], Any
     step = make_step(
         graphdef, method, optimizer, config.train, objective=config.objective, dropout=dropout, shardings=out
     )
+    # [1, B, ...]: one micro-batch a step.
     batches: Batch = sharding.place(experiment.mesh, jax.tree.map(lambda x: np.asarray(x)[None], made), leading=1)
     # A copy: the step is given its state for good, and the model's arrays are still needed.
     state = [jax.tree.map(jnp.copy, jax.jit(init, out_shardings=shardings)(params))]

@@ -107,6 +107,7 @@ def _talk(experiment: Experiment, options: Options) -> int:
     for text in typed.example() if options.example else options.say or typed.lines():
         if options.example and text.startswith("/"):
             print()
+        # What is typed stands on the terminal already.
         if options.say or options.example or not sys.stdin.isatty():
             print(f"you      {printable(text)}")
         entry: dict[str, Any] = {"you": text}
@@ -121,6 +122,7 @@ def _talk(experiment: Experiment, options: Options) -> int:
             entry["refused"] = "interrupted"
             print("stopped  the memory is as it was before this turn")
         record.add(entry)
+    # Whoever sits at a terminal has read what was refused; a script looks at the status.
     held = not (options.say or options.example) and sys.stdin.isatty()
     return 2 if record.refused and not held else 0
 
@@ -128,6 +130,7 @@ def _talk(experiment: Experiment, options: Options) -> int:
 def _exchange(terminal: Terminal, entry: dict[str, Any]) -> None:
     """Has a turn answered, or a command done."""
     text = entry["you"]
+    # Two slashes begin a turn that itself begins with one.
     if text.startswith("/") and not text.startswith("//"):
         terminal.command(text, entry)
     else:

@@ -58,6 +58,7 @@ def compare(runs: Sequence[str], workdir: Path, *, command: str = "") -> None:
         named.setdefault(name, []).append(comparison.load(folder))
     if not named:
         raise UserError("there is nothing to compare; give NAME=DIR for each evaluation")
+    # Before the folder is made: what cannot be compared leaves nothing behind.
     result = comparison.side_by_side(named, command)
     workdir = paths.usable(workdir)
     output.write_json(workdir / "comparison.json", result)

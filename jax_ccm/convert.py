@@ -60,11 +60,13 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, prog="python -m jax_ccm.convert", use_underscores=True)
+    # A memory is a file, an adapter a folder.
     if options.merge is not None or options.source.is_file():
         _convert_memory(options)
         return
     if options.format == "dynamic_cache":
         raise UserError(f"dynamic_cache is a format of memories, and {options.source} is no memory file")
+    # Imported here: a memory needs none of it, and --help is there at once.
     from jax_ccm.config.adapters import FILE, chosen, config_beside, open_config
     from jax_ccm.config.schema import Config, to_yaml
     from jax_ccm.evals import card
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config is not None:
         model = dataclasses.replace(config.model, source=options.base, revision="") if options.base else config.model
         config = dataclasses.replace(config, model=model, card=said)
+    # What the files say of their method holds before what is given; `Adapter.read` has compared the two.
     if adapter.method is None and method is not None:
         adapter = dataclasses.replace(adapter, method=describe_method(method))
     text = card.model_card(

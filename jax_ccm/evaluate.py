@@ -63,6 +63,7 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
       UserError: for a missing adapter, empty data, a working directory that belongs to a training run.
     """
     start = time.perf_counter()
+    # Before the model is loaded: mistakes are said at once.
     _check(config, options)
     processes.refuse_several(devices=True)
     experiment = load_experiment(config, adapter=options.adapter)
@@ -119,6 +120,7 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     results["seconds"] = round(time.perf_counter() - start, 1)
     save_config(config, options.workdir / "config.yaml")
     report.write(options.workdir, results, asking and perplexity.reply_lines(questions, measured, asking))
+    # A card for a trained adapter alone: with the recipe that lies beside it, not with this run's config.
     if adapter and experiment.loaded is not None:
         trained = config_beside(adapter)
         recipe, told = (None, config.card) if trained is None else (chosen(trained), trained.card)

@@ -28,6 +28,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, prog="python -m jax_ccm.inspect", use_underscores=True)
+    # Imported here, so that --help is there at once.
     from jax_ccm.memory.files import read
     from jax_ccm.memory.portraits import difference, portrait
 

@@ -79,11 +79,13 @@ def run(config: Config, options: Options, *, command: str = "") -> dict[str, Any
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise UserError(f"--num_fewshot is {options.num_fewshot}; give 0 or more examples")
     processes.refuse_several(devices=True)
+    # Imported here: it refuses to be where the harness is not installed.
     from jax_ccm.harness import tasks
 
     workdir = paths.usable(options.workdir)
     known = tasks.open_tasks(options.tasks, options.include_path)
     experiment = load_experiment(config, adapter=options.adapter)
+    # The options extend the settings; a system is given the settings alone.
     settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
     results = tasks.measure(
         experiment, options.systems, settings, options.tasks,

@@ -66,6 +66,7 @@ def plan(config: Config, options: Options, *, command: str = "") -> dict[str, An
     if options.workdir is not None:
         paths.usable(options.workdir)
     chip = chips.find(options.topology)
+    # "auto" means what it would mean there, not on this CPU.
     config = with_precision(config, "tpu" if chip.is_tpu else "gpu")
     devices = chips.devices(options.topology)
     name, shape = model_shape(config, options.shape)

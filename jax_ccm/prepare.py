@@ -111,6 +111,7 @@ def show(config: Config, options: Options) -> None:
         data = batches.prepare(config.data, method, tokenizer, vocab)
 
         def example(place):
+            # By the place alone: the same example is shown again, whatever --count is.
             return data.draw(data.units[place], np.random.default_rng([config.train.seed, place]))
     else:
         data = Evaluation.open(config.data, tokenizer, options.split)

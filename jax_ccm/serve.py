@@ -75,6 +75,7 @@ class Options:
 
 def main() -> int:
     options, config, _ = cli.parse(Options, command="jax_ccm.serve")
+    # Before the model is loaded, which takes much longer.
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'the server needs {package}; pip install "jax_ccm[serve]"')
@@ -102,6 +103,7 @@ def serve(experiment: Experiment, store: Store, name: str, token: str, options: 
     from jax_ccm.serving.requests import Defaults
     from jax_ccm.sessions.conversations import Conversations
 
+    # The pool's own thread uses the mesh again: JAX knows it thread by thread.
     with sharding.use(experiment.mesh):
         talk = Conversations(experiment, options.rows)
     idle = 3600 * options.idle_hours
@@ -114,6 +116,7 @@ def serve(experiment: Experiment, store: Store, name: str, token: str, options: 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     uvicorn.run(app, host=options.host, port=options.port, log_level="info", timeout_keep_alive=30)
+    # Behind the pool's end, which still writes (`Server.app`).
     store.close()
     return 0
 

@@ -28,6 +28,7 @@ class Options:
 def main() -> None:
     options, config, _ = cli.parse(Options, command="jax_ccm.train")
     workdir = options.workdir
+    # Only training writes checkpoints; evaluations and checks write results.json.
     if (workdir / "results.json").exists() and not (workdir / "checkpoints").exists():
         raise UserError(
             f"--workdir {workdir} holds the results of another command, whose files would be overwritten; give "
@@ -36,6 +37,7 @@ def main() -> None:
     from jax_ccm.distributed import processes
     from jax_ccm.training.run import Run
 
+    # Before anything asks JAX for devices: from then on it would know those of this process alone.
     processes.initialize(config.train.heartbeat)
     Run(config, workdir, accept_changes=options.accept_changes).train()
 

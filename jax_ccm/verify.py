@@ -96,11 +96,13 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
         config.data, experiment.tokenizer, method, experiment.model_config.vocab_size, examples=options.examples,
         steps=options.steps, random_tokens=options.random_tokens, seed=options.seed,
     )  # fmt: skip
+    # All text tokens are compared, not only those that training scores.
     examples = [parity.everything_scored(example) for example in examples]
     print(f"{method.name}, {adapter}; {len(examples)} sessions of {source}")
     with sharding.use(experiment.mesh), jax.default_matmul_precision("highest"):
         parallel = parity.parallel_logits(model, method, examples)
         recurrent = parity.recurrent_logits(model, method, examples)
+        # How far the memory moves logits at all: without it the check would say nothing.
         bare = parity.parallel_logits(model, method, examples, with_memory=False)
     steps = parity.differences(parallel, recurrent, bare, parity.target_steps(method, examples))
     result = {"command": command, "method": method.name, "adapter": adapter, "sessions": source, "steps": steps}
@@ -109,6 +111,7 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
         with sharding.use(experiment.mesh), jax.default_matmul_precision("highest"):
             loss, ours = parity.parallel_gradients(model, method, examples)
             other, theirs = parity.recurrent_gradients(model, method, examples)
+        # In float64: squares of small gradients would be rounded away.
         norm = float(np.sqrt(sum(float(np.sum(np.square(np.asarray(x, np.float64)))) for x in jax.tree.leaves(ours))))
         gap = parity.gradient_gap(ours, theirs)
         fine = bool(gap <= parity.GRADIENT_TOLERANCE)

@@ -48,6 +48,7 @@ class Baseline:
         size, closed = _chunks(self.method, turns + 1, turn)
         slots = self.method.memory_slots(closed + 1 if self.method.chunk else closed, size)
         if self.memory is not None:
+            # A chunk writes all its slots at once: fewer could never be held.
             slots = max(self.memory, self.method.memory_slots(1, size))
         text = kept_text(self.method, turns, turn) if self.text is None else self.text
         # A method that cuts text itself closes a chunk as soon as it is full.
@@ -78,6 +79,7 @@ def compared(name: str, options: Mapping[str, Any], *, capacity: int, window: in
         "window": Baseline("window", newest, f"the newest {window} tokens of text", text=max(window, own.sink)),
     }
     for label, method in beside(name, **options).items():
+        # Whether a memory grows is asked of the method itself, behind more turns than would fill a constant one.
         note, grows = _note(method), _memory(method, MANY) > _memory(method, MANY // 2)
         found[label] = Baseline(label, method, f"{note}, all kept" if grows else note, text=_newest(method))
         if grows:
@@ -90,6 +92,7 @@ def compared(name: str, options: Mapping[str, Any], *, capacity: int, window: in
 
 def of(ways: list[Baseline], method: Method) -> Baseline:
     """The one that keeps a conversation by a method; with a bounded memory, if there are two."""
+    # The evicting one stands behind the one that keeps all.
     return next(baseline for baseline in reversed(ways) if baseline.method == method)
 
 
@@ -149,6 +152,7 @@ def fill(cache: MemoryCache, method: Method, *, turns: int, turn: int) -> Memory
     size = cache.slots.kind.shape[1]
 
     def like(old, x):
+        # Placed as the old array was: with another placement every program would be compiled again.
         return jax.device_put(np.broadcast_to(np.asarray(x, np.int32), old.shape), old.sharding)
 
     return dataclasses.replace(

@@ -43,6 +43,7 @@ def make(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Step]]:
                 flash_attn=False,  # its default
                 verbose=False,
             )
+            # Any tokens: what they say costs nothing.
             model.eval([10 + number % 1000 for number in range(tokens)])
             there[turns] = model, model.save_state()
         return there[turns]

@@ -35,11 +35,13 @@ def serve(make: Callable[[Mapping[str, Any]], tuple[dict[str, Any], dict[str, St
         answers.flush()
 
     settings = json.loads(sys.stdin.readline())
+    # For libraries, too, that take no number of threads but count the cores.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings["threads"]])
     try:
         about, steps = make(settings)
     except ImportError as e:
+        # Only what `make` imports: the caller knows what to do about a package that is not there.
         return answer(error=f"{sys.executable} lacks {e.name}")
     answer(about=about, steps=list(steps))
     for line in sys.stdin:

@@ -143,6 +143,7 @@ def _compared(
     """One comparison: what each step of each side took."""
     from jax_ccm.weights import read_config
 
+    # The other process builds the method again, by its name and options.
     known = {"name": method.name, **config.method.options()} if kind == "memory" else {"name": "full"}
     sizes = {"count": options.rows, "tokens": options.tokens, "chunk": options.chunk}
     method = build(**known)
@@ -186,6 +187,7 @@ def _compared(
         if own and other:
             ratios[name] = other / own
     tokens = {"tokens": options.rows * options.tokens, "scored": int(made.weights.sum())}
+    # The loss of both is in the file: if it differs, what was compared is not the same.
     return tokens | {"sides": sides_found, "ours_to_pytorch": ratios, "load_average": round(os.getloadavg()[0], 2)}
 
 
@@ -201,6 +203,7 @@ def _rounds(kind: Kind, sides: Mapping[str, Side], options: Options) -> dict[str
             sample = sides[name].ask(step)
             if "error" in sample:
                 found[name][step] = {"error": sample["error"]}
+                # A step that fails once (no memory, no compiler) is not asked again.
                 del samples[name, step]
                 print(f"{kind}: {name}, {step}: {sample['error']}", flush=True)
             elif number >= options.warm_up:

@@ -37,11 +37,13 @@ def for_peer(made: Batch, method: Method) -> dict[str, np.ndarray]:
 
     A memory slot that is a copy of one token's key and value is seen where that token stands.
     """
+    # What PyTorch's cross-entropy passes over.
     labels = np.full(made.tokens.shape, -100, np.int64)
     np.put_along_axis(labels, np.asarray(made.indices), np.where(made.weights > 0, made.targets, -100), axis=1)
     arrays = {"tokens": made.tokens, "labels": labels, "position": made.slots.position}
     if made.memory is not None:
         assert made.memory.mix is None and made.memory.share is None
+        # bool [B, T, T]; who sees memory sees the place that it was copied from.
         mask = np.array(visible(method.rule, made.slots, made.slots))
         past = np.array(visible(method.rule, made.slots, made.memory.slots))
         for row, source in enumerate(np.asarray(made.memory.source)):
@@ -101,6 +103,7 @@ def to_adapter(model: Transformer, made: Batch, method: Method, comp: np.ndarray
     """Forward and backward to the adapter, whose embeddings of compression tokens are given."""
     graphdef, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
     trained = nnx.to_pure_dict(trained)
+    # The same initial embeddings on both sides: otherwise losses could not be compared.
     trained["embed_tokens"]["comp"] = jnp.asarray(comp)
 
     def loss_of(trained, frozen, made):
@@ -113,11 +116,13 @@ def to_adapter(model: Transformer, made: Batch, method: Method, comp: np.ndarray
 
 def _step(call: Callable[[], tuple[Any, Any]]) -> Step:
     def step() -> Callable[[], dict[str, float]]:
+        # Calls return before the device is done.
         loss, gradient = jax.block_until_ready(call())
 
         def square():
             return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(gradient))
 
+        # Outside of the time that is taken: it is for comparison alone.
         return lambda: {"loss": float(loss), "gradient": float(jnp.sqrt(square()))}
 
     return step

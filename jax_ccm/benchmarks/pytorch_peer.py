@@ -55,12 +55,14 @@ def _step(model: Any, base: Any, arrays: Mapping[str, Any]) -> Step:
 
     tokens, labels = arrays["tokens"].long(), arrays["labels"].long()
     table = base.get_input_embeddings().weight
+    # Compression tokens are numbered behind the vocabulary, which has no rows for them; theirs are put in below.
     embedded = torch.nn.functional.embedding(tokens.clamp(max=len(table) - 1), table).detach()
     given: dict[str, Any] = {}
     if "mask" in arrays:
         comp = arrays["comp"].clone().requires_grad_(True)
         rows, columns = (tokens >= len(table)).nonzero(as_tuple=True)
         number = tokens[rows, columns] - len(table)
+        # [B, 1, T, T]: the same for all heads.
         given = {"attention_mask": arrays["mask"][:, None], "position_ids": arrays["position"].long()}
         trained = [comp, *(p for p in model.parameters() if p.requires_grad)]
     else:
@@ -68,10 +70,12 @@ def _step(model: Any, base: Any, arrays: Mapping[str, Any]) -> Step:
 
     def step() -> Callable[[], dict[str, float]]:
         for each in trained:
+            # Not zeroed: the backward pass then writes in place of adding.
             each.grad = None
         inputs = embedded
         if given:
             inputs = embedded.index_put((rows, columns), comp[number].to(embedded.dtype))
+        # The loss in float32, as ours.
         logits = model(inputs_embeds=inputs, use_cache=False, **given).logits.float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()

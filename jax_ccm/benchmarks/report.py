@@ -48,6 +48,7 @@ def turns_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     header = ["turns before", "kept as", "first token, ms", "each further, ms", "x reading", "close, ms", "turn, ms"]
     header += ["to full", "MiB"]
     rows, decode, rate = [], results["steps"]["decode"], results["machine"]["read_bytes_per_second"]
+    # Seconds of reading the weights once, got back from how many times that a token took.
     weights = decode["seconds"] / decode["tokens"] / decode["times_reading_weights"]
     for row in results["turns"]:
         for name, cell in row["systems"].items():

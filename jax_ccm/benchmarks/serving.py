@@ -197,6 +197,7 @@ class Live:
         count, size = talk.engine.rows, -(-bench.turn // bench.chunks)
         cache = fill(talk.state.cache, self.baseline.method, turns=turns * bench.chunks, turn=size)
         ends = tuple((n * bench.chunks, (n + 1) * bench.chunks) for n in range(turns))
+        # Chunks, turns and tokens as that many turns would have left them.
         talk.state = State(cache, (ends,) * count, (turns * bench.turn,) * count, (NOTHING,) * count)
         jax.block_until_ready(cache)
         how = Answering(max_tokens=bench.options.reply)
@@ -210,6 +211,7 @@ class Live:
                     first.setdefault(row, now)
         jax.block_until_ready(talk.state.cache)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        # Rates of turns are those of answers of one length.
         assert all(reply.tokens == bench.options.reply for reply in replies.values())
         return {"seconds": wall, "cpu_seconds": cpu, "first": list(first.values())}
 
@@ -238,11 +240,13 @@ def _cell(bench: Bench, ways: list[Baseline], side: Side | None, sessions: int, 
         if needed[baseline.name] > budget:
             systems[baseline.name]["needs_bytes"] = needed.pop(baseline.name)
     fitting = [baseline for baseline in ways if baseline.name in needed]
+    # All at once where there is room, so that what disturbs one disturbs all.
     together = [fitting] if sum(needed.values()) <= budget else [[baseline] for baseline in fitting]
     samples = {baseline.name: [] for baseline in fitting}
     if side is not None and turns <= options.peer_most_turns:
         samples[PEER] = []
     for group in together:
+        # The peer is measured once, beside the first group.
         _rounds(bench, group, side if PEER in samples and group is together[0] else None, sessions, turns, samples)
     for name, found in samples.items():
         errors = [sample["error"] for sample in found if "error" in sample]
@@ -252,6 +256,7 @@ def _cell(bench: Bench, ways: list[Baseline], side: Side | None, sessions: int, 
             systems[name] = systems.get(name, {}) | _summary(found, 1 if name == PEER else sessions)
     if "rounds" in systems.get(PEER, {}):
         cell = systems[PEER] | {"bytes": samples[PEER][-1]["bytes"]}
+        # A server would have to hold the states of all of them.
         held = cell["bytes"] * sessions
         systems[PEER] = {"bytes": cell["bytes"], "needs_bytes": held} if held > budget else cell
     told = ", ".join(f"{name} {cell['turns_per_second']:.2f}/s" for name, cell in systems.items() if "rounds" in cell)

@@ -35,6 +35,7 @@ class Side:
           RunError: if the process has ended.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
+        # A process that has ended: reading finds the end, and that is told.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
@@ -64,4 +65,5 @@ def started(command: list[str], settings: Mapping[str, Any], remedy: str) -> Ite
         try:
             yield Side(process, command, settings, remedy)
         finally:
+            # It only waits for lines, and would go on doing so.
             process.kill()

@@ -87,6 +87,7 @@ class _Steps:
         chunk = method.chunk or options.chunk
         # Without a memory, as many as are read at once.
         written = method.memory_slots(1, chunk)
+        # Chunks that stay as text before they become memory; behind any large number of turns.
         recent = baselines.kept_text(method, 99, chunk) // chunk if own.memory else 0
         past = (own.memory or written) // written + recent if written else max(options.prefill // chunk, 1)
         cache = turns.as_left(self.model, own.cache(self.model, 1, turns=past, turn=max(chunk, options.reply)))
@@ -106,6 +107,7 @@ class _Steps:
             self.work["compress_step"] = shape.forward_flops(chunk + len(method.closes), seen, 1)
             self.tokens["compress_step"] = chunk
         first = jnp.ones((1,), jnp.int32)
+        # As `Conversations` would choose.
         decoder = unstacked() if pays_unstacked(self.model, cache) else self.model
 
         def answer(held):
@@ -132,6 +134,7 @@ class _Steps:
         step, self.sizes, self.work["train"] = training(self.options.chunk)
         step()
         self.seconds["train"] = round(time.perf_counter() - start, 2)
+        # The product once more beside it: a busy machine slows both.
         both = {"matrix product": self.calls["matrix product"], "train": step}
         samples = turns.interleaved(both, self.options.train_rounds)
         self.found["train"] = turns.summary(samples["train"], self.options.clock)
@@ -171,6 +174,7 @@ def _kept(
     cache: MemoryCache, refill: Callable[[MemoryCache], MemoryCache], call: Callable[[MemoryCache], MemoryCache]
 ) -> Callable[[], MemoryCache]:
     """A call that is given the state which it left, set back to so many turns, for good, as in a server."""
+    # A copy: the call donates what it is given, and this cache is needed by other steps.
     states = [jax.tree.map(jnp.copy, cache)]
 
     def run() -> MemoryCache:
@@ -185,6 +189,7 @@ def _read_bytes(model: Transformer) -> int:
     shape = model.config
     head = shape.vocab_size * shape.hidden_size
     itemsize = jnp.dtype(model.precision.params).itemsize
+    # Of the table of embeddings one row is read; the head is read as a whole, tied or not.
     return (shape.layer_weights + head) * itemsize
 
 
@@ -209,6 +214,7 @@ def training_flops(config: Config, shape: ModelConfig, method: Method, made: Bat
 
     # Backward through a frozen base: one product for each one forward, two in attention; another where it is trained.
     backward = linear * (2 if config.train.trainable == "all" else 1) + 2 * attention(method, made)
+    # A teacher reads text alone, without a memory.
     alone = dataclasses.replace(made, memory=None)
     asked = [teacher.FULL] * config.objective.asks_teacher + [teacher.ALONE] * bool(config.objective.dependence)
     return linear + attention(method, made) + backward + sum(linear + attention(each, alone) for each in asked)

@@ -186,6 +186,7 @@ def matrix_product(precision: Precision) -> tuple[Callable[[], Any], float]:
     a = jnp.full((size, size), 1 / size, precision.params)
     product = functools.partial(einsum, "ij,jk->ik", compute=precision.compute, output=precision.output)
     call = jax.jit(lambda a: functools.reduce(product, [a] * times, a.astype(precision.output)))
+    # A product of the one before, again and again: none can be left out, and none runs beside another.
     return lambda: call(a), times * 2.0 * size**3
 
 
@@ -282,6 +283,7 @@ def most_sessions(
         def shape(dtype):
             return jax.ShapeDtypeStruct((batch, prompt), dtype)
 
+        # Nothing of this size is made: shapes are enough to compile.
         lowered = ask.lower(model, cache, Chunk(shape(jnp.int32), shape(bool)), method=baseline.method)
         return compiled_bytes(lowered.compile())
 
@@ -295,6 +297,7 @@ def most_sessions(
         low = max(fits)
         if over:
             slope = (sizes[min(over)] - sizes[low]) / (min(over) - low)
+        # Between what fits and what does not, once both are known; before that, beyond.
         guess = int(low + (budget - sizes[low]) / slope)
         if guess in sizes:
             break

@@ -49,6 +49,7 @@ def _made(length: int) -> tuple[Batch, int]:
 def visible_pairs(method: Method, made: Batch) -> int:
     """Pairs of a query and a key that it sees, of all rows, counted on the device."""
     keys = [made.slots] + ([] if made.memory is None else [made.memory.slots])
+    # [B, T, S] of booleans at once would be too large: `COUNTED` queries at a time.
     count = jax.jit(lambda q, keys: sum(jnp.sum(visible(method.rule, q, slots), dtype=jnp.int32) for slots in keys))
     blocks = range(0, made.tokens.shape[1], COUNTED)
     return sum(int(count(made.slots.map(lambda x, at=at: x[:, at : at + COUNTED]), keys)) for at in blocks)
@@ -86,6 +87,7 @@ def _timed(made: Callable[[], tuple[Batch, int]], implementation: str, what: str
     if implementation == "cudnn":
         if jax.default_backend() != "gpu":
             raise Unavailable(f"cuDNN runs on NVIDIA GPUs; this is {jax.default_backend()}")
+        # Causal: it does more than the rule asks for, and is told of by its own pairs.
         pairs = length * (length + 1) // 2
     forward, gradients, abstract = program(implementation, length, row.memory.source.shape[1], heads)
     arrays, d_out, slots = _drawn(abstract, row)
@@ -122,6 +124,7 @@ def seconds_of(call: Callable[[], Any], size: Size) -> float:
     """The median seconds of a call after warm-up; calls that take less than `Size.least` follow each other unwaited."""
     jax.block_until_ready(call())
     once = turns.timed(call)[0].wall
+    # Many calls to one wait, where waiting would take longer than the call.
     times = int(np.clip(size.least / max(once, 1e-6), 1, 100))
 
     def run() -> Any:

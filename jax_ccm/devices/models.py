@@ -52,9 +52,11 @@ def _values(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
     if "norm" in name:
         return jnp.ones(x.shape, x.dtype)
     place = jnp.zeros(x.shape, jnp.uint32)
+    # The primes of xxHash32: one for each axis.
     for axis, factor in zip(range(len(x.shape)), (2654435761, 2246822519, 3266489917, 668265263), strict=False):
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(factor)
     place = (place ^ (place >> 15)) * np.uint32(2246822519)
+    # 24 bits, which float32 holds exactly: from -0.03 up to 0.03.
     return ((place >> 8).astype(jnp.float32) * (0.06 / 2**24) - 0.03).astype(x.dtype)
 
 

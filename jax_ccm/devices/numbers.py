@@ -161,6 +161,7 @@ def _program(case: Callable[[], Case], call: Callable) -> Any:
         out, pull = jax.vjp(lambda q, sources: call(q, q_slots, joined(sources), rule=made.method.rule), q, sources)
         return out, *pull(d_out)
 
+    # A TPU rounds float32 operands to bfloat16 unless it is told not to.
     with jax.default_matmul_precision("highest" if made.arrays[0].dtype == jnp.float32 else "default"):
         return jax.jit(run).lower(*made.arrays, made.made.slots, made.keys).compile()
 

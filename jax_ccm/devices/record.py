@@ -79,6 +79,7 @@ def fill(path: Path, part: str, size: str, rows: Rows, *, limit: float, command:
         print(f"{part}: {', '.join(f'{key} {value}' for key, value in labels.items())}: {told}", flush=True)
         gc.collect()  # arrays of the row before are freed
     outcomes = {row["outcome"] for row in found["rows"]}
+    # A failure says more than a time limit.
     found["status"] = next((name for name in ("failed", "out of time") if name in outcomes), "finished")
     output.write_json(path, found)
     return found
@@ -90,6 +91,7 @@ def _measured(measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     try:
         row = {"outcome": "measured"} | dict(measure())
     except Unavailable as e:
+        # A result: the other rows are measured all the same.
         row = {"outcome": "not there", "why": _line(e)}
     except Exception as e:
         if is_out_of_memory(e):
@@ -117,6 +119,7 @@ def environment() -> dict[str, Any]:
     names = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "LIBTPU_INIT_ARGS")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        # Where the code was copied without its history, the environment says the commit.
         "commit": os.environ.get("COMMIT") or _said("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "platform": jax.default_backend(),
         "device": device.device_kind,

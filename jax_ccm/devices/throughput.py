@@ -79,6 +79,7 @@ def _measured(model: Transformer, way: Baseline, batch: int, size: Size) -> dict
     close = turns.read_and_close if method.remembers else read
     limit, needed, programs = models.bytes_limit(), 0, []
     for call in (close, turns.ask):
+        # What does not fit is known before anything of its size is allocated.
         programs.append(call.lower(model, abstract, piece, method=method).compile())
         needed = max(needed, turns.compiled_bytes(programs[-1]))
         if needed > limit:
@@ -88,6 +89,7 @@ def _measured(model: Transformer, way: Baseline, batch: int, size: Size) -> dict
     before = functools.partial(baselines.fill, method=method, turns=size.demonstrations - 1, turn=tokens)
     samples: dict[str, list[turns.Sample]] = {"demonstration": [], "question": []}
     for number in range(1 + size.rounds):
+        # The same number of demonstrations before each sample.
         cache = jax.block_until_ready(before(cache))
         first, cache = turns.timed(lambda cache=cache: demonstration(model, cache, piece))
         second, (cache, _) = turns.timed(lambda cache=cache: question(model, cache, piece))

@@ -38,6 +38,7 @@ def _steps(shape: ModelConfig, attention: str, size: Size) -> dict[str, Any]:
         except Exception as e:
             if count == 1 or not is_out_of_memory(e):
                 raise
+        # Outside of the handler: its error holds on to the arrays of the step that failed.
         count //= 2
 
 

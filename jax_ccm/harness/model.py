@@ -79,6 +79,7 @@ class HarnessModel(TemplateLM):
         config = experiment.config
         self.experiment, self.settings, self.name = experiment, settings, system
         self.system = make_system(
+            # Wrong memory is the memory; what differs is the context that it reads (`_read`).
             "memory" if system == "wrong" else system, experiment.model, experiment.method,
             base=describe_base(experiment.model, experiment.base_name),
             adapter=None if experiment.loaded is None else config.adapter.load, full_adapter=None,
@@ -109,6 +110,7 @@ class HarnessModel(TemplateLM):
           UserError: for an argument that is not known, or nothing to load.
         """
         more = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        # What is written in model_args holds before what the harness adds.
         given = {name: value for name, value in {**more, **arg_dict}.items() if name not in FOREIGN}
         for name in FOREIGN:
             if name in arg_dict:
@@ -145,6 +147,7 @@ class HarnessModel(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """Names the tokenizer in caches of requests."""
+        # The harness makes it part of a file's name.
         return self.experiment.base_name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -193,6 +196,7 @@ class HarnessModel(TemplateLM):
             if not asked:
                 raise UserError(f"the continuation {continuation!r} of {context[-40:]!r} has no token of its own")
             prompt = self._same(context, tokens)
+            # One more: the last token of the continuation is scored and never read.
             prompt = self._fitting(prompt, self.max_length + 1 - len(asked))
             examples.append(self.cutting.session(self.system.method, prompt, np.array(asked, np.int32)))
         with sharding.use(self.experiment.mesh):
@@ -210,6 +214,7 @@ class HarnessModel(TemplateLM):
         if self.name == "wrong":
             raise UserError("the system 'wrong' answers no task that scores whole texts: these have no other context")
         texts = [np.array(self.tok_encode(request.args[0]), np.int32) for request in requests]
+        # Without context, a chunk is all that is seen; a memory reads the text from end to end.
         window = {"none": self.cutting.chunk, "memory": 0}.get(self.name, self.max_length)
         with sharding.use(self.experiment.mesh):
             found = rolling(
@@ -228,6 +233,7 @@ class HarnessModel(TemplateLM):
         """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
+            # One way of drawing for a batch: requests with the same options are answered together.
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         found = [""] * len(requests)
         for numbers in groups.values():
@@ -249,6 +255,7 @@ class HarnessModel(TemplateLM):
             draw = options.get("temperature", 1.0), options.get("top_k", 0), options.get("top_p", 1.0)
             sampling = Sampling(float(draw[0]), int(draw[1]), float(draw[2]))
         known = self.tokenizer.get_added_vocab()
+        # A text that is one token of its own ends an answer at once; others are looked for in the text.
         stops = sorted({*self.experiment.ends, *(known[text] for text in until if text in known)})
 
         def decode(tokens):
@@ -277,6 +284,7 @@ class HarnessModel(TemplateLM):
     def _prompt(self, text: str, special: bool | None = None) -> Prompt:
         """A text as tokens, with the characters where they begin."""
         if special is None:
+            # A chat template may have written the first token already.
             special = not text.startswith(self.tokenizer.decode([self.prefix_token_id]))
         made = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         tokens = np.array(made["input_ids"], np.int32)
@@ -288,6 +296,7 @@ class HarnessModel(TemplateLM):
         """The prompt whose tokens the harness has made of a context."""
         if not context:
             return Prompt("", np.array(tokens, np.int32), np.zeros(len(tokens), int))
+        # The harness moves blanks at the end of a context to the continuation.
         prompt = self._prompt(context.rstrip())
         assert prompt.tokens.tolist() == list(tokens), "the harness cuts prompts off from continuations otherwise"
         return prompt

@@ -74,6 +74,7 @@ def measure(
 def samples(results: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Takes the answers to single documents out of results, one JSON value for each."""
     for system, of_system in results.items():
+        # Taken out: they are written line by line, and would be the largest part of results.json.
         for task, lines in (of_system.pop("samples", None) or {}).items():
             yield from ({"system": system, "task": task, **line} for line in lines)
 
@@ -84,6 +85,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     first = next(iter(results.values()))["results"]
     for task, metrics in first.items():
         for key in metrics:
+            # The harness writes "METRIC,FILTER", and "METRIC_stderr,FILTER" beside it.
             metric, comma, filtered = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue

@@ -93,6 +93,7 @@ def mesh_for(target: str, **sizes: int) -> Mesh:
         if lacks := gpus.missing():
             raise UserError(f"{lacks} was not found: {gpus.HELP}")
         return make_mesh(dict.fromkeys(AXES, 1), gpus.devices(target))
+    # libtpu wants to be told some accelerator type; the topology is what it compiles for.
     devices = chips.tpus(TOPOLOGIES[target], "v5litepod-4")
     shape = {axis: sizes.get(axis, 1) for axis in AXES}
     count = 1
@@ -108,17 +109,20 @@ def compile_for(mesh: Mesh, fn: Callable, *arguments: Any) -> Compiled:
     def place(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or whole)
 
+    # Kernels of Triton are lowered only where a mesh is set.
     with jax.set_mesh(mesh):
         return compiled(jax.jit(fn).lower(*jax.tree.map(place, arguments)))[1]
 
 
 def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Compiled]:
     """Compiles a program; it, and what it says of itself."""
+    # Of all threads of this process: other work on the machine does not count.
     start = time.process_time()
     program = lowered.compile()
     seconds = time.process_time() - start
     text, memory = program.as_text(), program.memory_analysis()
     assert text is not None and memory is not None, "compilers of these targets tell both"
+    # Where there is none, plain products took the kernel's place, and nothing else would say so.
     kernels = sum(text.count(f'custom_call_target="{name}"') for name in CUSTOM_CALLS)
     return program, Compiled(memory.temp_size_in_bytes, kernels, seconds)
 
@@ -151,6 +155,7 @@ def call(
     def wide(n, count):
         return jax.ShapeDtypeStruct((batch, n, count * heads.size), dtype)
 
+    # Queries, keys, values: heads and their numbers in one axis, as projections give and take them.
     arrays = [wide(length, n) for n in (heads.heads, heads.kv_heads, heads.kv_heads)]
     arrays += [wide(memory, heads.kv_heads)] * 2 if memory else []
 
@@ -160,6 +165,7 @@ def call(
     slots = (slots_of(length), slots_of(memory) if memory else None)
 
     def forward(arrays, slots):
+        # [B, T, N, H], [B, T, K, H] twice, [B, M, K, H] twice
         apart = [x.reshape(*x.shape[:2], -1, heads.size) for x in arrays]
         seen = dict(slots=slots[0], memory_slots=slots[1], cap=cap, implementation=implementation)
         out = memory_attention(*apart, rule=rule, in_order=True, **seen)
@@ -183,6 +189,7 @@ def layer(rule: Rule, batch: int, length: int, memory: int, *, attention: bool =
       ``gradients(x, weights, slots, packed, d_out)``, of all weights and of the input ``[B, T, D]``, and abstract
       arguments.
     """
+    # Shapes alone: no weights of an 8B decoder are made.
     module = jax.eval_shape(lambda: Attention(jax.random.key(0), LLAMA_8B, None, NAMED["bfloat16"]))
     graphdef, weights = nnx.split(module)
 
@@ -227,6 +234,7 @@ def compilations(mesh: Mesh, lengths: Sequence[int] = (4096, 32768)) -> Iterator
     """
     rule = build("ccm_concat", comp_tokens=8).rule
     for length in lengths:
+        # Of 58 places of the layout, 50 of text and 8 that close it, 8 become slots.
         shape = 1, length, length // 58 * 8
         _, gradients, arguments = call(rule, *shape)
         yield "attention", length, compile_for(mesh, gradients, *arguments)
@@ -257,11 +265,13 @@ def record(path: Path, targets: Sequence[str]) -> None:
     kept = _recorded(path)
     for target in targets or TOPOLOGIES:
         mesh = mesh_for(target)
+        # Behind `mesh_for`, which refuses a target without its compiler: what stood there then stays.
         kept = [row for row in kept if row["target"] != target]
         for what, length, found in compilations(mesh):
             kept.append({"target": target, "what": what, "length": length, **dataclasses.asdict(found)})
             print(kept[-1], flush=True)
         made = {"jax": jax.__version__, "compiled": sorted(kept, key=lambda row: order.index(row["target"]))}
+        # After each target, which takes minutes: what is done stays if the next one fails.
         output.write_json(path, made)
         path.with_suffix(".md").write_text(markdown(made), encoding="utf-8")
 
@@ -271,6 +281,7 @@ def _recorded(path: Path) -> list[dict[str, Any]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         before = read_json(path) if path.exists() else {"jax": None, "compiled": []}
+        # What cannot be shown as a table is no file of ours.
         markdown(before)
         return before["compiled"] if before["jax"] == jax.__version__ else []
     except OSError as e:

@@ -120,6 +120,7 @@ def find(topology: str) -> Chip:
     """The chip of a topology. Between several hosts of GPUs the network is the link, for all exchanges alike."""
     name, sizes = parse(topology)
     chip = CHIPS[name]
+    # One host: its own links are all that is used.
     if chip.network_bandwidth is None or math.prod(sizes[:-1]) == 1:
         return chip
     return dataclasses.replace(chip, link_bandwidth=chip.network_bandwidth)
@@ -175,6 +176,7 @@ def tpus(name: str, accelerator: str, **options: Any) -> Sequence[Any]:
         "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }  # fmt: skip
     for key, value in settings.items():
+        # What the user has set holds.
         os.environ.setdefault(key, value)
     from jax.experimental import topologies
 

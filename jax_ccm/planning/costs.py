@@ -50,6 +50,7 @@ def training_cost(config: Config, shape: ModelConfig, batch: Batch, accumulation
     passes = 2 + trained + again
     layers = passes * shape.forward_flops(rows * length, 0, 0)
     # What the rule hides is computed nonetheless.
+    # Forward, once more in the backward pass, and two products for each there.
     attention = (4 + again) * shape.forward_flops(0, rows * length * (length + memory), 0)
     head = (4 if trained else 2) * shape.forward_flops(0, 0, rows * batch.indices.shape[1])
     itemsize = jnp.dtype(Precision.of(config.model.precision).params).itemsize

@@ -41,6 +41,7 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that each device sends in all, by the ring algorithm."""
+        # A ring passes on all parts but the own one; all-reduce does so twice: reduce-scatter, then all-gather.
         share = (self.group - 1) / self.group if self.group > 1 else 1.0
         return self.count * self.bytes * share * (2 if self.operation == "all-reduce" else 1)
 
@@ -71,10 +72,12 @@ def collectives(text: str) -> list[Collective]:
             if found is None:
                 continue
             result, operation = found.groups()
+            # Its "-done" is no exchange of its own.
             plain = operation.removesuffix("-start")
             if plain in OPERATIONS:
                 number = _CHANNEL.search(line)
                 total[number[1] if number else line] = (_one(plain, result, line, operation != plain), 1)
+            # The text has the body of a loop once.
             times = _turns(line, bodies) if operation == "while" else 1
             for called in _CALLED.findall(line):
                 for other in re.findall(r"[\w.\-]+", called):
@@ -133,6 +136,7 @@ def _one(operation: str, result: str, line: str, started: bool) -> _Exchange:
     shapes = [max(shapes, key=size)] if started or len(shapes) == 1 else shapes
     group = _group(line)
     if operation == "reduce-scatter":
+        # Its result is one share; the larger side is what goes in.
         shapes = [(kind, (group * dims[0], *dims[1:])) for kind, dims in shapes]
     text = "+".join(f"{kind}[{','.join(map(str, dims))}]" for kind, dims in shapes)
     return _Exchange(operation, text, group, sum(map(size, shapes)))
@@ -144,6 +148,7 @@ def _bits(kind: str) -> int:
 
 
 def _group(line: str) -> int:
+    # Three spellings: groups and their size, lists of devices, and axes of a mesh.
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
     if iota:
         return int(iota[1])

@@ -68,13 +68,16 @@ def count(rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, 
     """
     pairs, transposed = _lists(rule, q_slots, tuple(key_slots), sizes)
     heads, group = shape.heads, shape.heads // shape.kv_heads
+    # A step of the grid has some of the heads; each part walks the whole list of pairs.
     parts = heads // (sizes.kv_heads * sizes.group)
     wide = sizes.kv_heads * sizes.group * shape.size * shape.itemsize
     narrow = sizes.kv_heads * shape.size * shape.itemsize
+    # float32: one logsumexp, or one sum for the gradients, of each query and head.
     statistic = 4 * sizes.kv_heads * sizes.group
     cells, runs, loads = _walk(pairs, sizes)
     # Of each block of queries: queries, output (and its gradient, and that of the queries), statistics, slots.
     per_query = {"forward": 2 * wide + statistic + 16, "queries": 4 * wide + 2 * statistic + 16}
+    # Forward: scores and output. Queries: scores again, the gradient of the weights, that of the queries.
     products = {"forward": 2, "queries": 3}
     found = {}
     for name, row in per_query.items():
@@ -92,6 +95,7 @@ def count(rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, 
         total = Cost(
             total.steps + int(pairs.count) * parts * splits,
             total.visited + cells,
+            # Four products: scores and the gradient of the weights again, and the gradients of keys and values.
             total.flops + 8 * cells * heads * shape.size,
             total.bytes + parts * moved,
         )
@@ -146,5 +150,8 @@ def _walk(pairs: blocks.Pairs, sizes: Sizes) -> tuple[int, int, list[int]]:
     cells, loads = 0, []
     for source, k in enumerate(sizes.k):
         cells += int(np.count_nonzero(rows & (SOURCE << source))) * sizes.q * k
+        # A block that stays the same from one step to the next is not loaded again. 16 bits of the column are this
+        # source's block.
         loads.append(changes(blocks.batch_of(rows).astype(np.int64) << 16 | columns >> (16 * source) & 0xFFFF))
+    # Without the flags: batch row and block of queries.
     return cells, changes(rows >> 4), loads

@@ -17,6 +17,7 @@ from jax_ccm.planning.programs import Program, device_bytes
 
 # Sizes are found to this share of themselves.
 PRECISION = 0.02
+# The two ways in which the TPU compiler says how much it would have needed.
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM|[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
 
 
@@ -60,11 +61,13 @@ def need(program: Program, chip: Chip) -> Need:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         needed = _NEEDED.search(str(e))
+        # Where a compiler does not say, just more than there is.
         total = _number(*(needed.group(1, 2) if needed[1] else needed.group(3, 4))) if needed else chip.usable_bytes + 1
         kinds["temporaries"] = max(total - sum(kinds.values()), 0)
         return Need(False, total, kinds, [], time.perf_counter() - start)
     stats = compiled.memory_analysis()
     kinds["temporaries"] = stats.temp_size_in_bytes
+    # Results that take the place of donated arguments are counted with these.
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     total = stats.argument_size_in_bytes + results + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     # Padding of arrays to the tiles of the hardware, results, and the program itself.
@@ -106,9 +109,11 @@ def _next(tried: dict[int, Need], low: int, high: int | None, margin: int, step:
         aim = last + (limit - tried[last].bytes) / slope if slope > 0 else 2 * last
     else:
         aim = last * limit / tried[last].bytes
+    # A little below the line, so that it is rather a size that fits.
     aim = int(aim * (1 - PRECISION / 4)) // step * step
     if high is None:
         return aim if aim > low else low + margin
+    # The line is trusted for the first steps; after them halving ends the search in any case.
     if low < aim < high and len(tried) < 6:
         return aim
     if low <= aim <= low + margin and len(tried) < 6:
@@ -119,6 +124,7 @@ def _next(tried: dict[int, Need], low: int, high: int | None, margin: int, step:
 
 def host_bytes() -> int:
     """The most memory that this process has had."""
+    # Linux counts kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -69,6 +69,7 @@ def abstract_model(config: Config, shape: ModelConfig, method: Method, mesh: jax
 
 def abstract_batch(config: Config, shape: ModelConfig, method: Method, rows: int) -> Batch:
     """A training batch of the sizes that the config fixes, as numpy makes it."""
+    # The smallest session: all arrays have the sizes that the config fixes, whatever is in them.
     token = Segment(np.zeros(1, np.int32), np.ones(1, bool))
     example = Example(np.zeros(1, np.int32), np.zeros(0, np.int32), (token,))
     made = layout.batch(method, [example], caps(config.data, method), shape.vocab_size)
@@ -86,6 +87,7 @@ def training_step(
     shardings = sharding.parameter_shardings(mesh, state, shape)
     state = on(shardings, state)
     batch = abstract_batch(config, shape, method, rows)
+    # [accumulation, rows, ...], as the step scans over it.
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((accumulation, *x.shape), x.dtype), batch)
     batch = on(sharding.batch_shardings(mesh, batch, leading=1), batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -137,6 +139,7 @@ def compress_step(
     """Every session closes its chunk: the method's tokens are run over its raw text, and its memory is written."""
 
     def step(model, cache):
+        # A pair, as `decode_step` returns one.
         return compress(model, cache, method=method), cache.tokens
 
     return _serving(config, shape, method, mesh, cache, step)
@@ -145,6 +148,7 @@ def compress_step(
 def _serving(config, shape, method, mesh, cache: MemoryCache, step: Callable) -> Program:
     model = abstract_model(config, shape, method, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, cache)
+    # Donated, and with the shardings of what goes in, so that the new cache takes the place of the old one.
     function = jax.jit(step, donate_argnums=1, out_shardings=(shardings, None))
     _, adapter, base = split(model, "adapter")
     return Program(function, (model, cache), {"weights": base, "adapter": adapter, "cache": cache}, mesh)

@@ -57,6 +57,7 @@ def _sessions(row: dict[str, Any], names: Sequence[str]) -> list[str]:
     cells = []
     for name in names:
         most = row["systems"][name]["sessions"] if name in row["systems"] else None
+        # To full context, which may not fit even once.
         share = f" ({most / full:.1f} x)" if most is not None and full and name != "full" else ""
         cells.append("-" if most is None else f"{most:,}{share}")
     talk = f"{setting['chunks']:,} chunks of {setting['chunk_tokens']}"
@@ -124,6 +125,7 @@ def write_overview(folder: Path) -> Path:
     for path in files:
         try:
             plans.append(parse_json(path.read_bytes(), str(path)))
+            # By itself, so that the file that is no plan is named.
             overview(plans[-1:])
         except OSError as e:
             raise UserError(f"{path} cannot be read: {e}") from e

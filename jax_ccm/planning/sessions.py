@@ -83,6 +83,7 @@ def most_sessions(
     one = programs.abstract_cache(config, shape, method, mesh, step, slots, raw)
     each = programs.device_bytes(one) / step
     weights = programs.device_bytes(programs.abstract_model(config, shape, method, mesh))
+    # The cache of a session, and as much again as two of its layers for temporaries.
     guess = int((0.97 * chip.usable_bytes - weights) / (each * (1 + 2 / shape.num_layers)))
 
     def program(kind: Callable, sessions: int):
@@ -110,6 +111,7 @@ def most_sessions(
 
     return {
         "sessions": most,
+        # The sink has a place beside those of memory and text.
         "slots": slots + raw + int(method.sink),
         # Of all devices, everything that a session holds.
         "cache_bytes_per_session": one.nbytes // step,

@@ -27,6 +27,7 @@ def micro_batches(
     require_parallel(method)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
     sharding.check(mesh, shape)
+    # What training refuses is refused before anything is compiled.
     check_spread(config.data, mesh)
     shares, smallest = sharding.row_shares(mesh), config.data.batch_size
     batch = smallest * config.optimizer.accumulation
@@ -55,6 +56,7 @@ def micro_batches(
         while sizes:
             middle = sizes[len(sizes) // 2]
             known[middle] = needs(middle)
+            # Bytes grow with the rows: halving finds the last size that fits.
             sizes = [n for n in sizes if (n > middle if known[middle].fits else n < middle)]
         most = max(rows for rows, found in known.items() if found.fits)
         made["largest_micro_batch"] = entry(most, known[most])

@@ -36,13 +36,16 @@ def drawn(make: Callable[[], Any], name: str, title: str, folder: Path) -> str:
 
     import matplotlib
 
+    # The salt of ids: the same figure gives the same file each time.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = make()
         paths.save_figure(figure, folder / f"{name}.png", dpi=150)
         held = io.StringIO()
+        # No dates in the file, for the same reason.
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(held, format="svg", metadata=nothing, transparent=True)
     text = held.getvalue()
+    # The page is light or dark as its reader likes it, and black lines would vanish on a dark one.
     text = text[text.index("<svg") :].replace(INK, "var(--ink)").replace("#222222", "var(--ink)")
     # As large as letters of the page's size allow, and smaller where the page is narrow.
     size = r'(<svg\b[^>]*?) width="([\d.]+)pt" height="[\d.]+pt"'

@@ -53,12 +53,14 @@ def find(given: Sequence[str]) -> list[Found]:
     found: list[Found] = []
     for text in given:
         name, equals, folder = text.partition("=")
+        # A folder may have "=" in its own name.
         if not equals or paths.of(text).is_dir():
             name, folder = "", text
         path = paths.of(folder)
         if not path.is_dir():
             raise UserError(f"{folder} is no folder; give working directories of {_commands()}, or NAME=DIR")
         here = [_read(path / file, name or _name(path)) for file in FILES if (path / file).exists()]
+        # Evaluations write metrics, too: without one of their own files it is a training run.
         if not here and (path / METRICS).exists():
             here = [_training(path, name or _name(path))]
         if not here:
@@ -94,6 +96,7 @@ def _read(file: Path, name: str) -> Found:
     kind, command, keys = FILES[file.name]
     content = read_json(file)
     schema = content.get("schema", output.SCHEMA)
+    # Exactly int: True would pass as 1.
     if type(schema) is not int or not 1 <= schema <= output.SCHEMA:
         raise UserError(
             f"{file} is of schema {schema!r}, and this version of jax_ccm reads 1 to {output.SCHEMA}; update jax_ccm, "
@@ -130,6 +133,7 @@ def _lines(file: Path) -> list[Mapping[str, Any]]:
         try:
             value = parse_json(line, f"{file} line {number}")
         except UserError:
+            # A line that is broken earlier is damage, not the end of a process.
             if number == len(lines):
                 break
             raise

@@ -62,6 +62,7 @@ class Page:
 
     def section(self, title: str, parts: Iterator[str]) -> None:
         """Adds a section, if there is anything in it."""
+        # Made first: a section with nothing in it has no heading either.
         body = "\n".join(parts)
         if body:
             self.sections.append((re.sub(r"\W+", "-", title.lower()).strip("-"), title, body))
@@ -69,6 +70,7 @@ class Page:
     def picture(self, name: str, title: str, make: Callable[[], Any], caption: str = "") -> str:
         """A figure, in the page and as PNG beside it."""
         name = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+        # Names that differ only in what a file's name cannot have must not overwrite each other.
         while name in self.pictures:
             name += "-"
         self.pictures.append(name)
@@ -127,6 +129,7 @@ def whole(one: Found) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        # A UserError is a ValueError, too, and says already what is wrong.
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -194,6 +197,7 @@ def _replies(one: Found, page: Page) -> Iterator[str]:
             found = "yes" if line["contains"] else "no"
             who = line["system"] + ("" if line["context"] == "right" else ", wrong context")
             rows.append([line["query"], line["target"], who, line["reply"], found, f"{line['f1']:.2f}"])
+    # All systems' replies to a question together; the sort is stable.
     rows.sort(key=lambda row: row[0])
     header = ["question", "answer", "system", "reply", "contains", "F1"]
     yield f"<details open><summary>The first {REPLIES} questions of each system</summary>"

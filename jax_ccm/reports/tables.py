@@ -51,6 +51,7 @@ def quality(results: Mapping[str, Any]) -> Table:
         for key in ("perplexity", *more):
             made += [_shown(_estimate(cell, key)), _shown(_estimate(cell.get("wrong", {}), key))]
         made += [interval(cell.get("differences", {}).get(kind, {}).get("minus_wrong"))] * paired
+        # Shares are those of the memory alone.
         made += [cell_share(row.get(key)) if name == "memory" else "" for key in shares]
         rows.append([*made, f"{cell['kv_bytes'] / unit:,.3g}"])
     return header, rows, 2
