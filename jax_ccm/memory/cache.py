@@ -63,6 +63,7 @@ def init_cache(
             f"raw_capacity is {raw_capacity}; method {method.name!r} takes {method.chunk} tokens at a time, so give a "
             f"multiple of that, such as {-(-raw_capacity // method.chunk) * method.chunk}"
         )
+    # Sinks have places besides both capacities.
     size = memory_capacity + raw_capacity + int(method.sink)
     shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
     mixed = (*shape[:2], method.mixed_slots, *shape[3:])
@@ -95,6 +96,7 @@ def init_cache(
 
 def raw_capacity(cache: MemoryCache) -> int:
     """Places that raw text may take."""
+    # Sinks are among it, here and in `append`.
     return cache.k.shape[2] - cache.memory_capacity
 
 
@@ -111,10 +113,12 @@ def append(cache: MemoryCache, k, v, slots: Slots, attention=None) -> MemoryCach
       The cache. Entries that find no room are counted in `MemoryCache.lost`.
     """
     chex.assert_equal_shape_prefix([cache.k[:, :, 0], k[:, :, 0]], 2)
+    # Live slots stand in front, so that their number is the first free place.
     used = jnp.sum(cache.slots.live, axis=1, keepdims=True)
     raw = jnp.sum(cache.slots.live & (cache.slots.kind != Kind.MEMORY), axis=1, keepdims=True)
     rank = jnp.cumsum(slots.live, axis=1) - 1
     fits = slots.live & (raw + rank < raw_capacity(cache))
+    # What does not fit, and padding, gets a place behind the end, which the scatter drops.
     place = jnp.where(fits, used + rank, cache.k.shape[2])
 
     def put(old, new):
@@ -211,6 +215,7 @@ def select(cache: MemoryCache, rows) -> MemoryCache:
         raise UserError(f"rows are {rows.dtype} {list(rows.shape)}; give the numbers of sessions, integers [R]")
     if isinstance(rows, np.ndarray) and len(wrong := rows[(rows < 0) | (rows >= batch)]):
         raise UserError(f"there is no session {wrong[0]}; the cache has {batch}, numbered from 0 to {batch - 1}")
+    # Under jit numbers cannot be refused; clipped ones are made empty below.
     found = jax.tree.map(lambda x: jnp.take(x, rows, axis=_row_axis(x), mode="clip"), cache)
     if isinstance(rows, np.ndarray):
         return found
@@ -249,6 +254,7 @@ def remove(cache: MemoryCache, gone) -> MemoryCache:
     """The cache without some of its slots (bool ``[B, S]``); those behind them move up."""
     slots = cache.slots
     live = slots.live & ~jnp.asarray(gone)
+    # A stable sort keeps the order of index.
     order = jnp.argsort(~live, axis=1, stable=True)
     live = jnp.take_along_axis(live, order, axis=1)
 
@@ -258,6 +264,7 @@ def remove(cache: MemoryCache, gone) -> MemoryCache:
         def front(y):
             return y.reshape(1, *y.shape, *(1,) * (x.ndim - 3))
 
+        # Zeros, since a weight of 0 does not undo a NaN.
         return jnp.where(front(live), jnp.take_along_axis(x, front(order), axis=2), 0)
 
     def place(x):
@@ -289,6 +296,7 @@ def _zeros(cache: MemoryCache) -> MemoryCache:
 
 def _row_axis(x) -> int:
     """Where an array of the cache has its sessions: behind the layers, or in front."""
+    # Keys, values, received attention and mixtures have layers in front; counters, slots and logits do not.
     return 1 if x.ndim >= 4 else 0
 
 

@@ -133,7 +133,9 @@ def prefill(
     closing, query = policy(method, closing, query=query)
     if closing is None:
         return read(model, cache, chunk, method=method, query=query)[0]
+    # No piece can be longer than the raw region of the cache.
     width, length = min(closing.length, raw_capacity(cache)), chunk.tokens.shape[1]
+    # Valid tokens in front, so that each row goes through its own text from left to right, at its own pace.
     front = jnp.argsort(~chunk.valid, axis=1, stable=True)
 
     def move(x):
@@ -145,17 +147,21 @@ def prefill(
 
     def fill(carry):
         cache, done = carry
+        # Rows near their end read beyond it; what lies there is not valid.
         place = jnp.minimum(done[:, None] + jnp.arange(width), length - 1)
 
         def pick(x):
             return jnp.take_along_axis(x, place, axis=1)
 
+        # As many tokens as the open span would have after each of these.
         held = jnp.sum(open_raw(cache, method), axis=1, keepdims=True) + jnp.cumsum(~pick(kept), axis=1)
         due = _due(closing, held, pick(tokens), pick(ends)) & ~pick(kept)
+        # Each row reads up to the first place at which it closes, or all of the piece.
         first = jnp.where(jnp.any(due, axis=1), jnp.argmax(due, axis=1) + 1, width)
         take = jnp.minimum(first, count - done)
         piece = Chunk(pick(tokens), jnp.arange(width) < take[:, None], None if chunk.kept is None else pick(kept))
         cache, _ = read(model, cache, piece, method=method, query=query)
+        # Whether the last token that was read is one that closes.
         closes = (take > 0) & jnp.take_along_axis(due, jnp.maximum(take - 1, 0)[:, None], axis=1)[:, 0]
 
         def shrink(cache):

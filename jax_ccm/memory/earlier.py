@@ -37,6 +37,7 @@ def upgraded(path, header: dict[str, Any], shapes, arrays) -> tuple[dict[str, An
         raise UserError(f"{path} is damaged: it does not say which method wrote it") from None
     old = arrays()
     live = old["slots.kind"] != Kind.PAD
+    # Live slots stand in front; one behind a free place was not written by this library.
     if (np.diff(live.astype(int), axis=1) > 0).any():
         raise UserError(f"{path} is damaged: its slots are none that this library writes")
 
@@ -49,6 +50,7 @@ def upgraded(path, header: dict[str, Any], shapes, arrays) -> tuple[dict[str, An
     if "received" in old:
         found["received"] = packed(old["received"])
     if (old.get("lost", np.zeros(1)) != 0).any() or old.get("spoiled", np.zeros(1, bool)).any():
+        # Files of today hold valid sessions alone, and say nothing of others.
         raise UserError(f"{path} holds sessions that are invalid")
     if count := mixed_slots(method):
         found |= {name: old[name] for name in ("mixed_k", "mixed_v") if name in old} or _rounded(old, count)

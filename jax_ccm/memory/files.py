@@ -85,9 +85,11 @@ def save(
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "fingerprints": dict(fingerprints),
         "method": describe_method(method),
+        # max_position changes no number of a memory; it only decides when to warn.
         "model": {name: x for name, x in dataclasses.asdict(config).items() if name != "max_position"},
         "sessions": len(cache.tokens),
         "memory_capacity": cache.memory_capacity,
+        # Sinks have places of their own, as `init_cache` makes them.
         "raw_capacity": cache.k.shape[2] - cache.memory_capacity - int(method.sink),
         "overflow": cache.overflow,
         "about": dict(about or {}),
@@ -131,6 +133,7 @@ def read(path: str | Path) -> Held:
                 stacklevel=3,
             )
         return checked(path, header, arrays)
+    # The header first, against names, shapes and types: what it promises is not read before it makes sense.
     check_shapes(path, file.header, {name: (shape, TYPES.get(t, t)) for name, (shape, t) in file.shapes.items()})
     held = Held(Path(path), file.header, file.digest, file.arrays())
     check_slots(held)
@@ -192,6 +195,7 @@ def load(
             overflow=choose(overflow, "overflow"),
         )
 
+    # Shapes alone: whether all fits is known before anything is allocated.
     try:
         expected = jax.eval_shape(make)
     except UserError as e:
@@ -199,6 +203,7 @@ def load(
     _require_same(path, arrays, expected)
     size, is_memory = expected.k.shape[2], arrays["kind"] == Kind.MEMORY
     for number in range(header["sessions"]):
+        # As `cache.append` and `writing.closed` count room: memory apart, everything else together.
         memory, live = int(is_memory[held.of(number)].sum()), int(arrays["live"][number])
         if memory > expected.memory_capacity or live - memory > size - expected.memory_capacity:
             raise UserError(
@@ -268,6 +273,7 @@ def _require_kinship(held: Held, fingerprints: Mapping[str, str], method: Method
             f"{held.path} was written with {show(stored)}; this session uses {show(ours)} (fingerprints). Use the same "
             "base model, adapter, tokenizer and template"
         )
+    # Fields that the file does not have yet count as defaults: an older file goes on where nothing else changed.
     here, there = describe_method(method), completed(held.header["method"])
     if differ := sorted(key for key in here | there if here.get(key) != there.get(key)):
         raise Foreign(
@@ -295,6 +301,7 @@ def _require_same(path, arrays: Mapping[str, np.ndarray], expected: MemoryCache)
     for name in ("mixed_k", "mixed_v"):
         if (x := getattr(expected, name)) is not None:
             here[name] = x.dtype, list(x.shape)
+    # Beside what is wanted here, what only some methods have: it must not be there for another.
     there = {name: (x.dtype, list(x.shape)) for name, x in arrays.items() if name in (*here, "received", "mixed_k")}
 
     def show(x):

@@ -59,12 +59,14 @@ def sample(keys, logits, temperature, top_k, top_p):
 
     def draw(logits):
         logits = logits / jnp.where(temperature > 0, temperature, 1)
+        # From most to least likely.
         ranked = -jnp.sort(-logits, axis=-1)
         mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
         # A token stays if the mass of the more likely ones has not reached top_p; the first always stays.
         before = jnp.concatenate([jnp.zeros_like(mass[:, :1]), mass[:, :-1]], axis=-1)
         inside = (before < top_p) & ((top_k == 0) | (jnp.arange(logits.shape[-1]) < top_k))
         smallest = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
+        # By value, so that tokens with the same logit as the last one inside stay, too.
         return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= smallest, logits, -jnp.inf))
 
     greedy = jnp.argmax(logits, axis=-1)
@@ -72,6 +74,7 @@ def sample(keys, logits, temperature, top_k, top_p):
     def either(logits):
         return jnp.where(temperature[:, 0] > 0, draw(logits), greedy)
 
+    # Where all rows are greedy, the sort of the whole vocabulary is not run.
     return jax.lax.cond(jnp.any(temperature > 0), either, lambda logits: greedy, logits).astype(jnp.int32)
 
 
@@ -152,6 +155,7 @@ def generate(
     if key is None:
         if hottest := max(x.temperature for x in each):
             raise UserError(f"temperature {hottest} needs a PRNG key: pass key=jax.random.key(seed)")
+        # Nothing is drawn from it: at temperature 0 sampling takes the largest logit.
         key = jax.random.key(0)
     keys = key if key.ndim else jax.random.split(key, batch)
     rows = np.ones(cache.tokens.shape[0], bool) if rows is None else np.asarray(rows)
@@ -167,6 +171,7 @@ def generate(
         jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,)),
         jnp.where(rows, max_tokens, 0).astype(jnp.int32),
         jnp.zeros(batch, bool),
+        # No token has the id -1.
         jnp.asarray(list(stop_tokens) or [-1], jnp.int32),
     )
     cache, drawn = _loop(
@@ -239,6 +244,7 @@ def proceed(model, cache, draws, *, method, max_tokens, closing, query, vocabula
       The cache, and `Drawn`.
     """
 
+    # Ends early once all rows are done: the number of steps is data.
     def running(state):
         step, _, _, done = state
         return (step < max_tokens) & jnp.any(~done & (step < draws.limit))
@@ -252,10 +258,12 @@ def proceed(model, cache, draws, *, method, max_tokens, closing, query, vocabula
         # The largest logit is NaN if any is. A spoiled row stops: there is nothing to draw from.
         cache = dataclasses.replace(cache, spoiled=cache.spoiled | ~done & ~jnp.isfinite(jnp.max(logits, axis=1)))
         done = done | cache.spoiled
+        # By the number of the token in its answer, and not by the step, so that answers made in pieces draw the same.
         now = jax.vmap(jax.random.fold_in)(draws.keys, draws.start + i)
         token = sample(now, logits, draws.temperature, draws.top_k, draws.top_p)
         done = done | jnp.any(token[:, None] == draws.stops, axis=1)
         drawn = _noted(drawn, i, token, logits, draws.told & ~done)
+        # A row that is done reads nothing (not valid); 0 is what stands behind the end.
         token = jnp.where(done, 0, token)
         drawn = dataclasses.replace(drawn, tokens=drawn.tokens.at[:, i].set(token), lengths=drawn.lengths + ~done)
         chunk = Chunk(token[:, None], ~done[:, None])
@@ -295,6 +303,7 @@ def _noted(drawn: Drawn, place, token, logits, wanted) -> Drawn:
             top_logprobs=put(drawn.top_logprobs, best),
         )
 
+    # A softmax over the vocabulary for each token, only where somebody asks for it.
     return jax.lax.cond(jnp.any(wanted), note, lambda drawn: drawn, drawn)
 
 

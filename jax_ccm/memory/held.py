@@ -14,6 +14,7 @@ from jax_ccm.rules.types import Kind
 
 SIZES = ("num_layers", "num_kv_heads", "head_dim", "vocab_size")
 SLOTS = ("kind", "segment", "index", "position")
+# As safetensors calls them.
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -56,6 +57,7 @@ def check_shapes(path, header: dict[str, Any], given: Mapping[str, tuple[tuple[i
         return UserError(f"{path} is damaged: it does not say {what}")
 
     def is_count(x):
+        # A bool is an int to Python, and JSON has both.
         return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31
 
     model, method, names = (header.get(key) for key in ("model", "method", "fingerprints"))
@@ -72,6 +74,7 @@ def check_shapes(path, header: dict[str, Any], given: Mapping[str, tuple[tuple[i
     layers, heads, width, vocabulary = (model[name] for name in SIZES)
     batch = header["sessions"]
     kind = given.get("k", ((), "nothing"))[1]
+    # The model's sizes are the header's; how many slots there are, the arrays say, all alike.
     count = given["kind"][0][0] if len(given.get("kind", ((),))[0]) == 1 else 0
     expected: dict[str, tuple[tuple[int, ...], str]] = {
         name: ((layers, count, heads, width), kind) for name in ("k", "v")

@@ -79,6 +79,7 @@ def token_losses(axes: str, hidden, head, targets, cap: float | None = None, tau
 
 def _forward(axes, hidden, head, targets, cap, taught, share):
     trained = head.perturbed
+    # With `symbolic_zeros` arguments come with the news whether a gradient is wanted.
     hidden, head, targets, taught = jax.tree.map(
         lambda x: x.value, (hidden, head, targets, taught), is_leaf=lambda x: hasattr(x, "perturbed")
     )
@@ -90,6 +91,7 @@ def _forward(axes, hidden, head, targets, cap, taught, share):
         losses, total = _loss(logits, *wanted)
         if trained:
             return losses, total
+        # What is kept is [B, Q, D]; the head is not needed in the backward pass.
         return losses, _to_hidden(axes, _slope(logits, total, wanted, cap), head).astype(hidden.dtype)
 
     losses, kept = _by_blocks(step, head, axes, hidden, targets, taught)
@@ -99,13 +101,16 @@ def _forward(axes, hidden, head, targets, cap, taught, share):
 def _backward(axes, cap, share, residuals, g):
     if len(residuals) == 1:
         (slope,) = residuals
+        # No gradient for the head, which is frozen, nor for targets and teacher.
         return g[:, :, None].astype(slope.dtype) * slope, None, None, None
     hidden, head, targets, totals, taught = residuals
 
     def step(gradient, block):
         hidden, total, g, *rest = block
         wanted = _wanted(axes, rest, head, cap, share)
+        # Columns of padding have g = 0 and add nothing.
         slope = _slope(_logits(axes, hidden, head, cap), total, wanted, cap) * g[:, :, None]
+        # The gradient of the head, in the order of its axes.
         order = {"v": slope, "d": hidden}
         terms = [f"bq{axis}" for axis in axes]
         found = jnp.einsum(
@@ -139,8 +144,10 @@ def _wanted(axes: str, block, head, cap: float | None, share: float):
 def _loss(logits, targets, teacher, share: float):
     """Losses and the logarithms of the normalisers, ``[B, q]`` each."""
     total = jax.nn.logsumexp(logits, axis=-1)
+    # The target's logit alone, not a column of log-probabilities.
     losses = total - jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
     if teacher is not None:
+        # ``KL(p || q) = sum p (log p - logits) + total``, since the p add up to 1.
         apart = jnp.sum(jnp.exp(teacher) * (teacher - logits), axis=-1) + total
         losses = (1 - share) * losses + share * apart
     return losses, total
@@ -153,6 +160,7 @@ def _slope(logits, total, wanted, cap: float | None):
     if teacher is not None:
         hit = (1 - share) * hit + share * jnp.exp(teacher)
     slope = jnp.exp(logits - total[:, :, None]) - hit
+    # The slope of the cap, from the capped logits.
     return slope if cap is None else slope * (1 - (logits / cap) ** 2)
 
 
@@ -170,6 +178,7 @@ def _blocks(head, axes: str, targets) -> tuple[int, int]:
 
 def _split(x, *, blocks: int, size: int):
     """``[B, Q, ...]`` as ``[blocks, B, size, ...]``, zeros behind."""
+    # Padding gets target 0 and zeros; `_joined` cuts it off.
     x = jnp.pad(x, [(0, 0), (0, blocks * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
 
@@ -233,6 +242,7 @@ def mean_loss(model: Transformer, hidden, batch: Batch, method: Method, objectiv
     if method.repeat is not None:
         again = batch.weights * repeated(batch)
         text = text - again
+        # Where a token is repeated the teacher sees nothing: there the plain cross-entropy is taken.
         plain = scored_losses(model, hidden, batch) if objective.distillation else losses
         total = method.repeat_weight * jnp.sum(plain * again) / jnp.maximum(jnp.sum(again), 1.0)
     count = weight = jnp.sum(text)

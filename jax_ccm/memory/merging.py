@@ -62,12 +62,14 @@ def merge(first: Held, second: Held) -> Held:
     arrays |= {"live": np.array([len(row["kind"]) for row in rows], np.int32), "logits": b["logits"]}
     if "mixed_k" in a:
         arrays |= {name: np.stack([row[name] for row in rows], axis=1) for name in ("mixed_k", "mixed_v")}
+    # Turns are written down for a single session only.
     offset = int(a["chunks"][0])
     turns = [*first.turns, *((start + offset, end + offset) for start, end in second.turns)]
     about = first.header["about"] | ({"turns": [list(turn) for turn in turns]} if len(rows) == 1 else {})
     memory = int((arrays["kind"] == Kind.MEMORY).sum())
     header = first.header | {
         "about": about | {"merged": [first.digest, second.digest]},
+        # With room for all that was merged.
         "memory_capacity": max(first.header["memory_capacity"], second.header["memory_capacity"], memory),
     }
     return Held(first.path, header, "", arrays)
@@ -98,6 +100,7 @@ def _still_text(held: Held) -> str:
     kind, chunks = held.arrays["kind"], held.arrays["chunks"]
     is_text = ~np.isin(kind, (Kind.MEMORY, Kind.SINK))
     of = np.repeat(np.arange(len(chunks)), held.arrays["live"])
+    # Open text is of the segment that is not closed yet.
     is_open = is_text & (held.arrays["segment"] >= chunks[of])
     text = f"{held.path} holds {int(is_text.sum())} tokens as text, "
     if not held.header["method"]["closes"] or not is_open.any():
@@ -119,7 +122,9 @@ def _merged_row(first: Held, second: Held, row: int, turn) -> dict[str, np.ndarr
     there = np.arange(there.start, there.stop)[second.arrays["kind"][there] == Kind.MEMORY]  # one sink is enough
     a, b = first.arrays, second.arrays
     tokens, chunks = (int(a[name][row]) for name in ("tokens", "chunks"))
+    # RoPE turns by sums: a key of position p, turned on by the tokens of the first, is one of position p + tokens.
     k = turn(b["k"][:, there], tokens)
+    # By how much the second is later: in segment by chunks, in index and position by text tokens.
     shifted = {"kind": 0, "segment": chunks, "index": tokens, "position": tokens}
     slots = {name: (b[name][there] + by).astype(np.int32) for name, by in shifted.items()}
     if "mixed_k" not in a:
@@ -134,12 +139,15 @@ def _merged_row(first: Held, second: Held, row: int, turn) -> dict[str, np.ndarr
         return {name: a[name][:, here] for name in ("k", "v")} | {name: a[name][here] for name in shifted} | {
             name: a[name][:, row] for name in ("mixed_k", "mixed_v")
         }  # fmt: skip
+    # A mean over all chunks is the mean of both means, each weighted by its number of chunks. A turned mean is the mean
+    # of turned keys.
     share = b["chunks"][row] / (chunks + b["chunks"][row])
     mean = {
         "mixed_k": (1 - share) * a["mixed_k"][:, row] + share * turn(b["mixed_k"][:, row], tokens),
         "mixed_v": (1 - share) * a["mixed_v"][:, row] + share * b["mixed_v"][:, row],
     }
     mean = {name: x.astype(np.float32) for name, x in mean.items()}
+    # The sink stands in front; the slots behind it are the new mean, rounded to the type of the cache.
     sink = np.arange(here.start, here.stop)[a["kind"][here] != Kind.MEMORY]
     return {
         "k": np.concatenate([a["k"][:, sink], mean["mixed_k"][:, : len(there)].astype(k.dtype)], axis=1),
@@ -153,12 +161,14 @@ def turner(config: ModelConfig, method: Mapping[str, Any]):
     """What turns keys ``[L, N, K, H]`` on by so many positions; each layer by its own frequencies."""
     if method.get("rope") == "cache":  # keys are turned when they are read
         return lambda keys, by: keys
+    # In float64: an angle of thousands of positions is rounded only in its cosine and sine.
     kinds = [rope.frequencies(config.as_seen(kind)).astype(np.float64) for kind in config.windowed]
 
     def turn(keys, by: int):
         turned = []
         for layer, kind in zip(keys, kinds, strict=True):
             angles = np.broadcast_to(by * kind, (1, len(layer), len(kind)))
+            # Without the attention factor of the model's scaling, which the keys have already.
             turned.append(rope.rotate(layer[None], *(f(angles).astype(np.float32) for f in (np.cos, np.sin))))
         return np.concatenate([np.asarray(x) for x in turned])
 

@@ -53,6 +53,7 @@ def _session(held: Held, number: int) -> Iterator[str]:
     spoken = f"{len(turns)} turn{'s' * (len(turns) != 1)}, " if turns else ""
     yield f"session {number}: {spoken}{chunks} chunks closed, {tokens:,} tokens read"
     counts = [f"{int((kind == k).sum())} {k.name.lower()}" for k in Kind if (kind == k).any()]
+    # Keys and values of one slot in all layers.
     each = 2 * arrays["k"][:, :1].nbytes
     mixed = sum(arrays[name][:, number].nbytes for name in ("mixed_k", "mixed_v") if name in arrays)
     more = f" and {mixed:,} of the float32 mixture" if mixed else ""
@@ -98,6 +99,7 @@ def _apart(a: Held, b: Held, number: int) -> Iterator[str]:
         list(zip(*(held.arrays[x][at].tolist() for x in ("kind", "segment", "index", "position")), strict=True))
         for held, at in zip((a, b), where, strict=True)
     ]
+    # Slots are the same if all four integers are: what was read at the same place in the same way.
     common = [(places[0].index(slot), places[1].index(slot)) for slot in places[0] if slot in places[1]]
     here, there = (np.array(x, int) for x in (zip(*common, strict=True) if common else ((), ())))
     if len(common) < max(map(len, places)):

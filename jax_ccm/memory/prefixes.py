@@ -56,8 +56,10 @@ def write(held: Held, path: str | Path) -> str:
     k = turner(model_config(held), method)(arrays["k"], by)
 
     def heads_first(x):
+        # [N, K, H] -> [1, K, N, H], as `DynamicCache` has it.
         return np.ascontiguousarray(x.transpose(1, 0, 2)[None])
 
+    # All that is no key or value goes along unchanged, so that the way back loses nothing but rounding.
     found = {_OTHER + name: x for name, x in arrays.items() if name not in ("k", "v")}
     for layer in range(len(k)):
         found |= {f"keys.{layer}": heads_first(k[layer]), f"values.{layer}": heads_first(arrays["v"][layer])}
@@ -94,6 +96,7 @@ def read(path: str | Path) -> Held:
         raise UserError(f"{path} is damaged: it does not hold the keys and values of each layer") from None
     arrays |= {name.removeprefix(_OTHER): x for name, x in given.items() if name.startswith(_OTHER)}
     held = files.checked(path, memory, arrays)
+    # The distance follows from the arrays; a header that says another belongs to other keys.
     turned, by = file.header.get("turned"), _distance(held)
     if turned != by:
         raise UserError(f"{path} is damaged: its keys are turned by {turned!r} positions, not {by}")
@@ -140,6 +143,7 @@ def _require_plain(held: Held) -> None:
         return any(a <= back and (b is None or back <= b) for a, b in spans)
 
     for kind, segment in {(int(k), int(s)) for k, s in zip(arrays["kind"], arrays["segment"], strict=True)}:
+        # Of each kind and age that there is: the base in PyTorch has no rule, and attends to all that is in its cache.
         if not within(sees.get(f"QUERY sees {Kind(kind).name}", ()), chunks - segment):
             raise refused(
                 f"with method {name} a turn does not see all of it: {Kind(kind).name.lower()} of {chunks - segment} "

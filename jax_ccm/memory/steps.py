@@ -98,13 +98,17 @@ def read(
             f"a chunk of {length} tokens does not fit the region of {raw_capacity(cache)} raw tokens; split it, "
             "or make the cache with a larger raw_capacity"
         )
+    # Padding may stand on either side; the number of a token is its rank among the valid ones.
     rank = jnp.cumsum(chunk.valid, axis=1) - 1
     count = jnp.sum(chunk.valid, axis=1)
     slots, misplaced = _text(cache, chunk, rank, Kind.QUERY if query else Kind.TEXT, method)
     positions = None
     if method.rope == "cache":
+        # Places in the cache: behind what is live.
         positions = jnp.sum(cache.slots.live, axis=1, keepdims=True) + rank
     decay = None if method.eviction is None else method.eviction.decay
+    # A token is followed by count - 1 - rank others, each of which multiplies what it gave; 0 ** 0 is 1, so that with a
+    # decay of 0 the last token alone counts.
     observe = None if decay is None else chunk.valid * decay ** (count[:, None] - 1 - rank).astype(jnp.float32)
     hidden, (k, v), attention = model(
         chunk.tokens,
@@ -115,6 +119,7 @@ def read(
         positions=positions,
         observe=observe,
     )
+    # Padding may give anything; it is never stored.
     finite = jnp.all(jnp.isfinite(hidden) | ~chunk.valid[:, :, None], axis=(1, 2))
     own = None
     if decay is not None and attention is not None:
@@ -146,6 +151,7 @@ def _text(cache: MemoryCache, chunk: Chunk, rank, text: Kind, method: Method):
     Returns:
       `Slots` of ``[B, C]``, and ``bool [B]``.
     """
+    # Index and position of raw text are one number: how many text tokens came before it in the session.
     position = cache.tokens[:, None] + rank
     misplaced = jnp.zeros(cache.tokens.shape, bool)
     kind = jnp.asarray(text)
@@ -199,6 +205,7 @@ def compress(
     if method.eviction is not None:
         k, v, attention, slots, lost = writing.best(cache, method, selected, closing)
         lost = lost if cache.overflow == "error" else 0
+        # What the policy would have kept beyond the capacity.
         cache = dataclasses.replace(cache, lost=cache.lost + lost)
         return writing.write(cache, method, k, v, slots, closing, attention, whole=whole)
     if not method.closes:
@@ -209,14 +216,17 @@ def compress(
     positions = None
     if method.rope == "cache":
         offsets = jnp.asarray([token.offset for token in method.closes])
+        # What stays open stands behind what is closed, and does not count.
         positions = jnp.sum(cache.slots.live & ~rest, axis=1, keepdims=True) + offsets
     ids = [model.config.vocab_size + token.embedding_index for token in method.closes]
+    # Where entries go is known before any token runs, so that `store` can write each layer as it is done.
     after, store = writing.closed(cache, method, memory, closing, whole=whole)
     hidden, stored, _ = model(
         jnp.broadcast_to(jnp.asarray(ids, jnp.int32), comp.kind.shape),
         comp,
         gate(method, comp),
         rule=method.rule,
+        # As it was: older memory and the chunk's text. What stays open is of the next segment, and not seen.
         memory=cache,
         positions=positions,
         store=lambda own, new: store(own, tuple(_written(method, x) for x in new)),
@@ -234,9 +244,11 @@ def _opened(cache: MemoryCache, which, method: Method):
       text that becomes memory; ``bool [B]``, the rows that close a chunk; ``bool [B, S]``, the text that stays open.
     """
     raw = open_raw(cache, method)
+    # [B, S], or [B, 1] for whole rows.
     chosen = jnp.ones((), bool) if which is None else which if which.ndim == 2 else which[:, None]
     selected = raw & chosen
     closing = jnp.any(selected, axis=1)
+    # A sink has no segment to move to: it is seen by all.
     rest = raw & ~selected & closing[:, None] & (cache.slots.kind != Kind.SINK)
     slots = dataclasses.replace(cache.slots, segment=cache.slots.segment + rest)
     if method.recent:
@@ -264,6 +276,7 @@ def _closing_tokens(cache: MemoryCache, selected, rows, method: Method) -> tuple
         text = selected & (slots.kind != Kind.SINK)
         runs = runs & (_row(range(n)) < method.num_closing(jnp.sum(text, axis=1, keepdims=True)))
     # Positions and order of what is written follow the chunk's last token.
+    # -1 in a row without any, whose tokens are not run.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
     begins = selected
     if any(token.from_begin for token in method.closes) and method.kept_kind is Kind.SINK:
@@ -272,6 +285,7 @@ def _closing_tokens(cache: MemoryCache, selected, rows, method: Method) -> tuple
         begins = selected & ((slots.kind != Kind.SINK) | (sinks <= method.sink))
     begin = jnp.min(jnp.where(begins, slots.index, last), axis=1, keepdims=True)
     from_begin = _row([token.from_begin for token in method.closes]) > 0
+    # Index serves as position here, since for raw text they are the same (`_text`).
     position = jnp.where(from_begin, begin, last + 1) + _row([token.offset for token in method.closes])
     kind = jnp.where(runs, _row([token.kind for token in method.closes]), Kind.PAD)
     segment = jnp.broadcast_to(cache.chunks[:, None] - method.recent, kind.shape)
@@ -279,6 +293,7 @@ def _closing_tokens(cache: MemoryCache, selected, rows, method: Method) -> tuple
     comp = Slots(kind, segment, cache.tokens[:, None] + _row(range(n)), jnp.maximum(position, 0))
     # Where chunks differ in how many tokens close them, all of these are written.
     entries = jnp.where(runs, jnp.full((1, method.slots_per_chunk), Kind.MEMORY), Kind.PAD)
+    # What is written takes the chunk's place in the order.
     order = jnp.broadcast_to(last, (kind.shape[0], method.slots_per_chunk))
     return comp, Slots(entries, _written(method, segment), order, _written(method, comp.position))
 
@@ -326,6 +341,7 @@ def repeat(
             f"the text of the last {method.recent} chunks is still there (method.recent); repeat one from further back "
             f"than that, not {back}"
         )
+    # The chunk ended before all that was read since, of equal lengths, and before what is still open.
     if begin is None:
         raw = open_raw(cache, method) & (cache.slots.kind != Kind.SINK)
         begin = cache.tokens - jnp.sum(raw, axis=1) - length * back
@@ -335,6 +351,7 @@ def repeat(
     def whole(value):
         return jnp.broadcast_to(jnp.asarray(value, jnp.int32), position.shape)
 
+    # The segment of the closed chunk, whose memory is then at distance 0; index behind all of the cache.
     slots = Slots(whole(Kind.REPEAT), whole((cache.chunks - back)[:, None]), cache.tokens[:, None] + place, position)
     tokens = whole(model.config.vocab_size + method.repeat.embedding_index)
     if method.repeat_by == "text":
@@ -361,6 +378,7 @@ def _say_again(model: Transformer, cache: MemoryCache, prompt, slots: Slots, met
         logits = model.logits(hidden[:, 0])
         return (append(cache, k, v, slots), jnp.argmax(logits, axis=-1).astype(jnp.int32)), logits
 
+    # [length, B]: each token is fed the one before.
     _, logits = jax.lax.scan(say, (cache, prompt), slots.map(lambda x: jnp.swapaxes(x, 0, 1)))
     return jnp.swapaxes(logits, 0, 1)
 
@@ -439,9 +457,12 @@ def stream_step(
         raise UserError(
             f"a window of {window} live slots has no room for text beside the sink's {method.sink}; raise the window"
         )
+    # Before this text is read: the reference, too, closes when a row was full before its token (160 slots, then 161).
     full = jnp.sum(cache.slots.live, axis=1) >= window
     cache, logits = read(model, cache, chunk, method=method)
+    # The oldest stand first among the raw slots, as live slots are in order of index.
     raw = is_in(cache.slots.kind, RAW)
     oldest = raw & (jnp.cumsum(raw, axis=1) <= jnp.reshape(jnp.asarray(closes), (-1, 1))) & full[:, None]
     shrink = functools.partial(compress, model, which=oldest, method=method)
+    # Most tokens close nothing in any row; the tokens of a closing are then not run at all.
     return jax.lax.cond(jnp.any(oldest), shrink, lambda cache: cache, cache), logits

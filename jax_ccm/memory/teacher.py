@@ -42,5 +42,6 @@ def teach(model: Transformer, batch: Batch, method: Method):
     # As the text would be read without a method's tokens, which may take positions of their own.
     position = jnp.cumsum(is_in(batch.slots.kind, EVERY), axis=1) - 1
     slots = dataclasses.replace(batch.slots, position=jnp.maximum(position, 0))
+    # Without memory, and with text alone in the rule, what else is still run is seen by nobody.
     plain = dataclasses.replace(batch, slots=slots, memory=None)
     return jax.lax.stop_gradient(parallel_forward(model, plain, method=method))

@@ -33,8 +33,10 @@ def best(cache: MemoryCache, method: Method, selected, closing):
     policy = method.eviction
     assert policy is not None
     old = cache.slots
+    # Memory of earlier chunks competes again.
     candidates = (selected | (old.kind == Kind.MEMORY)) & (old.kind != Kind.SINK) & closing[:, None]
     scores = policy.score(cache.k, cache.accumulated_attention, old.index, candidates)
+    # What is no candidate comes last, and `wanted` is at most the number of candidates.
     scores = jnp.where(candidates[None, :, :, None], scores.astype(jnp.float32), -jnp.inf)
     size = min(cache.memory_capacity, old.kind.shape[1])
     order = jnp.moveaxis(jax.lax.top_k(jnp.moveaxis(scores, 2, 3), size)[1], 3, 2)  # [L, B, n, K]
@@ -51,6 +53,8 @@ def best(cache: MemoryCache, method: Method, selected, closing):
     def slot(x):
         return jnp.take_along_axis(x, order[0, :, :, 0], axis=1)
 
+    # Of this chunk, whatever the entries were read with: the rule sees memory of the last closed chunk only, so that
+    # the selection before is removed.
     slots = Slots(
         jnp.where(live, Kind.MEMORY, Kind.PAD),
         jnp.broadcast_to(cache.chunks[:, None], live.shape),
@@ -75,7 +79,8 @@ def write(
       whole: as for `closed`.
     """
     after, store = closed(cache, method, slots, closing, whole=whole)
-    live = slots.live[None, :, :, None, None]
+    live = slots.live[None, :, :, None, None]  # [1, B, n, 1, 1]
+    # Entries that no token wrote may be anything; they are never stored.
     finite = [jnp.all(jnp.isfinite(x) | ~live, axis=(0, 2, 3, 4)) for x in (k, v)]
     after = dataclasses.replace(after, spoiled=after.spoiled | ~(finite[0] & finite[1]))
     # The accumulated attention goes with the keys; only methods without a mixture ask for it.
@@ -131,16 +136,20 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
     def join(a, b):
         return jnp.concatenate([a, b], axis=1)
 
+    # The places of the cache, and behind them what is written.
     both = Slots(*(join(a, b) for a, b in zip(fields(old), fields(slots), strict=True)))
     kept = reachable(method.rule, both, cache.chunks + 1, cache.tokens) & both.live
     is_new = jnp.arange(both.kind.shape[1]) >= size
+    # Rows that close nothing keep all of theirs and get nothing new.
     kept = jnp.where(closing[:, None], kept, both.live & ~is_new)
     memory = kept & (both.kind == Kind.MEMORY)
     # Memory stands in order of age: the oldest are those of the lowest rank.
     rank = jnp.cumsum(memory, axis=1)
     excess = jnp.maximum(rank[:, -1] - cache.memory_capacity, 0)
+    # "error" turns away what is new, and the session is invalid; "evict" drops what is oldest.
     refused = rank > cache.memory_capacity if cache.overflow == "error" else rank <= excess[:, None]
     kept = kept & ~(memory & refused)
+    # By index: what is written takes the place of the text that it stands for.
     order = jnp.argsort(jnp.where(kept, both.index, jnp.iinfo(jnp.int32).max), axis=1, stable=True)[:, :size]
 
     def take(x):
@@ -166,6 +175,7 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
         entered = each(new.astype(own.dtype), order - size) if count else jnp.zeros_like(own)
         # What stays is not even read from elsewhere, so that a layer can change in place.
         entries = jnp.where(inner(enters), entered, own if stays else each(own, order))
+        # Zeros where nothing is live: a weight of 0 does not undo a NaN.
         return jnp.where(inner(live), entries, 0)
 
     def store(own, new):
@@ -196,12 +206,14 @@ def _blending(cache: MemoryCache, method: Method, count: int, closing):
     def column(x):
         return x[:, None, None, None]
 
+    # Chunks are counted as they become memory, which with `Method.recent` is so many chunks later.
     number = jnp.maximum(cache.chunks - method.recent, 0)
+    # ``a_t`` of the formula, by the number of the chunk within its own mixture.
     rate = column(method.mix.rate(number // method.groups + 1).astype(jnp.float32))
     group = jnp.arange(method.groups) == (number % method.groups)[:, None]  # [B, groups]
 
     def blend(mixed, new):
-        groups = mixed.reshape(mixed.shape[0], method.groups, count, *mixed.shape[2:])
+        groups = mixed.reshape(mixed.shape[0], method.groups, count, *mixed.shape[2:])  # [B, groups, n, K, H]
         entered = (group & closing[:, None])[:, :, None, None, None]
         groups = jnp.where(entered, (1 - rate[:, None]) * groups + rate[:, None] * new[:, None], groups)
         state = jnp.sum(jnp.where(group[:, :, None, None, None], groups, 0), axis=1)
@@ -225,22 +237,27 @@ def pooled(cache: MemoryCache, method: Method, closing):
       Keys and values ``[L, B, W, K, H]`` and `Slots` of ``[B, W]`` for `write`; W slots are enough for all raw text.
     """
     size = method.pool or 1
+    # As many slots as all raw text could need, so that shapes do not depend on the text.
     width = -(-raw_capacity(cache) // size) if method.pool else 0
     slots = cache.slots
     hidden = is_in(slots.kind, TEXT) & ~reachable(method.rule, slots, cache.chunks + 1, cache.tokens)
     hidden = hidden & closing[:, None]
+    # Text that becomes hidden in front, in its order, and cut into shares of `size`.
     order = jnp.argsort(~hidden, axis=1, stable=True)
     order = jnp.pad(order, ((0, 0), (0, max(width * size - order.shape[1], 0))))[:, : width * size]
+    # [B, W, c], of each slot.
     used = (jnp.arange(width * size) < jnp.sum(hidden, axis=1, keepdims=True)).reshape(order.shape[0], width, size)
     count = jnp.sum(used, axis=2)
     share = used / jnp.maximum(count, 1)[:, :, None]
 
     def mean(x):
+        # In float32 and rounded when stored, as in the parallel forward (`nn.layer.pack`).
         parts = jnp.take_along_axis(x, order[None, :, :, None, None], axis=2).astype(jnp.float32)
         parts = parts.reshape(*x.shape[:2], width, size, *x.shape[3:])
         return jnp.einsum("bwc,lbwckh->lbwkh", share, parts, precision=jax.lax.Precision.HIGHEST)
 
     def pick(x):
+        # Of the last token of a share, as in `rows`: index and position ascend.
         return jnp.max(jnp.where(used, jnp.take_along_axis(x, order, axis=1).reshape(used.shape), 0), axis=2, initial=0)
 
     kind = jnp.where(count > 0, Kind.MEMORY, Kind.PAD)

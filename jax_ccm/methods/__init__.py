@@ -59,6 +59,7 @@ def build(name: str, **options: Any) -> Method:
     Raises:
       UserError: for an unknown name, an option that the method does not have, or one that it needs and is not given.
     """
+    # Options are the builder's own arguments, so that its signature is the list of what is allowed.
     builder = builder_of(name)
     allowed = inspect.signature(builder).parameters
     for option in options:
@@ -91,6 +92,7 @@ def beside(name: str, **options: Any) -> dict[str, Method]:
     if name not in _UPDATES:
         return {name: own}
 
+    # As far as the other method has them: only `ema` has a decay.
     def shared(other):
         return {x: options[x] for x in options if x in inspect.signature(METHODS[other]).parameters}
 

@@ -35,6 +35,7 @@ def window(size: int, sink: bool = False, streaming: bool = False, sinks: int = 
     sinks = _sinks(sinks) if sink else 0
     if size < sinks:
         raise UserError(f"window size is {size}, smaller than the sinks={sinks} beside it; raise size or lower sinks")
+    # A clause of its own for the sinks: the window does not hold for them.
     clauses = (see(RAW, RAW, 0, INF, window=size),) + ((see(EVERY, Kind.SINK, 0, INF),) if sink else ())
     rope = "cache" if streaming else "running"
     return Method(name="window", rule=Rule(clauses), gate=EVERY if sink else RAW, sink=sinks, rope=rope)
@@ -62,6 +63,7 @@ def scattered() -> Method:
 
     Which tokens are kept is drawn once for a text (``data.hide: tokens``), the same for all queries, layers and heads.
     """
+    # QUERY is what the data keep; everything else sees itself alone, by a window of 1.
     clauses = (see(RAW, Kind.QUERY, 0, INF), see(Kind.TEXT, Kind.TEXT, 0, 0, window=1))
     return Method(name="scattered", rule=Rule(clauses), gate=RAW)
 
@@ -77,6 +79,7 @@ def streaming_llm(sinks: int = 1) -> Method:
     """
     if sinks < 0:
         raise UserError(f"sinks is {sinks}; it must be at least 0 tokens")
+    # Closed text is out of sight: `steps.stream_step` closes the oldest in place of writing a memory of it.
     clauses = (see(RAW, RAW, 0, 0),) + ((see(EVERY, Kind.SINK, 0, INF),) if sinks else ())
     gate = EVERY if sinks else RAW
     return Method(name="streaming_llm", rule=Rule(clauses), gate=gate, sink=sinks, rope="cache")

@@ -75,6 +75,7 @@ def concat(
         )
     check_repetition(repeat, repeat_by, repeat_share)
     clauses = [
+        # A chunk is read by ordinary causal attention; each compression token sees the ones before it in its group.
         see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
         see(COMP, COMP, 0, 0),
     ]
@@ -83,9 +84,12 @@ def concat(
         clauses += [see((TEXT, QUERY), (TEXT, QUERY), 1, recent), see((TEXT, QUERY), MEMORY, 1 + recent, INF)]
         clauses.append(see(COMP, MEMORY, 1, INF))
     else:
+        # In the reference's terms `concat`, whose chunks are blind to memory, and `concat_recur`.
         clauses.append(see((QUERY,) if independent else (TEXT, QUERY, COMP), MEMORY, 1, INF))
     if sink:
+        # Without it no chunk but the first sees a beginning-of-sequence token: the reference's --sink.
         clauses.append(see(EVERY, SINK, 0, INF))
+    # The conditional LoRA (section 3.2): text is computed by the base as it was.
     gate = (COMP,) if conditional else EVERY
     if repeat:
         # A chunk's repetition sees the memory just after that chunk, and each token itself, or what was said before it.
@@ -100,6 +104,7 @@ def concat(
         gate=gate,
         sink=sink,
         recent=recent,
+        # The reference's streaming class, which rotates keys by their index in the cache at every forward pass.
         rope="cache" if streaming else "running",
         repeat=Token(REPEAT, embedding_index=comp_tokens) if repeat else None,
         repeat_by=repeat_by,
@@ -131,6 +136,7 @@ def merge(
         and of up to this many chunks it holds each by itself, as `concat` does; in no paper. With 1 it is the paper's.
     """
     repeating = (repeat, repeat_by, repeat_share)
+    # What text sees, and what is run to close a chunk, is that of concat; only the update differs (equation 3).
     appending = concat(comp_tokens, sink, independent, conditional, streaming, *repeating, min_comp_tokens, recent)
     return dataclasses.replace(_grouped(appending, Mean(), groups), name="ccm_merge")
 
@@ -190,5 +196,6 @@ def gist(comp_tokens: int = 1, sink: bool = False, conditional: bool = True, onl
       online: gisting-online, CCM's baseline: each chunk is compressed alone as it comes, and the memories stand side by
         side. Adapters serve both: the paper trains on whole contexts.
     """
+    # No chunk sees a memory: there is but one chunk, or each is compressed alone.
     alone = concat(comp_tokens, sink, independent=True, conditional=conditional)
     return dataclasses.replace(alone, name="gist", context="chunks" if online else "joined")

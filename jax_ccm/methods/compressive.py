@@ -39,6 +39,7 @@ def compressive(ratio: int = 4, recent: int = 1, segment: int | None = None, sin
         raise UserError(
             f"segment is {segment}; it must be a multiple of ratio={ratio}, so that it pools without a rest"
         )
+    # Text is seen as it is up to `recent` segments back, and from there on through its means.
     clauses = [see((TEXT, QUERY), (TEXT, QUERY), 0, recent), see((TEXT, QUERY), MEMORY, recent + 1, INF)]
     if sink:
         clauses.append(see(EVERY, SINK, 0, INF))

@@ -62,7 +62,9 @@ class BySimilarity:
 
     def score(self, k: Array, attention: Array | None, index: Array, candidates: Array) -> Array:
         k = k.astype("float32")
+        # 1e-12 for keys of zeros, which have no direction.
         k = k / ((k**2).sum(-1, keepdims=True) + 1e-12) ** 0.5
+        # The sum in place of the mean: only the order of the scores counts.
         mean = (k * candidates[None, :, :, None, None]).sum(2, keepdims=True)
         return -(k * mean).sum(-1)
 
@@ -125,6 +127,7 @@ def evict(
     }
     if score not in policies:
         raise UserError(f"score is {score!r}; allowed: {', '.join(policies)}")
+    # A selection replaces the one before: memory is of the last chunk closed, at distance 1, and older is out of sight.
     clauses = [see((TEXT, QUERY), (TEXT, QUERY), 0, 0), see((TEXT, QUERY), MEMORY, 1, 1)]
     if sink:
         clauses.append(see((TEXT, QUERY, SINK), SINK, 0, INF))

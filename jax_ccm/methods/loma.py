@@ -81,13 +81,17 @@ def loma(
         raise UserError(f"decay is {decay}, but memory is {memory!r}; only memory 'ema' has one")
     mix = {"append": None, "mean": Mean(), "ema": Ema(decay)}[_one_of("memory", memory, ("append", "mean", "ema"))]
     farthest = {"all": INF, "last": 1}[_one_of("scope", scope, ("all", "last"))]
+    # The paper leaves open whether memory tokens see earlier memory: a plain forward on the live cache lets them.
     readers = (TEXT, QUERY, COMP) if history else (TEXT, QUERY)
     alone = repeats_see == "self" and repeat_by == "placeholders"
     clauses: list[Clause] = [
+        # Reading zone and memory tokens: causal attention within the chunk.
         see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
         see(COMP, COMP, 0, 0),
         see(readers, MEMORY, 1, farthest),
+        # Only the memory of its own chunk, at distance 0: a test of each chunk's memory alone.
         see(REPEAT, MEMORY, 0, 0),
+        # Tokens fed alike are told apart by position alone; a window of 1 leaves each of them itself.
         see(REPEAT, REPEAT, 0, 0, window=1 if alone else None),
     ]
     if sink:
@@ -98,12 +102,15 @@ def loma(
     size = ratio * memory_tokens
 
     def place(k):
+        # The k-th of t slots at ``c (k + 1) - 1`` within a chunk of t c tokens, counted from the text that follows.
         return ratio * (k + 1) - 1 - size if stride else k
 
     appending = Method(
         name="loma",
         rule=Rule(tuple(clauses), both_ways=both),
+        # All memory tokens are one token, told apart by their positions; their embedding is the same row.
         closes=tuple(Token(COMP, embedding_index=0, offset=place(k)) for k in range(memory_tokens)),
+        # The paper fine-tunes the model; a LoRA in place of that acts on every token.
         gate=(COMP, REPEAT) if conditional else EVERY,
         sink=sink,
         chunk=size,

@@ -29,10 +29,14 @@ def sentinel(history: bool = False, opener: bool = True, conditional: bool = Fal
       conditional: the LoRA acts on the sentinels only, as in CCM; in no paper.
     """
     clauses = [
+        # Kept text is seen for good, by all text.
         see((TEXT, QUERY), QUERY, 0, INF),
+        # The pairs of closed spans; of the own one, still open, there is none.
         see((TEXT, QUERY), MEMORY, 1, INF),
+        # A span's text is seen within the span alone: by its own later text, and by its <CR>.
         see((TEXT, COMP), TEXT, 0, 0),
         see(COMP, (OPEN, COMP), 0, 0),
+        # <CL> sees only itself, so that its keys and values are a constant of each layer, which <CR> alone reads.
         see(OPEN, OPEN, 0, 0),
     ]
     if history:
@@ -41,5 +45,6 @@ def sentinel(history: bool = False, opener: bool = True, conditional: bool = Fal
     closes = ((Token(OPEN, embedding_index=1, offset=-1, from_begin=True),) if opener else ()) + (
         Token(COMP, embedding_index=0, offset=-1),
     )
+    # The released code's LoRA acts on every token.
     gate = (OPEN, COMP) if conditional else (TEXT, QUERY, OPEN, COMP)
     return Method(name="sentinel", rule=Rule(tuple(clauses)), closes=closes, gate=gate)

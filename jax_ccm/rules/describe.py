@@ -31,6 +31,7 @@ def describe_method(method: Method) -> dict[str, Any]:
     for field in dataclasses.fields(method):
         if field.name not in ("name", "rule"):
             out[field.name] = _plain(getattr(method, field.name))
+    # Sets, of which the order says nothing.
     return out | {"writes": sorted(out["writes"]), "gate": sorted(out["gate"])}
 
 
@@ -72,6 +73,7 @@ def completed(stored: dict[str, Any]) -> dict[str, Any]:
 
 def _merged(spans: list[list[int]]) -> list[list[int | None]]:
     merged: list[list[int]] = []
+    # Intervals that touch are one: distances are whole.
     for nearest, farthest in sorted(spans):
         if merged and nearest <= merged[-1][1] + 1:
             merged[-1][1] = max(merged[-1][1], farthest)

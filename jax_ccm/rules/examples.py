@@ -39,6 +39,7 @@ class Example:
     """
 
     start: np.ndarray
+    # It stands behind the compression tokens of the segment before, as in CCM's code for dialogues.
     separator: np.ndarray
     segments: tuple[Segment, ...]
     id: str = ""

@@ -35,6 +35,7 @@ class Ema:
             raise ValueError(f"decay is {self.decay}; it must lie in (0, 1]: it is the weight of the newest chunk")
 
     def rate(self, step: Array) -> Array:
+        # By arithmetic, since the step may be traced. The first chunk is all there is: its weight is 1.
         return 1.0 * (step <= 1) + self.decay * (step > 1)
 
 

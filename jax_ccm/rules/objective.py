@@ -29,6 +29,7 @@ class Objective:
     def __post_init__(self):
         for name, most in (("distillation", 1), ("dependence", None), ("dependence_floor", None)):
             value = getattr(self, name)
+            # Not ``value < 0``: NaN fails this, too.
             if not value >= 0 or (most is not None and value > most):
                 allowed = "at least 0" if most is None else f"between 0 and {most}"
                 raise UserError(f"objective.{name} is {value}; it must be {allowed}")

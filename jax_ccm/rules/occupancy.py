@@ -33,6 +33,7 @@ def occupancy(
     sizes = np.asarray(lengths, int)
     ends = np.cumsum(sizes)
     begins, closed, read = ends - sizes, len(sizes), int(sizes.sum())
+    # Every text token of the session, as if nothing had been removed; what the rule hides is dropped at the end.
     place = np.arange(read + still_open)
     segment = np.repeat(np.arange(closed + 1), [*sizes, still_open])
     marked = np.zeros(len(place), bool)
@@ -41,6 +42,7 @@ def occupancy(
     kind = np.where(place < method.sink, Kind.SINK, kind)
     sinks = int((kind == Kind.SINK).sum())
     text = Slots(kind, segment, place, place)
+    # Asked for the moment after the last token: the segment and position of what would be read next.
     now = np.array([closed]), np.array([len(place)])
 
     def seen(slots):
@@ -50,11 +52,13 @@ def occupancy(
         return Slots(np.full(len(index), int(Kind.MEMORY)), segment, index, position)
 
     parts = [text]
+    # The newest chunks still stand as text (`Method.recent`).
     older = max(closed - method.recent, 0)
     # Sinks and what is kept are not compressed.
     counts = method.num_closing(np.bincount(segment[kind == Kind.TEXT], minlength=closed)[:older])
     for rank, token in enumerate(method.closes):
         if token.kind in method.writes:
+            # Placed as by `steps._closing_tokens`: by index it takes the place of the chunk's last token.
             position = np.maximum((begins if token.from_begin else ends) + token.offset, 0)
             has = np.flatnonzero(counts > rank)
             parts.append(memory(has, ends[has] - 1, position[has]))
@@ -66,6 +70,7 @@ def occupancy(
         last = np.append((np.diff(share) != 0) | (np.diff(chunk) != 0), True)[: len(hidden)]
         parts.append(memory(chunk[last], hidden[last], hidden[last]))
     if method.eviction is not None and closed:
+        # Chunk by chunk, as what an earlier closing left bounds what the next can choose from.
         count = 0
         for number, (begin, size) in enumerate(zip(begins, sizes, strict=True), 1):
             # A chunk may have fewer tokens than slots.

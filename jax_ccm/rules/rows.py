@@ -36,6 +36,7 @@ def arrange(method: Method, example: Example) -> tuple[Segment, ...]:
     first, *rest = example.segments
     start = with_prefix(example.start, first, keep=example.keeps_start)
     segments = (start, *(with_prefix(example.separator, segment) for segment in rest))
+    # Chunks of fixed length know no boundaries: everything is one text, cut anew.
     return segments if method.chunk is None else cut(concat(*segments), method.chunk)
 
 
@@ -91,11 +92,14 @@ def _measure(method: Method, segments: Sequence[Segment]) -> Sizes:
     """The sizes that arranged segments need."""
     chunks = len(closed(method, segments))
     text = sum(len(segment.tokens) for segment in segments)
+    # The first token of a session has nothing before it that could predict it.
     scored = sum(int(segment.scored.sum()) for segment in segments) - int(segments[0].scored[:1].sum())
     repeated = sum(len(segment.tokens) for segment in segments[:chunks]) if method.repeat else 0
     closing = int(np.sum(method.num_closing(_compressed(method, segments)[:chunks])))
+    # Where all closing tokens write, there are as many slots, however many a chunk has (`Method.ratio`).
     slots = closing if method.slots_per_chunk == len(method.closes) else chunks * method.slots_per_chunk
     if method.pool:
+        # Pooled text begins behind the sinks; each chunk may end with a slot of fewer tokens.
         ends = np.cumsum([0] + [len(segment.tokens) for segment in segments[:-1]])
         slots = int(np.sum(-(-np.diff(np.maximum(ends - _sinks(method, segments[0]), 0)) // method.pool)))
     return Sizes(text + repeated + closing, slots, scored + repeated)
@@ -104,6 +108,7 @@ def _measure(method: Method, segments: Sequence[Segment]) -> Sizes:
 def _compressed(method: Method, segments: Sequence[Segment]) -> np.ndarray:
     """int ``[segments]``, how much text of each is compressed where it is closed: all but sinks and what is kept."""
     sizes = np.array([len(segment.tokens) for segment in segments])
+    # Kept text of kind SINK stands at the beginning, and is counted with the sinks below.
     if method.kept_kind is not Kind.SINK:
         sizes = sizes - [0 if segment.kept is None else segment.kept.sum() for segment in segments]
     begins = np.cumsum(sizes) - sizes
@@ -120,6 +125,7 @@ def _sinks(method: Method, first: Segment) -> int:
 def bound(method: Method, text: int, chunks: int, scored: int) -> Sizes:
     """Sizes enough for any example of at most so many text tokens, context chunks and scored tokens."""
     if method.chunk is not None:
+        # Without repetition a last chunk that is full stays the tail (`closed`).
         chunks = (text if method.repeat else max(text - 1, 0)) // method.chunk
     repeated = text if method.repeat else 0
     closing = _most_closing(method, text, chunks)
@@ -201,6 +207,7 @@ def batch(
         sizes = _smallest(sizes, [_measure(method, segments) for method, segments, _ in arranged])
     chosen = arranged if rows is None else [arranged[row] for row in rows]
     made = [_row(method, segments, sizes, vocab_size, id) for method, segments, id in chosen]
+    # Rows are made with padding on the right, and rolled where it is wanted on the left.
     if pad == "left":
         made = [_shift(row, sizes.tokens) for row in made]
     stacked = {name: np.stack([row[name] for row in made]) for name in made[0]}
@@ -235,7 +242,9 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
         closing = method.closes[: counts[number]] if closes else None
         parts.append(_segment(method, piece, kept, tail, number, int(begins[number]), closing, vocab))
     row = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
+    # Order in the row: compression tokens count, unlike for positions.
     row["index"] = np.arange(len(row["tokens"]))
+    # The first tokens are sinks for all that follow, whatever they were laid out as.
     row["kind"][np.flatnonzero(np.isin(row["kind"], (*TEXT, Kind.SINK)))[: method.sink]] = Kind.SINK
     scored, answers = row.pop("scored"), row.pop("answers")
     row |= _targets(row, scored, answers)
@@ -312,6 +321,8 @@ def _segment(
     # What a closing compresses begins behind the text that is kept, if that is more than a sink.
     apart = 0 if method.kept_kind is Kind.SINK and kept.sum() <= method.sink else int(kept.sum())
     span = begin + apart
+    # Compression tokens take positions relative to the text that follows or to the begin of the span, and are not
+    # counted: the next segment begins where the text ends (CCM, "skip" positions of its code; Sentinel; LoMA).
     place = [(span if token.from_begin else begin + count) + token.offset for token in closing]
     again = len(fed)
     text = np.where(kept, method.kept_kind or Kind.QUERY, Kind.QUERY if tail else Kind.TEXT)
@@ -319,6 +330,7 @@ def _segment(
         "tokens": (piece.tokens, [vocab + token.embedding_index for token in closing], fed),
         "kind": (text, [t.kind for t in closing], np.full(again, Kind.REPEAT)),
         "segment": (np.full(count + len(closing) + again, number),),
+        # A repeated token has the position of the token that it repeats (LoMA).
         "position": (begin + np.arange(count), np.maximum(place, 0), begin + np.arange(again)),
         "answers": (np.full(count + len(closing), -1), piece.tokens[:again]),
     }
@@ -340,6 +352,8 @@ def _targets(row: dict[str, np.ndarray], scored: np.ndarray, answers: np.ndarray
     scored = np.flatnonzero(scored)
     scored = scored[scored > 0]
     text = np.isin(row["kind"], (*TEXT, Kind.SINK))
+    # For each place the last text at or before it: a token behind a chunk is predicted by that chunk's last text token,
+    # and not by a compression token.
     before = np.maximum.accumulate(np.where(text, row["index"], -1))
     again = np.flatnonzero(answers >= 0)
     return {
@@ -362,6 +376,7 @@ def _memory(method: Method, row: dict[str, np.ndarray], segments: int, size: int
     found["memory_kind"] = np.full(len(last), Kind.MEMORY)
     if method.mix is not None:
         count = method.slots_per_chunk
+        # Weights are for the whole batch's size, with rows of zeros for slots that this row does not have.
         found["mix"] = _mix_matrix(method, len(last), size)
         # State t of the mixture exists once the last of its chunk's tokens has been run.
         found["memory_index"] = found["memory_index"].reshape(-1, count).max(1, initial=0).repeat(count)
@@ -379,6 +394,7 @@ def _padded(row: dict[str, np.ndarray], sizes: Sizes, pool: int) -> dict[str, np
 
     floats = ("weights", "share")
     return {
+        # `mix` has its size already, [M, M].
         name: x if name == "mix" else pad(x, caps.get(name, sizes.memory)).astype("f4" if name in floats else "i4")
         for name, x in row.items()
     }
@@ -396,6 +412,7 @@ def _pools(indices: np.ndarray, segment: np.ndarray, size: int) -> tuple[np.ndar
       Sources and their shares, both ``[slots * size]`` and 0 where a slot has fewer; the last place of each slot.
     """
     own = segment[indices]
+    # The number of a token within its segment, since `own` ascends; and that of its slot.
     rank = np.arange(len(indices)) - np.searchsorted(own, own)
     slot = np.cumsum(rank % size == 0) - 1
     count = np.bincount(slot, minlength=1 if len(slot) else 0)
@@ -413,23 +430,27 @@ def _mix_matrix(method: Method, sources: int, size: int) -> np.ndarray:
     per_chunk, groups = method.slots_per_chunk, method.groups
     chunks = sources // per_chunk
     weights = np.zeros((chunks, chunks))
+    # The recurrence ``state(t) = (1 - rate) state(t - groups) + rate new(t)``, unrolled into weights of each chunk.
     for t in range(chunks):
         rate = float(method.mix.rate(t // groups + 1))
         if t >= groups:
             weights[t] = (1 - rate) * weights[t - groups]
         weights[t, t] = rate
     matrix = np.zeros((size, size), np.float32)
+    # Slot k of a mixture is made of the k-th slots alone: weights of chunks times the identity over slots.
     matrix[:sources, :sources] = np.kron(weights, np.eye(per_chunk))
     return matrix
 
 
 def _shift(row: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
     """The row with its padding on the left."""
+    # Only indices into the row move; the memory, and what is scored, stay padded on the right.
     empty = size - int((row["kind"] != Kind.PAD).sum())
     row = dict(row)
     for name in ("tokens", "kind", "segment", "index", "position"):
         row[name] = np.roll(row[name], empty)
     slots = row["memory_kind"] == Kind.MEMORY
+    # One for each source: a pooled slot has several.
     slots = np.repeat(slots, len(row["source"]) // max(len(slots), 1))
     for name, used in (("indices", row["weights"] > 0), ("source", slots)):
         row[name] = np.where(used, row[name] + empty, 0).astype(np.int32)

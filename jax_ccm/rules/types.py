@@ -24,6 +24,7 @@ import numpy as np
 from jax_ccm.rules.mixtures import EvictionPolicy, Mix
 
 Array = Any  # a numpy array on the host, a jax array under jit
+# Of int32, as all slots are; a distance is compared with it only where there is a limit (`visibility.sees`).
 INF = int(np.iinfo(np.int32).max)
 
 
@@ -40,6 +41,7 @@ class Kind(enum.IntEnum):
     MEMORY = 7  # a key/value pair that a method wrote
 
 
+# Text of every layout. A repetition, which only training lays out, is raw text, too.
 TEXT = (Kind.TEXT, Kind.QUERY)
 RAW = (*TEXT, Kind.REPEAT)
 
@@ -112,6 +114,7 @@ def see(
       key: kinds that are seen.
       nearest, farthest, window, hidden: as of `Clause`.
     """
+    # As tuples, so that a clause is hashable: rules are static arguments of jit.
     looking, seen = ((kinds,) if isinstance(kinds, Kind) else tuple(kinds) for kinds in (query, key))
     return Clause(looking, seen, nearest, farthest, window, hidden)
 
@@ -255,8 +258,10 @@ class Method:
         """
         most = len(self.closes)
         if self.ratio is None:
+            # In the shape of `tokens`.
             return most + 0 * tokens
         needed = -(-tokens // self.ratio)
+        # ``min(needed, most)``, by operators that numpy and traced arrays share.
         return needed - (needed - most) * (needed > most)
 
     def mixing(self, mix: Mix | None, groups: int = 1) -> Method:
@@ -268,6 +273,7 @@ class Method:
         def newest(c):
             return dataclasses.replace(c, farthest=min(c.farthest, max(c.nearest, 1) + groups - 1))
 
+        # Clauses about anything but memory stay as they are.
         def latest(c):
             return newest(c) if Kind.MEMORY in c.key else c
 
@@ -309,6 +315,7 @@ class Method:
         """
         if not self.closes:
             return RAW
+        # What the closing tokens see of their own segment, at distance 0.
         own = {token.kind for token in self.closes}
         seen = {key for c in self.rule.sees if own & set(c.query) and c.nearest <= 0 for key in c.key}
         return tuple(kind for kind in RAW if kind in seen)
@@ -343,6 +350,7 @@ class Method:
         """
         text = any(set(RAW) & set(clause.key) and clause.farthest > 0 for clause in self.rule.sees)
         memory = all(clause.farthest in (0, INF) for clause in self.rule.sees if Kind.MEMORY in clause.key)
+        # Of several sinks one may be read when there is memory already, and stand behind it.
         replaced = self.eviction is not None or (self.mix is not None and self.groups == 1)
         return not text and (memory or (replaced and self.sink <= 1))
 

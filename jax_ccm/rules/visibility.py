@@ -44,6 +44,7 @@ def sees(rule: Rule, q: Slots, k: Slots) -> Array:
     back = q.segment - k.segment
     causal = q.index >= k.index
     seen = None
+    # Clauses are static: what they do not limit is not compared, which counts inside a kernel.
     for clause in rule.sees:
         hit = is_in(q.kind, clause.query) & is_in(k.kind, clause.key)
         hit = hit & (back >= clause.nearest)
@@ -62,6 +63,7 @@ def sees(rule: Rule, q: Slots, k: Slots) -> Array:
 def first_seen(position: Array, hidden: tuple[int, int]) -> Array:
     """``floor(position * a / b)``, in steps that do not overflow int32 for b up to 1,000 or so."""
     a, b = hidden
+    # ``p = (p // b) b + p % b``, and the first part times a / b is whole.
     return position // b * a + position % b * a // b
 
 
@@ -70,6 +72,7 @@ def reachable(rule: Rule, k: Slots, segment: Array, position: Array) -> Array:
 
     What is not reachable may be removed from a cache without changing any result.
     """
+    # `nearest` and the order do not count: segments and positions of those who will look only grow.
     back = segment[:, None] - k.segment
     found = None
     for clause in rule.sees:
@@ -87,6 +90,7 @@ def with_window(rule: Rule, window: int | None) -> Rule:
     if window is None:
         return rule
     clauses = []
+    # A window is one of a whole clause: kinds that it spares get a clause of their own.
     for clause in rule.sees:
         raw = tuple(kind for kind in clause.key if kind in RAW)
         exempt = tuple(kind for kind in clause.key if kind not in RAW)
@@ -106,5 +110,6 @@ def gate(method: Method, slots: Slots, kinds: tuple[Kind, ...] = tuple(Kind)) ->
       slots: of any shape.
       kinds: which kinds the slots can be of.
     """
+    # None, so that no LoRA is run at all where it would act on nothing.
     acts = tuple(kind for kind in method.gate if kind in kinds)
     return is_in(slots.kind, acts).astype("float32") if acts else None
