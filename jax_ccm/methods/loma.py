@@ -81,11 +81,11 @@ def loma(
         raise UserError(f"decay is {decay}, but memory is {memory!r}; only memory 'ema' has one")
     mix = {"append": None, "mean": Mean(), "ema": Ema(decay)}[_one_of("memory", memory, ("append", "mean", "ema"))]
     farthest = {"all": INF, "last": 1}[_one_of("scope", scope, ("all", "last"))]
-    # The paper leaves open whether memory tokens see earlier memory: a plain forward on the live cache lets them.
+    # Earlier memory is seen by memory tokens, too, as by any token of a plain forward on the live cache.
     readers = (TEXT, QUERY, COMP) if history else (TEXT, QUERY)
     alone = repeats_see == "self" and repeat_by == "placeholders"
     clauses: list[Clause] = [
-        # Reading zone and memory tokens: causal attention within the chunk.
+        # The reading zone, causally; memory tokens stand behind it and see all of it, and each other (`both_ways`).
         see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
         see(COMP, COMP, 0, 0),
         see(readers, MEMORY, 1, farthest),

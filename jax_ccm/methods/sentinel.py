@@ -36,7 +36,7 @@ def sentinel(history: bool = False, opener: bool = True, conditional: bool = Fal
         # A span's text is seen within the span alone: by its own later text, and by its <CR>.
         see((TEXT, COMP), TEXT, 0, 0),
         see(COMP, (OPEN, COMP), 0, 0),
-        # <CL> sees only itself, so that its keys and values are a constant of each layer, which <CR> alone reads.
+        # <CL> sees only itself: its values, and its keys before rotation, are a constant of each layer for <CR>.
         see(OPEN, OPEN, 0, 0),
     ]
     if history:
