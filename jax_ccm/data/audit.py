@@ -31,6 +31,7 @@ def lines(config: DataConfig) -> Iterator[str]:
 
 def key(record: Record, format: str) -> str:
     """What a record says, without case and white space: equal for records that a model could not tell apart."""
+    # A question mark ends the names of fields that a record may lack.
     names = [name.rstrip("?") for name in FIELDS[format]]
     return re.sub(r"\s+", " ", repr([record.get(name) for name in names]).lower())
 
@@ -83,6 +84,7 @@ def questions(sources: Sequence[Source]) -> Iterator[str]:
         return " ".join(re.findall(r"\w+", text.lower()))
 
     shorts = [[plain(text) for text in record.get("answers") or [record["target"]]] for record in found]
+    # With spaces at both ends, so that answers are found as whole words only.
     contexts = [f" {plain(' '.join(record['contexts']))} " for record in found]
 
     def told(own, context):
@@ -109,6 +111,7 @@ def questions(sources: Sequence[Source]) -> Iterator[str]:
     yield f"the most frequent answer, {often!r}, is right for {count / len(found):.0%}"
     repeated = sum(counts.total() for counts in by_question.values() if counts.total() > 1)
     if repeated:
+        # To a question that is asked once its own answer is always the most frequent one, which says nothing.
         alone = len(by_question) - sum(counts.total() > 1 for counts in by_question.values())
         yield (
             f"{repeated:,} questions are asked more than once; the most frequent answer to each is right for "

@@ -29,6 +29,7 @@ def caps(config: DataConfig, method: Method) -> layout.Sizes:
     chunks = config.max_chunks
     if method.chunk is not None:
         # As many as the row has places for, whatever chunks the data have.
+        # Each takes its text, with repetition the same again, and the tokens that close it.
         chunks = config.tokens // (method.chunk * (2 if method.repeat else 1) + len(method.closes))
     return layout.Sizes(config.tokens, layout.most_slots(method, config.tokens, chunks), config.scored)
 
@@ -43,11 +44,13 @@ def joined(example: Example, join: float, uncompressed: float, rng: np.random.Ge
       rng: draws; the same number of them for every choice.
     """
     count = len(example.segments)
+    # Of count segments the last is the tail, so that there are count - 2 places between context chunks.
     whole, cuts = rng.random() < uncompressed, rng.random(max(count - 2, 0)) >= join
     if count == 1 or (cuts.all() and not whole):
         return example
     if whole:
         return examples.join(example, [count])
+    # The context chunk that each group begins with, and where the last one ends.
     bounds = np.flatnonzero(np.concatenate([[True], cuts, [True]]))
     return examples.join(example, [*(int(size) for size in np.diff(bounds)), 1])
 
@@ -57,6 +60,7 @@ def buckets(config: DataConfig, method: Method) -> list[layout.Sizes]:
     most = caps(config, method)
 
     def scored(tokens):
+        # In proportion to the tokens, rounded up.
         return -(-config.scored * tokens // config.tokens)
 
     return [layout.Sizes(tokens, most.memory, scored(tokens)) for tokens in (*sorted(config.buckets), config.tokens)]
@@ -133,6 +137,7 @@ class TrainingSet:
         seed = seed if self.config.shuffle_seed is None else self.config.shuffle_seed
         # Everything is in memory already: threads would only fight for the interpreter lock.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        # Units stand source by source; these are the numbers of each.
         ends = np.cumsum([0, *self.parts])
         numbers = [np.arange(first, end) for first, end in zip(ends, ends[1:], strict=False)]
         # A repeated MapDataset counts on: index // len is the epoch for the shuffle, and the index seeds the draw.
@@ -141,6 +146,7 @@ class TrainingSet:
             data = self._mixed([own[self.groups(self.places[own], seed)] for own in numbers], self.draw_group, seed)
             batches = data.map(functools.partial(self.batch, rows=rows))
             return cast(Batches, iter(batches.to_iter_dataset(options)))
+        # Row r of batch i is draw i * batch_size + r, whichever process asks for it.
         drawn = self._mixed(numbers, lambda number, rng: self.draw(self.units[number], rng), seed)
         batches = grain.MapDataset.range(len(drawn) // size)
         batches = batches.map(lambda i: self.batch([drawn[i * size + r] for r in rows]))
@@ -163,8 +169,10 @@ class TrainingSet:
         Returns:
           int64 ``[batches, batch_size]``.
         """
+        # The last key sorts first: by length, and by chance among equal lengths.
         order = np.lexsort((np.random.default_rng(seed).random(len(lengths)), lengths))
         size = self.config.batch_size
+        # Fewer units than rows: some stand in a batch more than once.
         if len(order) < size:
             order = np.resize(order, size)
         starts = [*range(0, len(order) - size + 1, size), *([len(order) - size] if len(order) % size else [])]
@@ -251,9 +259,11 @@ def prepare(
     for name, own in zip(config.train, found, strict=False):
         if not len(own):
             raise UserError(f"data.weights: nothing of {name!r} is left ({report}); raise the limits, or leave it out")
+    # The needs are places, slots and scored tokens.
     places = np.concatenate([needs[own, 0] for (_, needs, _), own in zip(loaded, found, strict=True)])
     units = Units([own for own, _, _ in loaded], found)
     if digest:
+        # Which of the stored units are used is decided by limits of the config, and belongs to the digest.
         digest = hashlib.sha256(digest.encode() + b"".join(own.tobytes() for own in found)).hexdigest()
     return TrainingSet(config, method, vocab_size, format, units, places, report, tuple(map(len, found)), digest)
 
@@ -268,6 +278,7 @@ def _loaded(format: Format, method: Method, sources: Sequence[Source], vocab: in
 def _fitting(needs: np.ndarray, most: layout.Sizes, config: DataConfig, report: Report) -> np.ndarray:
     """Numbers of the units that fit the static sizes, of those whose needs are given; the report counts the others."""
     over = needs > np.array([most.tokens, most.memory, most.scored])
+    # For each unit the number of the first limit that it exceeds, or 3: it fits.
     first = np.where(over.any(1), over.argmax(1), len(over[0]) if len(over) else 0)
     reasons = (
         f"of more than data.tokens={config.tokens} places",

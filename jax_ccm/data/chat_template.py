@@ -44,15 +44,20 @@ class ChatTemplate:
                 "data.chat_template is true, but this tokenizer has no chat template; take the model's chat version, "
                 "or set data.chat_template: false, and dialogues are lines of text"
             )
+        # Probes without white space at their ends, which templates trim.
         user, assistant, again, last = (f"turn-{name}-of-probe" for name in ("one", "two", "three", "four"))
         said = [user, assistant, again, last]
+        # Four turns, which show what stands between an answer and the next question, too.
         whole = _render(tokenizer, said)
         before, _, to_user, _, end = around = _cut(whole, said)
+        # The user's turn alone, and the same with what invites an answer; what is more is the head of the answer.
         (_, user_tail), (_, prompt) = (_cut(_render(tokenizer, said[:1], p), said[:1]) for p in (False, True))
         if not prompt.startswith(user_tail):
             raise _uncut(
                 f"the prompt for an answer, {prompt!r}, does not begin with the end of a message, {user_tail!r}"
             )
+        # Between an answer and the next turn stand the assistant's tail, which also ends the whole, and the user's
+        # head.
         heads = {"assistant": prompt[len(user_tail) :], "user": to_user.removeprefix(end)}
         found = cls(before.removesuffix(heads["user"]), heads, {"user": user_tail, "assistant": end})
         if found.text(said) != whole:

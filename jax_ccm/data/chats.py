@@ -123,11 +123,13 @@ class _Chat(Talk):
             return super().new_fact(speaker)
         told = {fact.kind for fact in self.facts}
         # "My sister is called …" twice would leave no answer that is right.
+        # Whom or what is spoken of already, in varied facts and in the slots of others.
         about = {text for fact in self.facts for name, text in fact.slots.items() if name != "v"}
         about |= {self.varied[kind]["member"] for kind in told & self.varied.keys()}
         options = [kind for kind, entry in self.varied.items() if entry["member"] not in about and kind not in told]
         if not options:
             return super().new_fact(speaker)
+        # Another fact whose value is of the same kind is the harder question: a town for a town.
         values = {self.entry(kind)["value"] for kind in told}
         alike = [kind for kind in options if self.varied[kind]["value"] in values]
         return self.add_fact(speaker, self.pick(alike if alike and self.rng.random() < 0.5 else options))
@@ -216,6 +218,7 @@ class _Chat(Talk):
         fact = self.pick(able)
         fact.past.append(fact.slots["v"])
         fact.slots["v"] = self.new_value(self.entry(fact.kind)["value"])
+        # A fact is as old as its last change.
         fact.told, fact.asked = len(self.turns), False
         lead = self.phrase("change") if self.rng.random() < 0.7 else ""
         return sentence(lead + fact.fill(self.pick(changes(fact)), old=fact.past[-1])), self.phrase("noted")
@@ -223,6 +226,7 @@ class _Chat(Talk):
     def inquire(self, fact: Fact) -> tuple[str, Callable[..., str]]:
         """A turn that asks for a fact, and the answer as a function of its value."""
         fact.asked = True
+        # The answer is the turn behind this one, which is not written yet.
         self.scored.append(len(self.turns) + 1)
         # What is kept for a last question is not repeated before it.
         kept = {other.told for other in self.kept_for_last.values() if other is not fact}
@@ -251,6 +255,7 @@ class _Chat(Talk):
         """A turn that asks for the words in which a fact was told, and the answer as a function of its value."""
         question, frame = self.pick(self.quotes)
         told, own = self.turns[fact.told], fact.slots["v"]
+        # The turn may begin with the value, which then has a capital.
         start = told.lower().index(own.lower())
 
         def answer(value: str | None = None) -> str:
@@ -269,6 +274,7 @@ class _Chat(Talk):
 
     def known(self) -> list[Fact]:
         """The facts that may be asked for and changed."""
+        # By identity: what is kept for last questions is neither asked for nor changed before.
         return [fact for fact in self.facts if not any(fact is kept for kept in self.kept_for_last.values())]
 
     def exchange(self) -> tuple[str, str]:
@@ -293,7 +299,9 @@ class _Chat(Talk):
         ages = self.making.ages
         self.due = len(ages)
         for left in range(count, 0, -1):
+            # ``left`` exchanges from here to the last question, this one included, are the age of what is told now.
             self.due -= left in ages
+            # There must be something to ask for in the end.
             due = left in ages or (left == 1 and not self.facts)
             said, reply = self.tell() if due else self.exchange()
             if left in ages:
@@ -317,8 +325,11 @@ class _Chat(Talk):
 
 def _hold(split: str, seed: int, index: int, making: Making) -> tuple[_Chat, Fact, Callable[..., str]]:
     """The conversation, the fact that its last question asks for, and the answer."""
+    # With several ages neighbouring records are one conversation with different last questions.
     number, own = divmod(index, max(len(making.ages), 1))
+    # A string seeds the generator through SHA-512, and so the same on every machine.
     chat = _Chat(split, random.Random(f"chats/{split}/{seed}/{number}"), making)
+    # Two turns each; the last exchange is the question.
     exchanges = [count // 2 - 1 for count in making.turns if count >= making.fewest]
     chat.hold_exchanges(chat.pick(exchanges))
     return chat, *chat.ask_last(making.ages[own] if making.ages else None)
@@ -348,6 +359,7 @@ def question(split: str, seed: int, index: int, making: Making) -> dict[str, Any
     """
     made, fact, answer = _hold(split, seed, index, making)
     *contexts, query, target = made.turns
+    # Turns since then, in exchanges.
     age = (len(contexts) - fact.told) // 2
     shown = {"contexts": contexts, "query": query, "target": target, "choices": made.choices(fact, answer)}
     return shown | {"answers": [fact.slots["v"]], "age": age}

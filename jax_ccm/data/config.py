@@ -78,10 +78,12 @@ class DataConfig:
     """Seed of order and draws; None takes the run's."""
 
     def __post_init__(self):
+        # A string is a sequence of strings, too: each of its letters would be taken for a source.
         for name in ("train", "validation", "test", "demonstrations", "roles"):
             value, what = getattr(self, name, None), "roles" if name == "roles" else "sources"
             if isinstance(value, str):
                 raise UserError(f"data.{name} is the string {value!r}; give a list of {what}, [{value!r}]")
+        # `dataclasses.replace` of the format alone would leave the class of another one.
         if type(self) is not kind_of({"format": self.format}):
             raise UserError(
                 f"data.format is {self.format!r}, whose options are the fields of {BY_FORMAT[self.format].__name__}; "

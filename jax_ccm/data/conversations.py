@@ -37,12 +37,14 @@ def wordlist(name: str) -> dict[str, Any]:
 
 def split_of(number: int) -> str:
     """The split that entry ``number`` of a list of entities, or a number itself, belongs to."""
+    # Of ten entries two, one, and the other seven.
     return {4: "test", 9: "test", 7: "validation"}.get(number % 10, "train")
 
 
 @functools.cache
 def entities(name: str, split: str) -> tuple[str, ...]:
     """All entities of a kind and split: words of a list, or numbers, times and dates."""
+    # Every five minutes of a day.
     clock = [f"{n // 12}:{n % 12 * 5:02d}" for n in range(24 * 12)]
     numbers = [str(n) for n in range(1000)]
     calendar = [f"the {_ordinal(day + 1)} of {month}" for month, days in MONTHS.items() for day in range(days)]
@@ -140,6 +142,7 @@ class Talk:
     def new_value(self, name: str) -> str:
         """A value that no fact has now, so that a question has one answer."""
         taken = {fact.slots["v"] for fact in self.facts}
+        # `iter` with a value that never comes: draws without end.
         return next(value for value in iter(lambda: self.value(name), "") if value not in taken)
 
     def new_fact(self, speaker: int) -> Fact:
@@ -217,6 +220,7 @@ class Talk:
         """The answer about a fact with `CHOICES` values, in random order: superseded and other told ones first."""
         name = self.entry(fact.kind)["value"]
         heard = [other for other in self.facts if other is not fact and self.entry(other.kind)["value"] == name]
+        # The right one first, so that the cut below keeps it.
         values = [fact.slots["v"], *fact.past[::-1], *(other.slots["v"] for other in heard)]
         values = list(dict.fromkeys(values))[:CHOICES]
         while len(values) < CHOICES:
@@ -224,6 +228,7 @@ class Talk:
             if value not in values:
                 values.append(value)
         found = [answer(value=value) for value in values]
+        # By draws of random(), see `pick`.
         found.sort(key=lambda _: self.rng.random())
         return found
 
@@ -231,7 +236,9 @@ class Talk:
         """Writes ``count`` turns; gives the fact that the last one is about, and its answer for any value."""
         respond, asked = None, None
         for number in range(count - 1):
+            # ``last`` is the turn with the question; the answer to it is written behind the loop.
             speaker, last = number % 2, number == count - 2
+            # What stands before the last question says no value, which could be its answer.
             response = respond(plain=last) if respond else ""
             brings = not response or last or len(response.split()) < 5 or self.rng.random() < 0.6
             if not brings:

@@ -65,6 +65,7 @@ class Text(NoChoices):
             if not len(tokens):
                 report.units += 1
                 report.drop("without text", where)
+            # Windows do not overlap; each is a session of its own.
             for first in range(0, len(tokens), chunk * chunks):
                 window = tokens[first : first + chunk * chunks]
                 report.units += 1
@@ -72,6 +73,7 @@ class Text(NoChoices):
                     report.drop("with fewer than 2 chunks")
                     continue
                 own = begins[first : first + len(window)]
+                # Without the last token, which no span may hold: something must follow each.
                 if self._sampler is not None and not self._sampler.reaches(own[:-1], self._words):
                     report.drop(f"too short for spans that free {self.config.ratio} of them")
                     continue
@@ -102,6 +104,7 @@ class Text(NoChoices):
                 segments = spans.split(whole.tokens, whole.scored, found)
             else:
                 segments = spans.scattered(whole.tokens, whole.scored, self.config.ratio, rng)
+        # Chunks of a text stand behind each other with nothing between.
         return Example(self.template.start, self.template.separator[:0], segments, unit.id)
 
     def chunks(self, unit: Unit) -> int:
@@ -112,6 +115,7 @@ class Text(NoChoices):
         return self.build(Unit(unit.id, unit.pieces[-step - 1 :]), "last")
 
     def needs(self, unit: Unit, method: Method) -> Sizes:
+        # Any draw: all have the same text and the same scored tokens.
         example = self.build(unit, self.config.loss, np.random.default_rng(0))
         sizes = measure(method, example)
         if self._sampler is None:

@@ -50,6 +50,7 @@ class Encoder:
         """
         from tokenizers import Tokenizer
 
+        # Nobody can write what was drawn at random just now.
         tree, hidden = json.loads(tokenizer.backend_tokenizer.to_str()), uuid.uuid4().hex
         names = self._names = {name: hidden + name for name in control_tokens(tokenizer)}
         # Longest first, as tokenizers look for them.
@@ -63,10 +64,12 @@ class Encoder:
         else:
             model["vocab"] = [(names.get(name, name), score) for name, score in model["vocab"]]
         if "merges" in model:
+            # Older versions of the tokenizers library write "a b", newer ones ["a", "b"].
             pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
             model["merges"] = [(a, b) for a, b in pairs if not {a, b, a + b} & names.keys()]
         if "unk_token" in model:
             model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+        # The pieces are put together by `Template`, which knows where a session begins and ends.
         tree |= {"post_processor": None, "truncation": None, "padding": None}
         self._copy = Tokenizer.from_str(json.dumps(tree))
 

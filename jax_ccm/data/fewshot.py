@@ -89,9 +89,11 @@ class FewShot:
         """The examples of a task within the limits."""
         found = list(used([source], "fewshot", report, "without text or label"))
         texts = self.template.later([record["text"] for _, record in found])
+        # Each label is encoded once.
         known = {record["label"]: None for _, record in found}
         labels = dict(zip(known, self.template.target(list(known)), strict=True))
         longest = self.config.max_turn_tokens
+        # As the reference counts: with the prefixes of text and label.
         around = len(self.template.separator) + len(self.template.answer)
         units = []
         for (where, record), text in zip(found, texts, strict=True):
@@ -148,6 +150,8 @@ class FewShot:
         own = concat(
             segment(unit.pieces[0]), segment(template.answer), segment(target, True), segment(template.end, score_end)
         )
+        # With the query's own label in the place of the option that is scored: every option gets the same
+        # demonstrations.
         room = (
             most - len(template.start) - len(template.separator) - len(own.tokens) + len(target) - len(unit.pieces[1])
         )
@@ -168,6 +172,8 @@ class FewShot:
             return alone
         scored = alone.scored
         if self.config.loss == "every":
+            # The label of the first demonstration is not scored: there is no memory before it.
             scored += (self.config.shots - 1) * self._longest_label[unit.task]
+        # Demonstrations fill the budget, whichever are drawn; a long query may exceed it by itself.
         tokens = max(alone.tokens, self.config.max_tokens)
         return bound(method, tokens, shots, scored)

@@ -33,6 +33,7 @@ def used(sources: Sequence[Source], format: str, report: Report, blanks: str) ->
     """
     for source in sources:
         if isinstance(source, Records):
+            # These records never reach the loop below.
             report.changed.update(source.changed)
             for reason, where in source.dropped:
                 report.records += 1
@@ -162,6 +163,7 @@ def session(
     *context, query, target = turns
 
     def role_of(number):
+        # Counted back from the query, which is the user's.
         return ROLES[(len(context) - number) % 2]
 
     def named(number):
@@ -185,6 +187,7 @@ def session(
         segment(target, True),
         segment(template.end, score_end),
     )
+    # Where each chunk ends, counted back from the query and then turned around.
     ends = reversed(range(len(context), 0, -unit))
     chunks = [written(range(max(end - unit, 0), end)) for end in ends]
     begin = template.start if start is None else start
@@ -196,6 +199,7 @@ def despace(text: str) -> str:
 
     Unlike the reference implementation, it leaves numbers ("3.5"), ellipses and quoted words alone.
     """
+    # Curly apostrophes and ideographic full stops, which the reference replaces, too.
     text = text.replace("\u2019", "'").replace("\u3002", ".")
     text = re.sub(r"\s+([,.?!;])", r"\1", text)
     text = re.sub(r"(?<=\w)\s*'\s*(?=(?:s|t|m|d|re|ve|ll)\b)", "'", text)
@@ -239,6 +243,7 @@ class Dialogue(NoChoices):
             if self.config.clean:
                 turns = [despace(turn) for turn in turns]
             named = _marked(record, where)
+            # With messages a piece must end with an answer, whatever is closed together.
             cuts = _cuts(len(turns), longest, turns_a_chunk(self.config) if not self.config.chat_template else 2)
             for number, own in enumerate(cuts):
                 ids.append(where + (f" piece {number}" if len(cuts) > 1 else ""))
@@ -246,6 +251,7 @@ class Dialogue(NoChoices):
                 dialogues.append(turns[own.start : own.stop])
                 marked.append(None if named is None else frozenset(i - own[0] for i in named if i in own))
         first = self.template.first([turns[0] if turns else "" for turns in dialogues])
+        # All texts in one call to the tokenizer, which encodes a batch in parallel.
         later = iter(self.template.later([turn for turns in dialogues for turn in turns[1:]]))
         tokens = [(head, *(next(later) for _ in turns[1:])) for head, turns in zip(first, dialogues, strict=True)]
         least = self.config.min_turns
@@ -258,6 +264,7 @@ class Dialogue(NoChoices):
         if not every:
             # Of messages the last is always the same side's.
             step = 2 if self.config.chat_template else 1
+            # k is uniform in min_turns .. count (CCM's recipe); for messages in steps of two, down from count.
             most = (count - self.config.min_turns) // step
             count += step * (int(rng.integers(0, most + 1)) - most)
         return self._session(unit, count, every)
@@ -282,9 +289,11 @@ class Dialogue(NoChoices):
         whole = measure(method, self._session(unit, len(unit.pieces), every))
         if every:
             return whole
+        # Any turn from the min_turns-th on may be the last of a draw.
         scored = max(len(turn) for turn in unit.pieces[least - 1 :]) + len(self.template.end)
         if method.context != "dropped":
             return Sizes(whole.tokens, whole.memory, scored)
+        # Without context a draw is its own last two turns, and the longest may be in the middle of a dialogue.
         counts = range(least, len(unit.pieces) + 1)
         tokens = max(measure(method, self._session(unit, k, False)).tokens for k in counts)
         return Sizes(tokens, 0, scored)
@@ -299,6 +308,7 @@ def _cuts(turns: int, longest: int | None, unit: int) -> list[range]:
         return [range(turns)]
     units = -(-turns // unit)
     count = -(-units // max(longest // unit, 1))
+    # Pieces of nearly equal length; a first unit without all of its turns begins before turn 0.
     bounds = np.linspace(0, units, count + 1).astype(int) * unit - (units * unit - turns)
     return [range(max(first, 0), last) for first, last in itertools.pairwise(bounds.tolist())]
 

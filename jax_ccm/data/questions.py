@@ -125,6 +125,7 @@ class Evaluation:
             raise UserError(f"whole texts are scored with data.format 'text', not {self.config.format!r}")
 
         def draws(number):
+            # From the number of the window: every evaluation scores the same spans.
             return np.random.default_rng(number) if marked else None
 
         return [self.format.build(unit, "all", draws(number)) for number, unit in enumerate(self.units)]
@@ -249,6 +250,7 @@ def _context_key(example: Example) -> str:
     """A digest of the context: equal for equal contexts, in no order that means anything."""
     digest = hashlib.sha256()
     for segment in example.segments[:-1]:
+        # With the length in front: where a segment ends makes a difference, too.
         digest.update(len(segment.tokens).to_bytes(4, "big") + segment.tokens.astype(">i4").tobytes())
     return digest.hexdigest()
 

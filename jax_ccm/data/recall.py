@@ -48,6 +48,7 @@ class Recall:
 
     def record(self, split: str, seed: int, index: int) -> dict[str, Any]:
         """Record number ``index``: ``{"facts": [[name, thing], …], "asked": [place in facts, …]}``, token ids."""
+        # A string seeds the generator through SHA-512, and so the same on every machine.
         rng = random.Random(f"recall/{split}/{seed}/{index}")
 
         def pick(count):
@@ -72,6 +73,7 @@ def example(record: dict[str, Any], id: str = "", facts: int | None = None) -> E
     """
     kept = record["facts"][:facts]
     chunks = [Segment(np.array(fact, np.int32), np.zeros(2, bool)) for fact in kept]
+    # name, thing, name, thing, ...: every second one is scored.
     answers = np.array([kept[place] for place in record["asked"] if place < len(kept)], np.int32).reshape(-1)
     tail = Segment(answers, np.arange(len(answers)) % 2 == 1)
     return Example(np.array([START], np.int32), np.zeros(0, np.int32), (*chunks, tail), id)

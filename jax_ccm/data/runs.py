@@ -78,6 +78,7 @@ def _scored(batch: Batch, vocab_size: int) -> np.ndarray:
     scored = np.zeros(len(tokens), bool)
     text = np.flatnonzero(tokens < vocab_size)
     for place in batch.indices[0][batch.weights[0] > 0]:
+        # ``place`` is the token that predicts: of text the next one in the row that is no compression token.
         scored[place if kind[place] == Kind.REPEAT else text[np.searchsorted(text, place, side="right")]] = True
     return scored
 

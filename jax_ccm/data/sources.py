@@ -208,6 +208,7 @@ def _text(path: pathlib.Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 text (byte {error.start} of the file); convert it") from None
+    # As Python reads text files: what a tokenizer gets does not depend on where a file was written.
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -350,6 +351,7 @@ def _tfds(source: str, address: str, options: dict[str, str], fields: dict[str, 
             return value.decode(errors="surrogateescape")
         if isinstance(value, str):
             return value
+        # The number of a class: its name is the text.
         if hasattr(info[feature], "int2str"):
             return info[feature].int2str(int(value))
         return [plain(feature, item) for item in value] if hasattr(value, "__iter__") else value

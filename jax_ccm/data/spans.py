@@ -11,6 +11,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.rules.examples import Segment
 
 SHORTEST = 2
+# Words of a line below which the released code leaves it alone.
 RELEASED_SHORTEST_TEXT = 30
 
 
@@ -30,6 +31,7 @@ def count_spans(length: int, ratio: float, longest: int) -> tuple[int, int]:
         return 0, 0
     # As many as spans of uniform length would take, unless they would not fit into the text.
     usual = max(1, round(freed / ((SHORTEST + longest) / 2 - 1)))
+    # n spans of freed + n tokens in all: they must fit into the text, and each frees one place at least.
     spans = min(usual, length - freed, freed)
     if spans < 1 or spans * (longest - 1) < freed:
         most = (longest - 1) / longest
@@ -62,6 +64,7 @@ def draw_spans(length: int, ratio: float, longest: int, rng: np.random.Generator
         lengths[rng.choice(movable)] -= 1 if excess > 0 else -1
     free = length - int(lengths.sum())
     # A choice of places for the spans among the tokens outside them.
+    # Stars and bars: for each span how many of the free tokens stand before it, all ways equally likely.
     places = np.sort(rng.choice(free + spans, spans, replace=False)) - np.arange(spans)
     begins = places + np.cumsum(lengths) - lengths
     return [(int(begin), int(begin + count)) for begin, count in zip(begins, lengths, strict=True)]
@@ -83,12 +86,14 @@ def draw_released(units: int, ratio: float, longest: int, rng: np.random.Generat
     if units < RELEASED_SHORTEST_TEXT or units <= longest:
         return []
     mean = (SHORTEST + longest) / 2
+    # Units to cover; of each span one slot is kept, which mean / (mean - 1) makes up for.
     wanted = int(ratio * mean / (mean - 1) * units)
     found: list[tuple[int, int]] = []
     covered = np.zeros(units, bool)
     for _ in range(_attempts(wanted, mean)):
         if covered.sum() >= wanted:
             break
+        # The bound is exclusive, so that even the longest span ends before the last unit.
         begin = int(rng.integers(0, units - longest))
         end = begin + int(rng.integers(SHORTEST, longest + 1))
         if not covered[begin:end].any():
@@ -135,6 +140,7 @@ def draw_words(edges: np.ndarray, ratio: float, longest: int, rng: np.random.Gen
 def word_edges(begins: np.ndarray) -> np.ndarray:
     """The first token of each word and the end of the text, of bool ``[c]``; a text may begin within a word."""
     starts = np.flatnonzero(begins)
+    # Unique, since 0 is among the starts where the text begins with a word.
     return np.unique(np.concatenate([[0], starts, [len(begins)]]))
 
 
@@ -214,6 +220,7 @@ def split(tokens: np.ndarray, scored: np.ndarray, spans: Sequence[tuple[int, int
             raise UserError(
                 f"the span ({begin}, {end}) crosses, or stands behind, the span {before}; give spans in order and apart"
             )
+        # Kept is what stands before the span.
         pieces.append(Segment(tokens[last:end], scored[last:end], np.arange(last, end) < begin))
         last, before = end, (begin, end)
     return (*pieces, Segment(tokens[last:], scored[last:]))

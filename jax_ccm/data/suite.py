@@ -105,6 +105,7 @@ Task = Callable[[Words, int, int], Told]
 
 
 def _answers(draw: Words, values: Sequence[str]) -> list[str]:
+    # The right one stands first, so that it is never cut off; words that were not told fill up.
     found = list(dict.fromkeys(values))[:CHOICES]
     return [draw.say("answer", v=value) for value in [*found, *(draw.word() for _ in range(CHOICES - len(found)))]]
 
@@ -155,9 +156,11 @@ def distractors(draw: Words, count: int, told: int) -> Told:
 
 def multi_hop(draw: Words, count: int, told: int) -> Told:
     key, thing, value = draw.name(), draw.name().lower(), draw.word()
+    # In either order: the question may need the later one first.
     links = [draw.say("given", k=key, w=thing), draw.say("lives", k=key, v=value)]
     if draw.rng.random() < 0.5:
         links.reverse()
+    # The other link is told later, so that the age is that of the first.
     said = {told: links[0], draw.pick(range(told + 1, count)): links[1]}
     free = [place for place in range(count) if place not in said]
     others = []
@@ -220,12 +223,14 @@ def question(
     task, before, behind, _ = TASKS[name]
     draw = Words(split, random.Random(f"{name}/{split}/{seed}/{index}"))
     age = ages[index % len(ages)] if ages else None
+    # Exchanges before the question.
     count = draw.pick([n // 2 - 1 for n in turns if n >= fewest(name, [age] if age else [])])
     told = count - age if age else draw.pick(range(before, count - behind))
     made = task(draw, count, told)
     contexts = []
     for place in range(count):
         contexts += [made.said[place], draw.pick(draw.replies)] if place in made.said else draw.pick(draw.small_talk)
+    # By draws of random(), which alone stays the same between versions of Python.
     choices = sorted(made.answers, key=lambda _: draw.rng.random())
     shown = {"contexts": contexts, "query": made.query, "target": made.answers[0], "choices": choices}
     return shown | {"answers": [made.value], "age": count - told, "task": name}

@@ -76,6 +76,7 @@ class Template:
         if chat_template is not None:
             self._write(chat_template)
             return
+        # Lines of text have separators instead.
         nothing = np.zeros(0, np.int32)
         self.heads, self.tails = dict.fromkeys(ROLES, nothing), dict.fromkeys(ROLES, nothing)
         self._system, self._messages = None, False
@@ -110,6 +111,7 @@ class Template:
         self.start = self._encode([self._encoder.template(template.start)])[0]
         self._system, self._messages = template.system, True
         self.separator = np.zeros(0, np.int32)
+        # What ends the question, and what begins the answer.
         self.answer = np.concatenate([self.tails["user"], self.heads["assistant"]])
         self.end = self.tails["assistant"]
 
@@ -156,6 +158,7 @@ class Template:
         """int32 tokens of a text by itself, and bool, those with which a word (after white space) begins."""
         (made,) = self._encoder.encode([text])
         begins = [
+            # A token may hold the end of a word and the beginning of the next.
             any(not text[i].isspace() and (i == 0 or text[i - 1].isspace()) for i in range(first, last))
             for first, last in made.offsets
         ]
@@ -177,6 +180,7 @@ class Template:
         texts = [text.strip() for text in texts] if space else texts
         glue = " " if space and before and not before[-1].isspace() else ""
         front = self._encoder.template(before)
+        # The text in front alone, and with each text behind it: the tokens of the one must begin the other.
         (known,) = self._encode([front])
         found = []
         for text, row in zip(texts, self._encode([front + glue + text for text in texts]), strict=True):

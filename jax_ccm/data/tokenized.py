@@ -59,6 +59,7 @@ def digest_of(units: Iterable[Unit]) -> Any:
     """A hash of all tokens of the units in their order."""
     digest = hashlib.sha256()
     for unit in units:
+        # With counts in front, so that the same tokens cut elsewhere are another digest.
         digest.update(b"%d:" % len(unit.pieces))
         for piece in unit.pieces:
             digest.update(b"%d:" % len(piece) + piece.astype("<i4").tobytes())
@@ -147,6 +148,7 @@ def build(
             f"data.format {config.format!r} is not tokenised beforehand: its examples are put together from several "
             "records, or made of tokens already; train on its sources themselves"
         )
+    # Nothing of the user's is overwritten, nor removed below.
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         done = "holds tokenised data" if (folder / BUILT).is_file() else "is not an empty folder"
         raise UserError(f"data.tokenized: {folder} {done}; name another, or remove it to build it again")
@@ -154,6 +156,7 @@ def build(
     made = _Build(config, format, method, vocab, folder, log)
     try:
         made.write()
+    # Also when it is interrupted: what was begun here would be in the way of the next attempt.
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -192,6 +195,7 @@ class _Build:
         features |= {name: tfds.features.Sequence(np.int32) for name in _ARRAYS}
         outer = self
 
+        # No data set of this name shall be found by others.
         with tfds.core.registered.skip_registration():
 
             class Units(tfds.core.GeneratorBasedBuilder):
@@ -200,6 +204,7 @@ class _Build:
                 VERSION = tfds.core.Version("1.0.0")
 
                 def _info(self):
+                    # In the order in which they are made, which is that of the needs.
                     # Shuffled by training, which reads at random.
                     return tfds.core.DatasetInfo(
                         builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
@@ -221,6 +226,7 @@ class _Build:
         found = False
         for number, source in enumerate(self.config.train):
             records = self.units(number, source)
+            # tensorflow-datasets makes no split without records. To ask for the first one tokenises the first block.
             if first := next(records, None):
                 found = True
                 yield _split(number), itertools.chain([first], records)
@@ -238,6 +244,7 @@ class _Build:
             self.largest = max(self.largest, require_known(units, self.vocab))
             self.needs[number].append(measured(self.format, self.method, units))
             for unit in units:
+                # Unit by unit, over all sources in their order.
                 self.digest.update(digest_of([unit]).digest())
                 arrays = unit.stored()
                 yield count, {"id": unit.id, "has": list(arrays)} | {name: arrays.get(name, ()) for name in _ARRAYS}
@@ -282,8 +289,10 @@ def _made_from(config: DataConfig, tokenizer: Any) -> dict[str, Any]:
     """What decides which units there are: sources, options of the format, and the tokenizer."""
     names = ["train", "format", *own_options(type(config)), *(["max_chunks"] if isinstance(config, TextConfig) else [])]
     given = {f"data.{name}": getattr(config, name) for name in names if name not in _IRRELEVANT}
+    # Ids and template; not the name, under which the same tokenizer may be found elsewhere.
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template or "")])
     given["tokenizer"] = hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+    # As it comes back from a file: tuples are lists there.
     return json.loads(json.dumps(given))
 
 
@@ -386,6 +395,7 @@ class Stored:
         file = self.folder / _needs_file(config, method)
         counts = [source["units"] for source in self.built["sources"]]
         if file.is_file():
+            # Of another shape it is no answer for these units, and is measured again.
             found = np.load(file).astype(np.int64)
             if found.shape == (sum(counts), 3):
                 return found
@@ -399,12 +409,14 @@ class Stored:
     def part(self, numbers: range, needs: np.ndarray) -> Part:
         """The units of some sources of the config, by their numbers there, of the ``needs`` of all."""
         counts = [source["units"] for source in self.built["sources"]]
+        # The needs stand source by source.
         begin = sum(counts[: numbers.start])
         reports = [Report.of(self.built["sources"][number]["report"]) for number in numbers]
         own = needs[begin : begin + sum(counts[number] for number in numbers)]
         return self._read(numbers), own, functools.reduce(Report.joined, reports)
 
     def _read(self, numbers: Iterable[int]) -> Sequence[Unit]:
+        # Sources of which nothing was left have no split.
         splits = [_split(number) for number in numbers if self.built["sources"][number]["units"]]
         if not splits:
             return []

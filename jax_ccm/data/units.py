@@ -29,6 +29,7 @@ class Unit:
 
     def __post_init__(self):
         for piece in self.pieces:
+            # Examples are put together of the same arrays again and again.
             piece.setflags(write=False)
 
     def stored(self) -> dict[str, np.ndarray]:
@@ -59,6 +60,7 @@ class Units(Sequence[Unit]):
           numbers: int64, of those that are chosen of each sequence.
         """
         self._sequences = sequences
+        # For each chosen unit the sequence that it is in.
         self._of = np.repeat(np.arange(len(sequences)), [len(own) for own in numbers])
         self._numbers = np.concatenate([*numbers, np.zeros(0, np.int64)])
 
