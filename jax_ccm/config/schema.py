@@ -95,6 +95,7 @@ def _with_options(builders: Mapping[str, Callable[..., Method]], base: type) -> 
         for name in inspect.signature(builder).parameters:
             if name not in hints:
                 raise UserError(f"option {name!r} of method {method!r} has no type; annotate it, as in {name}: int = 2")
+            # Methods may share an option, as one field of one type.
             if found.setdefault(name, hints[name]) != hints[name]:
                 raise TypeError(f"option {name!r} of method {method!r} is {hints[name]}, but {found[name]} in another")
     # "  name: what it means, in one or more lines" of the builders' docstrings.
@@ -121,6 +122,7 @@ else:
     MethodConfig = _with_options(METHODS, NamedMethod)
 
 
+# Made once for each name: two configs are equal only if their classes are the same.
 @functools.cache
 def _own_method(name: str) -> type:
     """`MethodConfig` with the options of a method of the user's own, too."""

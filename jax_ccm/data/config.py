@@ -111,6 +111,7 @@ class DataConfig:
         for name in ("join", "uncompressed"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UserError(f"data.{name} is {getattr(self, name)}; it is a probability, from 0 to 1")
+        # grain takes seeds of 32 bits.
         if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**32:
             raise UserError(f"data.shuffle_seed is {self.shuffle_seed}; it must lie in 0..{2**32 - 1}")
         self._check_own()

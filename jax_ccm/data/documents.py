@@ -151,6 +151,7 @@ class RecallTask(NoChoices):
         for source in sources:
             for index in range(len(source)):
                 record = source[index]
+                # Its ids are a piece for the digest and the check of the vocabulary; draws take the record.
                 units.append(
                     RecallUnit(source.where(index), (np.array(record["facts"], np.int32).reshape(-1),), record)
                 )

@@ -49,6 +49,7 @@ class Given:
         if text == ANY:
             return ()
         parts = text.split(",")
+        # More than ``most``, or one of them twice.
         if not all(part.isdecimal() and int(part) for part in parts) or len(parts) > min(most, len(set(parts))):
             raise UserError(
                 f"data source {self.source!r}: {name}={text!r} must be a whole number, at least 1, or up to {most} "

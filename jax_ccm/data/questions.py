@@ -243,6 +243,7 @@ def wrong_memory_choices(choices: Sequence[Choice]) -> list[Choice]:
 
 
 def _swap(example: Example, other: Example) -> Example:
+    # The beginning stays the session's own: a system message is no memory.
     return dataclasses.replace(example, segments=(*other.segments[:-1], example.segments[-1]))
 
 

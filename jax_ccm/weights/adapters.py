@@ -85,6 +85,8 @@ class Adapter(Lora):
         else:
             raise unknown("adapter format", format, FORMATS)
         adapter = cls(**vars(found))
+        # What lies beside it (`loading.TRAINED_BASE`) is found from there: the copy on this machine holds the adapter
+        # alone.
         if paths.is_remote(given):
             adapter = dataclasses.replace(adapter, source=given)
         if method is not None:
@@ -221,6 +223,7 @@ class Adapter(Lora):
         adapter = adapter._with_depth(model.config.num_layers)
         if model.adapter is not None:
             _require_shape(adapter, model.adapter)
+        # The model's own for its dropout; the shapes are the same.
         config = model.adapter or adapter.config
         _require_arrays(adapter, model, config)
         # By path, since a model without an adapter has other leaves than the one that results.

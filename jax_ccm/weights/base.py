@@ -98,6 +98,7 @@ def load_model(
         logger.info(f"{source}: precision {precision} ({reason})")
     target = abstract_transformer(config, adapter, precision)
     sharding_of = _shardings(target, shardings)
+    # Names and shapes come first: nothing large is read of a model that is refused.
     _check(target, config, tensors)
     arrays = {
         name: _place(leaf, sharding_of[name], functools.partial(_read_parameter, tensors, name))

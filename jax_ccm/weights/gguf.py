@@ -154,6 +154,7 @@ class GgufFile:
         window = self._int("attention.sliding_window", 0) or None
         layers = self._int("block_count")
 
+        # Biases and a head of its own are told by tensors that are there, not by metadata.
         def bias(part):
             return f"model.layers.0.{part}.bias" in self.shapes
 

@@ -50,6 +50,7 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     """
     there = completed(stored)
     here = describe_method(method)
+    # Each of these makes equal what is no difference to the adapter; what then differs is one.
     if there["closes"] or here["closes"] or there["pool"]:
         if serves_fewer(stored, method):
             there = there | {"closes": here["closes"]}

@@ -106,6 +106,7 @@ def unpack(tensors: dict[str, np.ndarray], modules: Modules, path: Path) -> Lora
                 f"{path}: tensor {key!r} {list(x.shape)}{what} is not known. An adapter holds lora_A and lora_B of "
                 f"{', '.join(PROJECTIONS)} (base_model.model.model.layers.N...) and {COMP_KEY!r}"
             )
+    # What the config gives a LoRA, up to the last layer that has tensors, must all be there.
     layers = 1 + max((layer for layer, _ in found), default=-1)
 
     def of_layer(layer):

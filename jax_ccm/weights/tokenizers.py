@@ -142,6 +142,7 @@ def from_gguf(path: Path) -> PreTrainedTokenizerFast:
             named[f"{name}_token"] = tokens[index]
     tokenizer = _BUILDERS[kind](meta, tokens, named, path)
     _add_special(tokenizer, tokens, meta["tokenizer.ggml.token_type"])
+    # Where the file does not say, as llama.cpp: SentencePiece models begin with it, byte-level ones if their kind does.
     begins = kind == "llama" or CUTS[meta["tokenizer.ggml.pre"]].begins
     _add_ends(tokenizer, meta, named, default_bos=begins)
     return _transformers().PreTrainedTokenizerFast(
