@@ -117,6 +117,7 @@ def training_step(experiment: Experiment, length: int) -> tuple[Callable[[], Any
     sizes = measure(method, row)
     made = batch(method, [row] * config.data.batch_size, sizes, shape.vocab_size)
     graphdef, params, frozen = split(experiment.model, config.train.trainable)
+    # Of any length: what the rate is costs nothing.
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 100))
 
     def init(params):

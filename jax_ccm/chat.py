@@ -87,6 +87,7 @@ def _talk(experiment: Experiment, options: Options) -> int:
     closing = None
     if options.span:
         ends = sentence_ends(experiment.tokenizer) if options.sentences and experiment.tokenizer else ()
+        # A sentence of one token closes no span, unless spans have no more.
         closing = Closing(options.span, ends, shortest=min(2, options.span))
     elif options.sentences:
         raise UserError("--sentences needs --span, the most tokens of a span")
@@ -117,6 +118,7 @@ def _talk(experiment: Experiment, options: Options) -> int:
             entry["refused"] = str(error)
             print(f"refused  {error}; the memory is as it was")
         except KeyboardInterrupt:
+            # At the keyboard Ctrl-C stops the reply alone; turns that were given in advance end with it.
             if options.say or options.example:
                 raise
             entry["refused"] = "interrupted"

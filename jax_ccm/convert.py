@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--base is for the config of an adapter, and {options.source} lies there without one")
     said = open_config(str(options.card)).card if options.card is not None else (config or Config()).card
     if config is not None:
+        # A revision belongs to the source that it was given with.
         model = dataclasses.replace(config.model, source=options.base, revision="") if options.base else config.model
         config = dataclasses.replace(config, model=model, card=said)
     # What the files say of their method holds before what is given; `Adapter.read` has compared the two.

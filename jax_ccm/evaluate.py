@@ -97,6 +97,7 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     }  # fmt: skip
     asking = Asking.of(config.data, experiment.tokenizer, experiment.template, experiment.reply_ends, said.reply_tokens)
     sizes = (said.window, getattr(config.data, "chunk", 0), config.cache.memory_capacity)
+    # Of the memory, whose sizes all systems keep to.
     budget = streaming.Budget(*sizes, method) if said.by == "stream" else None
     store = Store(options.store) if options.store else None
     measured = {

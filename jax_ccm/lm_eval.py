@@ -92,6 +92,7 @@ def run(config: Config, options: Options, *, command: str = "") -> dict[str, Any
         task_manager=known, num_fewshot=options.num_fewshot, limit=options.limit,
         apply_chat_template=options.apply_chat_template, fewshot_as_multiturn=options.fewshot_as_multiturn,
     )  # fmt: skip
+    # First: `samples` takes single answers out of the results, which are written below without them.
     output.write_lines(workdir / "samples.jsonl", tasks.samples(results))
     found = {"command": command, "config": to_mapping(config), "systems": results}
     output.write_json(workdir / "results.json", found)

@@ -61,6 +61,7 @@ def plan(config: Config, options: Options, *, command: str = "") -> dict[str, An
       UserError: for an unknown topology or model, a mesh that does not fit, or a missing compiler.
     """
     start = time.perf_counter()
+    # An option with no values at all is refused, too.
     if min((*options.chunks, options.chunk_tokens, *options.raw), default=0) < 1:
         raise UserError("--chunks, --chunk_tokens and --raw must be at least 1")
     if options.workdir is not None:
@@ -70,6 +71,7 @@ def plan(config: Config, options: Options, *, command: str = "") -> dict[str, An
     config = with_precision(config, "tpu" if chip.is_tpu else "gpu")
     devices = chips.devices(options.topology)
     name, shape = model_shape(config, options.shape)
+    # Bytes are those of a compiler: another version of it may need others.
     packages = ("jax_ccm", "jax", "jaxlib", chip.compiler)
     made: dict[str, Any] = {
         "command": command,

@@ -115,6 +115,7 @@ def show(config: Config, options: Options) -> None:
             return data.draw(data.units[place], np.random.default_rng([config.train.seed, place]))
     else:
         data = Evaluation.open(config.data, tokenizer, options.split)
+        # Of running text: what is evaluated are windows, not records.
         windows = data.texts() if data.draws_spans else None
 
         def example(place):
@@ -124,6 +125,7 @@ def show(config: Config, options: Options) -> None:
     acts = ", ".join(kind.name for kind in method.gate) or "no token"
     print(f"{options.split} data: {data.report}\nmethod: {label(describe_method(method))}; the LoRA acts on {acts}")
     console = Console(highlight=False, soft_wrap=True)
+    # At equal distances; where there are fewer than are asked for, each is shown once.
     places = np.unique(np.linspace(0, len(data.units) - 1, options.count).round().astype(int))
     for number, place in enumerate(places, 1):
         shown = example(int(place))
@@ -139,6 +141,7 @@ def show(config: Config, options: Options) -> None:
         for run, spread in zip(made, where, strict=True):
             chunk = "tail" if run.chunk is None else str(run.chunk)
             marks = f"{'yes' * run.gated:<4}  {'yes' * run.scored:<6}"
+            # A terminal would obey control characters; line breaks and tabs are shown.
             text = "".join(c if c.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(c, "�") for c in run.text)
             style = "magenta" if run.gated and not run.scored else "bold green" if run.scored else ""
             head = f"{chunk:<5}  {run.kind.name:<6}  {spread:<{width}}  {marks}  "

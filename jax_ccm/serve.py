@@ -127,6 +127,7 @@ def _token(options: Options) -> str:
     Raises:
       UserError: if there is none, and others than this machine could ask.
     """
+    # An editor ends a file with a line break, which is no part of the token.
     token = read_text(options.token_file).strip() if options.token_file else os.environ.get(TOKEN, "").strip()
     from jax_ccm.serving.access import is_loopback
 

@@ -107,6 +107,7 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
     steps = parity.differences(parallel, recurrent, bare, parity.target_steps(method, examples))
     result = {"command": command, "method": method.name, "adapter": adapter, "sessions": source, "steps": steps}
     passed = all(row["passed"] for row in steps)
+    # Without an adapter there is nothing to take gradients of.
     if options.gradients and jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
         with sharding.use(experiment.mesh), jax.default_matmul_precision("highest"):
             loss, ours = parity.parallel_gradients(model, method, examples)

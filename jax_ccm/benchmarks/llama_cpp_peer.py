@@ -32,6 +32,7 @@ def make(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Step]]:
     def session(turns: int) -> tuple[Any, Any]:
         """A model behind so many turns, and its state. Only the last one is kept: it may be large."""
         if turns not in there:
+            # Before the next one is made: both together may not fit.
             there.clear()
             tokens = turns * settings["turn"]
             model = llama_cpp.Llama(

@@ -130,6 +130,7 @@ def _write_model(config: Config, folder: Path) -> np.ndarray:
     from jax_ccm.config.loading import load_experiment
     from jax_ccm.weights import save_hf
 
+    # In float32, from which each side makes its own types.
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="float32"))
     model = load_experiment(plain).model
     save_hf(model, folder / "model")
@@ -149,6 +150,7 @@ def _compared(
     method = build(**known)
     made = pytorch_ours.rows(method, read_config(folder / "model").vocab_size, **sizes)
     arrays = pytorch_ours.for_peer(made, method) | ({"comp": comp.astype(np.float32)} if kind == "memory" else {})
+    # In a file, which any Python can read that has numpy.
     np.savez(folder / "rows.npz", **arrays)
     shared = {"model": str(folder / "model"), "threads": options.threads}
     adapter = config.adapter

@@ -125,6 +125,7 @@ class Conversation:
         def before(cache):
             return jax.block_until_ready(fill(cache, method, turns=self.turns, turn=self.turn))
 
+        # Set back before each run: the turn of the run before is gone.
         cache = before(self.cache)
         first, (cache, token) = timed(lambda: ask(self.model, cache, self.prompt, method=method))
         rest, (cache, _) = timed(lambda: answer(self.decoder, cache, token, length=self.reply, method=method))
@@ -290,6 +291,7 @@ def most_sessions(
     # Bytes are nearly linear in the batch: a line through two sizes leads to a third, which is then looked at itself.
     sizes = {count: needed(count) for count in (1, 5)}
     slope = (sizes[5] - sizes[1]) / 4
+    # Bytes are not quite linear: a few looks suffice, and each compiles a program.
     for _ in range(4):
         fits, over = ([n for n, size in sizes.items() if (size <= budget) == side] for side in (True, False))
         if not fits:

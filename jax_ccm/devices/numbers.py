@@ -126,6 +126,7 @@ def _case(name: str, dtype: str, size: Size) -> Case:
     rng = np.random.default_rng(0)
 
     def draw(length, heads):
+        # [B, T or S, N or K, H]
         return jnp.asarray(rng.normal(size=(len(examples), length, heads, HEAD)), dtype)
 
     keys = [made.slots] + ([] if made.memory is None else [made.memory.slots])

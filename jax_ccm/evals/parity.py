@@ -167,7 +167,7 @@ def gradient_gap(ours: Any, theirs: Any) -> float:
 
 @functools.partial(jax.jit, static_argnames="method")
 def _parallel(model, made, *, method):
-    hidden = parallel_forward(model, made, method=method)
+    hidden = parallel_forward(model, made, method=method)  # [B, T, D]
     return scored_logits(model, hidden, made)
 
 

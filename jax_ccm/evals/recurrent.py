@@ -197,7 +197,7 @@ def fit(*arrays: Any) -> Any:
 @functools.partial(jax.jit, static_argnames=("method", "close", "asked"), donate_argnums=1)
 def _step(model, cache, chunk, targets, *, method, close, asked):
     """Reads a chunk and closes it, or reads a tail; if asked, losses ``[B, C]`` and hits of the token behind each."""
-    cache, logits = read(model, cache, chunk, method=method, query=not close)
+    cache, logits = read(model, cache, chunk, method=method, query=not close)  # [B, C, V]
     if close:
         cache = compress(model, cache, jnp.any(chunk.valid, axis=1), method=method)
     if not asked:

@@ -310,8 +310,8 @@ def _shares(method: Method, examples: Sequence[Example]) -> bool:
 @functools.partial(jax.jit, static_argnames="method")
 def _losses(model: Transformer, made: Batch, *, method: Method):
     """Losses ``float32 [B, Q]`` and hits ``bool [B, Q]`` of the scored tokens."""
-    hidden = parallel_forward(model, made, method=method)
-    logits = scored_logits(model, hidden, made)
+    hidden = parallel_forward(model, made, method=method)  # [B, T, D]
+    logits = scored_logits(model, hidden, made)  # [B, Q, V]
     return cross_entropy(logits, made.targets), jnp.argmax(logits, axis=-1) == made.targets
 
 

@@ -186,6 +186,7 @@ def score_streams(
     """
     whole = [np.concatenate([example.start, concat(*example.segments).tokens]) for example in examples]
     begin = len(examples[0].start)
+    # [B, begin + length]
     text = np.stack([row[: begin + length] for row in [*whole, *[whole[0]] * (rows - len(whole))]])
     cache = init_cache(
         model, method, rows, memory_capacity=max(budget.capacity, 1), raw_capacity=_raw(budget), overflow="evict"
@@ -220,7 +221,7 @@ def score_streams(
 
 @functools.partial(jax.jit, static_argnames="method", donate_argnums=1)
 def _read(model, cache, chunk, targets, *, method):
-    cache, logits = read(model, cache, chunk, method=method)
+    cache, logits = read(model, cache, chunk, method=method)  # [B, C, V]
     return cache, cross_entropy(logits, targets), jnp.argmax(logits, axis=-1) == targets
 
 

@@ -102,6 +102,7 @@ def _read(file: Path, name: str) -> Found:
             f"{file} is of schema {schema!r}, and this version of jax_ccm reads 1 to {output.SCHEMA}; update jax_ccm, "
             f"or run jax_ccm.{command} again with this one"
         )
+    # An empty list of steps is as good as none: there is nothing to show.
     missing = [key for key in keys if not content.get(key)]
     if missing:
         raise UserError(

@@ -73,12 +73,14 @@ def _rows(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
             raise UserError(
                 f"--kvpress needs the data that were evaluated, and {file} is not there; run it where it is"
             )
+        # By the place in the files, which a record has for its name.
         found |= {row.place: row.content for row in rows(path)}
     return found
 
 
 def _write(one: Found, system: str, dataset: tuple[str, str], asked: Mapping[str, Any], folder: Path) -> Path:
     content = one.content
+    # Replies behind wrong contexts are our control; kvpress has none.
     said = [line for line in one.replies if line["system"] == system and line["context"] == "right"]
     if unknown := [line["record"] for line in said if line["record"] not in asked]:
         raise UserError(
@@ -91,9 +93,11 @@ def _write(one: Found, system: str, dataset: tuple[str, str], asked: Mapping[str
     ratio = 1 - last[system]["kv_slots"] / last["full"]["kv_slots"]
     fraction, model = len(said) / len(asked), content["base"]["name"]
     press = FULL if system == "full" else content["config"]["method"]["name"] if system == "memory" else system
+    # As kvpress names its folders, a part of the data by its fraction.
     parts = [*dataset, model.replace("/", "--"), press.replace(":", "-"), f"{ratio:.2f}"]
     parts += [f"fraction{fraction:.3f}"] * (fraction < 1)
     target = folder / "__".join(part for part in parts if part)
+    # Results in it may be kvpress's own.
     if target.exists():
         raise UserError(f"--kvpress: {target} exists already; remove it, or give another --workdir")
     target.mkdir(parents=True)

@@ -88,6 +88,7 @@ def training(runs: Sequence[Found]) -> Table:
         lines, summary = run.content["lines"], run.content["summary"]
         checked = [(line["validation_loss"], line["step"]) for line in lines if line.get("validation_loss") is not None]
         losses = [line["loss"] for line in lines if line.get("loss") is not None]
+        # A run that was killed, or goes on, has no summary: its last line says how far it came.
         last = next((line for line in lines[::-1] if "tokens" in line), {})
         best, step = min(checked, default=(None, None))
 
