@@ -256,7 +256,9 @@ class _Chat(Talk):
         question, frame = self.pick(self.quotes)
         told, own = self.turns[fact.told], fact.slots["v"]
         # The turn may begin with the value, which then has a capital.
-        start = told.lower().index(own.lower())
+        # As a word: "storms" is not what "thunderstorms" tells.
+        found = re.search(rf"(?<!\w){re.escape(own)}(?!\w)", told, re.IGNORECASE)
+        start = found.start() if found else told.lower().index(own.lower())
 
         def answer(value: str | None = None) -> str:
             text = value or own

@@ -215,6 +215,14 @@ class DialogueConfig(TurnsConfig):
             raise UserError(
                 f"data.max_turns={self.max_turns} is less than data.min_turns={self.min_turns}: no dialogue could pass"
             )
+        # Turns that stay together are cut together.
+        unit = 2 if self.chat_template or self.unit_of_memory == "exchange" else 1
+        if self.max_turns is not None and (piece := self.max_turns // unit * unit) < self.min_turns:
+            raise UserError(
+                f"data.max_turns={self.max_turns} cuts longer dialogues into pieces of {piece} turns, since exchanges "
+                f"stay whole, and data.min_turns={self.min_turns} drops those; set data.max_turns to at least "
+                f"{-(-self.min_turns // unit) * unit}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

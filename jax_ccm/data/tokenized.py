@@ -34,7 +34,7 @@ from jax_ccm.rules.describe import describe_method
 from jax_ccm.rules.types import Method
 
 VERSION = 1
-BUILT = "built.json"
+BUILT, DATA = "built.json", "units"
 # So many records are read and tokenised at a time, so that a corpus need not fit into memory.
 BLOCK = 4096
 # Fields that decide neither which units there are nor what they need of a row.
@@ -152,13 +152,14 @@ def build(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         done = "holds tokenised data" if (folder / BUILT).is_file() else "is not an empty folder"
         raise UserError(f"data.tokenized: {folder} {done}; name another, or remove it to build it again")
+    own = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     made = _Build(config, format, method, vocab, folder, log)
     try:
         made.write()
     # Also when it is interrupted: what was begun here would be in the way of the next attempt.
     except BaseException:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder if own else folder / DATA, ignore_errors=True)
         raise
     built = {
         "version": VERSION,
@@ -282,16 +283,18 @@ def _kind(format: Format) -> type[Unit] | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in (folder / "units").rglob("*") if file.is_file())
+    return sorted(file for file in (folder / DATA).rglob("*") if file.is_file())
 
 
 def _made_from(config: DataConfig, tokenizer: Any) -> dict[str, Any]:
     """What decides which units there are: sources, options of the format, and the tokenizer."""
     names = ["train", "format", *own_options(type(config)), *(["max_chunks"] if isinstance(config, TextConfig) else [])]
     given = {f"data.{name}": getattr(config, name) for name in names if name not in _IRRELEVANT}
-    # Ids and template; not the name, under which the same tokenizer may be found elsewhere.
-    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template or "")])
-    given["tokenizer"] = hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+    # What it does and not its name, under which it may be found elsewhere: normaliser, pre-tokenizer and merges decide
+    # as much as the vocabulary. How texts are cut off and padded does not, and whoever used it before may have set it.
+    tree = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    whole = json.dumps([tree, str(tokenizer.chat_template or "")], sort_keys=True)
+    given["tokenizer"] = hashlib.sha256(whole.encode()).hexdigest()[:16]
     # As it comes back from a file: tuples are lists there.
     return json.loads(json.dumps(given))
 
@@ -394,11 +397,14 @@ class Stored:
         """What each unit needs of a row, int64 ``[units, 3]``; measured now, and kept, where it was not before."""
         file = self.folder / _needs_file(config, method)
         counts = [source["units"] for source in self.built["sources"]]
-        if file.is_file():
-            # Of another shape it is no answer for these units, and is measured again.
+        try:
             found = np.load(file).astype(np.int64)
-            if found.shape == (sum(counts), 3):
-                return found
+        # Not there, or damaged: it only saves work.
+        except (OSError, ValueError, EOFError):
+            found = np.zeros((0, 3), np.int64)
+        # Of another shape it is no answer for these units, and is measured again.
+        if found.shape == (sum(counts), 3):
+            return found
         found = measured(format, method, self._read(range(len(counts))))
         try:
             _keep_needs(self.folder, config, method, found)
@@ -420,5 +426,5 @@ class Stored:
         splits = [_split(number) for number in numbers if self.built["sources"][number]["units"]]
         if not splits:
             return []
-        builder = _tensorflow_datasets().builder_from_directory(self.folder / "units" / "1.0.0")
+        builder = _tensorflow_datasets().builder_from_directory(self.folder / DATA / "1.0.0")
         return _Split(builder.as_data_source("+".join(splits)), self.kind, self.folder)

@@ -312,8 +312,8 @@ def repeat_recurrently(
     roomy = jax.eval_shape(lambda: cache_for(model, method, examples))
     chunks = max(map(len, texts), default=0)
     slots = max(roomy.memory_capacity, method.memory_slots(max(chunks, 1), longest), 1)
-    # With the place of the sink, as `cache_for` has made it.
-    raw = roomy.k.shape[2] - roomy.memory_capacity
+    # Sinks have places of their own, which `init_cache` adds again.
+    raw = roomy.k.shape[2] - roomy.memory_capacity - method.sink
     found: list[list[np.ndarray]] = [[] for _ in examples]
     for first in range(0, len(examples), rows):
         numbers = range(first, min(first + rows, len(examples)))

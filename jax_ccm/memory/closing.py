@@ -11,7 +11,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import open_raw, raw_capacity
 from jax_ccm.memory.steps import compress, read
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.rules.types import Array, Chunk, MemoryCache, Method
+from jax_ccm.rules.types import Array, Chunk, Kind, MemoryCache, Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def close_due(
     """
     if closing is None:
         return cache
-    held = jnp.sum(open_raw(cache, method), axis=1)
+    held = _held(cache, method)
     due = valid & _due(closing, held, token, False)
 
     def close(cache):
@@ -154,7 +154,7 @@ def prefill(
             return jnp.take_along_axis(x, place, axis=1)
 
         # As many tokens as the open span would have after each of these.
-        held = jnp.sum(open_raw(cache, method), axis=1, keepdims=True) + jnp.cumsum(~pick(kept), axis=1)
+        held = _held(cache, method)[:, None] + jnp.cumsum(~pick(kept), axis=1)
         due = _due(closing, held, pick(tokens), pick(ends)) & ~pick(kept)
         # Each row reads up to the first place at which it closes, or all of the piece.
         first = jnp.where(jnp.any(due, axis=1), jnp.argmax(due, axis=1) + 1, width)
@@ -173,6 +173,16 @@ def prefill(
         return jnp.any(carry[1] < count)
 
     return jax.lax.while_loop(unread, fill, (cache, jnp.zeros_like(count)))[0]
+
+
+def _held(cache: MemoryCache, method: Method):
+    """``int32 [B]``: open tokens of each row that count towards a span.
+
+    A sink begins the first chunk, and counts; a system message, which is kept beside it, does not.
+    """
+    raw, sinks = open_raw(cache, method), cache.slots.kind == Kind.SINK
+    first = jnp.sum(raw & sinks, axis=1)
+    return jnp.sum(raw & ~sinks, axis=1) + jnp.where(first <= method.sink, first, 0)
 
 
 def _due(closing: Closing, held, token, end):

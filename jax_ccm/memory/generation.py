@@ -61,10 +61,12 @@ def sample(keys, logits, temperature, top_k, top_p):
         logits = logits / jnp.where(temperature > 0, temperature, 1)
         # From most to least likely.
         ranked = -jnp.sort(-logits, axis=-1)
-        mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+        among = (top_k == 0) | (jnp.arange(logits.shape[-1]) < top_k)
+        # Shares of the mass of those that top_k leaves, as Hugging Face has it.
+        mass = jnp.cumsum(jax.nn.softmax(jnp.where(among, ranked, -jnp.inf), axis=-1), axis=-1)
         # A token stays if the mass of the more likely ones has not reached top_p; the first always stays.
         before = jnp.concatenate([jnp.zeros_like(mass[:, :1]), mass[:, :-1]], axis=-1)
-        inside = (before < top_p) & ((top_k == 0) | (jnp.arange(logits.shape[-1]) < top_k))
+        inside = (before < top_p) & among
         smallest = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
         # By value, so that tokens with the same logit as the last one inside stay, too.
         return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= smallest, logits, -jnp.inf))
@@ -157,6 +159,9 @@ def generate(
             raise UserError(f"temperature {hottest} needs a PRNG key: pass key=jax.random.key(seed)")
         # Nothing is drawn from it: at temperature 0 sampling takes the largest logit.
         key = jax.random.key(0)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        # Of `jax.random.PRNGKey`: numbers, whose last axis is the key itself.
+        key = jax.random.wrap_key_data(key)
     keys = key if key.ndim else jax.random.split(key, batch)
     rows = np.ones(cache.tokens.shape[0], bool) if rows is None else np.asarray(rows)
     check(cache, rows)

@@ -105,8 +105,8 @@ def check_slots(held: Held) -> None:
     a = held.arrays
     wrong = int(a["live"].sum()) != len(a["kind"]) or (a["live"] < 0).any() or (a["tokens"] < 0).any()
     wrong = wrong or not np.isin(a["kind"], [kind for kind in Kind if kind != Kind.PAD]).all()
-    # The last is for methods that mix: their memory carries the segment and index of the newest chunk.
     wrong = wrong or (a["chunks"] < 0).any() or any((a[name] < 0).any() for name in ("segment", "position"))
+    # Indices may repeat: all slots of a chunk have that of its last token, and mixed ones that of the newest chunk.
     wrong = wrong or any((np.diff(a["index"][held.of(n)]) < 0).any() for n in range(len(a["live"])))
     if wrong:
         raise UserError(f"{held.path} is damaged: its slots are none that this library writes")

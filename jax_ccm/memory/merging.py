@@ -66,7 +66,7 @@ def merge(first: Held, second: Held) -> Held:
     offset = int(a["chunks"][0])
     turns = [*first.turns, *((start + offset, end + offset) for start, end in second.turns)]
     about = first.header["about"] | ({"turns": [list(turn) for turn in turns]} if len(rows) == 1 else {})
-    memory = int((arrays["kind"] == Kind.MEMORY).sum())
+    memory = max((int((row["kind"] == Kind.MEMORY).sum()) for row in rows), default=0)
     header = first.header | {
         "about": about | {"merged": [first.digest, second.digest]},
         # With room for all that was merged.

@@ -29,7 +29,7 @@ class RMSNorm(nnx.Module):
             # Rounded once, as Gemma does.
             return ((1 + self.scale[...].astype(jnp.float32)) * h).astype(x.dtype)
         # Rounded before the scale, as Hugging Face's Llama does.
-        return self.scale[...] * h.astype(x.dtype)
+        return self.scale[...].astype(x.dtype) * h.astype(x.dtype)
 
 
 def _projection(name: str, key, inputs: int, outputs: int, bias: bool, *, adapter: AdapterConfig | None, precision):

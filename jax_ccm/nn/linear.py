@@ -93,7 +93,7 @@ class Linear(nnx.Module):
     def complete(self, y, x, gate=None, dropout_key=None):
         """The layer's output for ``y = x W``: with bias and branch."""
         if self.bias is not None:
-            y = y + self.bias[...]
+            y = y + self.bias[...].astype(y.dtype)
         if self.lora_a is None or gate is None:
             return y
         if isinstance(gate, Gate):

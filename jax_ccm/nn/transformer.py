@@ -211,8 +211,12 @@ class Transformer(nnx.Module):
         def read(x):
             return x.astype(output) if x.dtype == kept else x
 
+        # An adapter stays float32, whatever type the weights are kept in.
+        graphdef, adapter, base = nnx.split(self.layers, nnx.LoRAParam, ...)
+
         def layer(number):
-            return jax.tree.map(lambda x: read(x[number]), self.layers)
+            own = jax.tree.map(lambda x: x[number], adapter)
+            return nnx.merge(graphdef, own, jax.tree.map(lambda x: read(x[number]), base))
 
         unstacked.layers = nnx.List([layer(number) for number in range(self.config.num_layers)])
         if self.config.tie_embeddings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import resource
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -124,8 +125,8 @@ def _next(tried: dict[int, Need], low: int, high: int | None, margin: int, step:
 
 def host_bytes() -> int:
     """The most memory that this process has had."""
-    # Linux counts kilobytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Linux counts kilobytes, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _number(digits: str, unit: str) -> int:

@@ -124,8 +124,12 @@ def write(path: str | os.PathLike, content: bytes) -> None:
         return
     # Beside it: a rename is atomic within one file system only.
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_bytes(content)
-    os.replace(new, path)
+    try:
+        new.write_bytes(content)
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def upload(folder: Path, target: Path, *, remove: bool = False) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def export(found: Sequence[Found], dataset: str, folder: Path) -> list[Path]:
         asked = _rows(one.content)
         for system in one.content["systems"]:
             # No context is no way to keep one.
-            if system != "none":
+            if system != "none" and any(line["system"] == system for line in one.replies):
                 written.append(_write(one, system, (name, data_dir), asked, folder))
     return written
 
@@ -100,21 +102,25 @@ def _write(one: Found, system: str, dataset: tuple[str, str], asked: Mapping[str
     # Results in it may be kvpress's own.
     if target.exists():
         raise UserError(f"--kvpress: {target} exists already; remove it, or give another --workdir")
-    target.mkdir(parents=True)
+    # Beside it, and then in its place: half a result is none.
+    made = target.with_name(f".{target.name}.new")
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
     answers = [(asked[line["record"]], line["reply"]) for line in said]
     columns = [column for column in answers[0][0] if column != "context"]
-    with (target / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+    with (made / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow([*columns, "predicted_answer", "compression_ratio"])
         table.writerows([*(row.get(column) for column in columns), reply, round(ratio, 4)] for row, reply in answers)
     if dataset[0] == "ruler":
-        (target / "metrics.json").write_text(json.dumps(ruler(answers), indent=4), encoding="utf-8")
+        (made / "metrics.json").write_text(json.dumps(ruler(answers), indent=4), encoding="utf-8")
     config = {
         "dataset": dataset[0], "data_dir": dataset[1] or None, "model": model, "press_name": press,
         "compression_ratio": round(ratio, 4), "fraction": round(fraction, 3),
         "max_new_tokens": content["config"]["eval"]["reply_tokens"], "press_init_command": content["systems"][system],
     }  # fmt: skip
-    (target / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (made / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    os.replace(made, target)
     return target
 
 

@@ -425,7 +425,7 @@ class MemoryCache:
         invalid; `cache.check` raises.
       spoiled: ``bool [B]``, whether reading or closing gave numbers that are not finite, or text was to be kept where
         the method cannot. The session is invalid for good; `cache.check` raises.
-      memory_capacity: static, most memory slots of a session (sinks included).
+      memory_capacity: static, most memory slots of a session; sinks have places of their own.
       overflow: static, what happens when a session's memory is full: "error", or "evict" the oldest.
     """
 

@@ -92,7 +92,8 @@ class Door:
     def _require_token(self, request: Request) -> None:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         # In constant time: how long it takes tells nothing about how much of a guess was right.
-        right = hmac.compare_digest(given.strip().encode(), self.access.token.encode())
+        # A header is bytes, which come here as Latin-1, whatever letters they were meant to be.
+        right = hmac.compare_digest(given.strip().encode("latin-1"), self.access.token.encode())
         if self.access.token and not (kind.lower() == "bearer" and right):
             raise Refused("give the server's token: Authorization: Bearer TOKEN", status=401, code="invalid_api_key")
 

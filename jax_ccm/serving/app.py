@@ -99,7 +99,9 @@ class Server:
     async def tokenize(self, request: Request) -> Answer:
         """The tokens of a text."""
         template = self.pool.talk.engine.template
-        return JSONResponse(requests.tokenize(await self.door.json(request), lambda text: template.plain([text])[0]))
+        body = await self.door.json(request)
+        # Beside the loop, which streams share.
+        return JSONResponse(await run_in_threadpool(requests.tokenize, body, lambda text: template.plain([text])[0]))
 
     async def chat(self, request: Request) -> Answer:
         """``/v1/chat/completions``."""
@@ -208,12 +210,13 @@ class Server:
 
         turn = Turn(asked.text, asked.how, hear, system=asked.system, told=asked.told, shorter=asked.shorter, **place)
         self.pool.say(turn)
+        begun = False
         try:
             while True:
                 try:
-                    async with asyncio.timeout(None if asked.stream else 0.5):
-                        # A stream's own response notices that the client has gone; for an answer in one piece it is
-                        # asked twice a second.
+                    async with asyncio.timeout(None if asked.stream and begun else 0.5):
+                        # A stream that has begun notices by itself that the client has gone; until then, and for an
+                        # answer in one piece, it is asked twice a second.
                         what = await heard.get()
                 except TimeoutError:
                     if await request.is_disconnected():
@@ -221,6 +224,7 @@ class Server:
                     continue
                 if isinstance(what, Exception):
                     raise what
+                begun = True
                 yield what
                 if what.ended:
                     return

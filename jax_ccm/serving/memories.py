@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import JSONResponse
 from starlette.responses import Response as Answer
 
 from jax_ccm.errors import UserError
@@ -42,8 +42,15 @@ class Memories:
     async def memory(self, request: Request) -> Answer:
         """The memory file of a session."""
         name = _session(request)
-        path = await self._do(lambda: self.pool.saved(name), name)
-        return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+
+        def whole() -> tuple[str, bytes]:
+            path = self.pool.saved(name)
+            return path.name, path.read_bytes()
+
+        # Read while nobody can delete it.
+        file, content = await self._do(whole, name)
+        headers = {"content-disposition": f'attachment; filename="{file}"'}
+        return Answer(content, media_type="application/octet-stream", headers=headers)
 
     async def put_memory(self, request: Request) -> Answer:
         """Makes a memory file that of a session, whether it was there or not."""

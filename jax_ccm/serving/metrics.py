@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 
 _COUNTS = {
     "requests": "Requests by path and status.",
@@ -25,7 +25,6 @@ class Metrics:
         """Begins at zero."""
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter({(name, ""): 0 for name in _COUNTS if name != "requests"})
-        self._seen: dict[str, list[float]] = defaultdict(list)
         self._sums = {name: [0.0, 0, [0] * len(bounds)] for name, (_, bounds) in _DISTRIBUTIONS.items()}
 
     def add(self, name: str, count: int, labels: str = "") -> None:

@@ -362,15 +362,20 @@ class Pool:
             self._rows.move_to_end(start)
             return self._rows[start]
         row = self._vacate(start)
-        if start is None:
-            # The row may hold what somebody else left in it.
+        try:
+            if start is None:
+                # The row may hold what somebody else left in it.
+                self.talk.reset(row)
+            elif start in self._rows:
+                # A copy, as of a file: a response stays as it is, whatever goes on from it.
+                self.talk.fork(self._rows[start], row)
+            else:
+                self.talk.load(row, self.store.path(start))
+                self.metrics.add("loads", 1)
+        except Exception:
+            # The row is nobody's now, and nobody who is deleted is looked for in it.
             self.talk.reset(row)
-        elif start in self._rows:
-            # A copy, as of a file: a response stays as it is, whatever goes on from it.
-            self.talk.fork(self._rows[start], row)
-        else:
-            self.talk.load(row, self.store.path(start))
-            self.metrics.add("loads", 1)
+            raise
         # A row becomes that of a new session in `_keep`, when the turn is over.
         if start is not None and start == keep:
             self._rows[start] = row

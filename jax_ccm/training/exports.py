@@ -77,7 +77,9 @@ def _replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
             paths.upload(Path(made), folder, remove=True)
         return
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    # What a process has left that was killed in here.
+    # What a process has left that was killed in here; between the two renames the old one is the only whole one.
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
     write(new)

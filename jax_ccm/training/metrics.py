@@ -113,7 +113,7 @@ class Metrics:
             self._progress.print(text)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Records numbers of a step; on disk when this returns."""
+        """Records numbers of a step; in the file when this returns."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():

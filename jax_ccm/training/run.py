@@ -378,7 +378,9 @@ class Run:
             print(f"no validation ({why}): only the last adapter is kept")
             return train, []
         # The same objective, without random joining: what is measured is the method itself.
-        data = dataclasses.replace(config.data, train=config.data.validation, weights=(), join=0.0, uncompressed=0.0)
+        data = dataclasses.replace(
+            config.data, train=config.data.validation, weights=(), tokenized=None, join=0.0, uncompressed=0.0
+        )
         held_out = prepare(data, experiment.method, experiment.tokenizer, vocab)
         self._inputs["data.validation"] = inputs.of_data(held_out)
         count = math.ceil(min(config.train.eval_examples, len(held_out.units)) / data.batch_size)

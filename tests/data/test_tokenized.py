@@ -7,6 +7,7 @@ import random
 import jax
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from jax_ccm import prepare as command
 from jax_ccm.config.schema import save_config
@@ -16,6 +17,7 @@ from jax_ccm.data.config import DialogueConfig, FewShotConfig, OnlineConfig, Tex
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build, ccm
 from jax_ccm.training.inputs import of_data
+from jax_ccm.training.run import Run
 from jax_ccm.weights import save_hf
 from tests import cases, pretrained
 from tests.data.support import VOCAB, dialogues, tokenizer, write
@@ -204,7 +206,11 @@ def test_another_tokenizer(tmp_path):
     config = built(dialogue_data(tmp_path), METHOD, tmp_path / "built")
     other = type(tokenizer()).from_pretrained(saved(tmp_path / "tokenizer"))
     prepare(config, METHOD, other, VOCAB)
+    stripping = type(tokenizer()).from_pretrained(tmp_path / "tokenizer")
+    stripping.backend_tokenizer.normalizer = normalizers.Lowercase()
     other.add_tokens(["hen"])
+    with pytest.raises(UserError, match="was built with tokenizer"):
+        prepare(config, METHOD, stripping, VOCAB)
     with pytest.raises(UserError, match="was built with tokenizer"):
         prepare(config, METHOD, other, VOCAB + 1)
     with pytest.raises(UserError, match=r"holds token id \d+, which is outside the model's vocabulary"):
@@ -230,6 +236,51 @@ def test_what_is_not_built(make, says, tmp_path):
     with pytest.raises(UserError, match=says):
         built(config, METHOD, tmp_path / "built")
     assert not (tmp_path / "built").exists()
+
+
+def test_a_failed_build_leaves_the_folder_that_was_there(tmp_path):
+    (tmp_path / "built").mkdir()
+    with pytest.raises(UserError, match="no training data is left"):
+        built(DialogueConfig(train=(write(tmp_path / "a.jsonl", dialogues(2)),)), METHOD, tmp_path / "built")
+    assert not list((tmp_path / "built").iterdir())
+
+
+def test_damaged_needs_are_measured_again(tmp_path):
+    config = built(dialogue_data(tmp_path), METHOD, tmp_path / "built")
+    wanted = prepare(config, METHOD, tokenizer(), VOCAB)
+    (file,) = (tmp_path / "built").glob("needs-*.npy")
+    whole = file.read_bytes()
+    for content in (b"", whole[:40], whole[:-7], b"\0" * len(whole)):
+        file.write_bytes(content)
+        same(prepare(config, METHOD, tokenizer(), VOCAB), wanted)
+        assert file.read_bytes() == whole
+
+
+def test_a_run_and_its_resumption_without_the_corpus(tmp_path):
+    """The same losses as from the corpus; what is validated on is read from its own files."""
+    pretrained.make_base(tmp_path / "base")
+    plain = pretrained.config(tmp_path)
+    held_out = write(tmp_path / "held_out.jsonl", dialogues(4, 5))
+    plain = dataclasses.replace(
+        plain,
+        data=dataclasses.replace(plain.data, validation=(held_out,), tokens=160, scored=120),
+        train=dataclasses.replace(plain.train, steps=2, eval_every=1),
+    )
+    words = pretrained.tokenizer()
+    config = dataclasses.replace(plain, data=dataclasses.replace(plain.data, tokenized=str(tmp_path / "built")))
+    tokenized.build(config.data, METHOD, documents.build(config.data, words), words, len(words), log=lambda line: None)
+
+    def losses(config, name):
+        with Run(config, tmp_path / name) as run:
+            run.train()
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line.get("loss"), line.get("validation_loss")) for line in lines]
+
+    wanted = losses(plain, "plain")
+    (tmp_path / "talk.jsonl").unlink()
+    assert losses(config, "tokenized") == wanted
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
+    assert losses(longer, "tokenized")[: len(wanted)] == wanted
 
 
 def test_a_folder_is_not_written_over(tmp_path):

@@ -83,6 +83,28 @@ def test_length(name):
         assert logits.argmax(axis=1).tolist() == answer.tolist()
 
 
+@pytest.mark.parametrize("name", ["ccm_concat", "compressive"])
+def test_a_system_message_is_no_part_of_a_span(name):
+    """Whether it is read with what follows or before it; the sink of a session that has none does count."""
+    method = build(name, sink=True, **({"comp_tokens": 2} if name == "ccm_concat" else {"ratio": 2, "recent": 0}))
+    said, message = text(11), np.arange(11) < 6
+
+    def fill(parts, kept):
+        cache = empty(method)
+        for part in parts:
+            chunk = rows.chunk([said[part]], len(said[part]), cases.VOCAB)
+            chunk = dataclasses.replace(chunk, kept=kept[part][None])
+            cache = _fill(MODEL, cache, chunk, method=method, closing=Closing(4))
+        return cache
+
+    for kept, closed in ((message, [1]), (np.zeros(11, bool), [2])):
+        once = fill([slice(0, 11)], kept)
+        assert once.chunks.tolist() == closed
+        for cuts in ([6], [6, 7], [3, 6, 9]):
+            parts = [slice(a, b) for a, b in zip([0, *cuts], [*cuts, 11], strict=True)]
+            np.testing.assert_array_equal(fill(parts, kept).slots.kind, once.slots.kind)
+
+
 def test_sentences_and_the_callers_spans():
     """Ends of sentences close a span unless it is too short; so do the caller's ends, behind text that is kept."""
     tokens = text(12)

@@ -150,6 +150,8 @@ def test_sampling():
     np.testing.assert_allclose(share(1.0, 0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.02)
     np.testing.assert_allclose(share(1.0, 2, 1.0), [0.625, 0.375, 0, 0], atol=0.02)
     np.testing.assert_allclose(share(1.0, 0, 0.7), [0.625, 0.375, 0, 0], atol=0.02)
+    # Within the two that top-k leaves the first has five eighths of the mass, half of it in all.
+    np.testing.assert_allclose(share(1.0, 2, 0.6), [1, 0, 0, 0])
     np.testing.assert_allclose(share(1.0, 0, 0.01), [1, 0, 0, 0])
     np.testing.assert_allclose(share(0.0, 0, 1.0), [1, 0, 0, 0])
     squared = np.array([0.25, 0.09, 0.0225, 0.0025])
@@ -162,6 +164,10 @@ def test_same_key_same_text():
         generate(MODEL, prompt(), jax.random.key(seed), method=METHOD, max_tokens=8, sampling=sampling)[1]
     )
     assert np.array_equal(run(0), run(0)) and not np.array_equal(run(0), run(1))
+    # Keys of the old kind are arrays of numbers.
+    for key in (jax.random.PRNGKey(0), jax.random.split(jax.random.PRNGKey(0), 3)):
+        old = generate(MODEL, prompt(), key, method=METHOD, max_tokens=8, sampling=sampling)[1]
+        assert np.array_equal(old, run(0))
 
 
 def test_each_row_draws_for_itself():

@@ -49,6 +49,16 @@ def test_as_if_read_one_after_the_other(name, tmp_path):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_room_is_that_of_a_session(tmp_path):
+    """Not that of all sessions together, which would be asked for in each."""
+    method = build("ccm_concat", comp_tokens=2, independent=True)
+    parts = [held(read(method, seeds), tmp_path / str(seeds), method) for seeds in ((0, 1, 2, 3), (4, 5, 6, 7))]
+    both = merge(*parts)
+    # The second session has closed its first, empty chunk nowhere.
+    assert [int((both.arrays["kind"][both.of(row)] == Kind.MEMORY).sum()) for row in (0, 1)] == [16, 14]
+    assert both.header["memory_capacity"] == 16
+
+
 def test_a_system_message_is_not_lost(tmp_path):
     method = build("ccm_concat", comp_tokens=2, sink=True)
 

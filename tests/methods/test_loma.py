@@ -189,12 +189,16 @@ def test_a_chunk_is_said_again_token_after_token(name):
     assert new  # or both would have fed the same
 
 
-@pytest.mark.parametrize("name", ["merge_n2_repeat", "loma", "concat_n2_say", "concat_n2_repeat_recent"])
+@pytest.mark.parametrize(
+    "name", ["merge_n2_repeat", "loma", "loma_say_sink", "concat_n2_say", "concat_n2_repeat_recent"]
+)
 def test_repeating_whole_texts(name):
     """`repeat_recurrently` hears of every closed chunk what `steps.repeat` says of it, whatever the others' lengths."""
     recent = name.endswith("_recent")
-    method = cases.METHODS[name.removesuffix("_recent")]
+    method = cases.METHODS[name.removesuffix("_recent").removesuffix("_sink")]
     method = build("ccm_concat", comp_tokens=2, sink=True, repeat=True, recent=1) if recent else method
+    if name.endswith("_sink"):
+        method = build("loma", ratio=2, memory_tokens=2, repeat_by="text", sink=True)
     sessions = (
         [text(13), text(6), text(21)] if method.chunk else cases.sessions(((5, 3, 4, 1), (2, 6, 3), (4, 1, 3, 2)))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax_ccm.nn import AdapterConfig, ModelConfig, RopeScaling, Transformer, abs
 from jax_ccm.nn.linear import Linear
 from jax_ccm.nn.transformer import initial_comp_embeddings
 from jax_ccm.rules import rows
+from jax_ccm.rules.visibility import gate
 from jax_ccm.weights.hf import is_adapter, parameters
 from tests import cases
 
@@ -246,6 +248,21 @@ def test_mixed_precision_is_float32_within_its_rounding():
         ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
         assert np.linalg.norm(ours - theirs) <= 2**-5 * np.linalg.norm(theirs) + 1e-6
     assert steps.parallel_forward(mixed, made, method=method).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("params, compute, output", itertools.product(("float32", "bfloat16"), repeat=3))
+def test_every_policy_gives_the_types_that_it_names(params, compute, output):
+    """Biases and norms are kept in the type of the weights, and do not lift what they are added to."""
+    policy = f"params={params},compute={compute},output={output}"
+    biased = dataclasses.replace(cases.CONFIG, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
+    model, method = cases.model(tokens=2, config=biased, precision=policy), build("ccm_concat", comp_tokens=2)
+    made = rows.batch(method, cases.sessions(), rows.Sizes(64, 16, 64), biased.vocab_size)
+    for form in (model, model.unstacked()):
+        acts = gate(method, made.slots)
+        hidden, (k, v), _ = form(made.tokens, made.slots, acts, rule=method.rule, memory=made.memory)
+        assert {str(x.dtype) for x in (hidden, k, v)} == {output}
+        # The adapter is float32 in every policy, and in both forms.
+        assert {str(x.dtype) for x in jax.tree.leaves(nnx.state(form.layers, nnx.LoRAParam))} == {"float32"}
 
 
 @pytest.mark.parametrize("tied", [True, False])

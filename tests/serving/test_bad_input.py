@@ -6,6 +6,7 @@ import errno
 import os
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
@@ -82,6 +83,28 @@ def test_a_session_that_cannot_be_removed(client, server, url):
     usage = ask(client, "what", "stays").usage
     assert usage.prompt_tokens_details.cached_tokens == before
     assert httpx.delete(memory).status_code == 200 and httpx.get(memory).status_code == 404
+
+
+def test_a_damaged_session_leaves_nobodys_memory_in_a_row(made, tmp_path):
+    """A row was made free for it: what the session before it left there is gone, as that session may be deleted."""
+    with (
+        serving(made, tmp_path) as (url, pool),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        ask(client, "hello", "broken")
+        rows = pool.talk.engine.rows
+        for number in range(rows):
+            ask(client, f"I am {number}", f"s{number}")
+        assert "broken" not in pool._rows and len(pool._rows) == rows
+        (tmp_path / "broken.ccm").write_bytes((tmp_path / "broken.ccm").read_bytes()[:-9])
+        with pytest.raises(openai.APIStatusError, match="damaged"):
+            ask(client, "what", "broken")
+        free = set(range(rows)) - set(pool._rows.values())
+        assert len(free) == 1 and [int(pool.talk.state.tokens[row]) for row in free] == [0]
+        kinds = pool.do(lambda: np.asarray(pool.talk.state.cache.slots.kind))
+        assert not kinds[sorted(free)].any() and kinds[sorted(pool._rows.values())].any(axis=1).all()
+        # Everybody else goes on.
+        assert ask(client, "what", "s0").usage.prompt_tokens_details.cached_tokens
 
 
 def test_an_idle_session_that_cannot_be_removed(made, tmp_path, caplog):

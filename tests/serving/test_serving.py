@@ -389,6 +389,13 @@ def test_whoever_goes_away_takes_the_turn_back(url, client, server, oracle):
     assert ask(client, "what", "gone").choices[0].message.content == oracle(["hello", "what"])[1]
 
 
+def test_a_token_of_any_letters(made, tmp_path):
+    """Clients send them as UTF-8."""
+    with serving(made, tmp_path, Access(token="sécret")) as (url, _):
+        for given, status in (("sécret".encode(), 200), (b"secret", 401), ("sécret".encode("latin-1"), 401)):
+            assert httpx.get(f"{url}/v1/models", headers={"authorization": b"Bearer " + given}).status_code == status
+
+
 @pytest.mark.parametrize("durable", [True, False])
 def test_a_restart_reads_nothing_again(made, tmp_path, oracle, durable):
     """What was acknowledged is there, and the next turn reads its own tokens alone and answers as it would have."""
