@@ -38,7 +38,7 @@ CCM = {
     "n2_independent_sink": dict(comp_tokens=2, independent=True, sink=True),
     "n2_all": dict(comp_tokens=2, conditional=False),
     "n2_repeat": dict(comp_tokens=2, sink=True, repeat=True),
-    "n2_say": dict(comp_tokens=2, sink=True, repeat=True, repeat_by="text"),
+    "n2_say": dict(comp_tokens=2, sink=True, repeat=True, repeat_by="text", repeat_gated=False),
     "n2_recent": dict(comp_tokens=2, sink=True, recent=1),
     "n1_recent2": dict(comp_tokens=1, recent=2),
     # Fewer mixtures than chunks.

@@ -35,6 +35,7 @@ def concat(
     repeat: bool = False,
     repeat_by: Literal["placeholders", "text"] = "placeholders",
     repeat_share: float = 1.0,
+    repeat_gated: bool = True,
     min_comp_tokens: int | None = None,
     recent: int = 0,
     ratio: int = 0,
@@ -53,6 +54,8 @@ def concat(
       repeat_by: each repeated token is guessed from a token of its own in its place, all at once ("placeholders",
         LoMA), or behind the "text" before it, as it is when a chunk is said again token after token.
       repeat_share: share of the training examples of which this is asked.
+      repeat_gated: the LoRA acts on repetition, too; False leaves it to the base, so that memory must hold what was
+        said in a form that the base reads.
       min_comp_tokens: in training, each session is compressed into a random number of tokens a chunk, from this to
         ``comp_tokens``: one adapter then serves every such ``comp_tokens``; in no paper.
       recent: the last so many closed chunks stay as text, and are compressed when newer ones have taken their place;
@@ -73,7 +76,7 @@ def concat(
             f"recent is {recent}; it must be at least 0, and 0 with independent, whose chunks see no others, and with "
             "streaming, whose text is compressed by its place in the cache"
         )
-    check_repetition(repeat, repeat_by, repeat_share)
+    check_repetition(repeat, repeat_by, repeat_share, repeat_gated)
     clauses = [
         # A chunk is read by ordinary causal attention; each compression token sees the ones before it in its group.
         see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
@@ -95,7 +98,7 @@ def concat(
         # A chunk's repetition sees the memory just after that chunk, and each token itself, or what was said before it.
         window = 1 if repeat_by == "placeholders" else None
         clauses += [see(REPEAT, MEMORY, 0, 0), see(REPEAT, REPEAT, 0, 0, window=window)]
-        gate += (REPEAT,)
+        gate += (REPEAT,) * repeat_gated
     return Method(
         name="ccm_concat",
         rule=Rule(tuple(clauses)),
@@ -123,6 +126,7 @@ def merge(
     repeat: bool = False,
     repeat_by: Literal["placeholders", "text"] = "placeholders",
     repeat_share: float = 1.0,
+    repeat_gated: bool = True,
     min_comp_tokens: int | None = None,
     recent: int = 0,
     groups: int = 1,
@@ -130,12 +134,12 @@ def merge(
     """CCM-merge: the running mean of all chunks' states in ``comp_tokens`` slots.
 
     Args:
-      comp_tokens, sink, independent, conditional, streaming, repeat, repeat_by, repeat_share, min_comp_tokens,
-        recent: as for `concat`.
+      comp_tokens, sink, independent, conditional, streaming, repeat, repeat_by, repeat_share, repeat_gated,
+        min_comp_tokens, recent: as for `concat`.
       groups: so many means of ``comp_tokens`` slots each, which chunks enter in turn: the memory is of constant size,
         and of up to this many chunks it holds each by itself, as `concat` does; in no paper. With 1 it is the paper's.
     """
-    repeating = (repeat, repeat_by, repeat_share)
+    repeating = (repeat, repeat_by, repeat_share, repeat_gated)
     # What text sees, and what is run to close a chunk, is that of concat; only the update differs (equation 3).
     appending = concat(comp_tokens, sink, independent, conditional, streaming, *repeating, min_comp_tokens, recent)
     return dataclasses.replace(_grouped(appending, Mean(), groups), name="ccm_merge")
@@ -151,6 +155,7 @@ def ema(
     repeat: bool = False,
     repeat_by: Literal["placeholders", "text"] = "placeholders",
     repeat_share: float = 1.0,
+    repeat_gated: bool = True,
     min_comp_tokens: int | None = None,
     recent: int = 0,
     groups: int = 1,
@@ -158,12 +163,12 @@ def ema(
     """CCM-merge by an exponential moving average (table 16).
 
     Args:
-      comp_tokens, sink, independent, conditional, streaming, repeat, repeat_by, repeat_share, min_comp_tokens,
-        recent: as for `concat`.
+      comp_tokens, sink, independent, conditional, streaming, repeat, repeat_by, repeat_share, repeat_gated,
+        min_comp_tokens, recent: as for `concat`.
       decay: weight of the newest chunk.
       groups: as for `merge`.
     """
-    repeating = (repeat, repeat_by, repeat_share)
+    repeating = (repeat, repeat_by, repeat_share, repeat_gated)
     appending = concat(comp_tokens, sink, independent, conditional, streaming, *repeating, min_comp_tokens, recent)
     return dataclasses.replace(_grouped(appending, Ema(decay), groups), name="ccm_ema")
 
@@ -175,12 +180,12 @@ def _grouped(appending: Method, mix: Mix, groups: int) -> Method:
     return appending.mixing(mix, groups)
 
 
-def check_repetition(repeat: bool, repeat_by: str, repeat_share: float) -> None:
+def check_repetition(repeat: bool, repeat_by: str, repeat_share: float, repeat_gated: bool = True) -> None:
     """Refuses options of a repetition that is not asked for, and shares that are none."""
-    if not repeat and (repeat_by, repeat_share) != ("placeholders", 1.0):
+    if not repeat and (repeat_by, repeat_share, repeat_gated) != ("placeholders", 1.0, True):
         raise UserError(
-            f"repeat_by is {repeat_by!r} and repeat_share {repeat_share}, but repeat is false; set repeat: true, or "
-            "leave them out"
+            f"repeat_by is {repeat_by!r}, repeat_share {repeat_share} and repeat_gated {repeat_gated}, but repeat is "
+            "false; set repeat: true, or leave them out"
         )
     if repeat_by not in ("placeholders", "text"):
         raise UserError(f"repeat_by is {repeat_by!r}; allowed: placeholders, text")

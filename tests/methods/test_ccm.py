@@ -18,6 +18,7 @@ from jax_ccm.rules import rows
 from jax_ccm.rules.describe import describe_method
 from jax_ccm.rules.mixtures import Mean
 from jax_ccm.rules.types import Kind
+from jax_ccm.rules.visibility import gate
 from jax_ccm.weights.adapters import Adapter, load_adapter
 from jax_ccm.weights.identity import check_method
 from tests import cases
@@ -115,3 +116,18 @@ def test_sizes_follow():
     method = build("ccm_concat", comp_tokens=4, min_comp_tokens=1)
     sizes = [rows.measure(method, dataclasses.replace(session, num_comp_tokens=count)) for count in (1, 4, None)]
     assert [s.memory for s in sizes] == [2, 8, 8] and sizes[0].tokens + 6 == sizes[1].tokens == sizes[2].tokens
+
+
+@pytest.mark.parametrize("name", ["ccm_concat", "ccm_merge", "ccm_ema"])
+def test_repetition_by_the_base_alone(name):
+    """The LoRA does nothing to repetition tokens then; on compression tokens, and so in what text reads, it does."""
+    gated, alone = (build(name, comp_tokens=2, repeat=True, repeat_gated=given) for given in (True, False))
+    assert gated.rule == alone.rule and dataclasses.replace(alone, gate=gated.gate) == gated
+    examples = cases.sessions()
+    made = rows.batch(alone, examples, rows.Sizes(96, 16, 64), cases.VOCAB)
+    kind = np.asarray(made.slots.kind)
+    acts = {method: np.asarray(gate(method, made.slots)) > 0 for method in (gated, alone)}
+    assert (kind == Kind.REPEAT).any() and not acts[alone][kind == Kind.REPEAT].any()
+    assert acts[gated][kind == Kind.REPEAT].all() and acts[alone][kind == Kind.COMP].all()
+    with pytest.raises(UserError, match="repeat_gated False, but repeat is false"):
+        build(name, repeat_gated=False)
