@@ -397,6 +397,22 @@ def test_the_table_of_kinds_is_made_of_the_numbers():
     assert [cells(line)[1:] for line in shown.splitlines()] == expected
 
 
+def test_what_is_said_of_saying_exchanges_again():
+    page, folder = (ROOT / "docs" / "results.md").read_text(), ROOT / "results" / "recipe"
+    part = page.partition("**Saying closed exchanges again in training**")[2].partition("\n\n")[0].replace("\n", " ")
+    run = json.loads((folder / "chat_repeat" / "train_summary.json").read_text())
+    assert part.count(f"{run['tokens']:,} tokens") == 1
+    lines = [json.loads(line) for line in (folder / "chat_repeat" / "train_repeat.jsonl").read_text().splitlines()]
+    losses = [f"{line['validation_loss']:.3f}" for line in lines if line.get("validation_loss")]
+    assert f"{', '.join(losses[:-1])} and {losses[-1]} after" in part
+    cell = json.loads((folder / "chat_repeat" / "results.json").read_text())["steps"][-1]["systems"]["memory"]
+    before = json.loads((folder / "validation_varied" / "chat_wide.json").read_text())["steps"][-1]["systems"]["memory"]
+    perplexities = [f"{x['perplexity']['value']:.1f}" for x in (cell, before)]
+    assert "perplexity is {} instead of {},".format(*perplexities) in part
+    right = {f"{72 * x['accuracy']['mean']['value']:.0f}" for x in (cell, before)}
+    assert right == {"40"} and "40 choices are right as before" in part
+
+
 def test_pages_show_the_tables():
     shown = [
         (page, name, table)
