@@ -86,8 +86,8 @@ def write(config: Config) -> None:
 
     tokenizer, started = tokenizer_of(config), time.perf_counter()
     format, vocab = documents.build(config.data, tokenizer), vocabulary(config, tokenizer)
-    log = functools.partial(print, file=sys.stdout, flush=True)
-    folder = tokenized.build(config.data, build_method(config), format, tokenizer, vocab, log)
+    say = functools.partial(print, flush=True)
+    folder = tokenized.build(config.data, build_method(config), format, tokenizer, vocab, say)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: {size / 2**20:,.1f} MiB in {time.perf_counter() - started:,.0f} s")
 

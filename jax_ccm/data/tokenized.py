@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -184,7 +185,7 @@ class _Build:
 
     def __init__(self, config, format, method, vocab, folder, log):
         self.config, self.format, self.method, self.vocab = config, format, method, vocab
-        self.folder, self.log = folder, log
+        self.folder, self.log, self.out = folder, log, sys.stdout
         self.digest, self.largest = hashlib.sha256(), -1
         # Of each source: what its units need of a row, and what became of its records.
         self.needs: list[list[np.ndarray]] = [[] for _ in config.train]
@@ -218,7 +219,8 @@ class _Build:
                     raise NotImplementedError
 
         tfds.disable_progress_bar()
-        # It says that it downloads, which it does not.
+        # The library says that it downloads, which it does not; what is logged here is heard nonetheless.
+        self.out = sys.stdout
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as nothing:
             Units(data_dir=self.folder, file_format="array_record").download_and_prepare(download_dir=nothing)
 
@@ -245,12 +247,13 @@ class _Build:
             self.largest = max(self.largest, require_known(units, self.vocab))
             self.needs[number].append(measured(self.format, self.method, units))
             for unit in units:
-                # Unit by unit, over all sources in their order.
+                # In the order in which they are written.
                 self.digest.update(digest_of([unit]).digest())
                 arrays = unit.stored()
                 yield count, {"id": unit.id, "has": list(arrays)} | {name: arrays.get(name, ()) for name in _ARRAYS}
                 count += 1
-        self.log(f"{source}: {self.reports[number]}")
+        with contextlib.redirect_stdout(self.out):
+            self.log(f"{source}: {self.reports[number]}")
 
 
 def _split(number: int) -> str:

@@ -238,6 +238,13 @@ def test_what_is_not_built(make, says, tmp_path):
     assert not (tmp_path / "built").exists()
 
 
+def test_what_became_of_the_records_is_said(tmp_path, capsys):
+    config = dataclasses.replace(dialogue_data(tmp_path), tokenized=str(tmp_path / "built"))
+    tokenized.build(config, METHOD, documents.build(config, tokenizer()), tokenizer(), VOCAB)
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert set(said) == set(config.train) and "1 with one of their turns empty" in said[config.train[0]]
+
+
 def test_a_failed_build_leaves_the_folder_that_was_there(tmp_path):
     (tmp_path / "built").mkdir()
     with pytest.raises(UserError, match="no training data is left"):
