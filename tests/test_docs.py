@@ -413,6 +413,23 @@ def test_what_is_said_of_saying_exchanges_again():
     assert right == {"40"} and "40 choices are right as before" in part
 
 
+def test_what_is_said_of_kinds_of_questions():
+    part = (ROOT / "docs" / "results.md").read_text().partition("**What long memories get wrong**")[2]
+    steps = json.loads((ROOT / "results" / "recipe" / "chat_tasks" / "results.json").read_text())["steps"]
+    right = {
+        (row["step"], name): round(row["examples"] * row["systems"][name]["accuracy"]["mean"]["value"])
+        for row in steps
+        for name in ("full", "memory")
+    }
+    assert right["needle", "full"] == right["needle", "memory"] == 22 and "(22 of 24 right, both)" in part
+    changed = "right in {} of 24, and the memory in {}, which".format(
+        *(right["updates", x] for x in ("full", "memory"))
+    )
+    assert changed in part
+    marked = sum(line.startswith("| ") and " † |" in line for line in part.partition("!" + "[right")[0].splitlines())
+    assert marked == 4
+
+
 def test_pages_show_the_tables():
     shown = [
         (page, name, table)

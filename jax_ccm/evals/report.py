@@ -289,10 +289,13 @@ def _draw_quality(axes: Any, steps: Sequence, times: list, names: list[str], kin
         colour, _ = STYLE[name]
         cells = [row["systems"][name] for row in steps]
         heights = [own(cell) for cell in cells]
-        axes.plot(times, heights, color=colour, marker="o", markersize=4, linewidth=1.8, linestyle=line, zorder=3)
-        aside = 3 * (number - (len(names) - 1) / 2)
-        draw_intervals(axes, times, [estimate_of(cell, kind) for cell in cells], colour, aside)
-        wrong = [(time, own(cell["wrong"])) for time, cell in zip(times, cells, strict=True) if "wrong" in cell]
+        side = number - (len(names) - 1) / 2
+        # Where no line tells which point is whose, those of several systems stand side by side.
+        places = times if line else [time + 0.12 * side for time in times]
+        axes.plot(places, heights, color=colour, marker="o", markersize=4, linewidth=1.8, linestyle=line, zorder=3)
+        found = [estimate_of(cell, kind) for cell in cells]
+        draw_intervals(axes, places, found, colour, 3 * side if line else 0)
+        wrong = [(place, own(cell["wrong"])) for place, cell in zip(places, cells, strict=True) if "wrong" in cell]
         if wrong:
             # Open circles, so that a single time step is seen, too.
             dashes = DASHES if line else ""
