@@ -28,6 +28,7 @@ from jax_ccm.nn import AdapterConfig as AdapterConfig
 from jax_ccm.nn import ModelConfig as ModelConfig
 from jax_ccm.nn import Transformer as Transformer
 from jax_ccm.rules.batch import Batch as Batch
+from jax_ccm.rules.clauses import see as see
 from jax_ccm.rules.examples import Example as Example
 from jax_ccm.rules.examples import Segment as Segment
 from jax_ccm.rules.rows import Sizes as Sizes
@@ -42,7 +43,6 @@ from jax_ccm.rules.types import Method as Method
 from jax_ccm.rules.types import Rule as Rule
 from jax_ccm.rules.types import Slots as Slots
 from jax_ccm.rules.types import Token as Token
-from jax_ccm.rules.types import see as see
 from jax_ccm.rules.visibility import visible as visible
 
 if TYPE_CHECKING:

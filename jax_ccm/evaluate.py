@@ -63,7 +63,6 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
       UserError: for a missing adapter, empty data, a working directory that belongs to a training run.
     """
     start = time.perf_counter()
-    # Before the model is loaded: mistakes are said at once.
     _check(config, options)
     processes.refuse_several(devices=True)
     experiment = load_experiment(config, adapter=options.adapter)
@@ -97,7 +96,6 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     }  # fmt: skip
     asking = Asking.of(config.data, experiment.tokenizer, experiment.template, experiment.reply_ends, said.reply_tokens)
     sizes = (said.window, getattr(config.data, "chunk", 0), config.cache.memory_capacity)
-    # Of the memory, whose sizes all systems keep to.
     budget = streaming.Budget(*sizes, method) if said.by == "stream" else None
     store = Store(options.store) if options.store else None
     measured = {
@@ -121,7 +119,6 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     results["seconds"] = round(time.perf_counter() - start, 1)
     save_config(config, options.workdir / "config.yaml")
     report.write(options.workdir, results, asking and perplexity.reply_lines(questions, measured, asking))
-    # A card for a trained adapter alone: with the recipe that lies beside it, not with this run's config.
     if adapter and experiment.loaded is not None:
         trained = config_beside(adapter)
         recipe, told = (None, config.card) if trained is None else (chosen(trained), trained.card)

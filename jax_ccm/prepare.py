@@ -111,7 +111,6 @@ def show(config: Config, options: Options) -> None:
         data = batches.prepare(config.data, method, tokenizer, vocab)
 
         def example(place):
-            # By the place alone: the same example is shown again, whatever --count is.
             return data.draw(data.units[place], np.random.default_rng([config.train.seed, place]))
     else:
         data = Evaluation.open(config.data, tokenizer, options.split)
@@ -125,7 +124,6 @@ def show(config: Config, options: Options) -> None:
     acts = ", ".join(kind.name for kind in method.gate) or "no token"
     print(f"{options.split} data: {data.report}\nmethod: {label(describe_method(method))}; the LoRA acts on {acts}")
     console = Console(highlight=False, soft_wrap=True)
-    # At equal distances; where there are fewer than are asked for, each is shown once.
     places = np.unique(np.linspace(0, len(data.units) - 1, options.count).round().astype(int))
     for number, place in enumerate(places, 1):
         shown = example(int(place))

@@ -213,10 +213,10 @@ class _Build:
                     )
 
                 def _split_generators(self, dl_manager):
-                    return dict(outer.splits())
+                    return {name: self._generate_examples(records) for name, records in outer.splits()}
 
-                def _generate_examples(self):
-                    raise NotImplementedError
+                def _generate_examples(self, records):
+                    yield from records
 
         tfds.disable_progress_bar()
         # The library says that it downloads, which it does not; what is logged here is heard nonetheless.

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ccm.errors import UserError
-from jax_ccm.memory import writing
+from jax_ccm.memory import labels, writing
 from jax_ccm.memory.cache import append, open_raw, raw_capacity, with_room
 from jax_ccm.nn.linear import Gate
 from jax_ccm.nn.transformer import Remat, Transformer
@@ -212,7 +212,7 @@ def compress(
         return writing.write(cache, method, *writing.pooled(cache, method, closing), closing, whole=whole)
     # With `Method.recent` a row may close a chunk before any is old enough to be compressed.
     rows = jnp.any(selected, axis=1) if method.recent else closing
-    comp, memory = _closing_tokens(cache, selected, rows, method)
+    comp, memory = labels.closing_tokens(cache, selected, rows, method)
     positions = None
     if method.rope == "cache":
         offsets = jnp.asarray([token.offset for token in method.closes])
@@ -229,7 +229,7 @@ def compress(
         # As it was: older memory and the chunk's text. What stays open is of the next segment, and not seen.
         memory=cache,
         positions=positions,
-        store=lambda own, new: store(own, tuple(_written(method, x) for x in new)),
+        store=lambda own, new: store(own, tuple(labels.written(method, x) for x in new)),
     )
     # Closing tokens see themselves: keys and values that are not finite show in what follows from them.
     finite = jnp.all(jnp.isfinite(hidden) | ~comp.live[:, :, None], axis=(1, 2))
@@ -256,57 +256,6 @@ def _opened(cache: MemoryCache, which, method: Method):
         old = slots.segment == cache.chunks[:, None] - method.recent
         selected = is_in(slots.kind, (*method.compresses, Kind.SINK)) & old & closing[:, None]
     return dataclasses.replace(cache, slots=slots), selected, closing, rest
-
-
-def _closing_tokens(cache: MemoryCache, selected, rows, method: Method) -> tuple[Slots, Slots]:
-    """Labels of the tokens that close a chunk, and of the memory that they write.
-
-    Args:
-      cache: the sessions.
-      selected: ``bool [B, S]``, the text that becomes memory.
-      rows: ``bool [B]``, those with any; the others run no tokens.
-      method: the compression method, with n tokens in `Method.closes`.
-
-    Returns:
-      `Slots` of ``[B, n]``, and of ``[B, m]`` for the m of these tokens that write; PAD where a token is not run.
-    """
-    slots, n = cache.slots, len(method.closes)
-    runs = rows[:, None]  # [B, 1], or [B, n] where chunks differ
-    if method.ratio is not None:
-        text = selected & (slots.kind != Kind.SINK)
-        runs = runs & (_row(range(n)) < method.num_closing(jnp.sum(text, axis=1, keepdims=True)))
-    # Positions and order of what is written follow the chunk's last token.
-    # -1 in a row without any, whose tokens are not run.
-    last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
-    begins = selected
-    if any(token.from_begin for token in method.closes) and method.kept_kind is Kind.SINK:
-        # A system message is no part of what is compressed; a sink begins its chunk.
-        sinks = jnp.sum(selected & (slots.kind == Kind.SINK), axis=1, keepdims=True)
-        begins = selected & ((slots.kind != Kind.SINK) | (sinks <= method.sink))
-    begin = jnp.min(jnp.where(begins, slots.index, last), axis=1, keepdims=True)
-    from_begin = _row([token.from_begin for token in method.closes]) > 0
-    # Index serves as position here, since for raw text they are the same (`_text`).
-    position = jnp.where(from_begin, begin, last + 1) + _row([token.offset for token in method.closes])
-    kind = jnp.where(runs, _row([token.kind for token in method.closes]), Kind.PAD)
-    segment = jnp.broadcast_to(cache.chunks[:, None] - method.recent, kind.shape)
-    # The tokens themselves come after everything raw; the segment hides what is not selected.
-    comp = Slots(kind, segment, cache.tokens[:, None] + _row(range(n)), jnp.maximum(position, 0))
-    # Where chunks differ in how many tokens close them, all of these are written.
-    entries = jnp.where(runs, jnp.full((1, method.slots_per_chunk), Kind.MEMORY), Kind.PAD)
-    # What is written takes the chunk's place in the order.
-    order = jnp.broadcast_to(last, (kind.shape[0], method.slots_per_chunk))
-    return comp, Slots(entries, _written(method, segment), order, _written(method, comp.position))
-
-
-def _row(values):
-    """``int32 [1, n]``: the same for every session."""
-    return jnp.asarray(values, jnp.int32)[None]
-
-
-def _written(method: Method, x):
-    """Of an array ``[B, n, ...]`` over the tokens that close a chunk, those that write memory."""
-    indices = [i for i, token in enumerate(method.closes) if token.kind in method.writes]
-    return jnp.take(x, jnp.asarray(indices, jnp.int32), axis=1)
 
 
 def repeat(

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.batch import Batch
-from jax_ccm.rules.types import INF, TEXT, Kind, Method, Rule, see
+from jax_ccm.rules.clauses import see
+from jax_ccm.rules.types import INF, TEXT, Kind, Method, Rule
 from jax_ccm.rules.visibility import is_in
 
 EVERY = (*TEXT, Kind.SINK)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from jax_ccm.errors import UserError
-from jax_ccm.rules.types import INF, Kind, Method, Rule, see
+from jax_ccm.rules.clauses import see
+from jax_ccm.rules.types import INF, Kind, Method, Rule
 
 RAW = (Kind.TEXT, Kind.QUERY)
 EVERY = (Kind.TEXT, Kind.QUERY, Kind.SINK)

@@ -19,8 +19,9 @@ import dataclasses
 from typing import Literal
 
 from jax_ccm.errors import UserError
+from jax_ccm.rules.clauses import see
 from jax_ccm.rules.mixtures import Ema, Mean, Mix
-from jax_ccm.rules.types import INF, Kind, Method, Rule, Token, see
+from jax_ccm.rules.types import INF, Kind, Method, Rule, Token
 
 TEXT, QUERY, COMP, REPEAT, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.REPEAT, Kind.SINK, Kind.MEMORY
 EVERY = (TEXT, QUERY, COMP, SINK)

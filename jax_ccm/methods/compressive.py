@@ -15,7 +15,8 @@ slot for every c tokens. Nothing is run to write them. With c = 2, ``recent`` = 
 from __future__ import annotations
 
 from jax_ccm.errors import UserError
-from jax_ccm.rules.types import INF, Kind, Method, Rule, see
+from jax_ccm.rules.clauses import see
+from jax_ccm.rules.types import INF, Kind, Method, Rule
 
 TEXT, QUERY, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.SINK, Kind.MEMORY
 EVERY = (TEXT, QUERY, SINK)

@@ -20,7 +20,8 @@ from typing import Literal
 import numpy as np
 
 from jax_ccm.errors import UserError
-from jax_ccm.rules.types import INF, Array, Kind, Method, Rule, see
+from jax_ccm.rules.clauses import see
+from jax_ccm.rules.types import INF, Array, Kind, Method, Rule
 
 TEXT, QUERY, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.SINK, Kind.MEMORY
 

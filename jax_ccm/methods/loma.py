@@ -20,8 +20,9 @@ from typing import Literal
 
 from jax_ccm.errors import UserError
 from jax_ccm.methods.ccm import check_repetition
+from jax_ccm.rules.clauses import see
 from jax_ccm.rules.mixtures import Ema, Mean
-from jax_ccm.rules.types import INF, Clause, Kind, Method, Rule, Token, see
+from jax_ccm.rules.types import INF, Clause, Kind, Method, Rule, Token
 
 TEXT, QUERY, COMP, REPEAT, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.REPEAT, Kind.SINK, Kind.MEMORY
 EVERY = (TEXT, QUERY, COMP, REPEAT, SINK)

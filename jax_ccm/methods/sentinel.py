@@ -15,7 +15,8 @@ when the span closes: nothing but its own ``<CR>`` ever sees ``<CL>``. For ``a``
 
 from __future__ import annotations
 
-from jax_ccm.rules.types import INF, Kind, Method, Rule, Token, see
+from jax_ccm.rules.clauses import see
+from jax_ccm.rules.types import INF, Kind, Method, Rule, Token
 
 TEXT, QUERY, COMP, OPEN, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.OPEN, Kind.MEMORY
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_ccm.errors import UserError
+from jax_ccm.rules import shares
 from jax_ccm.rules.batch import Batch, Packed
 from jax_ccm.rules.examples import Example, Segment, concat, cut, join, with_prefix
 from jax_ccm.rules.types import TEXT, Chunk, Kind, Method, Slots, Token
@@ -369,7 +370,7 @@ def _memory(method: Method, row: dict[str, np.ndarray], segments: int, size: int
     found = {}
     if method.pool is not None:
         context = np.isin(row["kind"], TEXT) & (row["segment"] < segments - 1)
-        found["source"], found["share"], last = _pools(np.flatnonzero(context), row["segment"], method.pool)
+        found["source"], found["share"], last = shares.pools(np.flatnonzero(context), row["segment"], method.pool)
     else:
         found["source"] = last = np.flatnonzero(np.isin(row["kind"], method.writes))
     found |= {f"memory_{field}": row[field][last] for field in ("segment", "index", "position")}
@@ -377,7 +378,7 @@ def _memory(method: Method, row: dict[str, np.ndarray], segments: int, size: int
     if method.mix is not None:
         count = method.slots_per_chunk
         # Weights are for the whole batch's size, with rows of zeros for slots that this row does not have.
-        found["mix"] = _mix_matrix(method, len(last), size)
+        found["mix"] = shares.mix_matrix(method, len(last), size)
         # State t of the mixture exists once the last of its chunk's tokens has been run.
         found["memory_index"] = found["memory_index"].reshape(-1, count).max(1, initial=0).repeat(count)
     return found
@@ -398,48 +399,6 @@ def _padded(row: dict[str, np.ndarray], sizes: Sizes, pool: int) -> dict[str, np
         name: x if name == "mix" else pad(x, caps.get(name, sizes.memory)).astype("f4" if name in floats else "i4")
         for name, x in row.items()
     }
-
-
-def _pools(indices: np.ndarray, segment: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which text each pooled slot is the mean of: ``size`` neighbours of one segment, or the fewer that remain.
-
-    Args:
-      indices: of the text, in order.
-      segment: of each place of the row.
-      size: tokens for a slot.
-
-    Returns:
-      Sources and their shares, both ``[slots * size]`` and 0 where a slot has fewer; the last place of each slot.
-    """
-    own = segment[indices]
-    # The number of a token within its segment, since `own` ascends; and that of its slot.
-    rank = np.arange(len(indices)) - np.searchsorted(own, own)
-    slot = np.cumsum(rank % size == 0) - 1
-    count = np.bincount(slot, minlength=1 if len(slot) else 0)
-    source, share = np.zeros((len(count), size), np.int64), np.zeros((len(count), size))
-    source[slot, rank % size], share[slot, rank % size] = indices, 1 / count[slot]
-    return source.reshape(-1), share.reshape(-1), indices[np.cumsum(count) - 1]
-
-
-def _mix_matrix(method: Method, sources: int, size: int) -> np.ndarray:
-    """``float32 [M, P]``: row ``t * n + k`` holds the weights of slot k of all chunks in the mixture of chunk t.
-
-    Chunks ``t`` and ``t - groups`` enter the same (`Method.groups`).
-    """
-    assert method.mix is not None
-    per_chunk, groups = method.slots_per_chunk, method.groups
-    chunks = sources // per_chunk
-    weights = np.zeros((chunks, chunks))
-    # The recurrence ``state(t) = (1 - rate) state(t - groups) + rate new(t)``, unrolled into weights of each chunk.
-    for t in range(chunks):
-        rate = float(method.mix.rate(t // groups + 1))
-        if t >= groups:
-            weights[t] = (1 - rate) * weights[t - groups]
-        weights[t, t] = rate
-    matrix = np.zeros((size, size), np.float32)
-    # Slot k of a mixture is made of the k-th slots alone: weights of chunks times the identity over slots.
-    matrix[:sources, :sources] = np.kron(weights, np.eye(per_chunk))
-    return matrix
 
 
 def _shift(row: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:

@@ -98,27 +98,6 @@ class Clause:
     hidden: tuple[int, int] | None = None
 
 
-def see(
-    query: Kind | tuple[Kind, ...],
-    key: Kind | tuple[Kind, ...],
-    nearest: int,
-    farthest: int,
-    *,
-    window: int | None = None,
-    hidden: tuple[int, int] | None = None,
-) -> Clause:
-    """Builds a `Clause`; single kinds need no tuple.
-
-    Args:
-      query: kinds that look.
-      key: kinds that are seen.
-      nearest, farthest, window, hidden: as of `Clause`.
-    """
-    # As tuples, so that a clause is hashable: rules are static arguments of jit.
-    looking, seen = ((kinds,) if isinstance(kinds, Kind) else tuple(kinds) for kinds in (query, key))
-    return Clause(looking, seen, nearest, farthest, window, hidden)
-
-
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """Who sees whom: the union of clauses, each causal by `Slots.index`.

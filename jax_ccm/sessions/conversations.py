@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,12 @@ from jax_ccm.memory.cache import put_row, remove
 from jax_ccm.memory.closing import Closing
 from jax_ccm.memory.generation import Sampling
 from jax_ccm.rules.types import Kind, MemoryCache
+from jax_ccm.sessions import kinship
 from jax_ccm.sessions.engine import NOTHING, Answering, Engine
 from jax_ccm.sessions.scratch import AT_A_TIME, Scratch, take
 from jax_ccm.sessions.sharing import Shared
 from jax_ccm.sessions.state import Session, State
 from jax_ccm.sessions.turns import Exchange, Reply, Turn, interrupted
-from jax_ccm.weights.identity import describe_base
 
 
 class Conversations:
@@ -385,27 +383,7 @@ class Conversations:
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
         """Digests of all that a session can go on with only, for files of memory."""
-        from jax_ccm.evals.systems import fingerprint
-
-        experiment, template = self.engine.experiment, self.engine.template
-
-        def digest(text):
-            return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-        # The template counts as token ids: another spelling that gives the same tokens is the same to a memory.
-        fixed = [
-            template.start,
-            template.separator,
-            template.answer,
-            *template.heads.values(),
-            *template.tails.values(),
-        ]
-        return {
-            "base": describe_base(experiment.model, "")["fingerprint"],
-            "adapter": fingerprint(experiment.model),
-            "tokenizer": digest(json.dumps(sorted(experiment.tokenizer.get_vocab().items()))),
-            "template": digest(json.dumps([piece.tolist() for piece in fixed])),
-        }
+        return kinship.fingerprints(self.engine)
 
     def memory_bytes(self, row: int = 0) -> tuple[int, int, int]:
         """Live slots (memory, and text that stays); their bytes; and what full context would hold by now."""

@@ -8,7 +8,6 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from jax_ccm.training.checkpoints import Checkpoints, require_same
 from jax_ccm.training.exports import export
 from jax_ccm.training.metrics import Metrics, Progress, clock, open_metrics
 from jax_ccm.training.preemption import StopRequest
+from jax_ccm.training.programs import grouped, out_of_memory_as_error
 from jax_ccm.training.step import (
     check_spread,
     init_state,
@@ -209,7 +209,7 @@ class Run:
         train, progress = self.config.train, self.progress
         # The seed's own key makes fresh weights (`load_experiment`); dropout has another.
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
-        groups = _grouped(self.batches, self.config.optimizer.accumulation)
+        groups = grouped(self.batches, self.config.optimizer.accumulation)
         # Compiled ahead of time, once for each size of batch (one, unless the data have buckets): an executable cannot
         # be traced again behind our back.
         executables: dict[tuple[int, ...], Any] = {}
@@ -229,8 +229,8 @@ class Run:
                 pending = None
                 progress.add_seconds(time.perf_counter() - began)
                 began = time.perf_counter()
-                compiled = _out_of_memory_as_error(self._step.lower(self.state, self.frozen, batch, key).compile)()
-                executables[batch.tokens.shape] = _out_of_memory_as_error(compiled)
+                compiled = out_of_memory_as_error(self._step.lower(self.state, self.frozen, batch, key).compile)()
+                executables[batch.tokens.shape] = out_of_memory_as_error(compiled)
                 seconds = time.perf_counter() - began
                 compile_seconds += seconds
                 rows, length = batch.tokens.shape[1:]
@@ -447,28 +447,3 @@ class Run:
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
         }
-
-
-def _grouped(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
-    """Groups of micro-batches, stacked along a new leading axis."""
-    while True:
-        group = [next(batches) for _ in range(count)]
-        # [B, ...] -> [A, B, ...]
-        yield jax.tree.map(lambda *leaves: np.stack(leaves), *group)
-
-
-def _out_of_memory_as_error(call: Any) -> Any:
-    """``call``, with the runtime's out-of-memory error turned into one that says what to do."""
-
-    def wrapped(*args: Any) -> Any:
-        try:
-            return call(*args)
-        except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" not in str(e):
-                raise
-            raise RunError(
-                "the device has not enough memory for a training step. Lower data.batch_size and raise "
-                f"optimizer.accumulation, set train.remat: all, or lower data.tokens ({str(e).splitlines()[0]})"
-            ) from e
-
-    return wrapped

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -38,6 +37,7 @@ from jax_ccm.weights.folders import read_tensors, safetensors_bytes, write_folde
 from jax_ccm.weights.hf import parameters
 from jax_ccm.weights.identity import check_base, check_method, describe_base
 from jax_ccm.weights.lora import COMP, Lora, depth, names, stem
+from jax_ccm.weights.merging import add_low_rank
 from jax_ccm.weights.sources import locate_adapter
 
 Format = Literal["own", "peft", "reference"]
@@ -267,7 +267,7 @@ class Adapter(Lora):
                     f"{adapter.source} does not fit this model: tensors {path + '.lora_a'!r} {list(a.shape)} and "
                     f"lora_b {list(b.shape)} against a weight of {list(kernel.shape)}"
                 )
-            merge = jax.jit(_add_low_rank, static_argnames="scale", out_shardings=kernel.sharding)
+            merge = jax.jit(add_low_rank, static_argnames="scale", out_shardings=kernel.sharding)
             leaves[f"{path}.kernel"] = merge(kernel, a, b, scale=adapter.config.scale)
         # `parameters` keeps the order of the leaves.
         return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), list(leaves.values())))
@@ -428,16 +428,6 @@ def _require_arrays(adapter: Adapter, model: Transformer, config: AdapterConfig)
                 f"{adapter.source} is for {owner}: tensor {path!r} is {list(adapter.arrays[path].shape)}, but this "
                 f"model needs {list(slot.shape)}"
             )
-
-
-def _add_low_rank(kernel, a, b, scale: float):
-    # Layer by layer: a float32 copy of a whole stack would not fit beside a large model.
-    def layer(args):
-        w, a, b = args
-        # "highest", because accelerators would round the operands of a float32 product.
-        return (w.astype(jnp.float32) + scale * jnp.matmul(a, b, precision="highest")).astype(w.dtype)
-
-    return jax.lax.map(layer, (kernel, a, b))
 
 
 def _check_tokens(adapter: Adapter, method: Method, source: str) -> None:

@@ -38,7 +38,8 @@ from jax_ccm.rules.types import Chunk
 from jax_ccm.training import step as training_step
 from jax_ccm.training.checkpoints import Checkpoints
 from jax_ccm.training.metrics import Metrics, clock, cut
-from jax_ccm.training.run import Run, _grouped
+from jax_ccm.training.programs import grouped
+from jax_ccm.training.run import Run
 from jax_ccm.weights.adapters import COMP, Adapter
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +120,7 @@ def test_compiled_once(whole):
 def test_a_step_stays_on_the_device(tmp_path):
     """No callback, no transfer while it runs; the state is given away, the frozen weights are not copied."""
     with Run(tiny(train={"trainable": "adapter"}), tmp_path) as run:
-        batch = next(_grouped(run.batches, 2))
+        batch = next(grouped(run.batches, 2))
         key = jax.random.key(0)
         on_host = (run.state, run.frozen, batch, key)
         compiled = run._step.lower(*on_host).compile()

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ccm.rules.types import INF, Kind, Rule, Slots, see
+from jax_ccm.rules.clauses import see
+from jax_ccm.rules.types import INF, Kind, Rule, Slots
 
 PLAIN = Rule((see(Kind.TEXT, Kind.TEXT, 0, INF),))
 
