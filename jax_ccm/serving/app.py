@@ -108,7 +108,7 @@ class Server:
         asked = requests.chat(await self.door.json(request), self.defaults, request.headers.get("x-session-id"))
         if asked.session is not None:
             require_session(asked.session)
-        made = shapes.Completion(self.defaults.model)
+        made = shapes.Completion(self.defaults.model, asked.echo)
         replies = self._replies(request, asked, start=asked.session, keep=asked.session)
         if not asked.stream:
             return JSONResponse(made.whole(await _last(replies)))
@@ -138,12 +138,7 @@ class Server:
         if asked.session is not None:
             require_session(asked.session)
         within = asked.session or await self._session_of(asked.previous)
-        settings = {
-            "temperature": asked.how.sampling.temperature,
-            "top_p": asked.how.sampling.top_p,
-            "max_output_tokens": asked.how.max_tokens,
-        }
-        made = shapes.Response(self.defaults.model, asked.previous, settings, store=asked.store)
+        made = shapes.Response(self.defaults.model, asked.how, asked.echo, store=asked.store)
         place = dict(start=asked.previous, keep=made.id)
         if asked.session is not None:
             place = dict(start=asked.session, keep=asked.session, snapshot=made.id)
@@ -170,7 +165,7 @@ class Server:
                             yield _sse(event, named=True)
             except Exception as e:
                 refused = as_refused(e)
-                yield _sse(made.fails(str(refused), refused.code or "server_error"), named=True)
+                yield _sse(made.fails(str(refused), refused.status), named=True)
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
 

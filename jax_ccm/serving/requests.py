@@ -66,6 +66,7 @@ class Asked:
       session: that goes on; None for none.
       previous: the response that goes on; None for none.
       store: whether a response can be gone on from.
+      echo: what an answer says again of the request, by the names that the API has for it.
     """
 
     told: tuple[tuple[str, str], ...]
@@ -78,6 +79,7 @@ class Asked:
     previous: str | None = None
     system: str = ""
     store: bool = True
+    echo: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 # Fields that are taken with these values alone: they ask for nothing. Null is as good as not there.
@@ -88,8 +90,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "truncation": ("disabled",), "text": ({"format": {"type": "text"}},), "include": ([],), "metadata": ({},),
     "service_tier": ("auto", "default"),
 }  # fmt: skip
-# What says who asks, and asks for nothing.
+# What says who asks, and asks for nothing. Responses keep it, so that it has a limit.
 _NAMES = ("user", "safety_identifier", "prompt_cache_key")
+_NAME = 512
+# What a response says again, and what stands there where the request does not say.
+_ECHO: dict[str, Any] = {
+    "instructions": None, "previous_response_id": None, "parallel_tool_calls": False, "tool_choice": "none",
+    "top_logprobs": 0, "metadata": {}, **dict.fromkeys(_NAMES),
+}  # fmt: skip
 LOGPROBS = "message.output_text.logprobs"
 # The roles of a message that stands in front of the conversation.
 SYSTEM = ("system", "developer")
@@ -102,7 +110,8 @@ class _Body:
         if not isinstance(body, dict):
             raise Refused(f"the body is a JSON {type(body).__name__}; an object is needed")
         # Clients write null for fields that they leave out.
-        self._left = {name: value for name, value in body.items() if value is not None}
+        self.given = {name: value for name, value in body.items() if value is not None}
+        self._left = dict(self.given)
 
     def take(self, name: str, default: Any, kinds: type | tuple[type, ...], what: str, fits=lambda value: True) -> Any:
         value = self._left.pop(name, default)
@@ -125,8 +134,11 @@ class _Body:
             # Types, too: 1 == True and 0 == False in Python.
             if name in _NEUTRAL and any(value == x and type(value) is type(x) for x in _NEUTRAL[name]):
                 continue
-            if name in _NAMES and isinstance(value, str):
+            if name in _NAMES and isinstance(value, str) and len(value) <= _NAME:
+                require_text(value, name)
                 continue
+            if name in _NAMES:
+                raise Refused(f"{name} is {_show(value)}; it must be a text of at most {_NAME} characters", name)
             allowed = f"; the only value that it may have is {_show(_NEUTRAL[name][0])}" if name in _NEUTRAL else ""
             raise Refused(f"{name} is not supported here{allowed}. Leave it out", name, code="unsupported_parameter")
 
@@ -169,7 +181,7 @@ def chat(body: Any, defaults: Defaults, session: str | None) -> Asked:
     except Refused as e:
         raise Refused(str(e), f"stream_options.{e.param}") from None
     fields.end()
-    return Asked(told, text, how, limit is None, stream, usage, session=named, system=system)
+    return Asked(told, text, how, limit is None, stream, usage, session=named, system=system, echo=_tier(fields))
 
 
 def response(body: Any, defaults: Defaults, session: str | None) -> Asked:
@@ -188,8 +200,12 @@ def response(body: Any, defaults: Defaults, session: str | None) -> Asked:
     if named is not None and previous is not None:
         raise Refused("a response goes on from a session or from a response; give one of them", "session_id")
     store = fields.take("store", True, bool, "true or false")
+    fields.take("metadata", {}, dict, "an object of up to 16 texts, each of up to 512 characters", _is_metadata)
     fields.end()
-    return Asked(told, text, how, limit is None, stream, session=named, previous=previous, store=store, system=system)
+    echo = {name: fields.given.get(name, default) for name, default in _ECHO.items()} | _tier(fields)
+    return Asked(
+        told, text, how, limit is None, stream, session=named, previous=previous, store=store, system=system, echo=echo
+    )
 
 
 def compact(body: Any, defaults: Defaults) -> Asked:
@@ -202,6 +218,20 @@ def compact(body: Any, defaults: Defaults) -> Asked:
         raise Refused("there is nothing to compact; give input, previous_response_id, or both", "input")
     told = _exchanges(messages, "input", offset) if messages else ()
     return Asked(told, None, Answering(), previous=previous, system=system)
+
+
+def _tier(fields: _Body) -> dict[str, str]:
+    """What an answer says of the service tier, if a request names one: there is but one."""
+    return {"service_tier": "default"} if "service_tier" in fields.given else {}
+
+
+def _is_metadata(value: Mapping[str, Any]) -> bool:
+    """Whether it is what OpenAI's API takes to keep with a response."""
+    for text in itertools.chain(value, value.values()):
+        if not isinstance(text, str):
+            return False
+        require_text(text, "metadata")
+    return len(value) <= 16 and all(len(key) <= 64 and len(text) <= 512 for key, text in value.items())
 
 
 def _session(fields: _Body, header: str | None) -> str | None:

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jax_ccm.sessions.engine import Answering
 from jax_ccm.sessions.turns import Logprob, Reply
 
 
@@ -18,9 +19,10 @@ def new_id(kind: str) -> str:
 class Completion:
     """An answer of ``/v1/chat/completions``."""
 
-    def __init__(self, model: str):
-        """Begins one."""
-        self.id, self.model, self.created = new_id("chatcmpl"), model, int(time.time())
+    def __init__(self, model: str, echo: Mapping[str, Any] = {}):
+        """Begins one; ``echo`` is what is said again of the request."""
+        self.id, self.created = new_id("chatcmpl"), int(time.time())
+        self._fixed = {"model": model, **echo}
 
     def usage(self, reply: Reply) -> dict[str, Any]:
         """What the client would have sent, and what of it the memory stood for."""
@@ -60,21 +62,36 @@ class Completion:
             yield self._object(kind, []) | {"usage": self.usage(reply)}
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+        return {"id": self.id, "object": kind, "created": self.created, "choices": choices, **self._fixed}
 
 
 class Response:
     """An answer of ``/v1/responses``."""
 
-    def __init__(self, model: str, previous: str | None, how: Mapping[str, Any], *, store: bool):
-        """Begins one; ``how`` are the settings that are said again in it."""
+    def __init__(self, model: str, how: Answering, echo: Mapping[str, Any], *, store: bool):
+        """Begins one.
+
+        Args:
+          model: the name that is served.
+          how: it is made.
+          echo: what is said again of the request.
+          store: whether it can be gone on from.
+        """
         self.id, self.item, self.created = new_id("resp"), new_id("msg"), int(time.time())
-        self._fixed = {"model": model, "previous_response_id": previous, "store": store, **how}
+        self._completed: int | None = None
+        # Where the request does not say it is what holds, so that a client sees the server's own limit.
+        settings = {
+            "temperature": how.sampling.temperature, "top_p": how.sampling.top_p, "max_output_tokens": how.max_tokens,
+        }  # fmt: skip
+        self._fixed = {"model": model, "store": store, **settings, **echo}
         self._number = 0
 
     def whole(self, reply: Reply | None, error: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The response as it stands: in progress without a reply."""
         status = "in_progress" if reply is None else "completed" if reply.ended == "stop" else "incomplete"
+        if status == "completed" and self._completed is None:
+            # Kept: what is stored and what is sent are the same response.
+            self._completed = int(time.time())
         return {
             "id": self.id,
             "object": "response",
@@ -82,14 +99,13 @@ class Response:
             "status": "failed" if error else status,
             "error": dict(error) if error else None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "instructions": None,
-            "metadata": {},
+            "completed_at": self._completed,
+            "background": False,
             "output": [] if reply is None else [self._message(_part(reply.text, reply.logprobs or ()), status)],
-            "parallel_tool_calls": False,
-            "tool_choice": "none",
+            "text": {"format": {"type": "text"}},
             "tools": [],
             "truncation": "disabled",
-            "usage": None if reply is None else _response_usage(reply),
+            "usage": None if reply is None else _response_usage(reply, kept=self._fixed["store"]),
             **self._fixed,
         }
 
@@ -115,8 +131,10 @@ class Response:
         yield self._event("response.output_item.done", output_index=0, item=whole["output"][0])
         yield self._event(f"response.{whole['status']}", response=whole)
 
-    def fails(self, message: str, code: str) -> dict[str, Any]:
-        """The event of a response that went wrong."""
+    def fails(self, message: str, status: int) -> dict[str, Any]:
+        """The event of a response that went wrong, with the status that it would have had before the stream began."""
+        # The API knows few codes here, and clients may take no others.
+        code = "rate_limit_exceeded" if status == 429 else "server_error" if status >= 500 else "invalid_prompt"
         return self._event("response.failed", response=self.whole(None, {"code": code, "message": message}))
 
     def _place(self) -> dict[str, Any]:
@@ -148,16 +166,16 @@ class Compaction:
             "created_at": self.created,
             "model": self.model,
             "output": [item],
-            "usage": _response_usage(reply),
+            "usage": _response_usage(reply, kept=True),
         }
 
 
-def _response_usage(reply: Reply) -> dict[str, Any]:
-    """As `Completion.usage`, by the other API's names."""
+def _response_usage(reply: Reply, *, kept: bool) -> dict[str, Any]:
+    """As `Completion.usage`, by the other API's names; where it is kept, what was read has been added to memory."""
     read = reply.known + reply.read
     return {
         "input_tokens": read,
-        "input_tokens_details": {"cached_tokens": reply.known},
+        "input_tokens_details": {"cached_tokens": reply.known, "cache_write_tokens": reply.read if kept else 0},
         "output_tokens": reply.tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": read + reply.tokens,

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import httpx
 import numpy as np
 import openai
+import pydantic
 import pytest
 
 from jax_ccm.memory import files
+from jax_ccm.serving import shapes
+from jax_ccm.sessions.engine import Answering
 from tests.serving.clients import MODEL, ask, serving, tokens_read
+from tests.test_chat import experiment
 
 SAID = [
     {"role": "user", "content": "my name is Clara"},
     {"role": "assistant", "content": "hi"},
 ]
+
+
+CLARA = {"model": MODEL, "input": SAID}
 
 
 def client_of(url):
@@ -78,6 +86,12 @@ def test_a_compaction_is_gone_on_from(client, made):
         ("", {"input": "x", "include": ["reasoning.encrypted_content"]}, "include"),
         ("", {"input": "x", "session_id": "a", "previous_response_id": "resp_1"}, "session_id"),
         ("", {"input": "x", "session_id": "../a"}, "session_id"),
+        ("", {"input": "x", "metadata": {"a": 1}}, "metadata"),
+        ("", {"input": "x", "metadata": {"a" * 65: ""}}, "metadata"),
+        ("", {"input": "x", "metadata": {"a": "b" * 513}}, "metadata"),
+        ("", {"input": "x", "metadata": dict.fromkeys("abcdefghijklmnopq", "")}, "metadata"),
+        ("", {"input": "x", "user": "b" * 513}, "user"),
+        ("/compact", {"input": "x", "metadata": {"a": "b"}}, "metadata"),
     ],
 )
 def test_what_cannot_be_honoured_is_named(url, path, body, param):
@@ -85,9 +99,68 @@ def test_what_cannot_be_honoured_is_named(url, path, body, param):
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
 
 
+SAYS_AGAIN = {
+    "instructions": " be brief ", "temperature": 0.5, "top_p": 0.25, "max_output_tokens": 3, "store": True,
+    "tool_choice": "auto", "parallel_tool_calls": True, "top_logprobs": 2, "metadata": {"topic": "demo", "": "\u2028"},
+    "user": "clara", "safety_identifier": "s1", "prompt_cache_key": "k1", "service_tier": "default",
+    "truncation": "disabled", "background": False, "text": {"format": {"type": "text"}}, "tools": [],
+}  # fmt: skip
+INCLUDE = ["message.output_text.logprobs"]
+
+
+def test_a_response_says_again_what_was_asked(tmp_path):
+    """Every field that the API has for it: in the answer, in what is stored, and in every event of a stream."""
+    made = experiment(
+        "ccm_concat", "exchange", {"max_turn_tokens": 64, "chat_template": True}, comp_tokens=2, sink=True
+    )
+    with serving(made, tmp_path) as (url, _), client_of(url) as client:
+        asked = dict(SAYS_AGAIN, model=MODEL, input="hello", include=INCLUDE)
+        first = client.responses.create(**asked)
+        plain = client.responses.create(model=MODEL, input="what", previous_response_id=first.id)
+        (item,) = client.responses.compact(model=MODEL, input="hello").output
+        after = client.responses.create(model=MODEL, input=[item, {"role": "user", "content": "what"}])
+        events = list(client.responses.create(**(asked | {"service_tier": "auto", "stream": True})))
+        stored = client.responses.retrieve(first.id)
+        chat = ask(client, "hello", service_tier="auto")
+        pieces = list(ask(client, "hello", service_tier="default", stream=True))
+    told = [event.response for event in events if hasattr(event, "response")]
+    assert len(told) == 3 and stored == first
+    for response in (first, *told):
+        found = response.to_dict()
+        assert {name: found[name] for name in SAYS_AGAIN} == SAYS_AGAIN
+        assert found["previous_response_id"] is None
+    assert first.completed_at is None if first.status == "incomplete" else first.completed_at >= first.created_at
+    # What one response was told is no other's, and where nothing was said there is what holds.
+    assert plain.previous_response_id == first.id and plain.instructions is None and plain.metadata == {}
+    assert (plain.max_output_tokens, plain.temperature, plain.top_p, plain.user) == (4, 0.0, 1.0, None)
+    assert not hasattr(plain, "service_tier") or plain.service_tier is None
+    # A compaction is an item of the input, and no previous response.
+    assert after.previous_response_id is None and after.usage.input_tokens_details.cached_tokens > 0
+    assert {chat.service_tier, *(piece.service_tier for piece in pieces)} == {"default"}
+
+
+def test_responses_have_the_shape_of_the_api(url):
+    """The client's own types, which it does not hold answers against by itself, take all that is sent."""
+    types, bodies = openai.types.responses, {"model": MODEL, "input": "hello", "include": INCLUDE, "top_logprobs": 2}
+    answer = httpx.post(f"{url}/v1/responses", json=bodies).json()
+    types.Response.model_validate(answer)
+    types.Response.model_validate(httpx.get(f"{url}/v1/responses/{answer['id']}").json())
+    types.CompactedResponse.model_validate(httpx.post(f"{url}/v1/responses/compact", json=CLARA).json())
+    stream = httpx.post(f"{url}/v1/responses", json=bodies | {"stream": True}).text
+    events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: ")]
+    reads = pydantic.TypeAdapter(types.ResponseStreamEvent)
+    assert [reads.validate_python(event).type for event in events] == [event["type"] for event in events]
+    failed = shapes.Response(MODEL, Answering(), {"parallel_tool_calls": False, "tool_choice": "none"}, store=True)
+    assert [reads.validate_python(failed.fails("why", status)).response.error.code for status in (400, 429, 507)] == [
+        "invalid_prompt", "rate_limit_exceeded", "server_error",
+    ]  # fmt: skip
+    said = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "logprobs": True}
+    openai.types.chat.ChatCompletion.model_validate(httpx.post(f"{url}/v1/chat/completions", json=said).json())
+
+
 def test_how_likely_the_tokens_of_a_response_were(client):
     """As chat completions tell it, whole and streamed."""
-    include = ["message.output_text.logprobs"]
+    include = INCLUDE
     chat = ask(client, "hello", logprobs=True, top_logprobs=3, max_tokens=4).choices[0].logprobs.content
     part = respond(client, "hello", include=include, top_logprobs=3).output[0].content[0]
     assert [x.token for x in part.logprobs] == [x.token for x in chat] and len(chat) > 0
