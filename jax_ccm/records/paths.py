@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib.util
 import io
@@ -117,7 +118,7 @@ def _copies() -> Path:
 
 
 def write(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file as a whole or not at all."""
+    """Writes a file as a whole or not at all; it is on disk when this returns."""
     path = of(path)
     if is_remote(path):  # so it is with every object of a bucket
         path.write_bytes(content)
@@ -126,10 +127,28 @@ def write(path: str | os.PathLike, content: bytes) -> None:
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         new.write_bytes(content)
+        # Before the rename: else the name could be on disk, and the content not, when the machine stops.
+        settle(new)
         os.replace(new, path)
+        settle(path.parent)
     except OSError:
         new.unlink(missing_ok=True)
         raise
+
+
+def settle(path: Path) -> None:
+    """Waits until what was written to a local file, or the names in a folder, are on disk, where the system can say so.
+
+    Raises:
+      OSError: if a file cannot be written.
+    """
+    number = os.open(path, os.O_RDONLY)
+    try:
+        # Not every system does it for a folder.
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def upload(folder: Path, target: Path, *, remove: bool = False) -> None:

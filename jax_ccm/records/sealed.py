@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.errors import UserError
+from jax_ccm.records import paths
 from jax_ccm.records.parsing import parse_json
 
 # In the file's own header, where no text inside a JSON string can stand: quotes in there are escaped.
@@ -111,7 +112,7 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
             # Before the rename: else the name could be on disk, and the content not, when the machine stops.
             os.fsync(file.fileno())
         os.replace(part, path)
-        _settle(path.parent)
+        paths.settle(path.parent)
     except OSError as e:
         raise UserError(f"{path} cannot be written: {e}") from e
     finally:
@@ -119,16 +120,6 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
         with contextlib.suppress(OSError):
             part.unlink()
     return digest
-
-
-def _settle(folder: Path) -> None:
-    """Waits until the names in a folder are on disk, where the system can say so."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _checked_digest(path: Path) -> str:

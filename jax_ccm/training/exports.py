@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from jax_ccm.distributed import processes
 from jax_ccm.evals import report
 from jax_ccm.evals.card import FILE, model_card
 from jax_ccm.nn.transformer import Transformer
-from jax_ccm.records import output, paths
+from jax_ccm.records import folders, output
 
 
 def export(
@@ -53,7 +49,7 @@ def export(
         # The parameters are whole in each process (`Run._export` gathers them), so that one can write without the
         # others.
         if processes.is_first():
-            _replace_folder(folder, lambda new: save_hf(model, new))
+            folders.replace(folder, lambda new: save_hf(model, new))
         # Relative to the adapter's folder, so that a run's folder may be moved or copied as a whole.
         extra[TRAINED_BASE] = f"../{folder.name}"
     shape = experiment.adapter_config
@@ -66,25 +62,3 @@ def export(
     card = model_card(str(path), adapter, recipe=adapters.chosen(kept), said=kept.card)
     beside = {adapters.FILE: to_yaml(kept).encode(), FILE: card.encode()}
     return adapter.write(path, beside=beside)
-
-
-def _replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a folder beside ``folder`` and puts it in its place; in a bucket, file by file."""
-    if paths.is_remote(folder):
-        # safetensors writes to local files only.
-        with tempfile.TemporaryDirectory() as made:
-            write(Path(made))
-            paths.upload(Path(made), folder, remove=True)
-        return
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    # What a process has left that was killed in here; between the two renames the old one is the only whole one.
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
-    write(new)
-    if folder.exists():
-        # A rename does not replace a folder that holds files: the old one goes aside first.
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)

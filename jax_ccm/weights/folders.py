@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from jax_ccm.errors import UserError
-from jax_ccm.records import paths
+from jax_ccm.records import folders, paths
 from jax_ccm.weights.pickles import read_torch
 
 
@@ -61,6 +59,7 @@ def write_folder(path: Path, files: dict[str, bytes], known: set[str]) -> None:
     Raises:
       UserError: if ``path`` is a file, or a folder with other files.
     """
+    folders.recover(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; give a folder for the adapter")
     strange = sorted(p.name for p in path.iterdir() if p.name not in known) if path.exists() else []
@@ -76,21 +75,9 @@ def write_folder(path: Path, files: dict[str, bytes], known: set[str]) -> None:
         for name in sorted(files, key=lambda name: name.endswith(".json")):
             (path / name).write_bytes(files[name])
         return
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("new", "old"))
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        new.mkdir()
+
+    def write(new: Path) -> None:
         for name, content in files.items():
             (new / name).write_bytes(content)
-        if path.exists():
-            # Two renames: a crash between them leaves both the old and the new folder, whole.
-            path.rename(old)
-        new.rename(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+
+    folders.replace(path, write)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_ccm.errors import UserError
-from jax_ccm.records import paths
+from jax_ccm.records import folders, paths
 
 FORMS = (
     "a local folder in Hugging Face layout, a .gguf file, a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct' (with "
@@ -46,6 +46,7 @@ def locate(source: str | Path, files: Sequence[str] = WEIGHT_FILES) -> Path:
     if text.startswith("package:"):
         return _inside_package(text)
     path = paths.local(text, files).expanduser()
+    folders.recover(path)
     if path.is_dir():
         return path
     if path.suffix == ".gguf":
@@ -82,6 +83,7 @@ def locate_adapter(source: str | Path) -> Path:
       UserError: if there is nothing there, or the hub does not answer.
     """
     path = paths.local(source).expanduser()
+    folders.recover(path)
     if path.is_dir():
         return path
     if path.exists():

@@ -425,13 +425,28 @@ def test_writing_replaces_an_adapter_but_nothing_else(saved, monkeypatch):
         Adapter.of(MODEL, method=CONCAT, base="tiny").write(saved / "adapter.json")
 
     real = type(saved).rename
-    monkeypatch.setattr(
-        type(saved), "rename", lambda a, b: (_ for _ in ()).throw(OSError("disk")) if "new" in a.name else real(a, b)
-    )
-    with pytest.raises(OSError, match="disk"):
-        Adapter.of(MODEL, method=CONCAT, base="tiny").write(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(saved),
+            "rename",
+            lambda a, b: (_ for _ in ()).throw(OSError("disk")) if "new" in a.name else real(a, b),
+        )
+        with pytest.raises(OSError, match="disk"):
+            Adapter.of(MODEL, method=CONCAT, base="tiny").write(saved)
     assert_same(Adapter.read(saved).arrays, adapter_arrays(other))
     assert [p.name for p in saved.parent.iterdir()] == ["saved"], "temporary folders are left behind"
+
+
+def test_an_adapter_whose_writer_was_killed(saved):
+    """Between the two renames it is under no name of its own: whoever reads or writes it next finds it."""
+    before, aside = Adapter.read(saved).arrays, saved.with_name(".saved.old-4711")
+    saved.rename(aside)
+    assert_same(Adapter.read(saved).arrays, before)
+    saved.rename(aside)
+    (aside / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"other files \(thesis.tex\)"):
+        Adapter.of(MODEL, method=CONCAT, base="tiny").write(saved)
+    assert_same(Adapter.read(saved).arrays, before)
 
 
 def test_merging_a_plain_lora_equals_applying_it(tmp_path):

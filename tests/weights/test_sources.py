@@ -100,3 +100,9 @@ def test_a_config_pins_its_base_and_its_adapter(hub):
     for source in ("", "org/model@v1.0"):
         with pytest.raises(UserError, match="model.revision is 'v1.0'.* is given once"):
             configs.check(configs.from_mapping({"model": {"source": source, "revision": "v1.0"}}))
+
+
+def test_a_model_whose_writer_was_killed(tmp_path):
+    """Between two renames it is under no name of its own: whoever looks for it puts it back."""
+    (tmp_path / ".model_best.old").mkdir()
+    assert locate(tmp_path / "model_best") == tmp_path / "model_best" and (tmp_path / "model_best").is_dir()
