@@ -18,9 +18,9 @@ from jax_ccm.benchmarks.settings import Options, check
 from jax_ccm.benchmarks.steps import random_text, single_steps, training_flops
 from jax_ccm.benchmarks.turns import after_turns, sessions_that_fit, weights_bytes
 from jax_ccm.config import cli
-from jax_ccm.config.loading import Experiment, load_experiment
+from jax_ccm.config.loading import Experiment, open_experiment
 from jax_ccm.config.schema import Config, save_config, to_mapping
-from jax_ccm.distributed import processes, sharding
+from jax_ccm.distributed import sharding
 from jax_ccm.records import output
 from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.rows import batch, measure
@@ -30,7 +30,7 @@ COMMAND = "jax_ccm.bench"
 
 
 def main() -> None:
-    options, config, _ = cli.parse(Options, command=COMMAND)
+    options, config = cli.parse(Options, command=COMMAND)
     bench(config, options, command=output.command_line(COMMAND))
 
 
@@ -50,19 +50,17 @@ def bench(config: Config, options: Options, *, command: str = "") -> dict[str, A
     """
     start = time.perf_counter()
     reference = check(options)
-    processes.refuse_several(devices=True)
     ways = baselines.compared(
         config.method.name, config.method.options(), capacity=config.cache.memory_capacity, window=options.window
     )
-    experiment = load_experiment(config)
-    config = experiment.config
-    if experiment.method.recurrent_only and options.train_rounds:
-        print(f"note: training is left out; method {experiment.method.name!r} runs only as a recurrence")
-        options = dataclasses.replace(options, train_rounds=0)
-    if options.train_rounds:
-        # Before the measurements, which take minutes, and of which training is the last.
-        sharding.check_rows(experiment.mesh, "data.batch_size", config.data.batch_size)
-    with sharding.use(experiment.mesh):
+    with open_experiment(config) as experiment:
+        config = experiment.config
+        if experiment.method.recurrent_only and options.train_rounds:
+            print(f"note: training is left out; method {experiment.method.name!r} runs only as a recurrence")
+            options = dataclasses.replace(options, train_rounds=0)
+        if options.train_rounds:
+            # Before the measurements, which take minutes, and of which training is the last.
+            sharding.check_rows(experiment.mesh, "data.batch_size", config.data.batch_size)
         results = _measure(experiment, ways, options, command)
     if reference is not None:
         results["reference"] = reference

@@ -7,9 +7,8 @@ import sys
 from typing import Any
 
 from jax_ccm.config import cli
-from jax_ccm.config.loading import Experiment, load_experiment
+from jax_ccm.config.loading import Experiment, open_experiment
 from jax_ccm.data.template import sentence_ends
-from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import UserError
 from jax_ccm.memory.closing import Closing
 from jax_ccm.memory.generation import Sampling
@@ -71,14 +70,12 @@ class Options:
 
 
 def main() -> int:
-    options, config, _ = cli.parse(Options, command="jax_ccm.chat")
+    options, config = cli.parse(Options, command="jax_ccm.chat")
     if options.adapter is None and not config.adapter.load:
         raise UserError("there is no adapter to talk with; name it in place of the config, or give --adapter PATH")
     if options.example and options.say:
         raise UserError("--example says its own turns, and --say others; leave one of them out")
-    processes.refuse_several(devices=True)
-    experiment = load_experiment(config, adapter=options.adapter)
-    with sharding.use(experiment.mesh):
+    with open_experiment(config, adapter=options.adapter) as experiment:
         return _talk(experiment, options)
 
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from jax_ccm.config import cli
 from jax_ccm.config.adapters import chosen, config_beside
-from jax_ccm.config.loading import Experiment, base_source, load_experiment
+from jax_ccm.config.loading import Experiment, base_source, open_experiment
 from jax_ccm.config.schema import Config, save_config, to_mapping
-from jax_ccm.distributed import processes, sharding
+from jax_ccm.distributed import sharding
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.records import output, paths
 from jax_ccm.records.paths import Folder
@@ -44,7 +44,7 @@ class Options:
 
 
 def main() -> None:
-    options, config, _ = cli.parse(Options, command=COMMAND)
+    options, config = cli.parse(Options, command=COMMAND)
     evaluate(config, options, command=output.command_line(COMMAND))
 
 
@@ -64,10 +64,8 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
     """
     start = time.perf_counter()
     _check(config, options)
-    processes.refuse_several(devices=True)
-    experiment = load_experiment(config, adapter=options.adapter)
-    sharding.check_rows(experiment.mesh, "eval.batch_size", config.eval.batch_size)
-    with sharding.use(experiment.mesh):
+    with open_experiment(config, adapter=options.adapter) as experiment:
+        sharding.check_rows(experiment.mesh, "eval.batch_size", config.eval.batch_size)
         return _evaluate(experiment, options, command, start)
 
 
@@ -128,14 +126,11 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
 
 
 def _check(config: Config, options: Options) -> None:
-    from jax_ccm.evals.systems import SYSTEMS, WHOLE
+    from jax_ccm.evals.systems import SYSTEMS
 
     for name in config.eval.methods:
         if name not in SYSTEMS[config.eval.by]:
             raise unknown(f"entry of eval.methods (by {config.eval.by})", name, SYSTEMS[config.eval.by])
-    steps = config.eval.steps
-    if config.eval.by not in WHOLE and (not steps or min(steps) < 1 or len(set(steps)) < len(steps)):
-        raise UserError(f"eval.steps is {list(steps)}; give different numbers from 1, such as [1, 2, 4]")
     if not getattr(config.data, options.split):
         raise UserError(f"data.{options.split} is empty; name at least one source to evaluate on")
     if (options.workdir / "checkpoints").exists():

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 from jax_ccm.config import cli
-from jax_ccm.config.loading import load_experiment
+from jax_ccm.config.loading import open_experiment
 from jax_ccm.config.schema import Config, save_config, to_mapping
-from jax_ccm.distributed import processes
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.evals.prompts import SYSTEMS, Settings
+from jax_ccm.evals.report import PACKAGES
 from jax_ccm.records import output, paths
 from jax_ccm.records.paths import Folder
 
@@ -47,7 +47,7 @@ class Options(Settings):
 
 
 def main() -> None:
-    options, config, _ = cli.parse(Options, command=COMMAND)
+    options, config = cli.parse(Options, command=COMMAND)
     run(config, options, command=output.command_line(COMMAND))
 
 
@@ -78,23 +78,23 @@ def run(config: Config, options: Options, *, command: str = "") -> dict[str, Any
         raise UserError(f"--limit is {options.limit}; give 1 or more documents")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise UserError(f"--num_fewshot is {options.num_fewshot}; give 0 or more examples")
-    processes.refuse_several(devices=True)
     # Imported here: it refuses to be where the harness is not installed.
     from jax_ccm.harness import tasks
 
     workdir = paths.usable(options.workdir)
     known = tasks.open_tasks(options.tasks, options.include_path)
-    experiment = load_experiment(config, adapter=options.adapter)
     # The options extend the settings; a system is given the settings alone.
     settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
-    results = tasks.measure(
-        experiment, options.systems, settings, options.tasks,
-        task_manager=known, num_fewshot=options.num_fewshot, limit=options.limit,
-        apply_chat_template=options.apply_chat_template, fewshot_as_multiturn=options.fewshot_as_multiturn,
-    )  # fmt: skip
+    with open_experiment(config, adapter=options.adapter) as experiment:
+        results = tasks.measure(
+            experiment, options.systems, settings, options.tasks,
+            task_manager=known, num_fewshot=options.num_fewshot, limit=options.limit,
+            apply_chat_template=options.apply_chat_template, fewshot_as_multiturn=options.fewshot_as_multiturn,
+        )  # fmt: skip
     # First: `samples` takes single answers out of the results, which are written below without them.
     output.write_lines(workdir / "samples.jsonl", tasks.samples(results))
-    found = {"command": command, "config": to_mapping(config), "systems": results}
+    found = {"schema": output.SCHEMA, "command": command, "config": to_mapping(config), "systems": results}
+    found |= output.environment((*PACKAGES, "lm_eval"))
     output.write_json(workdir / "results.json", found)
     save_config(config, workdir / "config.yaml")
     table = tasks.table(results)

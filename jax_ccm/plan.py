@@ -42,7 +42,7 @@ def main() -> None:
         asked = tyro.cli(Overview, args=rest, prog=f"python -m {COMMAND} overview")
         print(f"wrote {report.write_overview(asked.folder)}")
     else:
-        options, config, _ = cli.parse(Options, command=COMMAND)
+        options, config = cli.parse(Options, command=COMMAND)
         plan(config, options, command=output.command_line(COMMAND))
 
 

@@ -13,7 +13,7 @@ import tyro
 
 from jax_ccm.config import cli
 from jax_ccm.config.schema import Config
-from jax_ccm.errors import UserError, unknown
+from jax_ccm.errors import UserError, require_least, unknown
 
 COMMAND = "jax_ccm.prepare"
 ACTIONS = ("list", "inspect", "audit", "build")
@@ -63,15 +63,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(*listing.lines(), sep="\n")
     elif first == "inspect" or first in ("-h", "--help"):
-        options, config, _ = cli.parse(Options, rest if first == "inspect" else argv, command=f"{COMMAND} inspect")
+        options, config = cli.parse(Options, rest if first == "inspect" else argv, command=f"{COMMAND} inspect")
         show(config, options)
     elif first == "audit":
         from jax_ccm.data import audit
 
-        _, config, _ = cli.parse(Audit, rest, command=f"{COMMAND} audit")
+        _, config = cli.parse(Audit, rest, command=f"{COMMAND} audit")
         print(*audit.lines(config.data), sep="\n")
     elif first == "build":
-        _, config, _ = cli.parse(Build, rest, command=f"{COMMAND} build")
+        _, config = cli.parse(Build, rest, command=f"{COMMAND} build")
         write(config)
     elif first:
         raise unknown("action of prepare", first, ACTIONS)
@@ -103,8 +103,7 @@ def show(config: Config, options: Options) -> None:
     from jax_ccm.data.questions import Evaluation
     from jax_ccm.rules.describe import describe_method, label
 
-    if options.count < 1:
-        raise UserError(f"--count is {options.count}; it must be at least 1")
+    require_least(options, "--", count=1)
     method, tokenizer = build_method(config), tokenizer_of(config)
     vocab = vocabulary(config, tokenizer)
     if options.split == "train":
@@ -115,7 +114,7 @@ def show(config: Config, options: Options) -> None:
     else:
         data = Evaluation.open(config.data, tokenizer, options.split)
         # Of running text: what is evaluated are windows, not records.
-        windows = data.texts() if data.draws_spans else None
+        windows = data.texts() if data.config.draws_spans else None
 
         def example(place):
             unit = data.units[place]

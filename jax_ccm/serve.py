@@ -74,7 +74,7 @@ class Options:
 
 
 def main() -> int:
-    options, config, _ = cli.parse(Options, command="jax_ccm.serve")
+    options, config = cli.parse(Options, command="jax_ccm.serve")
     # Before the model is loaded, which takes much longer.
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:

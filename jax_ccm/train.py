@@ -26,7 +26,7 @@ class Options:
 
 
 def main() -> None:
-    options, config, _ = cli.parse(Options, command="jax_ccm.train")
+    options, config = cli.parse(Options, command="jax_ccm.train")
     workdir = options.workdir
     # Only training writes checkpoints; evaluations and checks write results.json.
     if (workdir / "results.json").exists() and not (workdir / "checkpoints").exists():

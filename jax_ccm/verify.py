@@ -11,10 +11,9 @@ import numpy as np
 from flax import nnx
 
 from jax_ccm.config import cli
-from jax_ccm.config.loading import load_experiment
+from jax_ccm.config.loading import Experiment, open_experiment
 from jax_ccm.config.schema import Config, save_config
-from jax_ccm.distributed import processes, sharding
-from jax_ccm.errors import UserError
+from jax_ccm.errors import UserError, require_least
 from jax_ccm.evals import parity
 from jax_ccm.records import output, paths
 from jax_ccm.records.paths import Folder
@@ -53,7 +52,7 @@ class Options:
 
 
 def main() -> int:
-    options, config, _ = cli.parse(Options, command=COMMAND)
+    options, config = cli.parse(Options, command=COMMAND)
     return 0 if verify(config, options, command=output.command_line(COMMAND))["passed"] else 1
 
 
@@ -71,13 +70,21 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
     Raises:
       UserError: for a missing model or adapter, or a method that has no parallel form.
     """
-    _check(config, options)
+    require_least(options, "--", examples=1, steps=1, seed=0)
     if config.model.precision != "float32":
         print(f"model.precision is {config.model.precision}; the check runs in float32, where rounding hides nothing")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="float32"))
-    processes.refuse_several(devices=True)
-    experiment = load_experiment(config, adapter=options.adapter)
-    method = experiment.method
+    with open_experiment(config, adapter=options.adapter) as experiment, jax.default_matmul_precision("highest"):
+        result = {"command": command} | _verify(experiment, options)
+    parity.print_table(result, sees_memory=experiment.method.remembers)
+    if options.workdir is not None:
+        _write(config, options.workdir, result)
+    return result
+
+
+def _verify(experiment: Experiment, options: Options) -> dict[str, Any]:
+    """What is found, and in which sessions."""
+    config, method = experiment.config, experiment.method
     if method.rope == "cache":
         way_out = "; check it with --method.streaming False" if config.method.options().get("streaming") else ""
         raise UserError(
@@ -99,38 +106,24 @@ def verify(config: Config, options: Options, *, command: str = "") -> dict[str, 
     # All text tokens are compared, not only those that training scores.
     examples = [parity.everything_scored(example) for example in examples]
     print(f"{method.name}, {adapter}; {len(examples)} sessions of {source}")
-    with sharding.use(experiment.mesh), jax.default_matmul_precision("highest"):
-        parallel = parity.parallel_logits(model, method, examples)
-        recurrent = parity.recurrent_logits(model, method, examples)
-        # How far the memory moves logits at all: without it the check would say nothing.
-        bare = parity.parallel_logits(model, method, examples, with_memory=False)
+    parallel = parity.parallel_logits(model, method, examples)
+    recurrent = parity.recurrent_logits(model, method, examples)
+    # How far the memory moves logits at all: without it the check would say nothing.
+    bare = parity.parallel_logits(model, method, examples, with_memory=False)
     steps = parity.differences(parallel, recurrent, bare, parity.target_steps(method, examples))
-    result = {"command": command, "method": method.name, "adapter": adapter, "sessions": source, "steps": steps}
+    result = {"method": method.name, "adapter": adapter, "sessions": source, "steps": steps}
     passed = all(row["passed"] for row in steps)
     # Without an adapter there is nothing to take gradients of.
     if options.gradients and jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
-        with sharding.use(experiment.mesh), jax.default_matmul_precision("highest"):
-            loss, ours = parity.parallel_gradients(model, method, examples)
-            other, theirs = parity.recurrent_gradients(model, method, examples)
+        loss, ours = parity.parallel_gradients(model, method, examples)
+        other, theirs = parity.recurrent_gradients(model, method, examples)
         # In float64: squares of small gradients would be rounded away.
         norm = float(np.sqrt(sum(float(np.sum(np.square(np.asarray(x, np.float64)))) for x in jax.tree.leaves(ours))))
         gap = parity.gradient_gap(ours, theirs)
         fine = bool(gap <= parity.GRADIENT_TOLERANCE)
         result["gradient"] = {"relative_gap": gap, "norm": norm, "losses": [loss, other], "passed": fine}
         passed = passed and fine
-    result["passed"] = passed
-    parity.print_table(result, sees_memory=method.remembers)
-    if options.workdir is not None:
-        _write(config, options.workdir, result)
-    return result
-
-
-def _check(config: Config, options: Options) -> None:
-    for name in ("examples", "steps"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
-    if options.seed < 0:
-        raise UserError(f"--seed is {options.seed}; it must be at least 0")
+    return result | {"passed": passed}
 
 
 def _write(config: Config, workdir: Path, result: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def written(tmp_path_factory):
     sizes |= {"train_rounds": 1, "memory_gib": 0.01}
     for name, value in sizes.items():
         arguments += [f"--{name}", *(value if isinstance(value, list) else [value])]
-    options, config, _ = cli.parse(Options, [str(x) for x in arguments], command="jax_ccm.bench")
+    options, config = cli.parse(Options, [str(x) for x in arguments], command="jax_ccm.bench")
     bench.bench(config, options, command="the command")
     return folder / "out"
 

@@ -16,8 +16,7 @@ import jax_ccm
 from jax_ccm import chat, convert, evaluate
 from jax_ccm.config import cli
 from jax_ccm.config.adapters import chosen, open_config
-from jax_ccm.config.checks import check
-from jax_ccm.config.schema import Config, from_mapping
+from jax_ccm.config.schema import Config, check, from_mapping
 from jax_ccm.errors import UserError
 from jax_ccm.evals import report
 from jax_ccm.training.run import Run
@@ -137,8 +136,8 @@ def test_every_command_takes_the_name(trained, shipped, tmp_path, monkeypatch, c
     """In place of the config: its own holds, and its adapter is loaded."""
     code, out, err = run(monkeypatch, capsys, chat.main, "tiny", "--max_tokens", 4, "--say", "hi")
     assert code == 0 and "ccm_concat on" in out and "slots" in out, err
-    options, config, given = cli.parse(evaluate.Options, ["tiny", "--workdir", "x"], command="jax_ccm.evaluate")
-    assert config.adapter.load == "tiny" and str(given) == "tiny" and config.method.options() == {"comp_tokens": 2}
+    _, config = cli.parse(evaluate.Options, ["tiny", "--workdir", "x"], command="jax_ccm.evaluate")
+    assert config.adapter.load == "tiny" and config.method.options() == {"comp_tokens": 2}
     code, _, err = run(monkeypatch, capsys, chat.main, "tinny", "--say", "hi")
     assert code == 2 and "'tinny' is no YAML file" in err and "(tiny)" in err and "Traceback" not in err
     (tmp_path / "c.yaml").write_text("{}")

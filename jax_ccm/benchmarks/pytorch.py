@@ -17,12 +17,11 @@ import numpy as np
 
 from jax_ccm.benchmarks import peer as peers
 from jax_ccm.benchmarks import pytorch_ours, pytorch_peer, report
-from jax_ccm.benchmarks.settings import require_least
 from jax_ccm.benchmarks.sides import Side, started
 from jax_ccm.config import cli
 from jax_ccm.config.loading import base_source, build_method
 from jax_ccm.config.schema import Config, to_mapping
-from jax_ccm.errors import UserError
+from jax_ccm.errors import UserError, require_least
 from jax_ccm.methods import build
 from jax_ccm.records import output, paths
 from jax_ccm.records.paths import Folder
@@ -71,7 +70,7 @@ class Options:
 
 
 def main() -> None:
-    options, config, _ = cli.parse(Options, command=COMMAND)
+    options, config = cli.parse(Options, command=COMMAND)
     benchmark(config, options, command=output.command_line(COMMAND))
 
 
@@ -112,8 +111,7 @@ def benchmark(config: Config, options: Options, *, command: str = "") -> dict[st
 
 
 def _check(config: Config, options: Options, method: Method) -> None:
-    require_least(options, 1, "rows", "chunk", "steps", "threads")
-    require_least(options, 0, "warm_up")
+    require_least(options, "--", rows=1, chunk=1, steps=1, threads=1, warm_up=0)
     least = options.chunk + len(method.closes) + 1
     if options.tokens < least:
         raise UserError(f"--tokens is {options.tokens}; a chunk that is closed and text behind it take {least}")

@@ -211,10 +211,7 @@ def processor() -> str:
 
 def environment() -> dict[str, Any]:
     """Versions, device, and what else runs on the machine."""
-    device = jax.devices()[0]
-    return {
-        "versions": output.versions(("jax", "jaxlib")),
-        "device": f"{device.platform} ({device.device_kind})",
+    return output.environment(("jax", "jaxlib")) | {
         "cores": core_count(),
         "load_average": round(os.getloadavg()[0], 2),
     }

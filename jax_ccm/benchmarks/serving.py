@@ -17,13 +17,12 @@ import numpy as np
 from jax_ccm.benchmarks import baselines, llama_cpp_peer, report
 from jax_ccm.benchmarks import peer as peers
 from jax_ccm.benchmarks.baselines import Baseline, fill
-from jax_ccm.benchmarks.settings import require_in_order, require_least
+from jax_ccm.benchmarks.settings import require_in_order
 from jax_ccm.benchmarks.sides import Side, started
 from jax_ccm.config import cli
-from jax_ccm.config.loading import Experiment, base_source, load_experiment
+from jax_ccm.config.loading import Experiment, base_source, open_experiment
 from jax_ccm.config.schema import Config, to_mapping
-from jax_ccm.distributed import processes, sharding
-from jax_ccm.errors import UserError
+from jax_ccm.errors import UserError, require_least
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.records import output, paths
 from jax_ccm.records.paths import Folder
@@ -73,7 +72,7 @@ class Options:
 
 
 def main() -> None:
-    options, config, _ = cli.parse(Options, command=COMMAND)
+    options, config = cli.parse(Options, command=COMMAND)
     benchmark(config, options, command=output.command_line(COMMAND))
 
 
@@ -92,14 +91,12 @@ def benchmark(config: Config, options: Options, *, command: str = "") -> dict[st
       UserError: for options that cannot be, a config that cannot chat, or a peer without llama-cpp-python.
     """
     _check(options)
-    processes.refuse_several(devices=True)
     ways = baselines.compared(
         config.method.name, config.method.options(), capacity=config.cache.memory_capacity, window=1
     )
     ways = [baseline for baseline in ways if baseline.name != "window"]
-    experiment = load_experiment(config)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(sharding.use(experiment.mesh))
+        experiment = stack.enter_context(open_experiment(config))
         bench = Bench(experiment, options)
         side = stack.enter_context(_peer(base_source(config), bench, options)) if options.peer else None
         results: dict[str, Any] = {
@@ -128,7 +125,7 @@ def benchmark(config: Config, options: Options, *, command: str = "") -> dict[st
 
 
 def _check(options: Options) -> None:
-    require_least(options, 1, "prompt", "reply", "least", "peer_most_turns", "threads")
+    require_least(options, "--", prompt=1, reply=1, least=1, peer_most_turns=1, threads=1)
     require_in_order(options, "sessions", "turns")
     if options.memory_gib <= 0:
         raise UserError(f"--memory_gib is {options.memory_gib}; it must be more than 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from jax_ccm.errors import UserError
+from jax_ccm.errors import UserError, require_least
 from jax_ccm.records import paths
 from jax_ccm.records.parsing import parse_json
 from jax_ccm.records.paths import Folder
@@ -57,13 +57,6 @@ class Options:
     """A JSON file with figures of another implementation, which the table then shows beside ours."""
 
 
-def require_least(options: Any, least: int, *names: str) -> None:
-    """Raises `UserError` if one of these options is smaller."""
-    for name in names:
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
-
-
 def require_in_order(options: Any, *names: str) -> None:
     """Raises `UserError` if one of these options is no list of different numbers from 1, from small to large."""
     for name in names:
@@ -74,11 +67,10 @@ def require_in_order(options: Any, *names: str) -> None:
 
 def check(options: Options) -> dict[str, Any] | None:
     """The reference figures, if asked for."""
-    require_least(options, 1, "prompt", "reply", "window", "chunk", "prefill", "rounds")
-    require_least(options, 0, "train_rounds")
+    require_least(
+        options, "--", prompt=1, reply=1, window=1, chunk=1, prefill=1, rounds=1, train_rounds=0, memory_gib=0
+    )
     require_in_order(options, "turns")
-    if options.memory_gib < 0:
-        raise UserError(f"--memory_gib is {options.memory_gib}; it must be at least 0")
     paths.usable(options.workdir)
     if options.reference is None:
         return None

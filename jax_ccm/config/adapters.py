@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_ccm.config.schema import Config, MeshConfig, from_mapping, to_mapping
+from jax_ccm.config.schema import Config, from_mapping, to_mapping
+from jax_ccm.config.sections import MeshConfig
 from jax_ccm.config.yaml import read_yaml
 from jax_ccm.data.sources import OWN
 from jax_ccm.errors import UserError

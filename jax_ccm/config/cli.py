@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
+from jax_ccm.config import arguments
 from jax_ccm.config.adapters import open_config
-from jax_ccm.config.checks import check
-from jax_ccm.config.schema import Config, in_format
+from jax_ccm.config.schema import Config, check, in_format
 from jax_ccm.distributed import processes
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.numerics.precision import processor_flags
@@ -29,7 +29,7 @@ from jax_ccm.records import paths
 T = TypeVar("T")
 
 
-def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) -> tuple[T, Config, Path]:
+def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) -> tuple[T, Config]:
     """Parses a command line: the config, the command's own options, and overrides of config keys.
 
     The config is a YAML file, or an adapter, named first, whose own config holds (`adapters.open_config`). ``--help``
@@ -41,10 +41,10 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
       command: the name after ``python -m``.
 
     Returns:
-      The options, the config, and what was given for it.
+      The options and the config.
 
     Raises:
-      UserError: for a bad config.
+      UserError: for a bad config, or a value that it cannot have.
       SystemExit: with 0 after ``--help``, with 2 for a bad argument.
     """
     import tyro
@@ -60,10 +60,9 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
         ("options", Annotated[options, tyro.conf.arg(name="", help="")]),
         ("settings", Annotated[Config, tyro.conf.arg(name="", help="")], dataclasses.field(default=config)),
     ]
-    arguments = dataclasses.make_dataclass("Arguments", fields)
-    parsed = tyro.cli(
-        arguments,
-        args=argv,
+    parsed = arguments.parse(
+        dataclasses.make_dataclass("Arguments", fields),
+        argv,
         prog=f"python -m {command}",
         description=options.__doc__,
         use_underscores=True,
@@ -77,7 +76,7 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, command: str) 
             "as the first argument"
         )
     check(parsed.settings)
-    return parsed.options, parsed.settings, parsed.config
+    return parsed.options, parsed.settings
 
 
 def keep_programs() -> None:

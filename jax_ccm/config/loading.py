@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +14,11 @@ import jax
 from flax import nnx
 
 from jax_ccm import methods
-from jax_ccm.config.schema import Config, ScratchConfig
-from jax_ccm.data.config import TextConfig, TurnsConfig
+from jax_ccm.config.schema import Config
+from jax_ccm.config.sections import ScratchConfig
+from jax_ccm.data.config import TurnsConfig
 from jax_ccm.data.documents import FORMATS
-from jax_ccm.distributed import sharding
+from jax_ccm.distributed import processes, sharding
 from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig, ModelConfig, Transformer, abstract_transformer
 from jax_ccm.numerics import resolved
@@ -127,8 +130,7 @@ def build_method(config: Config) -> Method:
         raise
     except ValueError as e:
         raise UserError(f"method: {e}") from e
-    keeps = isinstance(config.data, TextConfig) and config.data.ratio is not None
-    if method.heeds_marks and not method.remembers and not keeps:
+    if method.heeds_marks and not method.remembers and not config.data.draws_spans:
         raise UserError(
             f"method {method.name!r} sees only text that the data keep, and these keep none; set data.ratio, and "
             "data.hide: tokens (data.format: text)"
@@ -212,6 +214,19 @@ def load_experiment(config: Config, *, adapter: str | Path | None = None) -> Exp
         # adapters.
         model = trained.onto(model.with_adapter(None), method=method, shardings=shardings, **on)
     return Experiment(config, model, method, tokenizer, mesh, source, stored)
+
+
+@contextlib.contextmanager
+def open_experiment(config: Config, *, adapter: str | Path | None = None) -> Iterator[Experiment]:
+    """The experiment of a command that runs in one process, within its mesh. Arguments as of `load_experiment`.
+
+    Raises:
+      UserError: as there, and if this process is one of several.
+    """
+    processes.refuse_several(devices=True)
+    experiment = load_experiment(config, adapter=adapter)
+    with sharding.use(experiment.mesh):
+        yield experiment
 
 
 def _require_base(source: str, adapter: str) -> None:
@@ -299,16 +314,7 @@ def vocabulary(config: Config, tokenizer: Any) -> int:
     from jax_ccm.weights import read_config
 
     source = base_source(config)
-    return (read_config(source) if source else _scratch_shape(config, tokenizer)).vocab_size
-
-
-def _scratch_shape(config: Config, tokenizer: Any) -> ModelConfig:
-    try:
-        return scratch_model(config.model.scratch, 0 if tokenizer is None else len(tokenizer))
-    except UserError:
-        raise
-    except ValueError as e:
-        raise UserError(f"model.scratch: {e}") from e
+    return (read_config(source) if source else scratch_model(config.model.scratch, tokenizer)).vocab_size
 
 
 def _base(
@@ -325,7 +331,7 @@ def _base(
         return load_model(
             source, adapter=adapter, precision=precision, key=key, shardings=shardings, rope_length=length
         )
-    shape = _scratch_shape(config, tokenizer)
+    shape = scratch_model(config.model.scratch, tokenizer)
     shardings = _shardings(mesh, shape, adapter, precision)
     # Under jit with shardings each device makes its own part only.
     return jax.jit(lambda key: _scratch(key, shape, adapter, precision), out_shardings=shardings)(key)
@@ -358,27 +364,21 @@ def _scratch(key, shape: ModelConfig, adapter: AdapterConfig | None, precision: 
     return nnx.merge(graphdef, arrays)
 
 
-def scratch_model(scratch: ScratchConfig, tokens: int) -> ModelConfig:
+def scratch_model(scratch: ScratchConfig, tokenizer: Any = None) -> ModelConfig:
     """The shape of a model from scratch.
 
     Args:
       scratch: its sizes.
-      tokens: of the tokenizer; 0 without one.
+      tokenizer: whose vocabulary it has unless the sizes say another; None without one.
 
     Raises:
-      ValueError: for sizes that do not go together.
+      UserError: for sizes that do not go together.
     """
-    vocab = scratch.vocab_size or tokens
+    vocab = scratch.vocab_size or (0 if tokenizer is None else len(tokenizer))
     if not vocab:
         raise UserError(
             "model.scratch.vocab_size is 0 and there is no tokenizer to take it from; for generated recall data give "
             "1 + names + things"
-        )
-    if min(scratch.layers, scratch.hidden, scratch.intermediate, scratch.heads, scratch.kv_heads) < 1:
-        raise ValueError("layers, hidden, intermediate, heads and kv_heads must be at least 1")
-    if scratch.hidden % scratch.heads or scratch.hidden // scratch.heads % 2:
-        raise ValueError(
-            f"hidden={scratch.hidden} does not split into heads={scratch.heads} of an even size (RoPE turns pairs)"
         )
     return ModelConfig(
         family="llama",

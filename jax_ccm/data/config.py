@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jax_ccm.errors import UserError, unknown
+from jax_ccm.errors import UserError, require_least, unknown
 
 Format = Literal["dialogue", "online", "fewshot", "text", "recall"]
 Role = Literal["user", "assistant"]
@@ -102,7 +102,7 @@ class DataConfig:
             raise UserError(
                 f"data.weights is {list(self.weights)}; each must be positive, leave out a source of weight 0"
             )
-        self._at_least(batch_size=1, tokens=1, scored=1, max_chunks=0)
+        require_least(self, "data.", batch_size=1, tokens=1, scored=1, max_chunks=0)
         if any(not 0 < bucket < self.tokens for bucket in self.buckets):
             raise UserError(
                 f"data.buckets={list(self.buckets)} must all lie between 0 and data.tokens={self.tokens}, which is the "
@@ -119,10 +119,10 @@ class DataConfig:
     def _check_own(self) -> None:
         """Refuses values of a format's own options that cannot be."""
 
-    def _at_least(self, **least: int) -> None:
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least {smallest}")
+    @property
+    def draws_spans(self) -> bool:
+        """Whether spans are drawn from each text, and what is outside them is kept, instead of chunks."""
+        return False
 
     def pieces(self) -> dict[str, Any]:
         """The fixed texts of a session, as `jax_ccm.data.template.Template` takes them."""
@@ -141,7 +141,7 @@ class LimitedConfig(DataConfig):
     """The same in evaluation."""
 
     def _check_own(self) -> None:
-        self._at_least(max_turn_tokens=1, max_tokens=1, max_tokens_evaluation=1)
+        require_least(self, "data.", max_turn_tokens=1, max_tokens=1, max_tokens_evaluation=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ class DialogueConfig(TurnsConfig):
 
     def _check_own(self) -> None:
         super()._check_own()
-        self._at_least(min_turns=3)
+        require_least(self, "data.", min_turns=3)
         if self.max_turns is not None and self.max_turns < self.min_turns:
             raise UserError(
                 f"data.max_turns={self.max_turns} is less than data.min_turns={self.min_turns}: no dialogue could pass"
@@ -264,7 +264,7 @@ class FewShotConfig(LimitedConfig):
 
     def _check_own(self) -> None:
         super()._check_own()
-        self._at_least(shots=1)
+        require_least(self, "data.", shots=1)
 
     def pieces(self) -> dict[str, Any]:
         return {
@@ -296,7 +296,7 @@ class TextConfig(DataConfig):
     is the paper's code, which frees about half when asked for 0.9."""
 
     def _check_own(self) -> None:
-        self._at_least(chunk=1)
+        require_least(self, "data.", chunk=1)
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UserError(f"data.ratio is {self.ratio}; it must lie in (0, 1): the share of places that spans free")
         for name, allowed in {
@@ -310,7 +310,7 @@ class TextConfig(DataConfig):
             if self.hide == "tokens" and name != "hide":
                 raise UserError(f"data.{name} has no effect with data.hide='tokens', which hides single tokens")
             if allowed is None:
-                self._at_least(**{name: 2})
+                require_least(self, "data.", **{name: 2})
             elif given not in allowed:
                 raise unknown(f"data.{name}", given, allowed)
         if (self.max_chunks + 1) * self.chunk > self.tokens:
@@ -318,6 +318,10 @@ class TextConfig(DataConfig):
                 f"data.max_chunks={self.max_chunks} chunks of data.chunk={self.chunk} tokens and a "
                 f"tail do not fit into data.tokens={self.tokens}; raise tokens or lower one of the others"
             )
+
+    @property
+    def draws_spans(self) -> bool:
+        return self.ratio is not None
 
     def pieces(self) -> dict[str, Any]:
         return {"bos": self.bos}

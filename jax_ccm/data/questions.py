@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.data import documents
-from jax_ccm.data.config import DataConfig, FewShotConfig, TextConfig, TurnsConfig
+from jax_ccm.data.config import DataConfig, FewShotConfig, TurnsConfig
 from jax_ccm.data.documents import Text
 from jax_ccm.data.sources import Record, Records, Source, open_sources
 from jax_ccm.data.units import Unit
@@ -81,11 +81,6 @@ class Evaluation:
     def has_choices(self) -> bool:
         """Whether its questions have several answers: few-shot tasks, and online records with ``choices``."""
         return self.format.has_choices
-
-    @property
-    def draws_spans(self) -> bool:
-        """Whether spans of each text are drawn, so that there are whole texts to score and no time steps."""
-        return isinstance(self.config, TextConfig) and self.config.ratio is not None
 
     @property
     def answer(self) -> np.ndarray:
@@ -184,7 +179,7 @@ class Evaluation:
     def _check(self, step: int) -> None:
         if step < 1:
             raise UserError(f"time step {step}: evaluation starts at 1, the first chunk")
-        if self.draws_spans:
+        if self.config.draws_spans:
             raise UserError(
                 "data.ratio draws spans, which leaves no time steps to evaluate at; score whole texts (eval.by: text), "
                 "or evaluate without data.ratio"

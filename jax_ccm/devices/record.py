@@ -109,7 +109,7 @@ def _line(error: BaseException) -> str:
 
 def environment() -> dict[str, Any]:
     """When, of which commit, and on what: device, driver, versions, and settings that change the numbers."""
-    device, versions = jax.devices()[0], report.environment()["versions"]
+    device, versions = jax.devices()[0], output.versions(("jax", "jaxlib"))
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

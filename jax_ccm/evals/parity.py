@@ -301,7 +301,7 @@ def from_data(data: DataConfig, tokenizer: Any, method: Method, counts: Sequence
     if split is None:
         raise UserError("data.validation and data.test are empty")
     evaluation = Evaluation.open(data, tokenizer, split)
-    if evaluation.draws_spans:
+    if evaluation.config.draws_spans:
         # Windows with their spans, up to as many of them as are wanted.
         texts = evaluation.texts(marked=method.heeds_marks)
         windows = [texts[number % len(texts)] for number in range(len(counts))]

@@ -364,16 +364,12 @@ def about(
     systems: Mapping[str, str],
 ) -> dict[str, Any]:
     """What is known besides the numbers."""
-    import jax
-
-    device = jax.devices()[0]
     return {
         "schema": output.SCHEMA,
         "command": command,
         "title": f"{base['name'].rsplit('/', 1)[-1]}: {memory}",
         "config": config,
-        "versions": output.versions(PACKAGES),
-        "device": f"{device.platform} ({device.device_kind})",
+        **output.environment(PACKAGES),
         "base": {"name": base["name"], "fingerprint": base["fingerprint"], "precision": config["model"]["precision"]},
         "adapter": adapter,
         "full_adapter": str(full_adapter) if full_adapter else None,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from jax_ccm.config.loading import base_source, scratch_model
 from jax_ccm.config.schema import Config
-from jax_ccm.errors import UserError
 from jax_ccm.nn import ModelConfig
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -21,10 +20,7 @@ def model_shape(config: Config, given: str = "") -> tuple[str, ModelConfig]:
     from jax_ccm.weights import read_config
 
     if not given and not config.model.source:
-        try:
-            return "from scratch", scratch_model(config.model.scratch, 0)
-        except ValueError as e:
-            raise UserError(f"model.scratch: {e}") from e
+        return "from scratch", scratch_model(config.model.scratch)
     source = given or base_source(config)
     known = SHAPES / source.rsplit("/", 1)[-1]
     return source, read_config(known if known.is_dir() else source, config.model.rope_length)

@@ -30,6 +30,14 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
+def environment(packages: Iterable[str]) -> dict[str, Any]:
+    """On what numbers were computed: `versions`, and the first device."""
+    import jax
+
+    device = jax.devices()[0]
+    return {"versions": versions(packages), "device": f"{device.platform} ({device.device_kind})"}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON; what JSON has no type for is written as text."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_ccm.config.adapters import open_config
-from jax_ccm.config.checks import check
 from jax_ccm.config.loading import TRAINED_BASE, Experiment, load_experiment
-from jax_ccm.config.schema import MeshConfig
+from jax_ccm.config.schema import check
+from jax_ccm.config.sections import MeshConfig
 from jax_ccm.config.yaml import convert
 from jax_ccm.errors import UserError
 from jax_ccm.sessions.conversations import Conversations

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jax_ccm.config.schema import OptimizerConfig, TrainConfig
+from jax_ccm.config.sections import OptimizerConfig, TrainConfig
 from jax_ccm.data.config import DataConfig
 from jax_ccm.distributed import sharding
 from jax_ccm.memory.losses import mean_loss, repeated, scored_losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -43,7 +44,7 @@ def peer(tmp_path):
 
 
 def loads(monkeypatch, made) -> None:
-    monkeypatch.setattr(serving, "load_experiment", lambda config: made)
+    monkeypatch.setattr(serving, "open_experiment", lambda config: contextlib.nullcontext(made))
 
 
 @pytest.mark.parametrize("unit", ["turn", "exchange"])

@@ -107,13 +107,13 @@ class Options:
 
 def test_its_options_are_on_the_command_line(tmp_path, capsys):
     path = str(write(tmp_path, "method: {name: own_method:recent}"))
-    _, config, _ = cli.parse(Options, [path, "--method.chunks", "7"], command="jax_ccm.x")
+    _, config = cli.parse(Options, [path, "--method.chunks", "7"], command="jax_ccm.x")
     assert config.method.options() == {"chunks": 7}
     with pytest.raises(SystemExit):
         cli.parse(Options, [path, "--help"], command="jax_ccm.x")
     assert "how many chunks are remembered" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     # Named on the command line alone, its defaults hold.
-    _, config, _ = cli.parse(
+    _, config = cli.parse(
         Options, [str(write(tmp_path, "{}")), "--method.name", "own_method:recent"], command="jax_ccm.x"
     )
     assert build_method(config).name == "recent"

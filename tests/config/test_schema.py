@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jax_ccm.config import cli, schema
-from jax_ccm.config.schema import Config, load_config, save_config
+from jax_ccm.config.schema import Config, from_mapping, load_config, save_config
 from jax_ccm.data.config import BY_FORMAT, OnlineConfig, TextConfig
 from jax_ccm.distributed import sharding
 from jax_ccm.errors import RunError, UserError
@@ -117,6 +117,62 @@ def test_mistakes_are_named(tmp_path, text, message):
         load_config(write(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.steps", 0, "train.steps is 0; it must be at least 1"),
+        ("train.grace", -0.5, "train.grace is -0.5; it must be at least 0"),
+        ("optimizer.clip_norm", float("nan"), "optimizer.clip_norm is nan; it must be at least 0"),
+        ("optimizer.learning_rate", 0.0, "optimizer.learning_rate is 0.0; it must be above 0"),
+        ("optimizer.warmup_ratio", 1.0, "optimizer.warmup_ratio is 1.0; it must lie in [0, 1)"),
+        ("adapter.rank", -1, "adapter.rank is -1; it must be at least 0"),
+        ("adapter.dropout", 1.0, "adapter.dropout is 1.0; it must lie in [0, 1)"),
+        ("eval.batch_size", 0, "eval.batch_size is 0; it must be at least 1"),
+        ("eval.steps", [2, 2], "eval.steps is [2, 2]; give different numbers from 1, such as [1, 2, 4]"),
+        ("cache.raw_capacity", 0, "cache.raw_capacity is 0; it must be at least 1"),
+        ("data.tokens", 0, "data.tokens is 0; it must be at least 1"),
+        ("objective.distillation", 2.0, "objective.distillation is 2.0; it must be between 0 and 1"),
+        ("model.precision", "float16", "model.precision is 'float16'; allowed: auto, float32, bfloat16, mixed, or "),
+        ("model.scratch.kv_heads", 3, "model.scratch: 4 query heads cannot share 3 key/value heads; the first must "),
+        ("model.scratch.layers", 0, "model.scratch: layers, hidden, intermediate, heads and kv_heads must be at least"),
+        ("model.scratch.heads", 3, "model.scratch: hidden=64 does not split into heads=3 of an even size"),
+    ],
+)
+def test_a_section_refuses_values_wherever_they_come_from(tmp_path, capsys, key, value, message):
+    """In Python, in a file, and on the command line of a command: the same words, and no frame of tyro's around."""
+    *section, name = key.split(".")
+    given, tree = Config(), {name: value}
+    for part in section:
+        given = getattr(given, part)
+    for part in reversed(section):
+        tree = {part: tree}
+    path = write(tmp_path, "")
+    argv = [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    for make in (
+        lambda: dataclasses.replace(given, **{name: value}),
+        lambda: from_mapping(tree),
+        lambda: load_config(path, argv),
+        lambda: cli.parse(Options, [str(path), "--workdir", "o", *argv], command="jax_ccm.train"),
+    ):
+        with pytest.raises(UserError) as refused:
+            make()
+        assert str(refused.value).startswith(message)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_another_key_mends_is_refused_at_the_end(tmp_path):
+    """The base may be named on the command line alone, as may the format of the data."""
+    path = write(tmp_path, "model: {revision: v1}\neval: {by: stream}\n")
+    with pytest.raises(UserError, match="eval.by 'stream' reads plain text: it needs data.format 'text'"):
+        load_config(path)
+    with pytest.raises(UserError, match="model.revision is 'v1', and model.source ''"):
+        load_config(path, ["--data.format", "text"])
+    found = load_config(path, ["--data.format", "text", "--model.source", "org/model"])
+    assert (found.model.source, found.model.revision) == ("org/model", "v1")
+    with pytest.raises(UserError, match="it needs data.format 'text' without data.ratio"):
+        load_config(path, ["--data.format", "text", "--data.ratio", "0.5"])
+
+
 def test_missing_file():
     with pytest.raises(UserError, match="there is no config file nowhere.yaml"):
         load_config("nowhere.yaml")
@@ -125,8 +181,8 @@ def test_missing_file():
 def test_command_line(tmp_path):
     path = write(tmp_path, "train: {steps: 7}\n")
     argv = ["--train.seed", "3", str(path), "--workdir", "out", "--method.sink", "True"]
-    options, loaded, file = cli.parse(Options, argv, command="jax_ccm.train")
-    assert (options.workdir, file) == (Path("out"), path)
+    options, loaded = cli.parse(Options, argv, command="jax_ccm.train")
+    assert options.workdir == Path("out")
     assert (loaded.train.steps, loaded.train.seed, loaded.method.sink) == (7, 3, True)
 
 
@@ -193,7 +249,11 @@ def test_every_field_is_read_somewhere():
     for path in sorted((ROOT / "jax_ccm").rglob("*.py")):
         tree = ast.parse(path.read_text())
         nodes = list(ast.walk(tree))
-        if path.name in ("config.py", "schema.py"):  # to check a value is not to read it; to hand it on is
+        if path.name in (
+            "config.py",
+            "schema.py",
+            "sections.py",
+        ):  # to check a value is not to read it; to hand it on is
             handed = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == "pieces"]
             nodes = [node for function in handed for node in ast.walk(function)]
         read |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}

@@ -83,7 +83,7 @@ def _lines(tree, shardings) -> list[str]:
 def collectives(mesh_sizes: dict[str, int]) -> str:
     """The exchanges of a training step, of closing a chunk and of reading a token."""
     mesh = sharding.make_mesh(sizes(**mesh_sizes))
-    shape = scratch_model(CONFIG.model.scratch, 0)
+    shape = scratch_model(CONFIG.model.scratch)
     method = methods.build("ccm_concat", comp_tokens=2)
     cache = programs.abstract_cache(CONFIG, shape, method, mesh, 8, 8, 8)
     steps = {

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jax_ccm.config.schema import OptimizerConfig
+from jax_ccm.config.sections import OptimizerConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity, recurrent
 from jax_ccm.evals.slots import context_slots

@@ -67,7 +67,7 @@ def test_without_the_compiler(monkeypatch):
 
 def test_weights_are_counted():
     config = from_mapping({"model": {"scratch": {"vocab_size": 50, "layers": 3, "kv_heads": 1}}})
-    shape = scratch_model(config.model.scratch, 0)
+    shape = scratch_model(config.model.scratch)
     kernels = {p: x for p, x in base_parameters(abstract_transformer(shape)).items() if p.endswith("kernel")}
     layers = sum(x.size for path, x in kernels.items() if path.startswith("layers."))
     assert shape.layer_weights == layers
@@ -81,7 +81,7 @@ def test_training_cost():
     }
     config = from_mapping(tree)
     trained = from_mapping(tree | {"train": {"trainable": "all", "remat": "all"}})
-    shape = scratch_model(config.model.scratch, 0)
+    shape = scratch_model(config.model.scratch)
     weights = shape.layer_weights
 
     def per_token(config):
@@ -120,7 +120,7 @@ def test_sessions_are_counted_for_the_method_of_the_config(name, options):
     method = build_method(config)
     assert method in sessions.systems(config).values() and "full" in sessions.systems(config)
     slots, raw = sessions.room(method, sessions.Setting(16, 12, 8))
-    shape = scratch_model(config.model.scratch, 0)
+    shape = scratch_model(config.model.scratch)
     mesh = programs.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     cache = programs.abstract_cache(config, shape, method, mesh, 3, slots, raw)
     live = baselines.slots_after(method, 16, 12).kind
@@ -136,7 +136,7 @@ def test_abstract_programs_take_no_memory():
             "data": {"tokens": 16, "scored": 4, "max_chunks": 2},
         }
     )
-    shape, method = scratch_model(config.model.scratch, 0), build_method(config)
+    shape, method = scratch_model(config.model.scratch), build_method(config)
     mesh = programs.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     program = programs.training_step(config, shape, method, mesh, 2, 3)
     assert program.arguments[2].tokens.shape == (3, 2, 16)
@@ -151,7 +151,7 @@ def test_abstract_programs_take_no_memory():
 def test_most_sessions(monkeypatch, room, expected):
     """Both steps must fit; nothing is compiled twice, and nothing for no sessions."""
     config = from_mapping({"model": {"scratch": {"vocab_size": 50}, "precision": "float32"}})
-    shape = scratch_model(config.model.scratch, 0)
+    shape = scratch_model(config.model.scratch)
     mesh = programs.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     asked = []
 

@@ -11,28 +11,14 @@ import pytest
 from jax_ccm.errors import UserError
 from jax_ccm.memory.generation import Sampling
 from jax_ccm.sessions.asynchronous import AsyncConversations
-from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
 from jax_ccm.sessions.scratch import Scratch
-from tests.sessions.test_threads import BUSY, same
-from tests.test_chat import experiment
-
-ROWS = 3
-
-
-@pytest.fixture(scope="module")
-def made():
-    return experiment("ccm_concat", comp_tokens=2, sink=True)
+from tests.sessions.conftest import BUSY, ROWS, same
 
 
 @pytest.fixture
-def alone(made):
-    return Conversations(made, ROWS, sampling=Sampling(1.0))
-
-
-@pytest.fixture
-def talk(made):
-    return AsyncConversations(Conversations(made, ROWS, sampling=Sampling(1.0)))
+def talk(talk):
+    return AsyncConversations(talk)
 
 
 class Gate:

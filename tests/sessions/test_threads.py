@@ -17,33 +17,8 @@ from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
 from jax_ccm.sessions.scratch import Scratch
 from jax_ccm.sessions.sharing import FairLock
+from tests.sessions.conftest import BUSY, ROWS, same
 from tests.sessions.test_conversations import row
-from tests.test_chat import experiment
-
-ROWS = 6
-BUSY = "session 0 is in the middle of a turn; wait for its end, or give it up"
-
-
-@pytest.fixture(scope="module")
-def made():
-    return experiment("ccm_concat", comp_tokens=2, sink=True)
-
-
-@pytest.fixture
-def talk(made):
-    return Conversations(made, ROWS, sampling=Sampling(1.0))
-
-
-@pytest.fixture
-def alone(made):
-    return Conversations(made, ROWS, sampling=Sampling(1.0))
-
-
-def same(ours: Conversations, theirs: Conversations, *rows: int) -> bool:
-    told = [
-        (ours.state.turns[i], ours.state.tokens[i]) == (theirs.state.turns[i], theirs.state.tokens[i]) for i in rows
-    ]
-    return all(told) and all(all(map(np.array_equal, row(ours, i), row(theirs, i))) for i in rows)
 
 
 def elsewhere(act):

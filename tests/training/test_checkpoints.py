@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from jax_ccm.config.schema import Config, TrainConfig, from_mapping, to_mapping
+from jax_ccm.config.schema import Config, from_mapping, to_mapping
+from jax_ccm.config.sections import TrainConfig
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.training.checkpoints import Checkpoints, differences, fingerprint, require_same
 
