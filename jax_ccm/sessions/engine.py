@@ -17,6 +17,7 @@ from jax_ccm.memory.generation import TOP, Sampling, for_decoding
 from jax_ccm.records.parsing import require_text
 from jax_ccm.rules.rows import WITH_SINK
 from jax_ccm.rules.types import Kind, MemoryCache
+from jax_ccm.sessions.spoken import Spoken
 
 NOTHING = np.zeros(0, np.int32)
 
@@ -56,8 +57,17 @@ class Answering:
         """The part of an answer in the making that will stay as it is."""
         text = text.rstrip("\ufffd")  # half a character
         # An answer may go on to a stop text with any end of it that such a text begins with.
-        open_ends = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        return text[: len(text) - max(open_ends, default=0)]
+        return text[: len(text) - max((_begun(text, stop) for stop in self.stop), default=0)]
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of a text another one begins with, the most there are, and not all of it."""
+    end = text[max(len(text) - len(stop) + 1, 0) :]
+    # From one place to the next where it could begin: a text from a client may be as long as its request.
+    at = end.find(stop[0])
+    while at >= 0 and not stop.startswith(end[at:]):
+        at = end.find(stop[0], at + 1)
+    return len(end) - at if at >= 0 else 0
 
 
 class Engine:
@@ -195,15 +205,6 @@ class Engine:
             )
         return chunks
 
-    def stopped(self, answer: np.ndarray, stops: Sequence[str]) -> int | None:
-        """How many tokens of an answer stand in front of a text that ends it; None if there is none."""
-        text = self._decode(answer) if stops else ""
-        found = [at for stop in stops if (at := text.find(stop)) >= 0]
-        if not found:
-            return None
-        # Counted by the decoded text and not by tokens: a stop text may begin or end in the middle of one.
-        return max(n for n in range(len(answer)) if len(self._decode(answer[:n])) <= min(found))
-
     def behind(self, question: np.ndarray, answer: np.ndarray, chunks: Sequence[np.ndarray]) -> np.ndarray | None:
         """int32, what is still to be read of an exchange before what was read for the answer can be closed.
 
@@ -218,11 +219,11 @@ class Engine:
             return None
         return whole[len(read) :]
 
-    def _decode(self, tokens: np.ndarray) -> str:
-        return self.experiment.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def text(self, tokens: np.ndarray) -> str:
-        return self._decode(tokens).strip()
+    def spoken(self, answer: np.ndarray = NOTHING) -> Spoken:
+        """The text of an answer, which is to be told of the tokens that come behind these int32 ones."""
+        made = Spoken(self.experiment.tokenizer)
+        made.go_on(answer)
+        return made
 
     def require_room(self, tokens: int) -> None:
         """Refuses a conversation that no longer fits where all of it is compressed anew."""

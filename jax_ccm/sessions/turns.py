@@ -128,8 +128,9 @@ class Turn:
         self.wants, self.over, self.read = 0, False, sum(len(chunk) for part in told for chunk in part.chunks)
         self._known, self._start, self._told, self._shorter, self._keeps = known, start, told, shorter, keeps
         self._number = number + sum(part.turn for part in told)
-        self.made, self._logprobs, self._ended = NOTHING, [], ""
         engine = scratch.engine
+        self.made, self._logprobs, self._ended = NOTHING, [], ""
+        self._spoken = engine.spoken()
         # `first` is told what is read before the question, too: only the very first text of a session begins one.
         self._question = None if text is None else engine.question(text, first=not known + self.read)
         self._steps = self._go()
@@ -141,7 +142,7 @@ class Turn:
         if self._question is not None:
             opened = len(self._question) + len(engine.template.answer)
         told = None if self.how.logprobs is None else tuple(self._logprobs)
-        return Reply(engine.text(self.made), len(self.made), self.read + opened, self._known, self._ended, told)
+        return Reply(self._spoken.text.strip(), len(self.made), self.read + opened, self._known, self._ended, told)
 
     @property
     def text(self) -> str:
@@ -208,10 +209,11 @@ class Turn:
         engine = self.scratch.engine
         self.made = np.concatenate([self.made, made.tokens])
         self._logprobs += [_logprob(engine, *each) for each in made.logprobs]
-        # Looked for in all of the answer: a stop text may have begun among the tokens of earlier steps.
-        end = engine.stopped(self.made, self.how.stop)
+        self._spoken.go_on(self.made)
+        end = self._spoken.stopped(self.made, self.how.stop)
         if end is not None:
             self.made = self.made[:end]
+            self._spoken = engine.spoken(self.made)
             del self._logprobs[end:]
         if len(self.made) == self.how.max_tokens:
             self._ended = "length"
