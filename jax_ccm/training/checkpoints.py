@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_ccm.distributed import processes
 from jax_ccm.errors import RunError, UserError
@@ -259,17 +260,37 @@ def _outlast(before: set[threading.Thread], seconds: float = 10.0) -> None:
 
 
 def fingerprint(tree: Any) -> dict[str, int]:
-    """A number of 32 bits for each array, by path: any one changed element changes it.
+    """A number for each array, by path, of 32 bits, or of 64 if its elements are: any one changed element changes it.
 
-    It is the sum of the elements' bits, each times an odd number that depends on its place, modulo 2^32. Whole numbers
-    have no rounding, so the result is the same for every sharding; no array is gathered to compute it.
+    It is the sum of the elements' bits, each times an odd number that depends on its place, modulo 2^32; of elements of
+    64 bits that of their upper halves, and behind it that of their lower ones. Whole numbers have no rounding, so the
+    result is the same for every sharding; no array is gathered to compute it.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): int(x) for (path, _), x in zip(leaves, _sums(tree), strict=True)}
+    sums = _sums([_on_host(x) for _, x in leaves])
+    return {
+        jax.tree_util.keystr(path): sum(int(x) << 32 * number for number, x in enumerate(halves))
+        for (path, _), halves in zip(leaves, sums, strict=True)
+    }
+
+
+def _on_host(x: Any) -> list[Any]:
+    """An array; of one of 64 bits on the host its lower and its upper halves, for JAX would take the lower alone."""
+    if not isinstance(x, np.ndarray | np.generic) or x.dtype.itemsize != 8:
+        return [x]
+    bits = np.ascontiguousarray(x).view(np.uint64)
+    return [bits.astype(np.uint32), (bits >> np.uint64(32)).astype(np.uint32)]
 
 
 @jax.jit
-def _sums(tree: Any) -> list[jax.Array]:
+def _sums(arrays: list[list[Any]]) -> list[list[jax.Array]]:
+    def halves(x: jax.Array) -> list[jax.Array]:
+        if x.dtype.itemsize != 8:
+            return [x]
+        # The lower one is first.
+        both = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        return [both[..., 0], both[..., 1]]
+
     def of(x: jax.Array) -> jax.Array:
         bits = x.astype(jnp.uint8) if x.dtype == bool else x
         # 8 and 16 bits are widened: every element is one number of 32 bits.
@@ -284,7 +305,7 @@ def _sums(tree: Any) -> list[jax.Array]:
         # Overflow is meant: it is the modulus.
         return jnp.sum(bits * weights, dtype=jnp.uint32)
 
-    return [of(x) for x in jax.tree.leaves(tree)]
+    return [[of(half) for x in parts for half in halves(x)] for parts in arrays]
 
 
 def _checksum(record: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ import pytest
 from jax_ccm.config.schema import Config, from_mapping, to_mapping
 from jax_ccm.config.sections import TrainConfig
 from jax_ccm.errors import RunError, UserError
+from jax_ccm.training import checkpoints
 from jax_ccm.training.checkpoints import Checkpoints, differences, fingerprint, require_same
 
 # Where a read fails, Orbax leaves others waiting behind, which complain whenever they are collected.
@@ -148,6 +149,38 @@ def test_fingerprint_sees_every_change(dtype):
     seen.add(fingerprint({"x": x[::-1]})["['x']"])  # the same elements in another order
     assert len(seen) == x.size + 2
     assert fingerprint({"x": x, "y": x[0]}) == fingerprint({"y": x[0], "x": x})
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.float64])
+@pytest.mark.parametrize("host", [True, False])
+def test_fingerprint_sees_all_of_64_bits(dtype, host):
+    """One bit anywhere in an element, the same bit of both its halves, and where the element stands."""
+    x = np.random.default_rng(0).integers(2**62, size=(2, 3), dtype=np.uint64)
+    with jax.enable_x64(not host):
+        taken = lambda bits: fingerprint({"x": bits.view(dtype) if host else jnp.asarray(bits.view(dtype))})["['x']"]
+        known = taken(x)
+        assert known < 2**64 and taken(x[::-1]) != known
+        for change in [1 << bit for bit in range(64)] + [(1 << bit) + (1 << bit + 32) for bit in range(32)]:
+            for place in ((0, 0), (1, 2)):
+                changed = x.copy()
+                changed[place] ^= np.uint64(change)
+                assert taken(changed) != known, (place, hex(change))
+        # What the devices hold and what was read to the host are the same.
+        assert host or known == fingerprint({"x": x.view(dtype)})["['x']"]
+
+
+def test_upper_halves_are_checked_when_they_are_read(tmp_path, monkeypatch):
+    with jax.enable_x64(True):
+        state = {"x": jnp.arange(6, dtype=jnp.int64) << 40}
+        known, other = fingerprint(state), {"x": state["x"].at[3].add(1 << 50)}
+        with Checkpoints(tmp_path) as store:
+            store.save(1, state, {"n": 1})
+            with monkeypatch.context() as patch:  # as if the disk had changed it
+                patch.setattr(checkpoints, "fingerprint", lambda tree: known)
+                store.save(2, other, {"n": 2})
+            found = store.restore(state)
+        assert found.step == 1 and list(found.damaged) == [tmp_path / "2.damaged"]
+        np.testing.assert_array_equal(found.state["x"], state["x"])
 
 
 def test_same_config_may_differ_in_cadence():
