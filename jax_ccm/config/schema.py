@@ -224,4 +224,4 @@ def to_yaml(config: Config) -> str:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes `to_yaml` of a config to a file."""
-    paths.of(path).write_text(to_yaml(config), encoding="utf-8")
+    paths.write(path, to_yaml(config).encode())

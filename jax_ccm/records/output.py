@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_ccm.records import paths
+
 # Of the JSON that commands write for others to read: raised when it changes so that an older reader would misread it.
 # Files without a number are of the first.
 SCHEMA = 1
@@ -39,13 +41,13 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON; what JSON has no type for is written as text."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    """Writes a value as indented JSON, as a whole or not at all; what JSON has no type for is written as text."""
+    paths.write(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:
-    """Writes values as JSON, one a line."""
-    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+    """Writes values as JSON, one a line, as a whole or not at all."""
+    paths.write(path, "".join(json.dumps(value) + "\n" for value in values).encode())
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import math
 import shutil
 import sys
 import tempfile
@@ -121,18 +121,24 @@ class Metrics:
             self._board.add_scalar(name.replace("validation_", "validation/"), value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
-        if time.monotonic() - self._copied > COPY_SECONDS:
+        if self._folder != self._workdir and time.monotonic() - self._copied > COPY_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Copies what was written to where it belongs, if that is a bucket."""
+        """Puts what was written where it stays when the machine stops: on disk, or into the bucket.
+
+        To be called before a checkpoint: the run that goes on from that writes no earlier records again.
+        """
         self._copied = time.monotonic()
-        if self._folder != self._workdir:
-            self._board.flush()
-            for name in ("metrics.jsonl", WANDB):
-                if (self._folder / name).exists():
-                    (self._workdir / name).write_bytes((self._folder / name).read_bytes())
-            paths.upload(self._folder / "tensorboard", self._workdir / "tensorboard")
+        self._board.flush()
+        if self._folder == self._workdir:
+            for path in (*(self._folder / "tensorboard").iterdir(), self._folder / "metrics.jsonl", self._folder):
+                paths.settle(path)
+            return
+        for name in ("metrics.jsonl", WANDB):
+            if (self._folder / name).exists():
+                (self._workdir / name).write_bytes((self._folder / name).read_bytes())
+        paths.upload(self._folder / "tensorboard", self._workdir / "tensorboard")
 
     def advance(self, step: int, loss: float) -> None:
         """Moves the progress line on."""
@@ -223,30 +229,31 @@ class _Line:
 
 
 def cut(path: Path, last: int) -> int:
-    """Removes the records after step ``last`` from a JSONL file, and a line that was not completed.
+    """Removes the records after step ``last`` from a JSONL file, and lines that are none, as a kill or a crash of the
+    machine leaves them; a last line without its end gets one.
 
     Returns:
       The number of lines removed.
     """
     if not path.exists():
         return 0
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Records are ASCII; what a crash of the machine leaves need not be text.
+    content = path.read_text(encoding="utf-8", errors="replace")
+    lines = content.splitlines()
     kept = [line for line in lines if _step(line) <= last]
-    if len(kept) == len(lines):
-        return 0
-    # A file of its own, which then takes the place: a kill in between leaves the old records or the new ones.
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(replacement, path)
+    whole = "".join(f"{line}\n" for line in kept)
+    if whole != content:
+        # As a whole or not at all: a kill in between leaves the old records or the new ones.
+        paths.write(path, whole.encode())
     return len(lines) - len(kept)
 
 
 def _step(line: str) -> float:
+    """The step of a record; later than any for what is none, such as a line that a kill cut short."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        # A line that a kill cut short counts as later than any step.
-        return float("inf")
+        return math.inf
 
 
 def _open_wandb(project: str, folder: Path, name: str, config: dict[str, Any] | None, start: int) -> Any:
@@ -264,7 +271,7 @@ def _open_wandb(project: str, folder: Path, name: str, config: dict[str, Any] | 
     known = read_json(path) if start and path.exists() else {}
     if known.get("project") != project:
         known = {"project": project, "id": uuid.uuid4().hex[:8]}
-        path.write_text(json.dumps(known) + "\n", encoding="utf-8")
+        paths.write(path, f"{json.dumps(known)}\n".encode())
     return wandb.init(**known, dir=str(folder), config=config, name=name, resume="allow")
 
 

@@ -341,8 +341,9 @@ class Run:
             "inputs": self._inputs,
             "accepted": self._accepted,
         }
-        self.checkpoints.save(self.progress.step, self.state, progress)
+        # First: the run that goes on from the checkpoint does not write the records up to it again.
         metrics.flush()
+        self.checkpoints.save(self.progress.step, self.state, progress)
         grace, a_step = self.config.train.grace, self.progress.seconds / self.progress.step
         # SIGTERM may come just when a step begins: that step is done first, then the checkpoint.
         needed = a_step + time.perf_counter() - began

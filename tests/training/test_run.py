@@ -445,6 +445,38 @@ def test_metrics_after_the_resumed_step_are_cut(tmp_path):
     assert cut(path, 2) == 2
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert cut(path, 2) == 0 and cut(tmp_path / "none.jsonl", 0) == 0
+    # A kill between a line and its end: the next record gets a line of its own.
+    path.write_text('{"step": 1}\n{"step": 2}')
+    assert cut(path, 2) == 0 and path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    # What a machine that stopped may leave of blocks that were not written; and no record.
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n[2]\n{"step": "x"}\n{"step": null}\n{"step": 2}\n' + bytes(9))
+    assert cut(path, 2) == 5 and path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_records_are_on_disk_before_the_checkpoint_that_stands_on_them(tmp_path, monkeypatch):
+    """When the machine stops, what was written last is lost: no record that the checkpoint takes for written."""
+    save, fsync, seen, disk = Checkpoints.save, os.fsync, [], {}
+
+    def on_disk(number):
+        fsync(number)
+        path = Path(os.readlink(f"/proc/self/fd/{number}"))
+        if path.is_file():
+            disk[path] = path.read_bytes()
+
+    def saving(self, step, state, progress):
+        files = [tmp_path / "metrics.jsonl", *(tmp_path / "tensorboard").iterdir()]
+        assert all(disk[path] == path.read_bytes() for path in files)
+        assert json.loads(disk[files[0]].splitlines()[-1])["step"] == progress["progress"]["step"] == step
+        # TensorBoard's own queue was emptied, too.
+        seen.append(len(disk[files[1]]))
+        save(self, step, state, progress)
+
+    monkeypatch.setattr(os, "fsync", on_disk)
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    with Run(tiny(train={"steps": 4, "log_every": 1, "eval_every": 0, "checkpoint_every": 2}), tmp_path) as run:
+        run.train()
+    assert len(seen) == 2 and seen[0] < seen[1]
 
 
 def test_progress_line_on_a_terminal(tmp_path, monkeypatch, capsys):

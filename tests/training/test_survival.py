@@ -192,7 +192,7 @@ def test_full_disk_while_something_else_is_written(short, tmp_path, monkeypatch,
             patch.setattr("jax_ccm.training.metrics.Metrics.write", lambda *_: full(what))
         for write in ("write_text", "write_bytes"):
             real = getattr(Path, write)
-            fails = lambda self, *a, real=real, **k: (full if self.name == what else real)(self, *a, **k)
+            fails = lambda self, *a, real=real, **k: (full if what in self.name else real)(self, *a, **k)
             patch.setattr(Path, write, fails)
         with pytest.raises(RunError, match=r"at step \d the output in .* \(.*No space left.*(kept|no checkpoint)"):
             Run(tiny(train=SHORT), tmp_path).train()
