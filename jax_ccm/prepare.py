@@ -31,7 +31,7 @@ class Options:
     """Which sources of the config's data; those of training are drawn as training draws them, the others are asked
     behind their whole context."""
     count: int = 3
-    """How many examples, spread over the records."""
+    """How many examples, spread over the records; few others are made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +99,19 @@ def show(config: Config, options: Options) -> None:
     from rich.text import Text
 
     from jax_ccm.config.loading import build_method, tokenizer_of, vocabulary
-    from jax_ccm.data import batches, runs
-    from jax_ccm.data.questions import Evaluation
+    from jax_ccm.data import runs, samples
     from jax_ccm.rules.describe import describe_method, label
 
     require_least(options, "--", count=1)
     method, tokenizer = build_method(config), tokenizer_of(config)
     vocab = vocabulary(config, tokenizer)
     if options.split == "train":
-        data = batches.prepare(config.data, method, tokenizer, vocab)
+        data, looked = samples.training(config.data, method, tokenizer, vocab, options.count)
 
         def example(place):
             return data.draw(data.units[place], np.random.default_rng([config.train.seed, place]))
     else:
-        data = Evaluation.open(config.data, tokenizer, options.split)
+        data, looked = samples.questions(config.data, tokenizer, options.split, options.count)
         # Of running text: what is evaluated are windows, not records.
         windows = data.texts() if data.config.draws_spans else None
 
@@ -121,7 +120,8 @@ def show(config: Config, options: Options) -> None:
             return data.format.ask(unit, data.format.chunks(unit)) if windows is None else windows[place]
 
     acts = ", ".join(kind.name for kind in method.gate) or "no token"
-    print(f"{options.split} data: {data.report}\nmethod: {label(describe_method(method))}; the LoRA acts on {acts}")
+    print(f"{options.split} data{looked}: {data.report}")
+    print(f"method: {label(describe_method(method))}; the LoRA acts on {acts}")
     console = Console(highlight=False, soft_wrap=True)
     places = np.unique(np.linspace(0, len(data.units) - 1, options.count).round().astype(int))
     for number, place in enumerate(places, 1):

@@ -12,7 +12,7 @@ from jax_ccm import prepare
 from jax_ccm.config.schema import save_config
 from jax_ccm.data.generated import GENERATED
 from jax_ccm.data.runs import positions, runs
-from jax_ccm.data.sources import open_sources
+from jax_ccm.data.sources import Computed, open_sources
 from jax_ccm.errors import UserError
 from jax_ccm.methods import build
 from jax_ccm.rules.examples import Example, Segment
@@ -87,6 +87,49 @@ def test_inspect(split, tmp_path, capsys):
     assert "the LoRA acts on COMP" in said and said.count("example ") == 1 and "\x1b" not in said
     assert "1      TEXT  " in said and "[<s>hi⏎you]" in said and "[<comp 0> <comp 1>]" in said
     assert ("[ no</s>]" if split == "train" else "[ no]") in said
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_is_not_shown_is_not_made(split, tmp_path, capsys, monkeypatch):
+    """Of 300,000 generated conversations in two sources four are made, spread over both."""
+    made, get = [], Computed.__getitem__
+    monkeypatch.setattr(Computed, "__getitem__", lambda self, index: made.append(self.where(index)) or get(self, index))
+    sources = [f"generated:conversations?split=train&turns=4&seed={seed}&size=150000" for seed in (0, 1)]
+    limits = {"tokens": 4000, "max_tokens": 4000, "max_tokens_evaluation": 4000, "max_turn_tokens": 400, "scored": 999}
+    given = [word for name, most in limits.items() for word in (f"--data.{name}", str(most))]
+    given += ["--data.weights", "1", "2"] if split == "train" else []
+    prepare.main(["inspect", config_file(tmp_path), "--split", split, f"--data.{split}", *sources, *given, "--count=4"])
+    said = capsys.readouterr().out
+    assert f"{split} data, 4 of 300,000 records looked at: 4 of 4 dialogues are used" in said
+    assert [line.split(": ")[1] for line in said.splitlines() if line.startswith("example ")] == made
+    assert made == [f"{sources[0]}[0]", f"{sources[0]}[100000]", f"{sources[1]}[49999]", f"{sources[1]}[149999]"]
+
+
+def test_records_that_are_dropped_are_passed_over(tmp_path, capsys):
+    """As many are made as it takes to find examples among those that are too long, and it says of how many."""
+    file = config_file(tmp_path)
+    talks = [["hi", "x" * 400 if number % 10 else "yes", "what", "no"] for number in range(200)]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in talks))
+    prepare.main(["inspect", file, "--data.loss", "every", "--count", "3"])
+    said = capsys.readouterr().out
+    assert said.count("example ") == 3 and "48 of 200 records looked at: 5 of 48 dialogues are used" in said
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"turns": talks[1]}) + "\n" for _ in range(9)))
+    for split, what in (("train", "training"), ("test", "evaluation")):
+        says = f"no {what} data is left: 0 of 9 dialogues are used; dropped: 9 with one of"
+        with pytest.raises(UserError, match=says):
+            prepare.main(["inspect", file, "--split", split, "--data.loss", "every", "--count", "3"])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_few_shot_examples_are_drawn_from_all_records(split, tmp_path, capsys):
+    file = config_file(tmp_path)
+    task = tmp_path / "task.jsonl"
+    task.write_text("".join(json.dumps({"text": f"t{n}", "label": "ab"[n % 2]}) + "\n" for n in range(9)))
+    given = ["--data.format", "fewshot", "--data.demonstrations", str(task), "--data.shots", "2"]
+    given += ["--data.train", str(task), "--data.test", str(task), "--data.tokens", "9000", "--data.max_chunks", "99"]
+    prepare.main(["inspect", file, "--split", split, *given])
+    said = capsys.readouterr().out
+    assert f"{split} data: 9 of 9" in said and said.count("example ") == 3
 
 
 def test_colours_on_a_terminal_only(monkeypatch, tmp_path, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_ccm.data import documents, tokenized
 from jax_ccm.data.config import DataConfig, TextConfig
-from jax_ccm.data.counts import Report
+from jax_ccm.data.counts import NothingLeft, Report
 from jax_ccm.data.formats import Format
 from jax_ccm.data.sources import Source, open_sources
 from jax_ccm.data.units import Unit, Units
@@ -255,7 +255,7 @@ def prepare(
     found = [_fitting(needs, most, config, report) for _, needs, _ in loaded]
     report.kept = sum(map(len, found))
     if not report.kept:
-        raise UserError(f"no training data is left: {report}. Raise the limits that are named")
+        raise NothingLeft("training", report)
     for name, own in zip(config.train, found, strict=False):
         if not len(own):
             raise UserError(f"data.weights: nothing of {name!r} is left ({report}); raise the limits, or leave it out")

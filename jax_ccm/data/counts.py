@@ -6,6 +6,21 @@ import collections
 import dataclasses
 from typing import Any
 
+from jax_ccm.errors import UserError
+
+
+class NothingLeft(UserError):
+    """The limits leave nothing of some data."""
+
+    def __init__(self, what: str, report: Any):
+        """Says what became of the records.
+
+        Args:
+          what: they were meant for.
+          report: or several.
+        """
+        super().__init__(f"no {what} data is left: {report}. Raise the limits that are named")
+
 
 @dataclasses.dataclass
 class Report:

@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_ccm.data import documents
 from jax_ccm.data.config import DataConfig, FewShotConfig, TurnsConfig
+from jax_ccm.data.counts import NothingLeft
 from jax_ccm.data.documents import Text
 from jax_ccm.data.sources import Record, Records, Source, open_sources
 from jax_ccm.data.units import Unit
@@ -68,7 +69,7 @@ class Evaluation:
         shown = {"demonstrations": demonstrations} if demonstrations else {}
         self.units, self.report = self.format.load(sources, evaluation=True, **shown)
         if not self.units:
-            raise UserError(f"no evaluation data is left: {self.report}. Raise the limits that are named")
+            raise NothingLeft("evaluation", self.report)
 
     @classmethod
     def open(cls, config: DataConfig, tokenizer: Any, split: str = "test") -> Evaluation:

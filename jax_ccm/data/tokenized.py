@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.data.config import DataConfig, TextConfig, own_options
-from jax_ccm.data.counts import Report
+from jax_ccm.data.counts import NothingLeft, Report
 from jax_ccm.data.formats import Format
 from jax_ccm.data.sources import Record, Source, open_sources
 from jax_ccm.data.units import Unit
@@ -235,7 +235,7 @@ class _Build:
                 yield _split(number), itertools.chain([first], records)
         if not found:
             reports = "; ".join(map(str, self.reports))
-            raise UserError(f"no training data is left: {reports}. Raise the limits that are named")
+            raise NothingLeft("training", reports)
 
     def units(self, number: int, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """The units of a source as records of the data set."""
