@@ -88,7 +88,7 @@ def _verify(experiment: Experiment, options: Options) -> dict[str, Any]:
     if method.rope == "cache":
         way_out = "; check it with --method.streaming False" if config.method.options().get("streaming") else ""
         raise UserError(
-            f"method {method.name!r} takes places in the cache as positions: it has no parallel form to compare "
+            f"method {method.name!r} takes indices in the cache as positions: it has no parallel form to compare "
             f"with{way_out}"
         )
     if method.recurrent_only:

@@ -92,7 +92,7 @@ METHODS: dict[str, Method] = {
     "scattered": build("scattered"),
 }
 
-# Those that have none: places in the cache as positions, and selections.
+# Those that have none: indices in the cache as positions, and selections.
 RECURRENT: dict[str, Method] = {
     "streaming_llm": build("streaming_llm", sinks=2),
     "window_streaming": build("window", size=6, sink=True, sinks=2, streaming=True),

@@ -176,7 +176,7 @@ def check_parallel(model: Transformer, method: Method, data: dict) -> dict[str, 
     vocab = model.config.vocab_size
     examples, is_sum = examples_of(method, data, vocab)
     needs = [rows.measure(dataclasses.replace(method, context="chunks"), example) for example in examples]
-    sizes = Sizes(*(max(getattr(need, f.name) for need in needs) for f in dataclasses.fields(Sizes)))
+    sizes = Sizes.of_all(needs)
     # The reference's rows are arranged already.
     batch = rows.batch(dataclasses.replace(method, context="chunks"), examples, sizes, vocab, pad="left")
     states, logits, loss, gradients = jax.device_get(forward(model, batch, method))

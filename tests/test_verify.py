@@ -96,7 +96,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         assert stopped.value.code == 2 and text in err
 
     fails("no parallel form to compare with; check it with --method.streaming False", "--method.streaming", "True")
-    fails("'streaming_llm' takes places in the cache as positions: it has no parallel form to compare with\n",
+    fails("'streaming_llm' takes indices in the cache as positions: it has no parallel form to compare with\n",
           "--method.name", "streaming_llm", "--method.comp_tokens", "None")  # fmt: skip
     fails("is not there", "--adapter", str(tmp_path / "nothing"))
     fails("--examples is 0", "--examples", "0")

@@ -1,6 +1,6 @@
-"""Which blocks of keys each block of queries sees, found without looking at pairs of places, as a list of pairs.
+"""Which blocks of keys each block of queries sees, found without looking at pairs of query and key, as a list of pairs.
 
-For CCM-concat with chunks of 6 + 2 places, blocks of 8 queries and of 8 keys: the text's own blocks left, the memory's
+For CCM-concat with chunks of 6 + 2 tokens, blocks of 8 queries and of 8 keys: the text's own blocks left, the memory's
 (2 slots a chunk) right, and the list that the kernel walks::
 
            text          memory
@@ -97,8 +97,8 @@ def bounds(slots: Slots, size: int, kinds: tuple[Kind, ...]) -> Bounds:
 def visible_blocks(rule: Rule, q: Slots, k: Slots, q_size: int, k_size: int) -> Array:
     """Which blocks of keys hold something that the block of queries sees: ``bool [B, T / q_size, S / k_size]``.
 
-    Every visible pair of places lies in a block that is found. The other way round it holds for the layouts of all
-    methods, where a segment's places follow each other and index and position grow with the segment; elsewhere a
+    Every visible pair of query and key lies in a block that is found. The other way round it holds for the layouts of
+    all methods, where a segment's tokens follow each other and index and position grow with the segment; elsewhere a
     block may be found in which nothing is seen.
 
     Args:
@@ -128,8 +128,8 @@ def seen_blocks(rule: Rule, q: Slots, keys: Sequence[Slots], q_size: int, k_size
 
 def _meet(clause: Clause, both_ways: tuple[Kind, ...], q: Bounds, k: Bounds) -> Array:
     """Whether the extremes leave room for a query that sees a key."""
-    # A pair of places may have any difference between low - high and high - low of the extremes: a condition that no
-    # difference in that range meets rules the pair of blocks out.
+    # A pair of query and key may have any difference between low - high and high - low of the extremes: a condition
+    # that no difference in that range meets rules the pair of blocks out.
     hit = q.some & k.some & (q.high.segment - k.low.segment >= clause.nearest)
     if clause.farthest < INF:
         hit &= q.low.segment - k.high.segment <= clause.farthest

@@ -44,7 +44,7 @@ def choose(
 
     Args:
       batch, length: B and T.
-      keys: places of each source.
+      keys: entries of each source.
       heads, kv_heads, size: N, K and H.
       itemsize: bytes of a number.
       short: a few queries against long sources (decoding): all key heads in one step.

@@ -30,7 +30,7 @@ class Call:
       heads, kv_heads: N and K.
       size: H.
       length: T.
-      keys: places of each source.
+      keys: entries of each source.
       interpret: run the kernel's operations one by one, on any device.
       score: how products become scores.
     """

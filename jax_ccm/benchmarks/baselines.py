@@ -44,7 +44,7 @@ class Baseline:
         return init_cache(model, self.method, batch, memory_capacity=slots, raw_capacity=raw, overflow="evict")
 
     def room(self, turns: int, turn: int) -> tuple[int, int]:
-        """Memory slots and places for raw text of `cache`."""
+        """Memory slots and slots for raw text of `cache`."""
         size, closed = _chunks(self.method, turns + 1, turn)
         slots = self.method.memory_slots(closed + 1 if self.method.chunk else closed, size)
         if self.memory is not None:

@@ -94,11 +94,11 @@ class Experiment:
         data, found = self.config.data, set(self.ends)
         if self.tokenizer is None or not isinstance(data, TurnsConfig):
             return self.ends
-        if data.chat_template:
+        if data.writes_messages:
             assert self.template is not None
             # The first token of a message's tail; what follows it is a line break or the like.
             found |= set(self.template.end[:1].tolist())
-        elif "\n" in data.pieces()["separator"]:
+        elif "\n" in data.fixed_texts()["separator"]:
             # The separator begins the next turn with a line break, which may be within a token of several characters.
             texts = self.tokenizer.batch_decode([[i] for i in range(self.model_config.vocab_size)])
             found |= {i for i, text in enumerate(texts) if "\n" in text}

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from jax_ccm.data import documents, tokenized
-from jax_ccm.data.config import DataConfig, TextConfig
+from jax_ccm.data.config import DataConfig
 from jax_ccm.data.counts import NothingLeft, Report
 from jax_ccm.data.formats import Format
 from jax_ccm.data.sources import Source, open_sources
@@ -218,21 +218,7 @@ def prepare(
       UserError: for unreadable data, a token outside the vocabulary, data of which nothing fits, or joining with a
         method that has no chunks to join.
     """
-    for name in ("join", "uncompressed"):
-        if getattr(config, name) and (method.context != "chunks" or not method.remembers or method.chunk):
-            why = "cuts text by itself" if method.chunk else "compresses no chunks"
-            raise UserError(
-                f"data.{name}={getattr(config, name)} has no effect with method {method.name!r}, which {why}; "
-                "set it to 0"
-            )
-    if method.chunk is not None and isinstance(config, TextConfig):
-        window = config.chunk * (config.max_chunks + 1)
-        if window % method.chunk:
-            raise UserError(
-                f"windows of data.chunk={config.chunk} x (data.max_chunks={config.max_chunks} + 1) = "
-                f"{window} tokens are no multiple of the {method.chunk} tokens that method {method.name!r} takes "
-                "at a time; the rest of each would never be compressed"
-            )
+    config.require(method)
     format = format or documents.build(config, tokenizer)
     given: Sequence[Any] = config.train if sources is None else sources
     if config.weights and len(given) != len(config.weights):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from jax_ccm.errors import UserError, require_least, unknown
+from jax_ccm.rules.types import Method
 
 Format = Literal["dialogue", "online", "fewshot", "text", "recall"]
 Role = Literal["user", "assistant"]
@@ -57,7 +58,7 @@ class DataConfig:
     batch_size: int = 8
     """Rows of a batch, over all processes."""
     tokens: int = 512
-    """T, places of a row; compression tokens count."""
+    """T, tokens of a row; compression tokens count."""
     buckets: tuple[int, ...] = ()
     """Row lengths below ``tokens``. Rows of similar length are then batched together and padded to the smallest bucket
     that holds them (with a proportional share of ``scored``), one compilation for each; () always pads to T."""
@@ -124,7 +125,31 @@ class DataConfig:
         """Whether spans are drawn from each text, and what is outside them is kept, instead of chunks."""
         return False
 
-    def pieces(self) -> dict[str, Any]:
+    @property
+    def writes_messages(self) -> bool:
+        """Whether turns are written as the tokenizer's chat template writes messages."""
+        return False
+
+    @property
+    def cuts_longer(self) -> bool:
+        """Whether evaluation at a time step takes longer records, too, cut to it."""
+        return True
+
+    def require(self, method: Method) -> None:
+        """Refuses data that could not be trained on with a method.
+
+        Raises:
+          UserError: for joining with one that has no chunks to join, or windows of text that it does not divide.
+        """
+        for name in ("join", "uncompressed"):
+            if getattr(self, name) and (method.context != "chunks" or not method.remembers or method.chunk):
+                why = "cuts text by itself" if method.chunk else "compresses no chunks"
+                raise UserError(
+                    f"data.{name}={getattr(self, name)} has no effect with method {method.name!r}, which {why}; "
+                    "set it to 0"
+                )
+
+    def fixed_texts(self) -> dict[str, Any]:
         """The fixed texts of a session, as `jax_ccm.data.template.Template` takes them."""
         return {}
 
@@ -189,7 +214,15 @@ class TurnsConfig(LimitedConfig):
         if self.roles is not None and self.loss != "every":
             raise UserError(f"data.roles has no effect with data.loss={self.loss!r}, which scores the last turn alone")
 
-    def pieces(self) -> dict[str, Any]:
+    @property
+    def writes_messages(self) -> bool:
+        return self.chat_template
+
+    @property
+    def cuts_longer(self) -> bool:
+        return self.truncate
+
+    def fixed_texts(self) -> dict[str, Any]:
         separator = "\nA:" if self.separator is None else self.separator
         return {
             "bos": self.bos is not False, "eos": self.eos is not False, "opening": self.opening or "",
@@ -233,8 +266,8 @@ class OnlineConfig(TurnsConfig):
     answer: str | None = None
     """Text between query and target (default as ``separator``)."""
 
-    def pieces(self) -> dict[str, Any]:
-        made = super().pieces()
+    def fixed_texts(self) -> dict[str, Any]:
+        made = super().fixed_texts()
         return made if self.answer is None else made | {"answer": self.answer}
 
 
@@ -266,7 +299,7 @@ class FewShotConfig(LimitedConfig):
         super()._check_own()
         require_least(self, "data.", shots=1)
 
-    def pieces(self) -> dict[str, Any]:
+    def fixed_texts(self) -> dict[str, Any]:
         return {
             "bos": self.bos, "eos": self.eos, "opening": self.opening, "separator": self.separator,
             "answer": self.answer,
@@ -283,7 +316,7 @@ class TextConfig(DataConfig):
     chunk: int = 24
     """Tokens of a chunk."""
     ratio: float | None = None
-    """Share of a window's places that compression frees, in (0, 1): instead of chunks, spans are drawn anew each time,
+    """Share of a window's tokens that compression frees, in (0, 1): instead of chunks, spans are drawn anew each time,
     and what is outside them is kept (Sentinel). None for chunks."""
     hide: Literal["spans", "tokens"] | None = None
     """With ``ratio``: "spans" of 2 to ``span`` tokens (default), or single "tokens" (the scattered baseline)."""
@@ -298,7 +331,7 @@ class TextConfig(DataConfig):
     def _check_own(self) -> None:
         require_least(self, "data.", chunk=1)
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise UserError(f"data.ratio is {self.ratio}; it must lie in (0, 1): the share of places that spans free")
+            raise UserError(f"data.ratio is {self.ratio}; it must lie in (0, 1): the share of tokens that spans free")
         for name, allowed in {
             "hide": ("spans", "tokens"), "span": None, "unit": ("tokens", "words"), "sampler": ("exact", "released"),
         }.items():  # fmt: skip
@@ -323,7 +356,17 @@ class TextConfig(DataConfig):
     def draws_spans(self) -> bool:
         return self.ratio is not None
 
-    def pieces(self) -> dict[str, Any]:
+    def require(self, method: Method) -> None:
+        super().require(method)
+        window = self.chunk * (self.max_chunks + 1)
+        if method.chunk is not None and window % method.chunk:
+            raise UserError(
+                f"windows of data.chunk={self.chunk} x (data.max_chunks={self.max_chunks} + 1) = {window} tokens are "
+                f"no multiple of the {method.chunk} tokens that method {method.name!r} takes at a time; the rest of "
+                "each would never be compressed"
+            )
+
+    def fixed_texts(self) -> dict[str, Any]:
         return {"bos": self.bos}
 
 

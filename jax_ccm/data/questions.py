@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.data import documents
-from jax_ccm.data.config import DataConfig, FewShotConfig, TurnsConfig
+from jax_ccm.data.config import DataConfig, FewShotConfig
 from jax_ccm.data.counts import NothingLeft
 from jax_ccm.data.documents import Text
 from jax_ccm.data.sources import Record, Records, Source, open_sources
@@ -187,9 +187,9 @@ class Evaluation:
             )
 
     def _long_enough(self, step: int) -> list[Unit]:
-        exact = isinstance(self.config, TurnsConfig) and not self.config.truncate
+        longer = self.config.cuts_longer
         lengths = ((unit, self.format.chunks(unit)) for unit in self.units)
-        return [unit for unit, length in lengths if length == step or (length > step and not exact)]
+        return [unit for unit, length in lengths if length == step or (length > step and longer)]
 
     def _question(self, unit: Unit, step: int) -> Choice:
         return Choice((self.format.ask(unit, step),), 0, answers=self.format.short_answers(unit))

@@ -20,7 +20,7 @@ def count_spans(length: int, ratio: float, longest: int) -> tuple[int, int]:
 
     Args:
       length: tokens of the text.
-      ratio: share of the text's places to free, in (0, 1).
+      ratio: share of the text's tokens to free, in (0, 1).
       longest: most tokens of a span.
 
     Raises:
@@ -36,7 +36,7 @@ def count_spans(length: int, ratio: float, longest: int) -> tuple[int, int]:
     if spans < 1 or spans * (longest - 1) < freed:
         most = (longest - 1) / longest
         raise UserError(
-            f"spans of at most {longest} tokens cannot free {ratio:.3g} of {length} places (at most {most:.3g}, "
+            f"spans of at most {longest} tokens cannot free {ratio:.3g} of {length} tokens (at most {most:.3g}, "
             "less in short texts); lower data.ratio or raise data.span"
         )
     return spans, freed
@@ -112,7 +112,7 @@ def draw_words(edges: np.ndarray, ratio: float, longest: int, rng: np.random.Gen
 
     Args:
       edges: int ``[w + 1]``, the first token of each word, and the end of the text.
-      ratio: share of the text's places to free.
+      ratio: share of the text's tokens to free.
       longest: most words of a span.
       rng: draws.
     """
@@ -149,7 +149,7 @@ class Sampler:
     """Which spans of a text are compressed in training.
 
     Attributes:
-      ratio: share of the text's places to free, in (0, 1).
+      ratio: share of the text's tokens to free, in (0, 1).
       longest: most units of a span.
       released: as the released code samples them, and not exactly the share.
     """
@@ -160,7 +160,7 @@ class Sampler:
 
     def __post_init__(self):
         if not 0 < self.ratio < 1:
-            raise UserError(f"ratio is {self.ratio}; it must lie in (0, 1): the share of places that spans free")
+            raise UserError(f"ratio is {self.ratio}; it must lie in (0, 1): the share of tokens that spans free")
 
     def draw(self, begins: np.ndarray, words: bool, rng: np.random.Generator) -> list[tuple[int, int]]:
         """Spans ``[begin, end)`` in tokens, in order and apart.

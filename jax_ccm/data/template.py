@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.data.chat_template import ROLES, ChatTemplate
-from jax_ccm.data.config import DataConfig, TurnsConfig
+from jax_ccm.data.config import DataConfig
 from jax_ccm.data.encoding import Encoder
 from jax_ccm.errors import UserError
 
@@ -90,9 +90,9 @@ class Template:
     @classmethod
     def of(cls, config: DataConfig, tokenizer: Any) -> Template:
         """The pieces of a config's format."""
-        if isinstance(config, TurnsConfig) and config.chat_template:
+        if config.writes_messages:
             return cls(tokenizer, chat_template=ChatTemplate.of(tokenizer))
-        return cls(tokenizer, **config.pieces())
+        return cls(tokenizer, **config.fixed_texts())
 
     def _write(self, template: ChatTemplate) -> None:
         """Sets the pieces of messages."""

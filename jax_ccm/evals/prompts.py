@@ -224,12 +224,12 @@ def likelihoods(system: System, examples: Sequence[Example], *, rows: int) -> li
 
 
 def windows(tokens: np.ndarray, prefix: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A long text in windows of ``size`` places, each token scored once, the last window as full as the others.
+    """A long text in windows of ``size`` tokens, each token scored once, the last window as full as the others.
 
     Args:
       tokens: ``int32 [n]``.
       prefix: id of the token in front of the first.
-      size: places of a window.
+      size: tokens of a window.
 
     Yields:
       int32 tokens that are only read, at least one, and those that are scored.
@@ -280,7 +280,7 @@ def rolling(
     totals = [0.0] * len(texts)
     if not examples:
         return totals
-    # Positions that run on may go beyond those that the base was trained for; places in a cache do not.
+    # Positions that run on may go beyond those that the base was trained for; indices in a cache do not.
     if method.rope == "running":
         lengths = [len(x.start) + sum(len(segment.tokens) for segment in x.segments) for x in examples]
         warn_beyond(system.model.config, method, tokens=max(lengths))

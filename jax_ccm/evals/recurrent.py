@@ -93,13 +93,13 @@ def behind_contexts(
     for first in range(0, len(order), rows):
         groups = order[first : first + rows]
         cache = init_cache(model, method, rows, memory_capacity=roomy.memory_capacity, raw_capacity=raw)
-        contexts = _filled([those[0] for those in groups], rows)
+        contexts = filled([those[0] for those in groups], rows)
         cache, scored = _read_contexts(model, method, cache, stream(method, [examples[i] for i in contexts]))
         # One for each tail: the row that holds its context, and the number of the example.
         tails = [(row, index) for row, those in enumerate(groups) for index in those]
         for begin in range(0, len(tails), rows):
             some = tails[begin : begin + rows]
-            own_rows, chosen = zip(*_filled(some, rows), strict=True)
+            own_rows, chosen = zip(*filled(some, rows), strict=True)
             # A copy of each row for each of its tails: what is scored is read into it and thrown away.
             own = select(cache, np.array(own_rows))
             sessions = stream(method, [examples[i] for i in chosen])
@@ -142,7 +142,7 @@ def _longer(example: Example, count: int) -> Example:
     return dataclasses.replace(example, segments=(*context, concat(tail, more)))
 
 
-def _filled(numbers: Sequence[Any], rows: int) -> list[Any]:
+def filled(numbers: Sequence[Any], rows: int) -> list[Any]:
     """As many as a batch has rows: idle ones repeat the first."""
     return [*numbers, *[numbers[0]] * (rows - len(numbers))]
 
@@ -203,7 +203,12 @@ def _step(model, cache, chunk, targets, *, method, close, asked):
     if not asked:
         # Without a reader, the logits are not even computed.
         return (cache,)
-    return cache, cross_entropy(logits, targets), jnp.argmax(logits, axis=-1) == targets
+    return cache, *losses_and_hits(logits, targets)
+
+
+def losses_and_hits(logits, targets):
+    """Cross-entropies ``float32 [B, C]`` in nats, and ``bool`` whether each target is the most likely token."""
+    return cross_entropy(logits, targets), jnp.argmax(logits, axis=-1) == targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +275,7 @@ def cache_for(model: Transformer, method: Method, examples: Sequence[Example]) -
     # Text that some later segment can see stays in the cache.
     keeps = any(set(clause.key) & set(RAW) and clause.farthest > 0 for clause in method.rule.sees)
     lengths = [[len(segment.tokens) for segment in row] for row in rows]
-    # A system message takes places of raw text for as long as the session lives.
+    # A system message takes slots of raw text for as long as the session lives.
     kept = max(0 if row[0].kept is None else int(row[0].kept.sum()) for row in rows)
     raw, unit = max(sum(row) if keeps else max(row) for row in lengths) + kept, method.chunk or 1
     return init_cache(
@@ -284,8 +289,7 @@ def cache_for(model: Transformer, method: Method, examples: Sequence[Example]) -
 
 def caps_for(method: Method, examples: Sequence[Example]) -> Sizes:
     """The smallest sizes of a batch that holds all examples."""
-    needs = [measure(method, example) for example in examples]
-    return Sizes(*(max(getattr(need, f.name) for need in needs) for f in dataclasses.fields(Sizes)))
+    return Sizes.of_all([measure(method, example) for example in examples])
 
 
 def repeat_recurrently(
@@ -312,7 +316,7 @@ def repeat_recurrently(
     roomy = jax.eval_shape(lambda: cache_for(model, method, examples))
     chunks = max(map(len, texts), default=0)
     slots = max(roomy.memory_capacity, method.memory_slots(max(chunks, 1), longest), 1)
-    # Sinks have places of their own, which `init_cache` adds again.
+    # Sinks have slots of their own, which `init_cache` adds again.
     raw = roomy.k.shape[2] - roomy.memory_capacity - method.sink
     found: list[list[np.ndarray]] = [[] for _ in examples]
     for first in range(0, len(examples), rows):

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_ccm.data.config import DataConfig, TurnsConfig
+from jax_ccm.data.config import DataConfig
 from jax_ccm.data.questions import Choice
 from jax_ccm.data.template import Template
 from jax_ccm.errors import UserError
@@ -80,9 +80,8 @@ class Asking:
         if not max_tokens:
             return None
         assert template is not None
-        written = isinstance(data, TurnsConfig) and data.chat_template
         # A chat template ends a turn by a token; without one a model goes on with the text that separates turns.
-        until = "" if written else data.pieces().get("separator", "").strip()
+        until = "" if data.writes_messages else data.fixed_texts().get("separator", "").strip()
         around = len(template.heads["user"]), len(template.answer)
         return cls(max_tokens, tuple(ends), until, len(tokenizer), tokenizer.decode, around)
 

@@ -12,12 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from jax_ccm.errors import UserError
-from jax_ccm.evals.recurrent import same_context, score_recurrently
+from jax_ccm.evals.recurrent import filled, losses_and_hits, same_context, score_recurrently
 from jax_ccm.memory.losses import scored_logits
 from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.nn.positions import warn_beyond
@@ -276,12 +274,11 @@ def _in_parallel(
     for number in range(len(chosen)):
         members = np.flatnonzero(shape_of == number)
         # Of the members alone: a long example elsewhere enlarges nothing here.
-        caps = Sizes(*(max(getattr(needs[i], f.name) for i in members) for f in dataclasses.fields(Sizes)))
+        caps = Sizes.of_all([needs[i] for i in members])
         for first in range(0, len(members), rows):
             those = members[first : first + rows]
             # Idle rows of the last batch repeat an example, so that the shape stays.
-            fill = np.concatenate([those, np.repeat(those[:1], rows - len(those))])
-            made = batch(method, [examples[i] for i in fill], caps, model.config.vocab_size)
+            made = batch(method, [examples[i] for i in filled(those.tolist(), rows)], caps, model.config.vocab_size)
             pending.append((those, made, _losses(model, made, method=method)))
             computed += rows * caps.tokens
             if len(pending) > 1:
@@ -312,7 +309,7 @@ def _losses(model: Transformer, made: Batch, *, method: Method):
     """Losses ``float32 [B, Q]`` and hits ``bool [B, Q]`` of the scored tokens."""
     hidden = parallel_forward(model, made, method=method)  # [B, T, D]
     logits = scored_logits(model, hidden, made)  # [B, Q, V]
-    return cross_entropy(logits, made.targets), jnp.argmax(logits, axis=-1) == made.targets
+    return losses_and_hits(logits, made.targets)
 
 
 def _collect(found: list[Scores | None], rows: np.ndarray, made: Batch, arrays) -> None:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from jax_ccm.data.questions import Evaluation
 from jax_ccm.errors import UserError
 from jax_ccm.evals import texts
 from jax_ccm.evals.perplexity import Measured, Stage, System
+from jax_ccm.evals.recurrent import filled, losses_and_hits
 from jax_ccm.evals.scoring import Scores, Store, once
 from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.memory.steps import compress, read
@@ -187,7 +187,7 @@ def score_streams(
     whole = [np.concatenate([example.start, concat(*example.segments).tokens]) for example in examples]
     begin = len(examples[0].start)
     # [B, begin + length]
-    text = np.stack([row[: begin + length] for row in [*whole, *[whole[0]] * (rows - len(whole))]])
+    text = np.stack([row[: begin + length] for row in filled(whole, rows)])
     cache = init_cache(
         model, method, rows, memory_capacity=max(budget.capacity, 1), raw_capacity=_raw(budget), overflow="evict"
     )
@@ -222,7 +222,7 @@ def score_streams(
 @functools.partial(jax.jit, static_argnames="method", donate_argnums=1)
 def _read(model, cache, chunk, targets, *, method):
     cache, logits = read(model, cache, chunk, method=method)  # [B, C, V]
-    return cache, cross_entropy(logits, targets), jnp.argmax(logits, axis=-1) == targets
+    return cache, *losses_and_hits(logits, targets)
 
 
 @functools.partial(jax.jit, static_argnames="method", donate_argnums=1)

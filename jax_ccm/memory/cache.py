@@ -39,7 +39,7 @@ def init_cache(
       model: the decoder that will read into it; its config alone serves where there are no weights, as in planning.
       method: the compression method.
       batch: B, number of sessions.
-      memory_capacity: most memory slots of a session; the sink has a place of its own.
+      memory_capacity: most memory slots of a session; the sink has a slot of its own.
       raw_capacity: most raw text tokens of a session: the open chunk, or all text that the method keeps.
       dtype: of keys and values; None for the model's own, or for float32, that of a `Transformer` made from the config.
       overflow: when memory is full, make the session invalid ("error"; `check` raises) or drop its oldest ("evict").
@@ -63,7 +63,7 @@ def init_cache(
             f"raw_capacity is {raw_capacity}; method {method.name!r} takes {method.chunk} tokens at a time, so give a "
             f"multiple of that, such as {-(-raw_capacity // method.chunk) * method.chunk}"
         )
-    # Sinks have places besides both capacities.
+    # Sinks have slots besides both capacities.
     size = memory_capacity + raw_capacity + int(method.sink)
     shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
     mixed = (*shape[:2], method.mixed_slots, *shape[3:])

@@ -22,7 +22,7 @@ def upgraded(path, header: dict[str, Any], shapes, arrays) -> tuple[dict[str, An
     sizes, vocabulary, capacity = shape("k", 5), shape("logits", 2), header.get("memory_capacity")
     slots = [f"slots.{name}" for name in SLOTS]
     if not sizes or not vocabulary or type(capacity) is not int or not 0 <= capacity <= sizes[2]:
-        raise UserError(f"{path} is damaged: it does not say how many sessions and places it holds")
+        raise UserError(f"{path} is damaged: it does not say how many sessions and slots it holds")
     layers, batch, size, heads, width = sizes
     rows = dict.fromkeys(slots, (batch, size)) | {"tokens": (batch,), "chunks": (batch,), "v": sizes}
     method = header.get("method")

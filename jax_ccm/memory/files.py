@@ -89,7 +89,7 @@ def save(
         "model": {name: x for name, x in dataclasses.asdict(config).items() if name != "max_position"},
         "sessions": len(cache.tokens),
         "memory_capacity": cache.memory_capacity,
-        # Sinks have places of their own, as `init_cache` makes them.
+        # Sinks have slots of their own, as `init_cache` makes them.
         "raw_capacity": cache.k.shape[2] - cache.memory_capacity - int(method.sink),
         "overflow": cache.overflow,
         "about": dict(about or {}),

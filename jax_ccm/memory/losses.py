@@ -247,8 +247,8 @@ def mean_loss(model: Transformer, hidden, batch: Batch, method: Method, objectiv
         total = method.repeat_weight * jnp.sum(plain * again) / jnp.maximum(jnp.sum(again), 1.0)
     count = weight = jnp.sum(text)
     if objective.dependence:
-        worth = dependence(model, batch, full)
-        text = text * (objective.dependence_floor + jnp.clip(worth, 0.0, objective.dependence))
+        gain = dependence(model, batch, full)
+        text = text * (objective.dependence_floor + jnp.clip(gain, 0.0, objective.dependence))
         weight = jnp.sum(text)
     # Not less than 1: rows for which context is worth hardly anything do not become large by it.
     return jnp.sum(losses * text) / jnp.maximum(weight, 1.0) + total, count

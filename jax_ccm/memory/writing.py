@@ -136,7 +136,7 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
     def join(a, b):
         return jnp.concatenate([a, b], axis=1)
 
-    # The places of the cache, and behind them what is written.
+    # The slots of the cache, and behind them what is written.
     both = Slots(*(join(a, b) for a, b in zip(fields(old), fields(slots), strict=True)))
     kept = reachable(method.rule, both, cache.chunks + 1, cache.tokens) & both.live
     is_new = jnp.arange(both.kind.shape[1]) >= size
@@ -265,12 +265,12 @@ def pooled(cache: MemoryCache, method: Method, closing):
     return mean(cache.k), mean(cache.v), entries
 
 
-def observed(cache: MemoryCache, received, faded, rows) -> MemoryCache:
+def observed(cache: MemoryCache, attention, faded, rows) -> MemoryCache:
     """The state after its entries have received attention ``float32 [L, B, S, K]`` in ``rows`` (``bool [B]``).
 
     Of what they received before a share ``faded``, ``float32 [B]``, is left.
     """
     before = cache.accumulated_attention
     assert before is not None
-    total = before * faded[None, :, None, None] + received
+    total = before * faded[None, :, None, None] + attention
     return dataclasses.replace(cache, accumulated_attention=jnp.where(rows[None, :, None, None], total, before))

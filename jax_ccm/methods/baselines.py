@@ -26,7 +26,7 @@ def window(size: int, sink: bool = False, streaming: bool = False, sinks: int = 
     Args:
       size: tokens that a token sees, itself included.
       sink: keep the first token of the session visible to all (StreamingLLM, Xiao et al. 2023).
-      streaming: positions are places in the cache, as in StreamingLLM; recurrent only.
+      streaming: positions are indices in the cache, as in StreamingLLM; recurrent only.
       sinks: how many first tokens a sink keeps (StreamingLLM's own choice is 4).
     """
     if size < 1:

@@ -1,7 +1,7 @@
 """Compressed Context Memory (Kim et al., ICLR 2024, arXiv 2312.03414), and gisting on the same tokens.
 
 A chunk is followed by n ``<COMP>`` tokens; their keys and values are what later text sees of it. With n = 1, chunks
-``a``, ``b`` and the tail ``c`` (own places left, memory right; ``M1`` is written by the first chunk)::
+``a``, ``b`` and the tail ``c`` (own tokens left, memory right; ``M1`` is written by the first chunk)::
 
     concat    a C b C c | M1 M2      independent  a C b C c | M1 M2      merge     a C b C c | M1 M2
     a         x . . . . | .  .       a            x . . . . | .  .       a         x . . . . | .  .
@@ -48,7 +48,7 @@ def concat(
       sink: keep the first token of the session visible to all.
       independent: chunks do not see earlier memory, only the tail does (the reference's mode for MetaICL and LaMP).
       conditional: the LoRA acts on compression tokens only; False is the paper's ablation (table 21).
-      streaming: keys are stored unrotated and take their place in the cache as position (section 4.3);
+      streaming: keys are stored unrotated and take their index in the cache as position (section 4.3);
         recurrent only.
       repeat: in training, each chunk must also be said again, token by token, from the memory just after it: LoMA's
         repetition loss; in no paper.
@@ -75,7 +75,7 @@ def concat(
     if recent < 0 or (recent and (streaming or independent)):
         raise UserError(
             f"recent is {recent}; it must be at least 0, and 0 with independent, whose chunks see no others, and with "
-            "streaming, whose text is compressed by its place in the cache"
+            "streaming, whose text is compressed by its index in the cache"
         )
     check_repetition(repeat, repeat_by, repeat_share, repeat_gated)
     clauses = [

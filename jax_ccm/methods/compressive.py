@@ -2,7 +2,7 @@
 
 Text sees its own segment and ``recent`` earlier ones as they are; older ones through their mean keys and values, one
 slot for every c tokens. Nothing is run to write them. With c = 2, ``recent`` = 1, chunks ``a b c``, ``d``, and the tail
-``e`` (own places left, memory right; both slots are of the first chunk, the second of its rest)::
+``e`` (own tokens left, memory right; both slots are of the first chunk, the second of its rest)::
 
           a b c d e | M1 M1     position
     a     x . . . . | .  .      0

@@ -2,7 +2,7 @@
 
 Nothing is run to close a chunk. Memory and the chunk's own text compete for as many slots as a trained method would
 have. What stays keeps the rotation of its position. These answer "why train at all?" at equal bytes. For the chunks
-``a b``, ``c d`` and the tail ``e``, one slot a chunk (own places left; memory right, after each chunk)::
+``a b``, ``c d`` and the tail ``e``, one slot a chunk (own tokens left; memory right, after each chunk)::
 
           a b c d e | M1 M2 M2
     a     x . . . . | .  .  .
@@ -43,7 +43,7 @@ class ByAttention:
 
 @dataclasses.dataclass(frozen=True)
 class ByNorm:
-    """Worth is a small norm of the key: such keys receive much attention (Devoto et al. 2024)."""
+    """The score is a small norm of the key: such keys receive much attention (Devoto et al. 2024)."""
 
     slots: int
     constant: bool
@@ -55,7 +55,8 @@ class ByNorm:
 
 @dataclasses.dataclass(frozen=True)
 class BySimilarity:
-    """Worth is being unlike the rest: the least cosine similarity to the mean direction (KeyDiff, Park et al. 2025)."""
+    """The score is the distance from the rest: the least cosine similarity to the mean direction is kept (KeyDiff, Park
+    et al. 2025)."""
 
     slots: int
     constant: bool
@@ -72,7 +73,7 @@ class BySimilarity:
 
 @dataclasses.dataclass(frozen=True)
 class ByChance:
-    """Worth is drawn once for each token, the same for all heads and layers: a uniform sample of all that was read."""
+    """The score is drawn once for each token, for all heads and layers alike: a uniform sample of all that was read."""
 
     slots: int
     constant: bool
@@ -109,7 +110,7 @@ def evict(
       discount: what each token read multiplies earlier attention by, from 0 (the last query decides, TOVA) to 1 (all
         queries count alike, H2O; the default); for score "attention" only.
       seed: of score "random".
-      streaming: positions are places in the cache, as in StreamingLLM, so that a session may be longer than the base's
+      streaming: positions are indices in the cache, as in StreamingLLM, so that a session may be longer than the base's
         positions; otherwise what stays keeps its own.
     """
     if slots < 1:

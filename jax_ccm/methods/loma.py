@@ -3,7 +3,7 @@
 The paper's code is not public; masks and positions it leaves open are decided here, each with an option. Text is cut
 into chunks of t c tokens. A chunk (reading zone) is followed by t memory tokens; in training also by a token for each
 of its text tokens (repetition zone) that must answer with that text token, from memory alone. With c = 2, t = 1,
-chunks ``a b`` and the tail ``c`` (own places left, memory right)::
+chunks ``a b`` and the tail ``c`` (own tokens left, memory right)::
 
           a b m r r c | M     position
     a     x . . . . . | .     0

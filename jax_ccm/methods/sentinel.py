@@ -2,7 +2,7 @@
 
 A span stands between ``<CL>`` (``[``) and ``<CR>`` (``]``); text outside spans is kept for good. Both tokens are run
 when the span closes: nothing but its own ``<CR>`` ever sees ``<CL>``. For ``a``, the span ``b c`` and the tail ``d``
-(own places left, memory right)::
+(own tokens left, memory right)::
 
           a b c [ ] d | M     position
     a     x . . . . . | .     0

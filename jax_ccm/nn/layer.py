@@ -85,7 +85,7 @@ class LayerInputs:
             return tuple(rope.angles(kind, positions) for kind in kinds)
 
         angles = turns(slots.position if by_index is None else by_index)
-        # Where positions are places in the cache, entries are rotated at each use, by where they stand in its array.
+        # Where positions are indices in the cache, entries are rotated at each use, by where they stand in its array.
         cached = by_index is not None and isinstance(memory, MemoryCache)
         past_angles = turns(jnp.arange(memory.k.shape[2])[None]) if cached else None
         memory_slots = memory.slots if memory is not None else None
@@ -128,7 +128,7 @@ class LayerInputs:
         rotated = rope.rotate(k, cos, sin)
         # [B, M, K, H]: older chunks, out of this layer's own keys (`Packed`) or from the cache.
         mk, mv = self._remembered(rotated, v, past, pick)
-        q, received = rope.rotate(q, cos, sin), None
+        q, attention = rope.rotate(q, cos, sin), None
 
         def operand(each):
             return None if each is None else each.astype(self.operands)
@@ -138,13 +138,13 @@ class LayerInputs:
             y = attended(operand(v), operand(mk), operand(mv))
         else:
             # Keys are bound: the cotangent is pulled back to the values alone.
-            y, received = accumulated_attention(
+            y, attention = accumulated_attention(
                 lambda v, mv: attended(v, operand(mk), mv), operand(v), operand(mv), self.observe
             )
         x = x + block.after_attention(block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), self.gate, keys[3]))
         out = constrain(x + block.feed_forward(x, self.gate, keys[4:]), "rows", "tokens")
-        # What a cache keeps: where positions are places in the cache, they change later, so that keys stay unrotated.
-        return out, (k if self.by_index else rotated, v), received
+        # What a cache keeps: where positions are indices in the cache, they change later, so that keys stay unrotated.
+        return out, (k if self.by_index else rotated, v), attention
 
     def _remembered(self, k, v, past, pick):
         """Keys and values of the memory, given or packed out of the tokens' own; None where there is none."""

@@ -15,7 +15,7 @@ def warn_beyond(config: ModelConfig, method: Method, *, tokens: int, slots: int 
 
     Args:
       config: the base model.
-      method: says what a position is: how many text tokens were read before, or the place in the cache.
+      method: says what a position is: how many text tokens were read before, or the index in the cache.
       tokens: text tokens of the longest session.
       slots: of a session in the cache, memory and raw text together.
     """
@@ -31,8 +31,8 @@ def warn_beyond(config: ModelConfig, method: Method, *, tokens: int, slots: int 
     else:
         what = f"a session of {tokens:,} tokens"
         advice = (
-            "set method.streaming: true (where the method has it), which counts places in the cache and not the tokens "
-            "read, or take a base of longer context"
+            "set method.streaming: true (where the method has it), which counts indices in the cache and not the "
+            "tokens read, or take a base of longer context"
         )
     warnings.warn(
         f"{what} goes beyond the {most:,} positions that the base model was trained for; what it says there may be "

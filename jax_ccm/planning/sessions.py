@@ -29,7 +29,7 @@ class Setting:
     Attributes:
       chunks: closed so far.
       chunk_tokens: of each.
-      raw: places for raw text that is not compressed yet: the input and the answer in hand.
+      raw: slots for raw text that is not compressed yet: the input and the answer in hand.
     """
 
     chunks: int
@@ -48,7 +48,7 @@ def systems(config: Config) -> dict[str, Method]:
 
 
 def room(method: Method, setting: Setting) -> tuple[int, int]:
-    """Memory slots and places for raw text of a session."""
+    """Memory slots and slots for raw text of a session."""
     baseline = baselines.Baseline(method.name, method, "")
     slots, raw = baseline.room(setting.chunks, setting.chunk_tokens)
     if method.chunk:
@@ -111,7 +111,7 @@ def most_sessions(
 
     return {
         "sessions": most,
-        # The sink has a place beside those of memory and text.
+        # The sink has a slot beside those of memory and text.
         "slots": slots + raw + int(method.sink),
         # Of all devices, everything that a session holds.
         "cache_bytes_per_session": one.nbytes // step,

@@ -39,7 +39,7 @@ class Options:
     chunk_tokens: int = 50
     """Tokens of a chunk."""
     raw: tuple[int, ...] = (32,)
-    """Raw tokens in flight: places of each session for text that is not compressed yet."""
+    """Raw tokens in flight: slots of each session for text that is not compressed yet."""
 
 
 @dataclasses.dataclass(frozen=True)

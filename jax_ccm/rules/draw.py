@@ -18,12 +18,12 @@ _LETTERS = 26
 def draw(method: Method, lengths: Sequence[int], kept: Sequence[int] = ()) -> str:
     """The visibility of a parallel forward, computed by the same code that training runs.
 
-    Rows are queries, columns keys: the places of the row itself, then ``|``, then the memory (``M`` and the number of
+    Rows are queries, columns keys: the tokens of the row itself, then ``|``, then the memory (``M`` and the number of
     the chunk that wrote it). Behind each row stands the position. Text is ``a b c ...``, compression tokens are
     ``C``, a span's opener ``[``, repetition tokens ``r``.
 
     Methods that have no parallel form are drawn as if they had one: who sees whom does not depend on what a selection
-    keeps, only how much it keeps; and places in the cache are no position of a token, so none are shown.
+    keeps, only how much it keeps; and indices in the cache are no position of a token, so none are shown.
 
     Args:
       method: the method.

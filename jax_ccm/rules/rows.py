@@ -46,7 +46,7 @@ def chunk(rows: Sequence[Sequence[int] | np.ndarray], size: int, vocab_size: int
 
     Args:
       rows: token ids for each session.
-      size: C, places of a row.
+      size: C, tokens of a row.
       vocab_size: V.
 
     Raises:
@@ -55,7 +55,7 @@ def chunk(rows: Sequence[Sequence[int] | np.ndarray], size: int, vocab_size: int
     tokens, valid = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), bool)
     for i, row in enumerate(rows):
         if len(row) > size:
-            raise UserError(f"row {i} has {len(row)} tokens, the chunk {size} places; raise size or split the row")
+            raise UserError(f"row {i} has {len(row)} tokens, and the chunk holds {size}; raise size or split the row")
         ids = np.asarray(row, np.int64)
         wrong = ids[(ids < 0) | (ids >= vocab_size)]
         if len(wrong):
@@ -71,6 +71,11 @@ class Sizes:
     tokens: int
     memory: int
     scored: int
+
+    @classmethod
+    def of_all(cls, needs: Sequence[Sizes]) -> Sizes:
+        """The smallest sizes that hold rows which need these."""
+        return cls(*(max(getattr(need, field.name) for need in needs) for field in dataclasses.fields(cls)))
 
 
 def measure(method: Method, example: Example) -> Sizes:
@@ -163,7 +168,7 @@ def require_parallel(method: Method) -> None:
     """Raises `UserError` for a method that runs only as a recurrence, saying why and what serves it."""
     if method.rope == "cache":
         raise UserError(
-            f"method {method.name!r} rotates keys by their place in the cache and so has no parallel form; what is "
+            f"method {method.name!r} rotates keys by their index in the cache and so has no parallel form; what is "
             "trained without (method.streaming: false, where a method has it) serves it"
         )
     if method.eviction is not None:

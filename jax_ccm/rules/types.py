@@ -31,7 +31,7 @@ INF = int(np.iinfo(np.int32).max)
 class Kind(enum.IntEnum):
     """What the token or cache entry in a slot is."""
 
-    PAD = 0  # nothing: seen by nobody, a free place in a cache
+    PAD = 0  # nothing: seen by nobody, a free slot of a cache
     TEXT = 1  # raw text of a context chunk
     QUERY = 2  # raw text of the tail: the input that is answered, and the answer
     COMP = 3  # a compression token while its group is being run
@@ -196,7 +196,7 @@ class Method:
             )
         if self.rope == "cache" and any(token.from_begin for token in self.closes):
             raise ValueError(
-                f"method {self.name!r}: places in the cache (rope='cache') have no chunk's begin to count from"
+                f"method {self.name!r}: indices in the cache (rope='cache') have no chunk's begin to count from"
             )
         if self.recent and (self.recent < 0 or not self.closes or self.rope == "cache" or self.context != "chunks"):
             raise ValueError(
@@ -261,7 +261,7 @@ class Method:
 
     @property
     def recurrent_only(self) -> bool:
-        """Whether there is no parallel form: places in the cache and selections follow from what was read before."""
+        """Whether there is no parallel form: indices in the cache and selections follow from what was read before."""
         return self.rope == "cache" or self.eviction is not None
 
     @property

@@ -19,7 +19,7 @@ def visible(rule: Rule, q: Slots, k: Slots) -> Array:
     """Which keys each query sees.
 
     Compare-and-or only, so that the same function serves numpy on the host, `jax.numpy`, and blocks inside a kernel.
-    For CCM-concat with n = 1, chunks ``a``, ``b`` and tail ``c``, own places left, memory right::
+    For CCM-concat with n = 1, chunks ``a``, ``b`` and tail ``c``, own tokens left, memory right::
 
               a C b C c | M M
         a     x . . . . | . .

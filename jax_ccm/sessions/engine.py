@@ -194,7 +194,7 @@ class Engine:
             + len(template.tails["user"])
             + max(len(template.start), len(template.separator))
         )
-        # A chunk is read whole before it is closed, so that it has to fit the places for raw text with all around it.
+        # A chunk is read whole before it is closed, so that it has to fit the slots for raw text with all around it.
         room = self.experiment.config.cache.raw_capacity - around
         size = max(min(self.data.max_turn_tokens, room), 1)
         chunks = []
@@ -272,7 +272,7 @@ class Engine:
         config, method = self.experiment.config.cache, self.experiment.method
         if method.chunk or self.closing:
             return None
-        # `raw_capacity` counts no sink: that has a place of its own, which the first tokens take.
+        # `raw_capacity` counts no sink: that has a slot of its own, which the first tokens take.
         return config.raw_capacity + int(method.sink) - tokens - self._tail
 
     @property

@@ -121,7 +121,7 @@ class Scratch:
         # Padded to one of few sizes: each size is a program of its own.
         size = next(size for size in PIECES if size >= len(piece))
         if experiment.method.chunk is None and closing is None:
-            # `read` refuses a chunk, padding and all, beyond the places of raw text. Text that is closed on the way is
+            # `read` refuses a chunk, padding and all, beyond the slots of raw text. Text that is closed on the way is
             # cut inside the program, and may be longer.
             size = min(size, raw_capacity(self.cache))
         chunk = rows.chunk([piece.tolist()], size, experiment.model_config.vocab_size)

@@ -47,7 +47,7 @@ RULES = [cases.METHODS[name].rule for name in ("merge_n2_repeat", "loma", "senti
 @given(st.lists(SLOT, min_size=7, max_size=7), st.lists(SLOT, min_size=7, max_size=7), st.sampled_from(RULES))
 @settings(max_examples=40, deadline=None)
 def test_nothing_visible_is_left_out(q, k, rule):
-    """Slots in no order at all: every visible pair of places lies in a pair of blocks that is found."""
+    """Slots in no order at all: every visible pair of query and key lies in a pair of blocks that is found."""
     q, k = (Slots(*np.asarray(x, np.int32).T[:, None]) for x in (q, k))
     found = np.asarray(blocks.visible_blocks(rule, q, k, 3, 2))
     assert (found >= exact(rule, q, k, 3, 2)).all()

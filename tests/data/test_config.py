@@ -38,12 +38,12 @@ def test_a_class_is_of_one_format():
 
 
 def test_fixed_texts():
-    assert DialogueConfig().pieces()["separator"] == DialogueConfig().pieces()["answer"] == "\nA:"
-    assert DialogueConfig(separator="\nB:").pieces()["answer"] == "\nB:"
-    assert OnlineConfig(separator="\nQ:", answer="\nA:").pieces()["answer"] == "\nA:"
-    assert FewShotConfig().pieces()["answer"] == " Output:"
-    assert DialogueConfig(bos=False).pieces()["bos"] is False
-    assert TextConfig().pieces() == {"bos": True}
+    assert DialogueConfig().fixed_texts()["separator"] == DialogueConfig().fixed_texts()["answer"] == "\nA:"
+    assert DialogueConfig(separator="\nB:").fixed_texts()["answer"] == "\nB:"
+    assert OnlineConfig(separator="\nQ:", answer="\nA:").fixed_texts()["answer"] == "\nA:"
+    assert FewShotConfig().fixed_texts()["answer"] == " Output:"
+    assert DialogueConfig(bos=False).fixed_texts()["bos"] is False
+    assert TextConfig().fixed_texts() == {"bos": True}
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_positions_beyond_the_trained_ones_are_warned_of_once(monkeypatch):
     with pytest.warns(UserWarning, match=f"a session of {most + 8} tokens goes beyond the 18 positions"):
         generate(model, cache, method=METHOD, max_tokens=8)
     generate(model, cache, method=METHOD, max_tokens=8)
-    # Where positions are places in the cache, its size is what counts.
+    # Where positions are indices in the cache, its size is what counts.
     streaming = build("ccm_concat", comp_tokens=2, streaming=True)
     positions.warn_beyond(model.config, streaming, tokens=1000, slots=18)
     monkeypatch.setattr(positions, "_told", set())

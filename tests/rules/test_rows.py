@@ -238,7 +238,7 @@ def test_chunk():
     made = rows.chunk([[5, 6], [], [7]], 3, V)
     assert made.tokens.tolist() == [[5, 6, 0], [0, 0, 0], [7, 0, 0]]
     assert made.valid.tolist() == [[True, True, False], [False] * 3, [True, False, False]]
-    with pytest.raises(UserError, match="row 1 has 4 tokens, the chunk 3 places"):
+    with pytest.raises(UserError, match="row 1 has 4 tokens, and the chunk holds 3"):
         rows.chunk([[1], [1, 2, 3, 4]], 3, V)
     for token in (V, -1):
         with pytest.raises(UserError, match=f"row 0: token id {token} is outside the vocabulary"):
