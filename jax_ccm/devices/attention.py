@@ -16,7 +16,7 @@ from jax_ccm.devices.record import Rows, Unavailable, is_out_of_memory
 from jax_ccm.devices.settings import Size
 from jax_ccm.methods import build
 from jax_ccm.planning import ahead
-from jax_ccm.planning.ahead import Heads
+from jax_ccm.planning.kernel_costs import Heads
 from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.types import Method
 from jax_ccm.rules.visibility import visible

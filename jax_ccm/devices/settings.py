@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from jax_ccm.nn import ModelConfig
-from jax_ccm.planning.ahead import SMOLLM2_135M, Heads
+from jax_ccm.planning.ahead import SMOLLM2_135M
+from jax_ccm.planning.kernel_costs import Heads
 from jax_ccm.records.paths import Folder
 
 Part = Literal["numbers", "attention", "training", "turns", "throughput", "report"]

@@ -29,6 +29,7 @@ from jax_ccm.nn.blocks import Attention
 from jax_ccm.nn.layer import pack
 from jax_ccm.numerics import NAMED
 from jax_ccm.planning import chips, gpus, programs
+from jax_ccm.planning.kernel_costs import Heads
 from jax_ccm.records import output
 from jax_ccm.records.parsing import read_json
 from jax_ccm.rules.batch import Packed
@@ -57,15 +58,6 @@ PROGRAMS = {
     "decode": "decoding, 64 sessions with caches of 1,024",
     "training step": "training step, 8 rows of {:,}",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Heads:
-    """N, K and H."""
-
-    heads: int = 32
-    kv_heads: int = 8
-    size: int = 128
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,16 +47,17 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """Heads of a call: N, K, H, and bytes of a number."""
+class Heads:
+    """N, K and H."""
 
-    heads: int
-    kv_heads: int
-    size: int
-    itemsize: int
+    heads: int = 32
+    kv_heads: int = 8
+    size: int = 128
 
 
-def count(rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, sizes: Sizes) -> dict[str, Cost]:
+def count(
+    rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Heads, sizes: Sizes, itemsize: int = 2
+) -> dict[str, Cost]:
     """What the TPU kernels do on these slots: ``{"forward", "queries", "keys"}``, the last two the backward pass.
 
     Args:
@@ -65,13 +66,14 @@ def count(rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, 
       key_slots: `Slots` of ``[B, S]`` of each source.
       shape: of the heads.
       sizes: of the blocks.
+      itemsize: bytes of a number.
     """
     pairs, transposed = _lists(rule, q_slots, tuple(key_slots), sizes)
     heads, group = shape.heads, shape.heads // shape.kv_heads
     # A step of the grid has some of the heads; each part walks the whole list of pairs.
     parts = heads // (sizes.kv_heads * sizes.group)
-    wide = sizes.kv_heads * sizes.group * shape.size * shape.itemsize
-    narrow = sizes.kv_heads * shape.size * shape.itemsize
+    wide = sizes.kv_heads * sizes.group * shape.size * itemsize
+    narrow = sizes.kv_heads * shape.size * itemsize
     # float32: one logsumexp, or one sum for the gradients, of each query and head.
     statistic = 4 * sizes.kv_heads * sizes.group
     cells, runs, loads = _walk(pairs, sizes)
@@ -103,7 +105,12 @@ def count(rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, 
 
 
 def count_on_gpu(
-    rule: Rule, q_slots: Slots, key_slots: Sequence[Slots], shape: Shape, sizes: tuple[int, tuple[int, ...]]
+    rule: Rule,
+    q_slots: Slots,
+    key_slots: Sequence[Slots],
+    shape: Heads,
+    sizes: tuple[int, tuple[int, ...]],
+    itemsize: int = 2,
 ) -> dict[str, Cost]:
     """What the GPU kernels do, as `count`; ``sizes`` are those of `gpu.choose`.
 
@@ -114,7 +121,7 @@ def count_on_gpu(
     seen = blocks.seen_blocks(rule, q_slots, key_slots, q, k)
     pairs = [int(jnp.sum(x)) for x in seen]
     cells = sum(n * q * size for n, size in zip(pairs, k, strict=True))
-    head, entry = shape.size * shape.itemsize, 4
+    head, entry = shape.size * itemsize, 4
     rows = seen[0].shape[0] * seen[0].shape[1]
     # Keys, values and slots of what is seen, and where it stands; the number of each source's blocks.
     walked = sum(n * (size * (2 * head + 16) + entry) for n, size in zip(pairs, k, strict=True)) + rows * len(k) * entry

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jax_ccm.errors import UserError
@@ -216,15 +218,7 @@ def batch(
     # Rows are made with padding on the right, and rolled where it is wanted on the left.
     if pad == "left":
         made = [_shift(row, sizes.tokens) for row in made]
-    stacked = {name: np.stack([row[name] for row in made]) for name in made[0]}
-    memory = None
-    if method.remembers and sizes.memory:
-        slots = Slots(*(stacked[f"memory_{name}"] for name in ("kind", "segment", "index", "position")))
-        memory = Packed(stacked["source"], slots, stacked.get("mix"), stacked.get("share"))
-    slots = Slots(*(stacked[name] for name in ("kind", "segment", "index", "position")))
-    return Batch(
-        stacked["tokens"], slots, memory, *(stacked[name] for name in ("indices", "targets", "weights", "steps"))
-    )
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *made)
 
 
 def _smallest(allowed: Sequence[Sizes], needs: Sequence[Sizes]) -> Sizes:
@@ -233,8 +227,8 @@ def _smallest(allowed: Sequence[Sizes], needs: Sequence[Sizes]) -> Sizes:
     return next((sizes for sizes in allowed if sizes.tokens >= tokens and sizes.scored >= scored), allowed[-1])
 
 
-def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, name: str) -> dict[str, np.ndarray]:
-    """The arrays of one row, padded on the right."""
+def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, name: str) -> Batch:
+    """One row, padded on the right: the arrays of a `Batch` without their first dimension."""
     where = f"example {name!r}" if name else "an example"
     begins = np.cumsum([0, *(len(segment.tokens) for segment in segments)])
     counts, parts = method.num_closing(_compressed(method, segments)), []
@@ -247,20 +241,32 @@ def _row(method: Method, segments: Sequence[Segment], sizes: Sizes, vocab: int, 
             _check_span(method, kept, f"{where}: segment {number}")
         closing = method.closes[: counts[number]] if closes else None
         parts.append(_segment(method, piece, kept, tail, number, int(begins[number]), closing, vocab))
-    row = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
-    # Order in the row: compression tokens count, unlike for positions.
-    row["index"] = np.arange(len(row["tokens"]))
+    text = _Text(*map(np.concatenate, zip(*parts, strict=True)))
     # The first tokens are sinks for all that follow, whatever they were laid out as.
-    row["kind"][np.flatnonzero(np.isin(row["kind"], (*TEXT, Kind.SINK)))[: method.sink]] = Kind.SINK
-    scored, answers = row.pop("scored"), row.pop("answers")
-    row |= _targets(row, scored, answers)
-    row |= _memory(method, row, len(segments), sizes.memory)
-    needs = Sizes(len(row["tokens"]), len(row["memory_kind"]), len(row["indices"]))
+    text.kind[np.flatnonzero(np.isin(text.kind, (*TEXT, Kind.SINK)))[: method.sink]] = Kind.SINK
+    # Order in the row: compression tokens count, unlike for positions.
+    slots = Slots(text.kind, text.segment, np.arange(len(text.tokens)), text.position)
+    indices, targets, steps = _targets(text, slots)
+    memory = _memory(method, slots, len(segments))
+    needs = Sizes(len(text.tokens), len(memory.slots.kind), len(indices))
     for field in dataclasses.fields(Sizes):
         need, cap = getattr(needs, field.name), getattr(sizes, field.name)
         if need > cap:
             raise UserError(f"{where} needs {field.name}={need}, the batch has {cap}; raise the cap or filter the data")
-    return _padded(row, sizes, method.pool or 1)
+
+    def scored(x, dtype: type = np.int32):
+        return _pad(x, sizes.scored, dtype)
+
+    return Batch(
+        _pad(text.tokens, sizes.tokens), slots.map(lambda x: _pad(x, sizes.tokens)),
+        _padded(method, memory, sizes.memory) if method.remembers and sizes.memory else None,
+        scored(indices), scored(targets), scored(np.ones(len(indices)), np.float32), scored(steps),
+    )  # fmt: skip
+
+
+def _pad(x: np.ndarray, size: int, dtype: type = np.int32) -> np.ndarray:
+    """The array with zeros behind it."""
+    return np.concatenate([x, np.zeros(size - len(x), x.dtype)]).astype(dtype)  # np.pad is ten times slower
 
 
 def _check_segment(method: Method, piece: Segment, vocab: int, first: bool, tail: bool, where: str) -> None:
@@ -294,6 +300,23 @@ def _check_span(method: Method, kept: np.ndarray, where: str) -> None:
         raise UserError(f"{where} keeps all of its text; join it to the next, which has a span")
 
 
+class _Text(NamedTuple):
+    """A row or a segment of it, ``int64`` arrays of one length.
+
+    Attributes:
+      tokens, kind, segment, position: as those of a `Batch` and its `Slots`.
+      scored: bool, text that is a target.
+      answers: the token that a repeating one is to be answered with, elsewhere -1.
+    """
+
+    tokens: np.ndarray
+    kind: np.ndarray
+    segment: np.ndarray
+    position: np.ndarray
+    scored: np.ndarray
+    answers: np.ndarray
+
+
 def _segment(
     method: Method,
     piece: Segment,
@@ -303,7 +326,7 @@ def _segment(
     begin: int,
     closing: Sequence[Token] | None,
     vocab: int,
-) -> dict[str, np.ndarray]:
+) -> _Text:
     """A segment's part of the row: its text, the tokens that close it, and, in training, what repeats it.
 
     Args:
@@ -315,10 +338,6 @@ def _segment(
       begin: position of its first token.
       closing: the tokens that close it; None if it stays open in this row.
       vocab: V.
-
-    Returns:
-      Arrays of one length: tokens, kind, segment, position; ``scored``, text that is a target; ``answers``, the token
-      that a repeating place is to be answered with, elsewhere -1.
     """
     count, fed = len(piece.tokens), piece.tokens[:0]
     if closing is not None:
@@ -330,18 +349,21 @@ def _segment(
     # Compression tokens take positions relative to the text that follows or to the begin of the span, and are not
     # counted: the next segment begins where the text ends (CCM, "skip" positions of its code; Sentinel; LoMA).
     place = [(span if token.from_begin else begin + count) + token.offset for token in closing]
-    again = len(fed)
+    again, whole = len(fed), count + len(closing) + len(fed)
     text = np.where(kept, method.kept_kind or Kind.QUERY, Kind.QUERY if tail else Kind.TEXT)
-    parts = {
-        "tokens": (piece.tokens, [vocab + token.embedding_index for token in closing], fed),
-        "kind": (text, [t.kind for t in closing], np.full(again, Kind.REPEAT)),
-        "segment": (np.full(count + len(closing) + again, number),),
+
+    def row(*arrays):
+        return np.concatenate(arrays).astype(np.int64)
+
+    return _Text(
+        row(piece.tokens, [vocab + token.embedding_index for token in closing], fed),
+        row(text, [token.kind for token in closing], np.full(again, Kind.REPEAT)),
+        np.full(whole, number),
         # A repeated token has the position of the token that it repeats (LoMA).
-        "position": (begin + np.arange(count), np.maximum(place, 0), begin + np.arange(again)),
-        "answers": (np.full(count + len(closing), -1), piece.tokens[:again]),
-    }
-    found = {field: np.concatenate(arrays).astype(np.int64) for field, arrays in parts.items()}
-    return found | {"scored": np.concatenate([piece.scored, np.zeros(len(closing) + again, bool)])}
+        row(begin + np.arange(count), np.maximum(place, 0), begin + np.arange(again)),
+        np.concatenate([piece.scored, np.zeros(whole - count, bool)]),
+        row(np.full(whole - again, -1), piece.tokens[:again]),
+    )
 
 
 def _repeating(method: Method, text: np.ndarray, vocab: int) -> np.ndarray:
@@ -352,70 +374,69 @@ def _repeating(method: Method, text: np.ndarray, vocab: int) -> np.ndarray:
     return prompt if method.repeat_by == "placeholders" else np.append(prompt[:1], text[:-1])
 
 
-def _targets(row: dict[str, np.ndarray], scored: np.ndarray, answers: np.ndarray) -> dict[str, np.ndarray]:
-    """The scored tokens and where each is predicted: text behind the text before it, a repeated token in its place."""
+def _targets(row: _Text, slots: Slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each scored token is predicted, these tokens, and the chunks before them.
+
+    Text is predicted behind the text before it, a repeated token in its place.
+    """
     # The first token of a session has no text before it.
-    scored = np.flatnonzero(scored)
+    scored = np.flatnonzero(row.scored)
     scored = scored[scored > 0]
-    text = np.isin(row["kind"], (*TEXT, Kind.SINK))
-    # For each place the last text at or before it: a token behind a chunk is predicted by that chunk's last text token,
+    text = np.isin(slots.kind, (*TEXT, Kind.SINK))
+    # For each token the last text at or before it: a token behind a chunk is predicted by that chunk's last text token,
     # and not by a compression token.
-    before = np.maximum.accumulate(np.where(text, row["index"], -1))
-    again = np.flatnonzero(answers >= 0)
-    return {
-        "indices": np.concatenate([before[scored - 1], again]),
-        "targets": np.concatenate([row["tokens"][scored], answers[again]]),
-        "steps": row["segment"][np.concatenate([scored, again])],
-        "weights": np.ones(len(scored) + len(again)),
-    }
+    before = np.maximum.accumulate(np.where(text, slots.index, -1))
+    again = np.flatnonzero(row.answers >= 0)
+    return (
+        np.concatenate([before[scored - 1], again]),
+        np.concatenate([row.tokens[scored], row.answers[again]]),
+        slots.segment[np.concatenate([scored, again])],
+    )
 
 
-def _memory(method: Method, row: dict[str, np.ndarray], segments: int, size: int) -> dict[str, np.ndarray]:
-    """Which places write memory, and its slots; for mixtures and pools also their shares."""
-    found = {}
+def _memory(method: Method, slots: Slots, segments: int) -> Packed:
+    """Which tokens of a row write memory, and its slots, as many as there are; without the matrix of a mixture."""
+    share = None
     if method.pool is not None:
-        context = np.isin(row["kind"], TEXT) & (row["segment"] < segments - 1)
-        found["source"], found["share"], last = shares.pools(np.flatnonzero(context), row["segment"], method.pool)
+        context = np.isin(slots.kind, TEXT) & (slots.segment < segments - 1)
+        source, share, last = shares.pools(np.flatnonzero(context), slots.segment, method.pool)
     else:
-        found["source"] = last = np.flatnonzero(np.isin(row["kind"], method.writes))
-    found |= {f"memory_{field}": row[field][last] for field in ("segment", "index", "position")}
-    found["memory_kind"] = np.full(len(last), Kind.MEMORY)
+        source = last = np.flatnonzero(np.isin(slots.kind, method.writes))
+    index = slots.index[last]
     if method.mix is not None:
-        count = method.slots_per_chunk
-        # Weights are for the whole batch's size, with rows of zeros for slots that this row does not have.
-        found["mix"] = shares.mix_matrix(method, len(last), size)
         # State t of the mixture exists once the last of its chunk's tokens has been run.
-        found["memory_index"] = found["memory_index"].reshape(-1, count).max(1, initial=0).repeat(count)
-    return found
+        count = method.slots_per_chunk
+        index = index.reshape(-1, count).max(1, initial=0).repeat(count)
+    kind = np.full(len(last), int(Kind.MEMORY))
+    return Packed(source, Slots(kind, slots.segment[last], index, slots.position[last]), None, share)
 
 
-def _padded(row: dict[str, np.ndarray], sizes: Sizes, pool: int) -> dict[str, np.ndarray]:
-    """The arrays of a row, padded to the sizes of the batch."""
-    caps: dict[str, int] = dict.fromkeys(("tokens", "kind", "segment", "position", "index"), sizes.tokens)
-    caps |= dict.fromkeys(("indices", "targets", "steps", "weights"), sizes.scored)
-    caps |= dict.fromkeys(("source", "share"), sizes.memory * pool)
-
-    def pad(x, size):
-        return np.concatenate([x, np.zeros(size - len(x), x.dtype)])  # np.pad is ten times slower
-
-    floats = ("weights", "share")
-    return {
-        # `mix` has its size already, [M, M].
-        name: x if name == "mix" else pad(x, caps.get(name, sizes.memory)).astype("f4" if name in floats else "i4")
-        for name, x in row.items()
-    }
+def _padded(method: Method, memory: Packed, size: int) -> Packed:
+    """The memory of a row in the size of the batch."""
+    sources = size * (method.pool or 1)
+    # Weights are for the whole batch's size, with rows of zeros for slots that this row does not have.
+    mix = None if method.mix is None else shares.mix_matrix(method, len(memory.source), size)
+    share = None if memory.share is None else _pad(memory.share, sources, np.float32)
+    return Packed(_pad(memory.source, sources), memory.slots.map(lambda x: _pad(x, size)), mix, share)
 
 
-def _shift(row: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+def _shift(row: Batch, size: int) -> Batch:
     """The row with its padding on the left."""
     # Only indices into the row move; the memory, and what is scored, stay padded on the right.
-    empty = size - int((row["kind"] != Kind.PAD).sum())
-    row = dict(row)
-    for name in ("tokens", "kind", "segment", "index", "position"):
-        row[name] = np.roll(row[name], empty)
-    slots = row["memory_kind"] == Kind.MEMORY
-    # One for each source: a pooled slot has several.
-    slots = np.repeat(slots, len(row["source"]) // max(len(slots), 1))
-    for name, used in (("indices", row["weights"] > 0), ("source", slots)):
-        row[name] = np.where(used, row[name] + empty, 0).astype(np.int32)
-    return row
+    empty = size - int(row.slots.live.sum())
+
+    def moved(indices, used):
+        return np.where(used, indices + empty, 0).astype(np.int32)
+
+    memory = row.memory
+    if memory is not None:
+        # One for each source: a pooled slot has several.
+        used = np.repeat(memory.slots.live, len(memory.source) // len(memory.slots.kind))
+        memory = dataclasses.replace(memory, source=moved(memory.source, used))
+    return dataclasses.replace(
+        row,
+        tokens=np.roll(row.tokens, empty),
+        slots=row.slots.map(lambda x: np.roll(x, empty)),
+        memory=memory,
+        indices=moved(row.indices, row.weights > 0),
+    )

@@ -19,7 +19,7 @@ from tests import cases
 from tests.attention.support import draw, made_for
 
 CONCAT = build("ccm_concat", comp_tokens=8)
-LLAMA = kernel_costs.Shape(heads=32, kv_heads=8, size=128, itemsize=2)
+LLAMA = kernel_costs.Heads(heads=32, kv_heads=8, size=128)
 
 
 def chunked(chunks: int, tail: int):
@@ -86,11 +86,11 @@ def test_kernel_visits_what_is_counted(module, name, kernel, monkeypatch):
         sizes=sizes if kernel is tpu.attend else (sizes.q, sizes.k),
         interpret=True,
     )
-    shape = kernel_costs.Shape(4, 2, 8, 4)
+    shape = kernel_costs.Heads(4, 2, 8)
     if kernel is tpu.attend:
-        expected = kernel_costs.count(method.rule, made.slots, keys, shape, sizes)
+        expected = kernel_costs.count(method.rule, made.slots, keys, shape, sizes, itemsize=4)
     else:
-        expected = kernel_costs.count_on_gpu(method.rule, made.slots, keys, shape, (sizes.q, sizes.k))
+        expected = kernel_costs.count_on_gpu(method.rule, made.slots, keys, shape, (sizes.q, sizes.k), itemsize=4)
     area = list(_by_source(made, method, sizes))
     pairs = sum(cells // (sizes.q * k) for cells, k in zip(area, sizes.k, strict=True))
     out, pull = jax.vjp(jax.jit(attend), q, *sources)
@@ -113,7 +113,7 @@ def test_bytes_on_a_gpu():
     """Two blocks of queries of which the second sees two blocks of keys, counted by hand; two heads share a key."""
     place, zero = np.arange(32)[None], np.zeros((1, 32), np.int64)
     slots = Slots(zero + Kind.TEXT, zero, place, place)
-    found = kernel_costs.count_on_gpu(CONCAT.rule, slots, (slots,), kernel_costs.Shape(2, 1, 64, 2), (16, (16,)))
+    found = kernel_costs.count_on_gpu(CONCAT.rule, slots, (slots,), kernel_costs.Heads(2, 1, 64), (16, (16,)))
     head, codes, entry = 64 * 2, 16, 4
     walked = 3 * (16 * (2 * head + codes) + entry) + 2 * entry
     assert found["forward"].bytes == 2 * (32 * (2 * head + 4 + codes) + walked)

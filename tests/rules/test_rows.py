@@ -214,6 +214,16 @@ def test_caps(sizes, message):
         batch(build("ccm_concat", comp_tokens=2), [example([10, 11], [12], [13, 14])], sizes, V)
 
 
+@pytest.mark.parametrize(("name", "need"), [("ccm_merge", 4), ("ccm_ema", 4), ("compressive", 3)])
+def test_caps_of_memory_that_is_weighed(name, need):
+    """What has weights for the size of the batch is refused alike."""
+    options = {"ratio": 1, "recent": 0} if name == "compressive" else {"comp_tokens": 2}
+    method, session = build(name, **options), example([10, 11], [12], [13, 14])
+    assert batch(method, [session], Sizes(9, need, 4), V).memory.slots.live.sum() == need
+    with pytest.raises(UserError, match=f"needs memory={need}, the batch has {need - 1}; raise the cap"):
+        batch(method, [session], Sizes(9, need - 1, 4), V)
+
+
 def test_bad_input():
     sizes = Sizes(20, 4, 10)
     method = build("ccm_concat")
