@@ -1,6 +1,7 @@
 """The converter: through all formats and back."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,13 @@ def test_mistakes(tmp_path, arguments, message):
 def test_onto_itself_is_refused():
     with pytest.raises(UserError, match="source and target are both"):
         convert.main([str(GOLDEN / "merge_n2"), str(GOLDEN / "concat_n2" / ".." / "merge_n2"), *MERGE])
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    """File names are bytes: the card says those that are no character as escapes."""
+    target = tmp_path / os.fsdecode(b"caf\xe9")
+    convert.main([str(GOLDEN / "merge_n2"), str(target), *MERGE])
+    assert "# caf\\udce9" in (target / "README.md").read_text(encoding="utf-8") and format_of(target) == "own"
 
 
 def test_exit_codes(tmp_path):

@@ -176,6 +176,7 @@ def _modules(package: str) -> set[str]:
 # What a file or folder of the user's, or the disk below it, may have against being written.
 UNUSABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
 }  # fmt: skip
 
 

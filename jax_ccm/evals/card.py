@@ -68,7 +68,9 @@ def model_card(
         "A memory holds less than the text that it was made of: names and numbers may be lost or mixed up. The adapter "
         "serves the weights of its base alone, and what holds for that model holds here.",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    # The name of a folder need not be UTF-8, and a card is.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _base_model(recipe: Mapping[str, Any], said: CardConfig) -> str:
@@ -99,7 +101,7 @@ def _details(adapter: Lora, recipe: Mapping[str, Any], said: CardConfig) -> str:
         f"LoRA of rank {shape.rank}, alpha {shape.alpha:g}, on {', '.join(shape.targets)}" if shape.rank else "no LoRA"
     )
     numbers = sum(x.size for x in adapter.arrays.values())
-    of = f"`{base['name']}` (fingerprint {base['fingerprint']})" if base else "not recorded"
+    of = f"`{base.get('name', '?')}` (fingerprint {base.get('fingerprint', '?')})" if base else "not recorded"
     lines = {
         "Base model": f"{of}; on the hub {_base_model(recipe, said)}" if _base_model(recipe, said) else of,
         "Method": label(adapter.method) if adapter.method else "not recorded",

@@ -9,7 +9,7 @@ import numpy as np
 
 from jax_ccm.errors import UserError
 from jax_ccm.memory.held import SIZES, SLOTS, mixed_slots
-from jax_ccm.rules import describe
+from jax_ccm.methods.stored import described
 from jax_ccm.rules.types import Kind
 
 
@@ -29,12 +29,7 @@ def upgraded(path, header: dict[str, Any], shapes, arrays) -> tuple[dict[str, An
     for name, wanted in rows.items():
         if shapes.get(name, (None,))[0] != wanted:
             raise UserError(f"{path} is damaged: {name!r} is not of the sizes of the rest")
-    if not isinstance(method, dict) or not isinstance(method.get("closes"), list):
-        raise UserError(f"{path} is damaged: it does not say which method wrote it")
-    try:
-        method = describe.upgraded(method, str(path))
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is damaged: it does not say which method wrote it") from None
+    method = described(method, str(path))
     old = arrays()
     live = old["slots.kind"] != Kind.PAD
     # Live slots stand in front; one behind a free place was not written by this library.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -205,8 +206,11 @@ class AdapterConfig:
         for target in self.targets:
             if target not in PROJECTIONS:
                 raise ValueError(f"adapter target {target!r} is not one of {', '.join(PROJECTIONS)}")
-        if self.rank < 0 or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"adapter rank {self.rank} must be >= 0 and dropout {self.dropout} in [0, 1)")
+        if self.rank < 0 or self.tokens < 0 or not 0.0 <= self.dropout < 1.0 or not math.isfinite(self.alpha):
+            raise ValueError(
+                f"adapter rank {self.rank} and tokens {self.tokens} must be >= 0, dropout {self.dropout} in [0, 1), "
+                f"and alpha {self.alpha} a number"
+            )
 
     @property
     def scale(self) -> float:

@@ -42,7 +42,9 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, as a whole or not at all; what JSON has no type for is written as text."""
-    paths.write(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    # Half a character, such as of a path that is no UTF-8, becomes \\udcXX, which JSON reads back as what it was.
+    paths.write(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:

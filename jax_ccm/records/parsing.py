@@ -100,6 +100,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def fits(value: Any, form: Any) -> bool:
+    """Whether a JSON value has a form: what it holds may then be taken for what it should be.
+
+    Args:
+      value: JSON values.
+      form: a type (a bool is no number); a tuple of forms of which one is enough, None among them; a list of one form,
+        for lists of such values; a dict of forms, for objects with these names, whatever others they have; or a
+        function of the value.
+    """
+    if isinstance(form, tuple):
+        return any(fits(value, each) for each in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(each, form[0]) for each in value)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(name in value and fits(value[name], own) for name, own in form.items())
+    if isinstance(form, type):
+        return isinstance(value, form) and (form is bool or not isinstance(value, bool))
+    return value is None if form is None else bool(form(value))
+
+
 def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) <= _DIGITS else float(digits)
 

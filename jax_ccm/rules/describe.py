@@ -63,7 +63,8 @@ def upgraded(stored: dict[str, Any], where: str) -> dict[str, Any]:
             else token
         )
 
-    return found | {"closes": [new_token(token) for token in found["closes"]], "repeat": new_token(found["repeat"])}
+    renamed = {"closes": [new_token(token) for token in found["closes"]]}
+    return found | renamed | ({"repeat": new_token(found["repeat"])} if "repeat" in found else {})
 
 
 def completed(stored: dict[str, Any]) -> dict[str, Any]:

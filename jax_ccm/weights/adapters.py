@@ -29,14 +29,14 @@ from jax_ccm.distributed import processes
 from jax_ccm.errors import UserError, unknown
 from jax_ccm.nn import AdapterConfig, Transformer, abstract_transformer
 from jax_ccm.records import paths
-from jax_ccm.records.parsing import read_json
-from jax_ccm.rules.describe import describe_method, label, upgraded
+from jax_ccm.records.parsing import fits, read_json
+from jax_ccm.rules.describe import describe_method, label
 from jax_ccm.rules.types import Method
 from jax_ccm.weights import peft, reference
 from jax_ccm.weights.folders import read_tensors, safetensors_bytes, write_folder
 from jax_ccm.weights.hf import parameters
 from jax_ccm.weights.identity import check_base, check_method, describe_base
-from jax_ccm.weights.lora import COMP, Lora, depth, names, stem
+from jax_ccm.weights.lora import COMP, Lora, belonging, depth, names, stem
 from jax_ccm.weights.merging import add_low_rank
 from jax_ccm.weights.sources import locate_adapter
 
@@ -390,21 +390,20 @@ def _read_own(folder: Path) -> Lora:
             f"{path} is of version {about.get('version')!r} (written by jax_ccm {about.get('library')}); this jax_ccm "
             f"reads version {VERSION}. Install a matching one"
         )
+    numbers = dict.fromkeys(("alpha", "dropout"), (int, float))
+    if not fits(about, {"adapter": {"rank": int, **numbers, "targets": [str], "tokens": int}, "sha256": str}):
+        raise UserError(f"{path} is damaged: it does not say of what shape the adapter is; get it again")
+    fields = about["adapter"]
     try:
-        fields = about["adapter"]
         config = AdapterConfig(**(fields | {"targets": tuple(fields["targets"])}))
-        method, base, extra, digest = _method(about, path), about["base"], about["extra"], about["sha256"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from error
+    belongs = belonging(about, str(path))
     tensors, _ = read_tensors(folder / TENSOR_FILE)
-    if hashlib.sha256((folder / TENSOR_FILE).read_bytes()).hexdigest() != digest:
+    if hashlib.sha256((folder / TENSOR_FILE).read_bytes()).hexdigest() != about["sha256"]:
         raise UserError(f"{folder / TENSOR_FILE} is not the file that {path} describes; get both again")
     partial = about.get("partial") is True  # older files do not say
-    return Lora(config, tensors, method, base, extra, partial, source=str(folder))
-
-
-def _method(about: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    return None if about["method"] is None else upgraded(about["method"], str(path))
+    return Lora(config, tensors, **belongs, partial=partial, source=str(folder))
 
 
 def _require_shape(adapter: Adapter, here: AdapterConfig) -> None:

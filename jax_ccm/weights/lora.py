@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 
 from jax_ccm.errors import UserError
+from jax_ccm.methods.stored import described
 from jax_ccm.nn import AdapterConfig
 from jax_ccm.nn.config import PROJECTIONS
+from jax_ccm.records.parsing import fits
 
 COMP = "embed_tokens.comp"
 
@@ -67,6 +70,47 @@ class Lora:
           fresh: arrays of the further projections, by path.
         """
         return dataclasses.replace(self, config=config, arrays={**self.arrays, **fresh})
+
+
+# What is read of a base model's description (`identity.describe_base`), and of what is kept with an adapter.
+_BASE: dict[str, Any] = {
+    "name": (str, None), "fingerprint": str, "config": lambda value: _holds(value, {"rope_scaling": (dict, None)}),
+    "sample": lambda value: fits(value, dict) and all(map(_is_sample, value.values())),
+}  # fmt: skip
+_COUNTS = dict.fromkeys(("steps", "tokens", "scored_tokens", "seconds"), (int, float))
+_RUN = {**_COUNTS, "seed": int, "precision": str, "hardware": str, "versions": dict}
+_EXTRA: dict[str, Any] = {"runs": [_RUN], "trained_base": str}
+
+
+def belonging(about: Any, where: str) -> dict[str, Any]:
+    """What a file says of where its adapter belongs: its method, base and extra, under the names of `Lora`.
+
+    Args:
+      about: JSON values of the file.
+      where: the file, for messages.
+
+    Raises:
+      UserError: if they are not of the form that this library writes.
+    """
+    if not fits(about, {"method": (dict, None), "base": (dict, None), "extra": dict}):
+        raise UserError(f"{where} is damaged: it does not say which method and base it belongs to; get it again")
+    for name, form in (("base", _BASE), ("extra", _EXTRA)):
+        value = about[name]
+        if value is not None and not _holds(value, form):
+            bad = next(key for key in form if key in value and not fits(value[key], form[key]))
+            raise UserError(f"{where} is damaged: its {name} has {bad} {str(value[bad])[:60]!r}; get it again")
+    method = None if about["method"] is None else described(about["method"], where)
+    return {"method": method, "base": about["base"], "extra": about["extra"]}
+
+
+def _holds(value: Any, form: dict[str, Any]) -> bool:
+    """Whether it is an object whose values have these forms, as far as they are there: older files lack some."""
+    return fits(value, dict) and all(fits(value[name], own) for name, own in form.items() if name in value)
+
+
+def _is_sample(value: Any) -> bool:
+    """Whether it is numbers of 16 bits in hexadecimal digits."""
+    return fits(value, str) and re.fullmatch("(?:[0-9a-f]{4})+", value) is not None
 
 
 def names(config: AdapterConfig) -> list[str]:

@@ -22,9 +22,8 @@ from jax_ccm.errors import UserError
 from jax_ccm.nn import AdapterConfig
 from jax_ccm.nn.config import PROJECTIONS
 from jax_ccm.records.parsing import parse_json, read_json
-from jax_ccm.rules.describe import upgraded
 from jax_ccm.weights.folders import read_tensors, safetensors_bytes
-from jax_ccm.weights.lora import COMP, Lora, depth, stem
+from jax_ccm.weights.lora import COMP, Lora, belonging, depth, stem
 from jax_ccm.weights.peft_modules import NOTE, Modules, read_modules
 
 CONFIG_FILE = "adapter_config.json"
@@ -117,7 +116,8 @@ def unpack(tensors: dict[str, np.ndarray], modules: Modules, path: Path) -> Lora
     names = [_module(*module) for module in wanted]
     # Ours have one scale and one rank for all modules.
     scales = collections.Counter(map(modules.scale_of, names))
-    scale, rank = max(scales, key=lambda x: scales[x]), max(map(modules.rank_of, names))
+    # Not 0, unless all are: the others could not be written as multiples of it.
+    scale, rank = max(scales, key=lambda x: (x > 0, scales[x])), max(map(modules.rank_of, names))
     # Exactly what the config says, where one number says it for all.
     plain = scale == modules.alpha / rank
     targets = tuple(target for target in PROJECTIONS if any(target == other for _, other in wanted))
@@ -132,7 +132,7 @@ def unpack(tensors: dict[str, np.ndarray], modules: Modules, path: Path) -> Lora
         b = np.zeros((layers, rank, first["B"].shape[0]), np.float32)
         for layer, sides in of_target.items():
             own = modules.rank_of(_module(layer, target))
-            factor = modules.scale_of(_module(layer, target)) / scale
+            factor = modules.scale_of(_module(layer, target)) / scale if scale else 1.0
             # [r, in] -> [in, r]; what a smaller rank leaves is zero, and adds nothing.
             a[layer, :, :own] = sides["A"].T
             # [out, r] -> [r, out]; another scale is multiplied in float64, so that it is rounded once.
@@ -233,9 +233,5 @@ def known(metadata: dict[str, str], path: Path) -> dict[str, Any]:
     """Method, base and extra as `tensor_bytes` wrote them; nothing for a file of another program."""
     if METADATA not in metadata:
         return {}
-    try:
-        found = parse_json(metadata[METADATA], f"{path}: its metadata {METADATA!r}")
-        method = None if found["method"] is None else upgraded(found["method"], str(path))
-        return {"method": method, "base": found["base"], "extra": found["extra"]}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: its metadata {METADATA!r} is damaged ({error!r})") from error
+    where = f"{path}: its metadata {METADATA!r}"
+    return belonging(parse_json(metadata[METADATA], where), where)

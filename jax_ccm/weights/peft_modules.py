@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ class _Given:
 
     def number(self, field: str, default: float | None = None) -> float:
         value = self._config.get(field, default)
-        if type(value) not in (int, float) or value < 0:
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise self.refused(field, "a number, not negative")
         return float(value)
 

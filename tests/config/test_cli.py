@@ -154,6 +154,7 @@ def raising(error):
     ("error", "code", "message"),
     [(RuntimeError("Unable to initialize backend 'cuda': no GPU"), 2, "JAX finds no device .*JAX_PLATFORMS=cpu"),
      (OSError(errno.ENOSPC, "No space left on device", "/runs/x"), 1, "/runs/x cannot be used .No space left"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/runs/y"), 1, "/runs/y cannot be used .File name too long"),
      (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/runs/file/x"), 1, "/runs/file/x cannot be used"),
      (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), 1, "/etc/x cannot be used .Permission denied")],
 )  # fmt: skip

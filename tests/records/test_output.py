@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def test_json(tmp_path):
     output.write_json(tmp_path / "a.json", {"é": (1, 2), "folder": Path("runs/x")})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"é": [1, 2], "folder": "runs/x"} and "é" in text and text.endswith("}\n")
+    # The name of a file need not be UTF-8.
+    output.write_json(tmp_path / "c.json", {"folder": os.fsdecode(b"runs/\xff")})
+    assert json.loads((tmp_path / "c.json").read_text(encoding="utf-8")) == {"folder": os.fsdecode(b"runs/\xff")}
     output.write_lines(tmp_path / "b.jsonl", [{"step": 1}, {"step": 2}])
     assert (tmp_path / "b.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
