@@ -42,4 +42,6 @@ def parse(kind: type[T], args: Sequence[str], **options: Any) -> T:
             raise error from None
         raise
     finally:
-        sys.stderr.write(said.getvalue())
+        # Its own errors, and warnings.
+        if text := said.getvalue():
+            sys.stderr.write(text)

@@ -43,7 +43,7 @@ class ScratchConfig:
         if self.hidden % self.heads or self.hidden // self.heads % 2:
             raise UserError(
                 f"model.scratch: hidden={self.hidden} does not split into heads={self.heads} of an even size (RoPE "
-                "turns pairs)"
+                "rotates pairs)"
             )
         if self.heads % self.kv_heads:
             raise UserError(

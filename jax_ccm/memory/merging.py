@@ -19,7 +19,7 @@ _PAIRS = ("sessions", "method", "model", "fingerprints", "overflow")
 def merge(first: Held, second: Held) -> Held:
     """The memory of both conversations, the second behind the first.
 
-    Appended slots are renumbered, and their keys turned on by the length of the first: where chunks are independent of
+    Appended slots are renumbered, and their keys rotated on by the length of the first: where chunks are independent of
     each other the result is what reading one conversation after the other gives. Means are weighted by their numbers of
     chunks. In other mixtures, and in selections, what was read last counts by when it was read: they are refused.
 
@@ -159,18 +159,18 @@ def _merged_row(first: Held, second: Held, row: int, turn) -> dict[str, np.ndarr
 
 def turner(config: ModelConfig, method: Mapping[str, Any]):
     """What turns keys ``[L, N, K, H]`` on by so many positions; each layer by its own frequencies."""
-    if method.get("rope") == "cache":  # keys are turned when they are read
+    if method.get("rope") == "cache":  # keys are rotated when they are read
         return lambda keys, by: keys
     # In float64: an angle of thousands of positions is rounded only in its cosine and sine.
     kinds = [rope.frequencies(config.as_seen(kind)).astype(np.float64) for kind in config.windowed]
 
     def turn(keys, by: int):
-        turned = []
+        rotated = []
         for layer, kind in zip(keys, kinds, strict=True):
             angles = np.broadcast_to(by * kind, (1, len(layer), len(kind)))
             # Without the attention factor of the model's scaling, which the keys have already.
-            turned.append(rope.rotate(layer[None], *(f(angles).astype(np.float32) for f in (np.cos, np.sin))))
-        return np.concatenate([np.asarray(x) for x in turned])
+            rotated.append(rope.rotate(layer[None], *(f(angles).astype(np.float32) for f in (np.cos, np.sin))))
+        return np.concatenate([np.asarray(x) for x in rotated])
 
     return turn
 
@@ -191,7 +191,7 @@ def model_config(held: Held) -> ModelConfig:
         return config
     except (TypeError, ValueError):
         raise UserError(
-            f"{held.path} does not say how its keys are turned (an older version wrote it); load it and save it again"
+            f"{held.path} does not say how its keys are rotated (an older version wrote it); load it and save it again"
         ) from None
 
 

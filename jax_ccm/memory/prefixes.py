@@ -7,7 +7,7 @@ one session as a ``transformers.DynamicCache`` has them, and beside them all tha
     memory.NAME                    as `jax_ccm.memory.files` has it, for everything but keys and values
 
 ``generate`` counts positions from the length of its cache, N, and a conversation goes on at the number of tokens that
-it has read. RoPE knows differences of positions only, so all keys are turned by the one constant between the two.
+it has read. RoPE knows differences of positions only, so all keys are rotated by the one constant between the two.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def write(held: Held, path: str | Path) -> str:
 def read(path: str | Path) -> Held:
     """The memory that `write` made a prefix of, for `files.write` or `files.load`.
 
-    Keys were turned and are turned back: each time they are rounded to their type.
+    Keys were rotated and are rotated back: each time they are rounded to their type.
 
     Raises:
       UserError: if the file cannot be read, is no prefix, or is not what was written.
@@ -99,13 +99,13 @@ def read(path: str | Path) -> Held:
     # The distance follows from the arrays; a header that says another belongs to other keys.
     turned, by = file.header.get("turned"), _distance(held)
     if turned != by:
-        raise UserError(f"{path} is damaged: its keys are turned by {turned!r} positions, not {by}")
+        raise UserError(f"{path} is damaged: its keys are rotated by {turned!r} positions, not {by}")
     arrays["k"] = turner(model_config(held), held.header["method"])(arrays["k"], -by)
     return dataclasses.replace(held, arrays=arrays)
 
 
 def _distance(held: Held) -> int:
-    """By how many positions keys are turned on: what follows has position N, and not the number of tokens read."""
+    """By how many positions keys are rotated on: what follows has position N, and not the number of tokens read."""
     return len(held.arrays["kind"]) - int(held.arrays["tokens"][0])
 
 

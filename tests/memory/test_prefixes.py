@@ -121,7 +121,7 @@ def test_mistakes(tmp_path):
             prefixes.read(made)
         change(made, {gone: arrays[gone]})
     change(made, turned=3)
-    with pytest.raises(UserError, match="turned by 3 positions"):
+    with pytest.raises(UserError, match="rotated by 3 positions"):
         prefixes.read(made)
     save_file(arrays, made)
     with pytest.raises(UserError, match="not a prefix"):
