@@ -9,13 +9,14 @@ from typing import Any
 from jax_ccm.config import cli
 from jax_ccm.config.loading import Experiment, open_experiment
 from jax_ccm.data.template import sentence_ends
-from jax_ccm.errors import UserError
+from jax_ccm.errors import UserError, require_least
 from jax_ccm.memory.closing import Closing
 from jax_ccm.memory.generation import Sampling
 from jax_ccm.records.parsing import read_text
 from jax_ccm.records.paths import Folder
 from jax_ccm.sessions import typed
 from jax_ccm.sessions.conversations import Conversations
+from jax_ccm.sessions.engine import Answering
 from jax_ccm.sessions.terminal import Terminal, printable
 from jax_ccm.sessions.transcript import Record
 
@@ -75,6 +76,9 @@ def main() -> int:
         raise UserError("there is no adapter to talk with; name it in place of the config, or give --adapter PATH")
     if options.example and options.say:
         raise UserError("--example says its own turns, and --say others; leave one of them out")
+    require_least(options, "--", span=0)
+    # Before the model is loaded, which takes much longer: both refuse what cannot be.
+    Answering(options.max_tokens, Sampling(options.temperature, top_p=options.top_p), options.seed, options.stop)
     with open_experiment(config, adapter=options.adapter) as experiment:
         return _talk(experiment, options)
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from jax_ccm.config import cli
 from jax_ccm.config.loading import Experiment, load_experiment
 from jax_ccm.distributed import processes, sharding
-from jax_ccm.errors import UserError
+from jax_ccm.errors import UserError, require_least
+from jax_ccm.memory.generation import Sampling
 from jax_ccm.records.parsing import read_text
 from jax_ccm.records.paths import Folder
 
@@ -83,6 +84,9 @@ def main() -> int:
         raise UserError("there is no adapter to serve; name it in place of the config, or give --adapter PATH")
     if not 0 <= options.port < 2**16:
         raise UserError(f"--port is {options.port}; it must be from 0 to 65535")
+    counts = ("rows", "max_tokens", "most_body", "most_memory", "most_waiting", "most_sessions", "most_turns")
+    require_least(options, "--", **dict.fromkeys(counts, 1), most_tokens=options.max_tokens, most_bytes=1, idle_hours=0)
+    Sampling(options.temperature)  # refuses what is none
     token = _token(options)
     processes.refuse_several(devices=True)
     from jax_ccm.serving.store import Store

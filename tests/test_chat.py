@@ -26,6 +26,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
 from jax_ccm.memory import steps
 from jax_ccm.memory.closing import Closing
+from jax_ccm.memory.generation import Sampling
 from jax_ccm.rules import rows
 from jax_ccm.rules.types import Kind
 from jax_ccm.sessions import conversations, transcript, typed
@@ -369,3 +370,27 @@ def test_mistakes():
     recall = dataclasses.replace(experiment(comp_tokens=2), tokenizer=None)
     with pytest.raises(UserError, match="can chat"):
         Conversation(recall)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--max_tokens", "0"], "max_tokens is 0"),
+        (["--temperature", "nan"], "temperature nan"),
+        (["--temperature", "inf"], "temperature inf"),
+        (["--top_p", "0"], "top_p 0.0"),
+        (["--stop", ""], "no empty text"),
+        (["--span", "-1"], "--span is -1"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_loaded(monkeypatch, options, says):
+    monkeypatch.setattr(chat, "open_experiment", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("sys.argv", ["chat", "smollm2-135m-concat", "--say", "hi", *options])
+    with pytest.raises(UserError, match=says):
+        chat.main()
+
+
+def test_any_whole_number_is_a_seed():
+    made, sampling = experiment("ccm_concat", comp_tokens=2), Sampling(1.5)
+    said = [Conversation(made, 6, sampling=sampling, seed=seed).say("hello") for seed in (-1, 2**32 - 1, 2**70 - 1, 7)]
+    assert said[0] == said[1] == said[2] != said[3]

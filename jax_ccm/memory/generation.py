@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -36,9 +37,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        # NaN is refused, too.
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(
-                f"temperature {self.temperature} and top_k {self.top_k} must be >= 0, and top_p {self.top_p} in (0, 1]"
+                f"temperature {self.temperature} and top_k {self.top_k} must be numbers from 0 on, and top_p "
+                f"{self.top_p} in (0, 1]"
             )
 
 

@@ -113,11 +113,11 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
             os.fsync(file.fileno())
         os.replace(part, path)
         paths.settle(path.parent)
-    except OSError as e:
+    except (OSError, ValueError) as e:  # the second for a name with a zero byte
         raise UserError(f"{path} cannot be written: {e}") from e
     finally:
         # After the rename there is none; after an error it would stay.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             part.unlink()
     return digest
 

@@ -148,7 +148,7 @@ class Scratch:
         drawn, tokens = self._run(
             _make,
             engine.decoder,
-            array(np.uint32, lambda want: want.how.seed),
+            array(np.uint32, lambda want: want.how.seed % 2**32),  # any whole number is one
             array(np.uint32, lambda want: want.number),
             Draws(
                 keys=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -173,7 +174,8 @@ class Terminal:
             print(f"{others} slots of text as it is")
 
     def _save(self, path: str) -> None:
-        if Path(path).exists():
+        # Not by pathlib, which raises for a name that is none: it is refused in words when it is written.
+        if os.path.exists(path):
             files.read(path)  # what is no memory is not overwritten
         self.talk.save(0, path)
         print(f"wrote {path}, {Path(path).stat().st_size:,} bytes")

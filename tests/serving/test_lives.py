@@ -84,6 +84,27 @@ def test_nothing_acknowledged_is_lost(tmp_path):
     assert life.ended() == 0
 
 
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--rows", "0"], "--rows is 0; it must be at least 1"),
+        (["--max_tokens", "0"], "--max_tokens is 0"),
+        (["--most_tokens", "9"], "--most_tokens is 9; it must be at least 256"),
+        (["--temperature", "nan"], "temperature nan"),
+        (["--idle_hours", "nan"], "--idle_hours is nan"),
+        (["--most_waiting", "0"], "--most_waiting is 0"),
+        (["--port", "65536"], "--port is 65536"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(monkeypatch, tmp_path, options, says):
+    """And nothing is made: no request could be answered."""
+    monkeypatch.setattr(serve, "load_experiment", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("sys.argv", ["serve", "smollm2-135m-concat", "--workdir", str(tmp_path / "sessions"), *options])
+    with pytest.raises(UserError, match=says):
+        serve.main()
+    assert not list(tmp_path.iterdir())
+
+
 def test_beyond_loopback_only_with_a_token(monkeypatch, tmp_path):
     monkeypatch.delenv(serve.TOKEN, raising=False)
     for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8"):

@@ -80,6 +80,10 @@ def test_commands(terminal, tmp_path, capsys):
         ("/back", "nothing to return to"),
         ("/compare", "no last turn"),
         (f"/save {tmp_path / 'notes'}", "notes cannot be read"),
+        (f"/save {'n' * 300}.ccm", "n.ccm cannot be written: .*File name too long"),
+        (f"/load {'n' * 300}.ccm", "n.ccm cannot be read: .*File name too long"),
+        ("/save a\0b.ccm", "cannot be written: embedded null byte"),
+        ("/load a\0b.ccm", "cannot be read: embedded null byte"),
         (f"/load {tmp_path / 'none'}", "none cannot be read"),
     ):
         with pytest.raises(UserError, match=message):
