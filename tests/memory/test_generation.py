@@ -214,8 +214,10 @@ def test_bad_input():
         generate(MODEL, fresh, method=METHOD, max_tokens=2)
     with pytest.raises(UserError, match="larger raw_capacity"):
         generate(MODEL, prompt(), method=METHOD, max_tokens=30)
-    for bad in (dict(temperature=-1), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)):
-        with pytest.raises(UserError, match="must be >= 0"):
+    nan, inf = float("nan"), float("inf")
+    for bad in (dict(temperature=-1), dict(temperature=nan), dict(temperature=inf), dict(top_k=-1), dict(top_p=0.0),
+                dict(top_p=1.5), dict(top_p=nan)):  # fmt: skip
+        with pytest.raises(UserError, match="must be numbers from 0 on"):
             Sampling(**bad)
 
 
