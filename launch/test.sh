@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Sets up a virtual environment from nothing and runs lint, types and all fast tests.
-#   bash launch/test.sh [pytest arguments]
+# Sets up a virtual environment from nothing and runs lint, types and the fast suite: two cases of each test, without
+# those that start and kill processes (-m processes) and long ones of code that shorter ones run, too (-m once).
+#   bash launch/test.sh                    the fast suite
+#   bash launch/test.sh -m 'not slow'      all that CI runs; any arguments of pytest stand for the fast suite
 # PYTHON: interpreter (default: python3, python3.12 or python3.11, the first that is at least 3.11).  VENV: where (default .venv-test).
 # LINT=0 leaves out ruff, pyright and the site of the documentation.
 set -euo pipefail
@@ -33,6 +35,9 @@ if [ "${LINT:-1}" = 1 ]; then
     rm -r "$site"
 fi
 
+if [ $# = 0 ]; then
+    set -- --cases 2 -m 'not slow and not processes and not once'
+fi
 echo "== tests"
 # Compilation is single-threaded: one worker a core.
 "$venv/bin/python" -m pytest -q --durations=15 -n auto --dist worksteal "$@"

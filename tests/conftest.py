@@ -26,11 +26,27 @@ import pytest
 
 from jax_ccm.config import cli  # noqa: F401  it names its folder by what the processor can do
 from jax_ccm.numerics import precision
+from tests import selection
 
 # A plugin may have imported JAX before.
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, help="of each parametrised test run so many cases at most, spread over all")
+
+
+@pytest.hookimpl(trylast=True)  # of those that are marked to run
+def pytest_collection_modifyitems(config, items):
+    """Leaves so many cases of each parametrised test, the same in each run, and others of each test."""
+    most = config.getoption("--cases")
+    if most is None:
+        return
+    kept = set(selection.spread([item.nodeid for item in items], most))
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+    items[:] = [item for item in items if item.nodeid in kept]
 
 
 def pytest_collection_finish():

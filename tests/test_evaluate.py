@@ -21,6 +21,8 @@ from jax_ccm.methods import build
 from jax_ccm.weights.adapters import Adapter
 from tests.data import support as data
 
+pytestmark = pytest.mark.once
+
 SCRATCH = {"layers": 1, "hidden": 16, "intermediate": 16, "heads": 2, "kv_heads": 1}
 
 

@@ -11,6 +11,8 @@ from jax_ccm import lm_eval
 from jax_ccm.config import cli
 from tests.harness import support
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

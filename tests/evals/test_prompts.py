@@ -16,6 +16,8 @@ from jax_ccm.rules.examples import Example, Segment, cut
 from tests import cases
 from tests.evals.support import SMALL
 
+pytestmark = pytest.mark.once
+
 NOTHING = np.zeros(0, np.int32)
 HEAD = "<user>"
 

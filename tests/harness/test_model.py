@@ -28,6 +28,8 @@ from jax_ccm.rules.rows import chunk
 from tests import jitted, pretrained
 from tests.harness import support
 
+pytestmark = pytest.mark.once
+
 BOS = 0
 # What is asked behind a context of two paragraphs, twice the same one; without borders; and of nothing.
 ASKED = [

@@ -18,6 +18,8 @@ from jax_ccm.rules.types import Kind, Slots
 from tests import cases
 from tests.attention.support import draw, made_for
 
+pytestmark = pytest.mark.once
+
 CONCAT = build("ccm_concat", comp_tokens=8)
 LLAMA = kernel_costs.Heads(heads=32, kv_heads=8, size=128)
 

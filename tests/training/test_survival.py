@@ -26,7 +26,7 @@ from tests.lives import Life
 from tests.training.test_checkpoints import LEFTOVERS, _collected, flip, largest  # noqa: F401 - a fixture
 from tests.training.test_run import TINY, last_state, records, tiny
 
-pytestmark = [pytest.mark.filterwarnings(LEFTOVERS), pytest.mark.usefixtures("collected")]
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings(LEFTOVERS), pytest.mark.usefixtures("collected")]
 OFTEN = {"log_every": 1, "eval_every": 12, "checkpoint_every": 2}
 SHORT = {"steps": 6, "log_every": 2, "eval_every": 0, "checkpoint_every": 2}
 
