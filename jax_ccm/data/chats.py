@@ -66,6 +66,8 @@ class Making:
         turn: the answer repeats it, so that all of its words are learned from and not a value alone.
       reactions: share of the assistant's turns that answer no question and are scored, too. Where none are, a memory
         learns to have everything answered from it, what the user says just now included.
+      changes: share of the exchanges, beside one in twelve, in which the user corrects what they have told, where there
+        is something. What was corrected may be asked for again, so that a memory learns which value is the newest.
       varied: share of the facts that are of the several hundred kinds of `jax_ccm.data.varied` instead of the few dozen
         that all conversations share. Validation has sentences of its own for them.
       wide: share of the conversations, in training, whose varied facts are told and asked for in several times as many
@@ -78,6 +80,7 @@ class Making:
     wordy: float = 0.0
     quoted: float = 0.0
     reactions: float = 0.0
+    changes: float = 0.0
     varied: float = 0.0
     wide: float = 0.0
 
@@ -284,6 +287,8 @@ class _Chat(Talk):
         kept = {fact.told for fact in self.kept_for_last.values()}
         if self.turns and len(self.turns) - 2 not in kept and self.chance(self.making.quoted / 8):
             return self.echo()
+        if self.chance(self.making.changes) and (corrected := self.correct()):
+            return corrected
         draw, known = self.rng.random(), self.known()
         open = [fact for fact in known if not fact.asked]
         if known and draw < 0.45:

@@ -32,6 +32,7 @@ class DataConfig:
       ``arbitrary=0.5`` the share of values that are any word instead of one that fits, ``wordy=0.5`` that of the
       assistant's turns that go on about nothing, ``quoted=0.3`` that of the questions for an earlier turn
       word for word, ``reactions=0.5`` that of the turns that answer no question and are learned from, too,
+      ``changes=0.2`` that of the exchanges in which the user corrects something, beside one in twelve,
       ``varied=0.5`` that of the facts of several hundred kinds beside the usual ones, ``wide=0.5`` that of the
       conversations that tell and ask for them in several times as many wordings;
     * ``generated:needle?…&turns=8-16&age=4``, and likewise ``key_value``, ``updates``, ``distractors``, ``multi_hop``

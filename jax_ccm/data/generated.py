@@ -59,7 +59,7 @@ class Given:
 
 
 # Of `chats.Making`, in its order.
-SHARES = ("arbitrary", "wordy", "quoted", "reactions", "varied", "wide")
+SHARES = ("arbitrary", "wordy", "quoted", "reactions", "changes", "varied", "wide")
 # The default of an option that limits nothing.
 ANY = "any"
 

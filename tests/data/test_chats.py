@@ -173,6 +173,20 @@ def test_a_share_of_the_reactions_is_scored():
         assert not any(f" {start}" in text for text in said for start in first if len(start) > 8), said
 
 
+def test_facts_are_changed_more_often_and_the_newest_value_is_the_answer():
+    def held(changes):
+        return [chats._hold("train", 5, index, Making((40,), varied=0.5, changes=changes)) for index in range(40)]
+
+    counts = [sum(len(fact.past) for chat, *_ in held(share) for fact in chat.facts) for share in (0.0, 0.2)]
+    assert 0 < 2 * counts[0] < counts[1]
+    asked = [(fact, answer) for _, fact, answer in held(0.4) if fact.past]
+    assert len(asked) > 10
+    for fact, answer in asked:
+        assert fact.slots["v"].lower() in answer().lower()
+        for old in set(fact.past) - {fact.slots["v"]}:
+            assert not re.search(rf"(?<!\w){re.escape(old)}(?!\w)", answer(), re.IGNORECASE)
+
+
 def test_quotes_repeat_an_earlier_turn_and_nothing_that_is_kept_for_last():
     quoted, plain = 0, Making((14,), (2, 5))
     for index in range(60):
