@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from jax_ccm.errors import UserError
-from jax_ccm.records import sealed
+from jax_ccm.records import paths, sealed
 from jax_ccm.serving.store import Store, Unkept
 from tests.serving.clients import staying
 
@@ -77,7 +77,7 @@ class Folders(RuleBasedStateMachine):
         of_it = session if name.startswith("resp_") else None
         for writing, of in ((self.store.writing(name, of_it), of_it), (self.store.saving(filename, session), session)):
             with pytest.raises(UserError, match="cannot be written"), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sealed, "_settle", fails)
+                patch.setattr(paths, "settle", fails)
                 with writing as path:
                     write(path, of, 50)
 
