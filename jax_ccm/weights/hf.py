@@ -220,6 +220,7 @@ def save_hf(model: Transformer, folder: str | Path, *, max_file_bytes: int = 5_0
     Raises:
       UserError: if the folder holds a model, or the family's ``config.json`` cannot express this one.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
     folder = Path(folder)
@@ -231,19 +232,19 @@ def save_hf(model: Transformer, folder: str | Path, *, max_file_bytes: int = 5_0
     # Before anything is written: it refuses what the format cannot say.
     config = hf_config.to_dict(model.config, dtype.name)
     groups = _groups(params, fused=model.config.family in hf_config.FUSED)
-    plan = _plan(groups, max_file_bytes)
+    shards = split_state_dict_into_shards_factory(
+        {name: size for path, leaves in groups.items() for name, size in _sizes(path, leaves).items()},
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_file_bytes,
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    files = ["model.safetensors"]
-    if len(plan) > 1:
-        files = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
     tensors = _tensors(groups)
-    for file, names in zip(files, plan, strict=True):
+    for file, names in shards.filename_to_tensors.items():
         # transformers refuses a file that does not name its framework.
         save_file(dict(next(tensors) for _ in names), folder / file, metadata={"format": "pt"})
-    if len(plan) > 1:
-        total = sum(leaf.nbytes for leaf in params.values())
-        weight_map = {name: file for file, names in zip(files, plan, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         output.write_json(folder / "model.safetensors.index.json", index)
     # Last: a folder without it is not taken for a model.
     output.write_json(folder / "config.json", config)
@@ -261,22 +262,15 @@ def _groups(params: dict[str, Any], fused: bool) -> dict[str, list[Any]]:
             groups[path] = [params[path]]
         else:
             groups[f"{before}.{whole}.{leaf}"] = [params[f"{before}.{each}.{leaf}"] for each in FUSED_ROWS[whole]]
-    return groups
+    # Large ones first: what fills a file of its own would else be planned in the middle of another one.
+    return dict(sorted(groups.items(), key=lambda group: -max(_sizes(*group).values())))
 
 
-def _plan(groups: dict[str, list[Any]], limit: int) -> list[list[str]]:
-    """Names of the tensors of each file, in the order of `_tensors`."""
-    plan, size = [[]], 0
-    for path, leaves in groups.items():
-        layers = leaves[0].shape[0] if path.startswith("layers.") else 1
-        each = sum(leaf.nbytes for leaf in leaves) // layers
-        for layer in range(layers):
-            if plan[-1] and size + each > limit:
-                plan.append([])
-                size = 0
-            size += each
-            plan[-1].append(hf_name(path).format(layer=layer))
-    return plan
+def _sizes(path: str, leaves: list[Any]) -> dict[str, int]:
+    """Bytes of the tensors that a group becomes, by name."""
+    layers = leaves[0].shape[0] if path.startswith("layers.") else 1
+    size = sum(leaf.nbytes for leaf in leaves) // layers
+    return {hf_name(path).format(layer=layer): size for layer in range(layers)}
 
 
 def _tensors(groups: dict[str, list[Any]]) -> Iterator[tuple[str, np.ndarray]]:
