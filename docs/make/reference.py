@@ -33,10 +33,10 @@ CONFIGURATION = f"""# Config keys
 
 {NOTE}
 
-A config is a YAML file of sections. A key that is left out takes its default; one that is not known, of another type,
-or read by nobody is an error that names it. On the command line every key can be overridden,
-`--optimizer.learning_rate 1e-3`, and `python -m jax_ccm.train CONFIG.yaml --help` shows the values of a config. The
-smallest one that does something:
+A config is a YAML 1.2 file of sections, where `true` and `false` are the only booleans. A key that is left out takes
+its default; one that is not known, of another type, or read by nobody is an error that names it. On the command line
+every key can be overridden, `--optimizer.learning_rate 1e-3`, and `python -m jax_ccm.train CONFIG.yaml --help` shows
+the values of a config. The smallest one that does something:
 
 ```yaml
 model:

@@ -28,7 +28,7 @@ from jax_ccm.config.yaml import convert, read_yaml
 from jax_ccm.data.config import BY_FORMAT, DataConfig, DialogueConfig, kind_of, own_options
 from jax_ccm.errors import UserError
 from jax_ccm.numerics import Precision
-from jax_ccm.records import named, paths
+from jax_ccm.records import named, output, paths
 from jax_ccm.records.card import CardConfig
 from jax_ccm.rules.objective import Objective
 
@@ -217,9 +217,7 @@ def _plain(value: Any) -> Any:
 
 def to_yaml(config: Config) -> str:
     """The whole config, defaults included, as YAML of which `load_config` makes an equal one."""
-    import yaml
-
-    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    return output.yaml_text(to_mapping(config))
 
 
 def save_config(config: Config, path: str | Path) -> None:

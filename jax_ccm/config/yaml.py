@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import types
 import typing
 from collections.abc import Mapping
@@ -15,28 +14,14 @@ from jax_ccm.records import paths
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML mapping; 3e-4 is a number, and a key that stands twice is an error.
+    """Reads a YAML 1.2 mapping; a key that stands twice is an error.
 
     Raises:
       UserError: for a file that is missing, not YAML, or not a mapping.
     """
-    import yaml
+    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml.constructor import DuplicateKeyError
 
-    # A class of its own, because resolvers are added to a class, and others use SafeLoader, too.
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if key in seen:
-                    line = key_node.start_mark.line + 1
-                    raise UserError(f"{path}, line {line}: the key {key!r} stands twice; keep one")
-                seen.add(key)
-            return super().construct_mapping(node, deep)
-
-    # YAML 1.1 reads 3e-4 as text, because it has no dot.
-    number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
         text = paths.of(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -44,15 +29,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read as a config: {e}") from e
     try:
-        tree = yaml.load(text, Loader)
-    except yaml.YAMLError as e:
+        tree = YAML(typ="safe", pure=True).load(text)
+    except DuplicateKeyError as e:
+        key = text[e.problem_mark.index :].partition(":")[0].strip()
+        raise UserError(f"{path}, line {e.problem_mark.line + 1}: the key {key!r} stands twice; keep one") from None
+    except YAMLError as e:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
-    # A ValueError, too, and already said.
-    except UserError:
-        raise
     except RecursionError:
         raise UserError(f"{path} is nested too deep to be read; a config has three levels") from None
-    except (ValueError, TypeError) as e:  # numbers of thousands of digits, dates that are none, lists as keys
+    except (ValueError, TypeError, LookupError) as e:  # numbers of thousands of digits, dates and tags that are none
         raise UserError(f"{path} holds something that no config can: {e}") from None
     if tree is None:
         tree = {}

@@ -124,8 +124,6 @@ def _start(name: str, recipe: Mapping[str, Any]) -> str:
 
 
 def _training(adapter: Lora, recipe: Mapping[str, Any], said: CardConfig) -> list[str]:
-    import yaml
-
     parts = ["### Training Data"]
     sources = recipe.get("data", {}).get("train", [])
     parts += ["\n".join(f"- `{source}`" for source in sources) or "Not recorded.", said.data]
@@ -133,7 +131,7 @@ def _training(adapter: Lora, recipe: Mapping[str, Any], said: CardConfig) -> lis
     # How it is evaluated is told with the results; what a person says of it stands in the card itself.
     rest = {section: keys for section, keys in recipe.items() if section not in ("card", "eval")}
     if rest:
-        text = yaml.safe_dump(rest, sort_keys=False, allow_unicode=True).rstrip()
+        text = output.yaml_text(rest).rstrip()
         parts += ["What `config.yaml` says beyond the defaults:", f"```yaml\n{text}\n```"]
     return parts
 

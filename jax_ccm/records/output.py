@@ -1,8 +1,9 @@
-"""What commands leave behind: how they were called, on which software, JSON, and tables in Markdown."""
+"""What commands leave behind: how they were called, on which software, JSON, YAML, and tables in Markdown."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import platform
 import shlex
@@ -50,6 +51,18 @@ def write_json(path: Path, value: Any) -> None:
 def write_lines(path: Path, values: Iterable[Any]) -> None:
     """Writes values as JSON, one a line, as a whole or not at all."""
     paths.write(path, "".join(json.dumps(value) + "\n" for value in values).encode())
+
+
+def yaml_text(value: Any) -> str:
+    """Nested dicts and lists of plain values as YAML 1.2, in their order."""
+    from ruamel.yaml import YAML
+
+    # Any: its attributes are typed as what they are before they are set.
+    yaml: Any = YAML(typ="safe", pure=True)
+    text = io.StringIO()
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.dump(value, text)
+    return text.getvalue()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int | None = None) -> str:

@@ -15,11 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jax_ccm.data.converters.rows import rows
 from jax_ccm.errors import UserError
-from jax_ccm.records import paths
+from jax_ccm.records import output, paths
 from jax_ccm.reports.folders import Found
 
 SOURCE = "kvpress:"
@@ -119,7 +117,7 @@ def _write(one: Found, system: str, dataset: tuple[str, str], asked: Mapping[str
         "compression_ratio": round(ratio, 4), "fraction": round(fraction, 3),
         "max_new_tokens": content["config"]["eval"]["reply_tokens"], "press_init_command": content["systems"][system],
     }  # fmt: skip
-    (made / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (made / "config.yaml").write_text(output.yaml_text(config), encoding="utf-8")
     os.replace(made, target)
     return target
 

@@ -87,6 +87,17 @@ def test_saved_config_reads_back_equal(tmp_path):
     assert load_config(tmp_path / "copy.yaml") == given
 
 
+def test_files_are_yaml_1_2(tmp_path):
+    """Only true and false are booleans, a colon makes no number, and what was text when it was saved is text."""
+    loaded = load_config(write(tmp_path, "data: {train: [no, on, 1:30]}\ntrain: {seed: 010, wandb: yes}"))
+    assert loaded.data.train == ("no", "on", "1:30") and (loaded.train.seed, loaded.train.wandb) == (10, "yes")
+    texts = ("1e5", "3e-4", "0o17", "0x1f", "010", "1_000", "yes", "True", "~", "null", "=", "<<", "2020-01-01", ".inf")
+    names = (*texts, "", " a", "a: b", "- x", "#x", "two\nlines", "tab\t", "é — 😀", "\udcff", "long " * 60, "x" * 200)
+    given = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, train=names))
+    save_config(given, tmp_path / "copy.yaml")
+    assert load_config(tmp_path / "copy.yaml") == given
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -108,7 +119,17 @@ def test_saved_config_reads_back_equal(tmp_path):
         ("data: {train: x.jsonl}", "data.train is 'x.jsonl' .*list"),
         ("data: {jion: 0.1}", "unknown config key 'data.jion'; did you mean 'data.join'"),
         ("train: {seed: 1}\ntrain: {seed: 2}", "line 2: the key 'train' stands twice"),
+        ("a: {b: 1, 'b' : 2}", "line 1: the key \"'b'\" stands twice; keep one"),
         ("train: {seed: [}", "not valid YAML"),
+        ("train: &a {seed: *a}", "train.seed is .*whole number"),
+        ("train: !!python/object:os.system {}", "not valid YAML"),
+        ("train: {seed: 1}\n---\n{}", "not valid YAML"),
+        ("[" * 5000, "nested too deep"),
+        ("train: {seed: " + "9" * 5000 + "}", "holds something that no config can"),
+        ("train: {wandb: 2020-13-45}", "holds something that no config can"),
+        ("train: {wandb: !!bool maybe}", "holds something that no config can"),
+        ("data: {bos: yes}", r"data.bos is 'yes' \(str\); it must be true or false"),
+        ("{[1]: 2}", r"unknown config key '\(1,\)'"),
         ("- a\n- b", "holds a list"),
         ("train: {trainable: all}\nmodel: {precision: mixed}", "train.trainable is 'all' with model.precision 'mixed'"),
         ("adapter: {merge: some/folder}", "adapter.merge needs a pretrained base"),

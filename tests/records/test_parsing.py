@@ -45,7 +45,7 @@ def test_a_file_that_is_no_json_of_ours_is_named(tmp_path: Path, name: str, bad:
 
 @pytest.mark.parametrize(
     "content",
-    [b"[" * 5000, b"a: " + b"9" * 5000, b"a: 2020-13-45", b"? [a]\n: 1", b"a: \xff", b"\x00", b"[1]", b"a: 1\na: 2"],
+    [b"[" * 5000, b"a: " + b"9" * 5000, b"a: 2020-13-45", b"a: \xff", b"\x00", b"[1]", b"a: 1\na: 2"],
 )
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes):
     (tmp_path / "config.yaml").write_bytes(content)
