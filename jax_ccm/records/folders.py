@@ -105,21 +105,31 @@ def _place(folder: Path) -> Path:
     return Path(os.path.realpath(folder))
 
 
-@contextlib.contextmanager
-def _in_use(folder: Path) -> Iterator[None]:
-    """Holds a folder, which the kernel gives back when the process ends in whatever way.
+def hold(folder: Path) -> int:
+    """A file descriptor that holds a folder until it is closed, or the process has ended in whatever way.
+
+    Where the file system has no locks nothing is held.
 
     Raises:
       BlockingIOError: if another one holds it.
     """
+    # The folder itself: no file is left behind, and the lock goes where the folder is renamed to.
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass
+    return handle
+
+
+@contextlib.contextmanager
+def _in_use(folder: Path) -> Iterator[None]:
+    """`hold`, as a context."""
+    handle = hold(folder)
+    try:
         yield
     finally:
         os.close(handle)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import gc
 import json
@@ -27,7 +26,7 @@ import numpy as np
 
 from jax_ccm.distributed import processes
 from jax_ccm.errors import RunError, UserError
-from jax_ccm.records import paths
+from jax_ccm.records import folders, paths
 
 T = TypeVar("T")
 
@@ -92,7 +91,7 @@ class Checkpoints:
             self.folder = self.folder.absolute()
             if processes.is_first():
                 # Given back by `close`, or when the object is collected; to call it again does nothing.
-                self._unlock = weakref.finalize(self, os.close, _lock(self.folder))
+                self._unlock = weakref.finalize(self, os.close, _hold(self.folder))
         # Not asynchronous: when `save` returns the checkpoint is whole, and an error of writing is raised there.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._remove_unfinished()
@@ -235,21 +234,15 @@ class Checkpoints:
         return bad
 
 
-def _lock(folder: Path) -> int:
-    """A file descriptor that holds the folder until it is closed, or the process has ended in whatever way."""
+def _hold(folder: Path) -> int:
+    """`folders.hold`, in words; the folder is made if needed."""
     folder.mkdir(parents=True, exist_ok=True)
-    # The folder itself is locked: no file is left behind, and the kernel unlocks when the process ends in whatever way.
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return folders.hold(folder)
     except BlockingIOError:
-        os.close(handle)
         raise UserError(
             f"{folder} is in use by another run; wait until that ends, or use another --workdir for this one"
         ) from None
-    except OSError:
-        pass  # a file system without locks
-    return handle
 
 
 def _outlast(before: set[threading.Thread], seconds: float = 10.0) -> None:
