@@ -51,7 +51,7 @@ def test_the_same_tokens_for_every_ratio(tmp_path, monkeypatch, capsys):
         assert (out / "plot.png").stat().st_size > 10_000 and "whole texts" in printed
     for ratio, (row,) in found.items():
         systems = row["systems"]
-        assert set(systems) == {"full", "uncompressed", "memory"} and row["step"] == "text"
+        assert set(systems) == {"full", "uncompressed", "memory"} and row["step"] is None
         assert systems["full"]["nll"] == systems["uncompressed"]["nll"] == found[0.3][0]["systems"]["full"]["nll"]
         assert systems["memory"]["nll"] != systems["full"]["nll"]
         share = systems["memory"]["kv_slots"] / systems["full"]["kv_slots"]
@@ -132,10 +132,10 @@ def test_side_by_side(tmp_path, monkeypatch, capsys):
     assert code == 0, err
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert list(found["systems"]) == ["no context", "full context", "concat", "H2O"]
-    cells = [run["steps"]["all"] for run in found["systems"]["H2O"]]
+    cells = [run["steps"][-1] for run in found["systems"]["H2O"]]
     assert [round(cell["kv_slots"], 3) for cell in cells] == [3.0, 5.0]  # (1 + 3) / 2 chunks of 1 or 2, and the sink
     theirs = json.loads((tmp_path / "a" / "results.json").read_text())["steps"][-1]
-    assert found["systems"]["concat"][0]["steps"]["all"]["content_share"] == theirs["content_share"]
+    assert found["systems"]["concat"][0]["steps"][-1]["content_share"] == theirs["content_share"]
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in printed and table.count("| H2O |") == 2 and "(control)" in table
     assert (tmp_path / "out" / "plot.png").stat().st_size > 10_000

@@ -24,7 +24,7 @@ from jax_ccm.config import cli
 from jax_ccm.config.schema import save_config
 from jax_ccm.devices import report as device_report
 from jax_ccm.errors import UserError
-from jax_ccm.evals import comparison, parity, report, slots
+from jax_ccm.evals import comparison, parity, report, slots, stored
 from jax_ccm.methods import METHODS, build
 from jax_ccm.planning import ahead
 from jax_ccm.planning import report as plan_report
@@ -211,7 +211,7 @@ def test_tables_are_made_of_the_numbers(path):
     made = {"results.json": report.markdown, "comparison.json": comparison.markdown}
     (found,) = [(path.parent / name, markdown) for name, markdown in made.items() if (path.parent / name).exists()]
     file, markdown = found
-    numbers = json.loads(file.read_text())
+    numbers = stored.read(file)
     if "steps" not in numbers:  # of the lm-evaluation-harness
         pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
         from jax_ccm.harness import tasks

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
-from jax_ccm.evals import report
-from jax_ccm.evals.cells import STYLE, name_of_steps
+from jax_ccm.evals import report, stored
+from jax_ccm.evals.cells import STYLE, name_of, name_of_steps
 from jax_ccm.records import output
 from jax_ccm.records.card import CardConfig
-from jax_ccm.records.parsing import read_json
 from jax_ccm.rules.describe import label
 from jax_ccm.weights.lora import Lora
 
@@ -26,7 +25,7 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
       UserError: if the file holds something else.
     """
-    found = read_json(path)
+    found = stored.read(path)
     steps = found.get("steps")
     if not (isinstance(steps, list) and steps and all(isinstance(row, dict) and "systems" in row for row in steps)):
         raise UserError(f"{path} holds no results of jax_ccm.evaluate; give the results.json of its --workdir")
@@ -186,5 +185,5 @@ def _intervals(results: Mapping[str, Any]) -> str:
     def between(cell):
         return "{:,.2f} to {:,.2f}".format(*cell["ci95"]) if cell.get("ci95") else "-"
 
-    rows = [[str(row["step"]), *(between(row["systems"][name]["perplexity"]) for name in names)] for row in steps]
+    rows = [[name_of(row), *(between(row["systems"][name]["perplexity"]) for name in names)] for row in steps]
     return output.table([name_of_steps(results)[0], *(STYLE[name][1] for name in names)], rows)

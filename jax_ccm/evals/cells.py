@@ -24,17 +24,24 @@ SHARES = {
     "gap_closed_to_full_lora": "gap closed (LoRA)",
     "content_share_to_full_lora": "content share (LoRA)",
 }
+# What the rows are, by ``eval.by``.
+ROWS = {
+    "step": ("t", "time step: chunks of context before the question", "time step"),
+    "age": ("age", "age of what is asked for: exchanges since it was told", "age"),
+    "task": ("task", "task, each question behind its whole context", "task"),
+    "text": ("of", "", "text"),
+    "stream": ("length", "text tokens read", "length"),
+}
 
 
 def name_of_steps(results: Mapping[str, Any]) -> tuple[str, str, str]:
     """What the rows of the table are: as a column, as an axis, and as a word."""
-    if results["config"]["eval"].get("by") == "age":
-        return "age", "age of what is asked for: exchanges since it was told", "age"
-    if results["config"]["eval"].get("by") == "task":
-        return "task", "task, each question behind its whole context", "task"
-    if results["config"]["eval"].get("by") == "stream":
-        return "length", "text tokens read", "length"
-    return "t", "time step: chunks of context before the question", "time step"
+    return ROWS.get(results["config"]["eval"].get("by"), ROWS["step"])
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """What a row of ``results.json`` is of, as its first cell says."""
+    return "whole texts" if row["step"] is None else str(row["step"])
 
 
 def estimate_of(cell: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
+from jax_ccm.evals import stored
 from jax_ccm.evals.cells import SHARES, STYLE, cell_share
 from jax_ccm.evals.report import tradeoff
 from jax_ccm.records import output, paths
-from jax_ccm.records.parsing import parse_json
 
 # What all share, taken from the first evaluation; and their names.
 SHARED = {"none": "no context", "full": "full context", "full_lora": "full context, LoRA"}
@@ -25,9 +25,9 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     file = paths.of(path) / "results.json"
     try:
-        results = parse_json(file.read_bytes(), str(file))
+        results = stored.read(file)
         results["steps"][0]["systems"]["memory"]
-    except (OSError, ValueError) as e:
+    except UserError as e:
         raise UserError(f"{file} cannot be read ({e}); give folders that jax_ccm.evaluate wrote") from e
     except (KeyError, IndexError, TypeError):
         raise UserError(f"{file} holds no results of a memory; give folders that jax_ccm.evaluate wrote") from None
@@ -43,7 +43,7 @@ def side_by_side(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "
 
     Returns:
       What goes into ``comparison.json``: ``{"schema", "command", "base", "data", "steps", "systems": {name:
-      [{"command", "memory", "steps": {step: cell}}, ...]}}``; a cell is that of ``results.json``, with its shares.
+      [{"command", "memory", "steps": [cell, ...]}, ...]}}``; a cell is that of ``results.json``, with its shares.
 
     Raises:
       UserError: if they are not of the same base model, data and questions.
@@ -81,39 +81,39 @@ def side_by_side(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "
 
 
 def _cells(results: Mapping[str, Any], system: str) -> dict[str, Any]:
-    cells = {}
+    cells = []
     for row in results["steps"]:
-        cells[str(row["step"])] = dict(row["systems"][system])
+        cell = dict(row["systems"][system])
         if system == "memory":
-            cells[str(row["step"])] |= {name: row[name] for name in SHARES if name in row}
+            cell |= {name: row[name] for name in SHARES if name in row}
             if "uncompressed" in row["systems"]:
                 # The adapter on all text with nothing compressed, under its own name: it differs from adapter to
                 # adapter.
-                cells[str(row["step"])]["off"] = row["systems"]["uncompressed"]["perplexity"]
+                cell["off"] = row["systems"]["uncompressed"]["perplexity"]
+        cells.append(cell)
     memory = results["memory"] if system == "memory" else results["systems"][system]
     return {"command": results["command"], "memory": memory, "steps": cells}
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
     """A row for each system and size: bytes, perplexity by step, and the shares of the last."""
-    steps = [str(row["step"]) for row in comparison["steps"]]
-    last = steps[-1]
+    steps = [row["step"] for row in comparison["steps"]]
+    whole = steps == [None]
     every = [(name, run["steps"]) for name, several in comparison["systems"].items() for run in several]
-    shares = [name for name in ("gap_closed", "content_share") if any(name in cells[last] for _, cells in every)]
-    repeats = any("repetition" in cells[last] for _, cells in every)
-    off = any("off" in cells[last] for _, cells in every)
-    full = next((cells[last]["kv_slots"] for name, cells in every if name == SHARED["full"]), None)
+    shares = [name for name in ("gap_closed", "content_share") if any(name in cells[-1] for _, cells in every)]
+    repeats = any("repetition" in cells[-1] for _, cells in every)
+    off = any("off" in cells[-1] for _, cells in every)
+    full = next((cells[-1]["kv_slots"] for name, cells in every if name == SHARED["full"]), None)
     header = ["system", "slots", "KiB"] + (["of full"] if full else [])
-    header += ["perplexity"] if steps == ["text"] else [f"t={s}" if s.isdigit() else s for s in steps]
+    header += ["perplexity"] if whole else [f"t={s}" if isinstance(s, int) else s for s in steps]
     header += (["compression off"] if off else []) + [SHARES[name] for name in shares]
     header += ["tokens repeated", "chunks repeated"] if repeats else []
     body = []
     for name, cells in every:
-        size = cells[last]
+        size = cells[-1]
         row = [name, f"{size['kv_slots']:.1f}", f"{size['kv_bytes'] / 1024:,.0f}"]
         row += [f"{size['kv_slots'] / full:.2f}"] if full else []
-        for step in steps:
-            cell = cells[step]
+        for cell in cells:
             wrong = f" ({cell['wrong']['perplexity']['value']:.2f})" if "wrong" in cell else ""
             row.append(f"{cell['perplexity']['value']:.2f}{wrong}")
         row += ([f"{size['off']['value']:.2f}"] if "off" in size else ["-"]) if off else []
@@ -122,13 +122,13 @@ def markdown(comparison: Mapping[str, Any]) -> str:
             said = size.get("repetition", {})
             row += [cell_share(said.get("token")), cell_share(said.get("exact"))]
         body.append(row)
-    of = "whole texts" if steps == ["text"] else "the target"
-    notes = [f"perplexity of {of}; slots and KiB of a session, mean at {'its end' if steps == ['text'] else last}"]
+    of, end = ("whole texts", "its end") if whole else ("the target", steps[-1])
+    notes = [f"perplexity of {of}; slots and KiB of a session, mean at {end}"]
     if off:
         notes.append("compression off: full context, the adapter on all text")
     if repeats:
         notes.append("repeated: what memory still says right of closed chunks, tokens and whole chunks")
-    if any("wrong" in cells[last] for _, cells in every):
+    if any("wrong" in cells[-1] for _, cells in every):
         notes.append("in brackets: the same turn after the context of another conversation (control)")
     return "\n".join(
         [output.table(header, body, left=1), "", *(f"- {note}" for note in notes), "", f"`{comparison['command']}`", ""]
@@ -146,12 +146,12 @@ def figure_of(comparison: Mapping[str, Any]) -> Any:
     Args:
       comparison: of `side_by_side`.
     """
-    last = str(comparison["steps"][-1]["step"])
+    last = comparison["steps"][-1]["step"]
     titles = {title: STYLE[key][0] for key, title in SHARED.items()}
     colours = iter(COLOURS * 9)
     points = [
-        (name, titles.get(name) or next(colours), sorted((r["steps"][last] for r in runs), key=lambda c: c["kv_bytes"]))
+        (name, titles.get(name) or next(colours), sorted((r["steps"][-1] for r in runs), key=lambda c: c["kv_bytes"]))
         for name, runs in comparison["systems"].items()
     ]
-    where = {"text": "whole texts", "all": "all time steps"}.get(last, f"t = {last}")
+    where = {None: "whole texts", "all": "all time steps"}.get(last, f"t = {last}")
     return tradeoff(points, title=f"Quality against the memory of a session, {where}")

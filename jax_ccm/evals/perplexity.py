@@ -55,14 +55,14 @@ class Stage:
     """The questions of one time step.
 
     Attributes:
-      step: the time step: context chunks before the tail; the age of what is asked for; the name of a task; or "text"
+      step: the time step: context chunks before the tail; the age of what is asked for; the name of a task; or None
         for whole texts.
       right: sessions; one without choices is a question with one answer.
       wrong: the same tails after the contexts of other sessions, or None where there are too few.
       note: why there are none, if so.
     """
 
-    step: int | str
+    step: int | str | None
     right: list[Choice]
     wrong: list[Choice] | None
     note: str = ""
@@ -175,7 +175,7 @@ def measure(
     )
     # In the order in which they were asked: the sides of all time steps, then the answers alone.
     scores = iter(made)
-    taken: dict[int | str, list[list[tuple[Scores, ...]]]] = {stage.step: [] for stage in questions}
+    taken: dict[int | str | None, list[list[tuple[Scores, ...]]]] = {stage.step: [] for stage in questions}
     for stage, side in sides:
         taken[stage.step].append([tuple(next(scores) for _ in question.examples) for question in side])
     unconditional = {key: -float(next(scores).nll.sum()) for key in alone}
@@ -230,7 +230,8 @@ def summarise(
       pooled: whether there is a row of all together.
 
     Returns:
-      A nested dict for each time step, "step" being the number or "all"; leaves that are uncertain are `Estimate`.
+      A nested dict for each time step, "step" being that of the `Stage`, or "all"; leaves that are uncertain are
+      `Estimate`.
     """
     rows = [
         _summary(stage.step, [stage], {name: [steps[i]] for name, steps in measured.items()}, slot_bytes)
@@ -263,7 +264,7 @@ def to_json(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _summary(
-    step: int | str, questions: Sequence[Stage], measured: dict[str, list[Measured]], slot_bytes: int
+    step: int | str | None, questions: Sequence[Stage], measured: dict[str, list[Measured]], slot_bytes: int
 ) -> dict[str, Any]:
     right = [question for stage in questions for question in stage.right]
     controlled = all(stage.wrong is not None for stage in questions)

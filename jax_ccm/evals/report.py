@@ -20,6 +20,7 @@ from jax_ccm.evals.cells import (
     draw_intervals,
     estimate_of,
     interval,
+    name_of,
     name_of_steps,
     unit_of,
     value,
@@ -46,7 +47,7 @@ def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         return [row["systems"][name] for row in steps]
 
     columns: dict[str, list[str]] = {
-        name_of_steps(results)[0]: [f"{row['step']}{_mark(row, kind)}" for row in steps],
+        name_of_steps(results)[0]: [f"{name_of(row)}{_mark(row, kind)}" for row in steps],
         "examples": [f"{row['examples']:,}" for row in steps],
         "tokens": [f"{row['tokens']:,}" for row in steps],
     }
@@ -270,7 +271,7 @@ def tradeoff(points: Sequence[tuple[str, str, Sequence]], *, title: str) -> Any:
 
 
 def _of_texts(results: Mapping[str, Any]) -> bool:
-    return results["steps"][0]["step"] == "text"
+    return results["steps"][0]["step"] is None
 
 
 def quality(results: Mapping[str, Any]) -> str:

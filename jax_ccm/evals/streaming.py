@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,9 @@ def measure(
       For each length the scores of the text up to it; slots are the most that a session ever holds.
     """
     examples = [question.examples[0] for question in questions[-1].right]
-    length, log = int(questions[-1].step), log or (lambda line: None)
+    # Steps of streams are lengths.
+    lengths = cast(list[int], [stage.step for stage in questions])
+    length, log = lengths[-1], log or (lambda line: None)
 
     def compute() -> dict[str, np.ndarray]:
         start = time.perf_counter()
@@ -153,15 +156,15 @@ def measure(
     nll, hit = found["nll"], found["hit"]
     return [
         Measured(
-            [(Scores(nll[row, _unscored(example) : stage.step], hit[row, _unscored(example) : stage.step]),)
+            [(Scores(nll[row, _unscored(example) : end], hit[row, _unscored(example) : end]),)
              for row, example in enumerate(examples)],
             None,
             # One more than the window: text is closed once that is exceeded.
-            np.full(len(examples), float(min(budget.window + 1, int(stage.step)))),
+            np.full(len(examples), float(min(budget.window + 1, end))),
             {},
             system.method.mixed_slots * system.model.config.kv_bytes_per_slot(4),
         )
-        for stage in questions
+        for end in lengths
     ]  # fmt: skip
 
 

@@ -22,14 +22,14 @@ from jax_ccm.rules.types import Method
 
 
 def windows(evaluation: Evaluation, method: Method, most: int = 0) -> list[Stage]:
-    """The windows of text as the questions of one stage, "text".
+    """The windows of text as the questions of one stage, that of whole texts.
 
     Args:
       evaluation: the data.
       method: what will read them: spans are drawn for methods that keep just what is outside of them.
       most: windows, taken at equal distances from all; 0 for all.
     """
-    return [Stage("text", questions(evaluation.texts(marked=method.heeds_marks), most), None)]
+    return [Stage(None, questions(evaluation.texts(marked=method.heeds_marks), most), None)]
 
 
 def questions(found: Sequence[Example], most: int = 0) -> list[Choice]:

@@ -15,8 +15,8 @@ from typing import Any
 from jax_ccm.records import paths
 
 # Of the JSON that commands write for others to read: raised when it changes so that an older reader would misread it.
-# Files without a number are of the first.
-SCHEMA = 1
+# Files without a number are of the first, in which whole texts were a time step "text" (`evals.stored`).
+SCHEMA = 2
 
 
 def command_line(command: str) -> str:

@@ -101,7 +101,7 @@ def against_bytes(runs: Sequence[Found]) -> Any:
             else:
                 shared.setdefault(key, (SHARED.get(key, STYLE[key][1]), STYLE[key][0], [cell]))
     last = runs[0].content["steps"][-1]["step"]
-    where = {"text": "whole texts", "all": "all questions"}.get(last, f"step {last}")
+    where = {None: "whole texts", "all": "all questions"}.get(last, f"step {last}")
     return report.tradeoff([*shared.values(), *own], title=f"Quality against the memory of a conversation, {where}")
 
 

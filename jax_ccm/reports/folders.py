@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
-from jax_ccm.records import output, paths
+from jax_ccm.evals import stored
+from jax_ccm.records import paths
 from jax_ccm.records.parsing import parse_json, read_json, read_text
 
 
@@ -94,14 +95,7 @@ def _apart(found: Sequence[Found]) -> list[Found]:
 
 def _read(file: Path, name: str) -> Found:
     kind, command, keys = FILES[file.name]
-    content = read_json(file)
-    schema = content.get("schema", output.SCHEMA)
-    # Exactly int: True would pass as 1.
-    if type(schema) is not int or not 1 <= schema <= output.SCHEMA:
-        raise UserError(
-            f"{file} is of schema {schema!r}, and this version of jax_ccm reads 1 to {output.SCHEMA}; update jax_ccm, "
-            f"or run jax_ccm.{command} again with this one"
-        )
+    content = stored.read(file)
     # An empty list of steps is as good as none: there is nothing to show.
     missing = [key for key in keys if not content.get(key)]
     if missing:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jax_ccm.evals import report
-from jax_ccm.evals.cells import SHARES, STYLE, cell_share, discriminates, interval, name_of_steps, unit_of
+from jax_ccm.evals.cells import SHARES, STYLE, cell_share, discriminates, interval, name_of, name_of_steps, unit_of
 from jax_ccm.reports.folders import Found
 
 # Header, rows, and which columns are text.
@@ -47,7 +47,7 @@ def quality(results: Mapping[str, Any]) -> Table:
     header += [SHARES[key] for key in shares] + [name_of_unit]
     rows = []
     for row, name, cell in _cells(results):
-        made = [f"{row['step']}{mark(row, kind)}", STYLE[name][1], f"{row['examples']:,}"]
+        made = [f"{name_of(row)}{mark(row, kind)}", STYLE[name][1], f"{row['examples']:,}"]
         for key in ("perplexity", *more):
             made += [_shown(_estimate(cell, key)), _shown(_estimate(cell.get("wrong", {}), key))]
         made += [interval(cell.get("differences", {}).get(kind, {}).get("minus_wrong"))] * paired
@@ -112,11 +112,10 @@ def training(runs: Sequence[Found]) -> Table:
 
 def comparison(content: Mapping[str, Any]) -> Table:
     """A row for each system and size, at the last step."""
-    last = str(content["steps"][-1]["step"])
     rows = []
     for name, several in content["systems"].items():
         for run in several:
-            cell = run["steps"][last]
+            cell = run["steps"][-1]
             wrong = cell.get("wrong", {}).get("perplexity")
             made = [name, f"{cell['kv_slots']:.1f}", f"{cell['kv_bytes'] / 1024:,.0f}"]
             made += [_shown(cell["perplexity"]), _shown(wrong)]
