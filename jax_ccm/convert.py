@@ -96,7 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.target.name, adapter, recipe=None if config is None else chosen(config), said=said, results=results
     )
     beside = {card.FILE: text.encode()} | ({} if config is None else {FILE: to_yaml(config).encode()})
-    path = adapter.write(options.target, format=options.format, stored=options.stored, beside=beside)
+    try:
+        path = adapter.write(options.target, format=options.format, stored=options.stored, beside=beside)
+    except OSError as e:
+        # Not its own file name: what is written stands beside the folder until it is whole.
+        raise UserError(f"{options.target} cannot be written: {e.strerror}; give a folder that can be") from e
     shape = adapter.config
     trained = label(adapter.method) if adapter.method else "unknown"
     base = (adapter.base or {}).get("name") or "unknown"

@@ -61,6 +61,14 @@ def test_a_folder_whose_name_is_no_text(tmp_path):
     assert "# caf\\udce9" in (target / "README.md").read_text(encoding="utf-8") and format_of(target) == "own"
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    """Whatever the system says of it, and not the name beside it under which it is written."""
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file" / "x", Path("/proc/x"), Path("/sys/x")):
+        with pytest.raises(UserError, match=f"^{target} cannot be written: .*; give a folder that can be"):
+            convert.main([str(GOLDEN / "merge_n2"), str(target), *MERGE])
+
+
 def test_exit_codes(tmp_path):
     command = [sys.executable, "-m", "jax_ccm.convert", str(tmp_path / "nowhere"), str(tmp_path / "x")]
     done = subprocess.run(command, capture_output=True, text=True)

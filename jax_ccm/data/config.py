@@ -136,6 +136,21 @@ class DataConfig:
         """Whether evaluation at a time step takes longer records, too, cut to it."""
         return True
 
+    @property
+    def mixes_records(self) -> bool:
+        """Whether an example is made of several records of its source, so that a few of them make others."""
+        return False
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """In evaluation: the sources whose records stand before what is asked, one for each evaluated source."""
+        return ()
+
+    @property
+    def decides_units(self) -> list[str]:
+        """Names of the fields that decide how records become units, beside the sources."""
+        return ["format", *own_options(type(self))]
+
     def require(self, method: Method) -> None:
         """Refuses data that could not be trained on with a method.
 
@@ -300,6 +315,14 @@ class FewShotConfig(LimitedConfig):
         super()._check_own()
         require_least(self, "data.", shots=1)
 
+    @property
+    def mixes_records(self) -> bool:
+        return True
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        return self.demonstrations
+
     def fixed_texts(self) -> dict[str, Any]:
         return {
             "bos": self.bos, "eos": self.eos, "opening": self.opening, "separator": self.separator,
@@ -356,6 +379,11 @@ class TextConfig(DataConfig):
     @property
     def draws_spans(self) -> bool:
         return self.ratio is not None
+
+    @property
+    def decides_units(self) -> list[str]:
+        # The length of a window.
+        return [*super().decides_units, "max_chunks"]
 
     def require(self, method: Method) -> None:
         super().require(method)

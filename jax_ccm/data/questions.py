@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.data import documents
-from jax_ccm.data.config import DataConfig, FewShotConfig
+from jax_ccm.data.config import DataConfig
 from jax_ccm.data.counts import NothingLeft
 from jax_ccm.data.documents import Text
 from jax_ccm.data.sources import Record, Records, Source, open_sources
@@ -75,8 +75,7 @@ class Evaluation:
     def open(cls, config: DataConfig, tokenizer: Any, split: str = "test") -> Evaluation:
         """The evaluation of a config's ``"validation"`` or ``"test"`` sources."""
         sources = open_sources({"validation": config.validation, "test": config.test}[split], config.format)
-        shown = config.demonstrations if isinstance(config, FewShotConfig) else ()
-        return cls(config, tokenizer, sources, open_sources(shown, config.format) if shown else ())
+        return cls(config, tokenizer, sources, open_sources(config.shown, config.format) if config.shown else ())
 
     @property
     def has_choices(self) -> bool:

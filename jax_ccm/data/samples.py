@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jax_ccm.data.batches import TrainingSet, prepare
-from jax_ccm.data.config import DataConfig, FewShotConfig
+from jax_ccm.data.config import DataConfig
 from jax_ccm.data.counts import NothingLeft
 from jax_ccm.data.questions import Evaluation
 from jax_ccm.data.sources import Records, Source, open_sources
@@ -24,8 +24,8 @@ def training(config: DataConfig, method: Method, tokenizer: Any, vocab: int, cou
 
     Arguments and errors as `batches.prepare`.
     """
-    # Few-shot examples are drawn from all records of a task; what is tokenised already is not made again.
-    if isinstance(config, FewShotConfig) or config.tokenized is not None:
+    # What is drawn from all records needs them all; what is tokenised already is not made again.
+    if config.mixes_records or config.tokenized is not None:
         return prepare(config, method, tokenizer, vocab), ""
     # Which source an example is of does not matter here.
     sources, some = open_sources(config.train, config.format), dataclasses.replace(config, weights=())
@@ -34,7 +34,7 @@ def training(config: DataConfig, method: Method, tokenizer: Any, vocab: int, cou
 
 def questions(config: DataConfig, tokenizer: Any, split: str, count: int) -> tuple[Evaluation, str]:
     """What a split's examples are of, as `training`. Arguments and errors as `Evaluation.open`."""
-    if isinstance(config, FewShotConfig):
+    if config.mixes_records:
         return Evaluation.open(config, tokenizer, split), ""
     sources = open_sources({"validation": config.validation, "test": config.test}[split], config.format)
     return _enough(sources, count, lambda source: Evaluation(config, tokenizer, [source]))

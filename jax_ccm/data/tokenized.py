@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm.data.config import DataConfig, TextConfig, own_options
+from jax_ccm.data.config import DataConfig
 from jax_ccm.data.counts import NothingLeft, Report
 from jax_ccm.data.formats import Format
 from jax_ccm.data.sources import Record, Source, open_sources
@@ -291,8 +291,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _made_from(config: DataConfig, tokenizer: Any) -> dict[str, Any]:
     """What decides which units there are: sources, options of the format, and the tokenizer."""
-    names = ["train", "format", *own_options(type(config)), *(["max_chunks"] if isinstance(config, TextConfig) else [])]
-    given = {f"data.{name}": getattr(config, name) for name in names if name not in _IRRELEVANT}
+    names = [name for name in ["train", *config.decides_units] if name not in _IRRELEVANT]
+    given = {f"data.{name}": getattr(config, name) for name in names}
     # What it does and not its name, under which it may be found elsewhere: normaliser, pre-tokenizer and merges decide
     # as much as the vocabulary. How texts are cut off and padded does not, and whoever used it before may have set it.
     tree = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
