@@ -54,7 +54,7 @@ class DataConfig:
     format: Format = "dialogue"
     """What a record holds: "dialogue" ``{"turns", "scored"?, "system"?}``, "online"
     ``{"contexts", "query", "target", "choices"?, "answers"?, "task"?, "system"?}``,
-    "fewshot" ``{"text", "label"}`` (each source is one task), "text"
+    "fewshot" ``{"text", "label", "choices"?}`` (each source is one task), "text"
     ``{"text"}``, "recall" (generated)."""
     batch_size: int = 8
     """Rows of a batch, over all processes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -26,14 +26,19 @@ class Shot(Unit):
     Attributes:
       place: its number in the task.
       label: the label as text.
+      options: the texts and tokens of its own options; of none, the labels of the task are.
     """
 
     place: int
     label: str
+    options: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class FewShot:
-    """``{"text", "label"}``, each source a task: demonstrations are the context (MetaICL's format and budget).
+    """``{"text", "label", "choices"?}``, each source a task: demonstrations are the context.
+
+    Format and budget are MetaICL's (Min et al. 2022), as Kim et al. 2024 have them. The answers of an evaluation are
+    the labels of the task, or the choices of the record.
 
     ``Input: text Output: label`` for each of up to ``shots`` demonstrations, then ``Input: text Output:``.
     Demonstrations are other examples of the task, drawn without repetition; they are added up to the first that would
@@ -90,7 +95,7 @@ class FewShot:
         found = list(used([source], "fewshot", report, "without text or label"))
         texts = self.template.later([record["text"] for _, record in found])
         # Each label is encoded once.
-        known = {record["label"]: None for _, record in found}
+        known = {label: None for _, record in found for label in (record["label"], *record.get("choices", ()))}
         labels = dict(zip(known, self.template.target(list(known)), strict=True))
         longest = self.config.max_turn_tokens
         # As the reference counts: with the prefixes of text and label.
@@ -103,7 +108,8 @@ class FewShot:
             elif len(text) + len(label) + around > longest:
                 report.drop(f"of more than {longest} tokens")
             else:
-                units.append(Shot(where, (text, label), len(units), record["label"], task=source.name))
+                options = {option: labels[option] for option in record.get("choices", ())}
+                units.append(Shot(where, (text, label), len(units), record["label"], options, task=source.name))
         report.units, report.kept = report.units + len(found), report.kept + len(units)
         return units
 
@@ -116,7 +122,7 @@ class FewShot:
 
     def answers(self, unit: Unit) -> tuple[Sequence[np.ndarray], int]:
         assert isinstance(unit, Shot)
-        labels = self._labels[unit.task]
+        labels = unit.options or self._labels[unit.task]
         return list(labels.values()), list(labels).index(unit.label)
 
     def short_answers(self, unit: Unit) -> tuple[str, ...]:

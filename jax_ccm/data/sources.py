@@ -39,7 +39,7 @@ FIELDS: dict[str, dict[str, bool]] = {
         "system?": False,
         "task?": False,
     },
-    "fewshot": {"text": False, "label": False},
+    "fewshot": {"text": False, "label": False, "choices?": True},
     "text": {"text": False},
     "recall": {},
 }
@@ -246,8 +246,9 @@ def _check(record: Any, fields: dict[str, bool], where: str) -> None:
             raise UserError(f"{where}: field {name!r} must be {want}, it is {reprlib.repr(value)}")
         for number, text in enumerate(strings):
             require_text(text, f"{where}: item {number} of field {name!r}" if is_list else f"{where}: field {name!r}")
-    if "choices" in record and "choices?" in fields and record["target"] not in record["choices"]:
-        raise UserError(f"{where}: the target {record['target']!r} is not among the choices")
+    answer = "target" if "target" in fields else "label"
+    if "choices" in record and "choices?" in fields and record[answer] not in record["choices"]:
+        raise UserError(f"{where}: the {answer} {record[answer]!r} is not among the choices")
 
 
 def blank(record: Record, format: str) -> bool:

@@ -6,7 +6,17 @@ import re
 from pathlib import Path
 
 from jax_ccm.data.converters.messages import ASSISTANT, USER, Message, Unusable, in_turns
-from jax_ccm.data.converters.rows import Converted, Fields, at_least, chosen, closed_set, pieces, rows
+from jax_ccm.data.converters.rows import (
+    Converted,
+    Fields,
+    at_least,
+    chosen,
+    closed_set,
+    kept_words,
+    pieces,
+    rows,
+    sessions,
+)  # fmt: skip
 from jax_ccm.errors import UserError, unknown
 
 TYPES = (
@@ -65,24 +75,20 @@ def longmemeval(path: str, type: str = "any", words: int = 0) -> Converted:
 
 
 def _sessions(row: Fields, made: Converted, words: int) -> list[str]:
-    sessions, dates = row.lists("haystack_sessions"), row.texts("haystack_dates")
-    if len(sessions) != len(dates):
-        raise UserError(f"{row.place}: there are {len(sessions)} haystack_sessions, but {len(dates)} haystack_dates")
+    talks, dates = row.lists("haystack_sessions"), row.texts("haystack_dates")
+    if len(talks) != len(dates):
+        raise UserError(f"{row.place}: there are {len(talks)} haystack_sessions, but {len(dates)} haystack_dates")
     if all(re.match(r"\d{4}/\d\d/\d\d", date) for date in dates):
-        sessions = [sessions[number] for number in sorted(range(len(dates)), key=dates.__getitem__)]
+        talks = [talks[number] for number in sorted(range(len(dates)), key=dates.__getitem__)]
         dates = sorted(dates)
     contexts = []
-    for session, date in zip(sessions, dates, strict=True):
+    for talk, date in zip(talks, dates, strict=True):
         said = []
-        for message in session:
+        for message in talk:
             role = message.text("role")
             if role not in (USER, ASSISTANT):
                 raise unknown(f"role in {message.place}: field 'role' is", role, (USER, ASSISTANT))
-            text = message.text("content")
-            if 0 < words < len(text.split()):
-                made.changed[f"messages cut after {words} words"] += 1
-                text = " ".join(text.split()[:words])
-            said.append(Message(role, text))
+            said.append(Message(role, kept_words(message.text("content"), words, made, "messages")))
         try:
             turns = [turn.text for turn in in_turns([turn for turn in said if turn.text.strip()], made)]
         except Unusable:
@@ -126,17 +132,14 @@ def locomo(path: str, category: str = "1,2,3,4") -> Converted:
 
 
 def _two_people(talk: Fields) -> list[str]:
-    numbers = sorted(int(found[1]) for name in talk.content if (found := re.fullmatch(r"session_(\d+)", name)))
     contexts = []
-    for number in numbers:
+    for number in sessions(talk):
         date = talk.text(f"session_{number}_date_time")
         for place, turn in enumerate(talk.inside(f"session_{number}")):
             caption = turn.content.get("blip_caption")
             text = turn.text("text") + (f" [shares a picture: {turn.text('blip_caption')}]" if caption else "")
             head = f"[{date}] " if place == 0 else ""
             contexts.append(f"{head}{turn.text('speaker')}: {text.strip()}")
-    if not contexts:
-        raise UserError(f"{talk.place}: there is no session; fields session_1, session_2 … are needed")
     return contexts
 
 

@@ -108,8 +108,12 @@ class Fields:
         return value
 
 
-def rows(path: Path) -> Iterator[Fields]:
+def rows(path: Path, *, lines_of_json: Sequence[str] = ()) -> Iterator[Fields]:
     """The objects that a file holds: ``.jsonl`` one a line, ``.json`` a list of them or a single one, ``.parquet``.
+
+    Args:
+      path: the file.
+      lines_of_json: endings besides ``.jsonl`` under which a data set keeps one object a line.
 
     Raises:
       UserError: for another ending, a file that cannot be read, and what is no object.
@@ -117,21 +121,44 @@ def rows(path: Path) -> Iterator[Fields]:
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return
-    if path.suffix not in (".json", ".jsonl"):
-        raise UserError(f"{path} ends in {path.suffix!r}; allowed are .jsonl, .json and .parquet")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if path.suffix == ".jsonl":
-        # Not splitlines(): JSON strings may hold U+2028 and the like unescaped, but no line breaks.
-        for number, line in enumerate(re.split(b"\r\n|\n|\r", content.removeprefix(b"\xef\xbb\xbf")), 1):
-            if line.strip():
-                yield Fields.of(parse_json(line, f"{path}:{number}"), f"{path}:{number}")
+    allowed = (*lines_of_json, *(end for end in (".jsonl", ".json") if end not in lines_of_json))
+    if path.suffix not in allowed:
+        raise UserError(f"{path} ends in {path.suffix!r}; allowed are {', '.join(allowed)} and .parquet")
+    content = _content(path)
+    if path.suffix == ".jsonl" or path.suffix in lines_of_json:
+        yield from json_lines(content, str(path))
         return
     whole = parse_json(content, str(path))
     for number, row in enumerate(whole) if isinstance(whole, list) else [(0, whole)]:
         yield Fields.of(row, f"{path}[{number}]")
+
+
+def json_lines(content: bytes, path: str) -> Iterator[Fields]:
+    """The objects of a file that has one a line."""
+    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped, but no line breaks.
+    for number, line in enumerate(re.split(b"\r\n|\n|\r", content.removeprefix(b"\xef\xbb\xbf")), 1):
+        if line.strip():
+            yield Fields.of(parse_json(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Place and text of each line of a text file.
+
+    Raises:
+      UserError: for a file that cannot be read, or is no UTF-8.
+    """
+    for number, line in enumerate(re.split(b"\r\n|\n|\r", _content(path).removeprefix(b"\xef\xbb\xbf")), 1):
+        try:
+            yield f"{path}:{number}", line.decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{number}: not UTF-8 text; convert it") from None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _parquet(path: Path) -> Iterator[Fields]:
@@ -149,6 +176,26 @@ def _parquet(path: Path) -> Iterator[Fields]:
                     number += 1
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}); get it again") from None
+
+
+def sessions(talk: Fields) -> list[int]:
+    """Numbers of the sessions ``session_1``, ``session_2`` … of a talk, in order.
+
+    Raises:
+      UserError: if there is none.
+    """
+    numbers = sorted(int(found[1]) for name in talk.content if (found := re.fullmatch(r"session_(\d+)", name)))
+    if not numbers:
+        raise UserError(f"{talk.place}: there is no session; fields session_1, session_2 … are needed")
+    return numbers
+
+
+def kept_words(text: str, words: int, made: Converted, what: str) -> str:
+    """The first words of a text, counted where that is not all of it; 0 for all."""
+    if not 0 < words < len(text.split()):
+        return text
+    made.changed[f"{what} cut after {words} words"] += 1
+    return " ".join(text.split()[:words])
 
 
 def pieces(text: str, words: int) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
-from jax_ccm.data.converters import long_memory, messages, tasks
+from jax_ccm.data.converters import corpora, dialogues, long_memory, messages, tasks
 from jax_ccm.data.converters.rows import Converted
 
 
@@ -48,6 +48,38 @@ CONVERTERS = {
     "sharegpt": Converter(
         messages.sharegpt, "dialogue", "conversations as ShareGPT and most fine-tuning tools have them"
     ),
+    "dailydialog": Converter(
+        dialogues.dailydialog,
+        "dialogue",
+        "everyday conversations of two people (DailyDialog)",
+        "CC BY-NC-SA 4.0",
+        "Li et al. 2017, arXiv 1710.03957",
+        "the official train, validation and test",
+    ),
+    "soda": Converter(
+        dialogues.soda,
+        "dialogue",
+        "conversations made from social situations (SODA)",
+        "CC BY 4.0",
+        "Kim et al. 2023, arXiv 2212.10465",
+        "the official train, validation and test",
+    ),
+    "msc": Converter(
+        dialogues.msc,
+        "dialogue",
+        "up to five sessions of the same two people (Multi-Session Chat)",
+        "that of ParlAI's data, see there",
+        "Xu et al. 2022, arXiv 2107.07567",
+        "the official train, valid and test",
+    ),
+    "realtalk": Converter(
+        dialogues.realtalk,
+        "dialogue",
+        "three weeks of messages between two people (REALTALK)",
+        "see its repository",
+        "Lee et al. 2025, arXiv 2502.13270",
+        "reported only; all ten conversations are tests",
+    ),
     "babilong": Converter(
         long_memory.babilong,
         "online",
@@ -88,6 +120,22 @@ CONVERTERS = {
         "Harper and Konstan 2015",
         "by user: 80 % train, 10 % validation, 10 % test",
     ),
+    "lamp": Converter(
+        tasks.lamp,
+        "online",
+        "what somebody would write or choose, behind what they did before (LaMP 1 to 7)",
+        "CC BY-NC-SA 4.0; LaMP 6 needs a licence of its own",
+        "Salemi et al. 2024, arXiv 2304.11406",
+        "the official train and dev; the answers of test are not public",
+    ),
+    "metaicl": Converter(
+        tasks.metaicl,
+        "fewshot",
+        "examples of a task, with their options (MetaICL)",
+        "CC BY-NC 4.0, and that of each task",
+        "Min et al. 2022, arXiv 2110.15943",
+        "hr_to_lr of its paper: tasks with many examples to train, 26 others to test",
+    ),
     "gsm8k": Converter(
         tasks.gsm8k,
         "online",
@@ -96,5 +144,29 @@ CONVERTERS = {
         "Cobbe et al. 2021, arXiv 2110.14168",
         "the official train.jsonl and test.jsonl",
         seen=True,
+    ),
+    "wikitext": Converter(
+        corpora.wikitext,
+        "text",
+        "articles of Wikipedia (WikiText-2 and -103)",
+        "CC BY-SA 3.0",
+        "Merity et al. 2017, arXiv 1609.07843",
+        "the official train, validation and test",
+    ),
+    "pg19": Converter(
+        corpora.pg19,
+        "text",
+        "books of before 1919 (PG-19)",
+        "Apache-2.0; the books are in the public domain in the United States",
+        "Rae et al. 2020, arXiv 1911.05507",
+        "the official train, validation and test",
+    ),
+    "c4": Converter(
+        corpora.c4,
+        "text",
+        "pages of the web (C4)",
+        "ODC-BY",
+        "Raffel et al. 2020, arXiv 1910.10683",
+        "the official train and validation",
     ),
 }

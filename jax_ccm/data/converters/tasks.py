@@ -1,4 +1,4 @@
-"""What people rated, and problems with demonstrations, as questions behind contexts that come one by one."""
+"""What is personal, and tasks with demonstrations, as questions behind contexts that come one by one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from jax_ccm.data.converters.rows import Converted, at_least, rows
+from jax_ccm.data.converters.rows import Converted, Fields, at_least, closed_set, kept_words, rows
 from jax_ccm.errors import UserError, unknown
 
 SPLITS = ("train", "validation", "test")
+# How an entry of a profile is said, by the fields that it has: the first that are all there count.
+ENTRIES: dict[tuple[str, ...], str] = {
+    ("description", "tag"): 'the tag for the movie: "{description}" is "{tag}"',
+    ("text", "category"): 'the category for the article: "{text}" is "{category}"',
+    ("text", "score"): '{score} is the score for "{text}"',
+    ("text", "title"): '"{title}" is the title for "{text}"',
+    ("abstract", "title"): '"{title}" is the title for "{abstract}"',
+    ("text",): '"{text}"',
+}
+# LaMP's tasks with a closed set of answers: two references, tags of movies, stars, and categories of news.
+CLOSED = ("LaMP_1", "LaMP_2", "LaMP_2N", "LaMP_2M", "LaMP_3")
 # User, movie, rating, time.
 Rating = tuple[str, str, str, float]
 
@@ -96,6 +107,79 @@ def _table(path: Path, between: str, encoding: str, fewest: int) -> Iterator[tup
                 yield number, fields
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def lamp(path: str, profile: int = 16, words: int = 80, seed: int = 0) -> Converted:
+    """LaMP 1 to 7 (Salemi et al. 2024): what somebody wrote or chose before, and what they would now.
+
+    Each context is an entry of the profile, in a sentence (Kim et al. 2024, appendix A, for LaMP-2). Where a task has a
+    closed set of answers they are the choices.
+
+    Args:
+      path: ``train_questions.json`` or ``dev_questions.json``; its ``_outputs.json`` lies beside it.
+      profile: most entries, drawn from the profile; the first k of them are also those of ``profile=k``.
+      words: of longer texts, so many words are kept, and it is counted; 0 keeps all.
+      seed: of the draw, which depends on the user as well.
+    """
+    at_least(1, profile=profile)
+    task, golds = _lamp_answers(Path(path))
+    made = Converted()
+    for row in rows(Path(path)):
+        user = row.said("id")
+        entries = row.inside("profile")
+        if user not in golds:
+            raise UserError(f"{row.place}: the outputs have no answer to {user!r}; both files must be of one split")
+        if not entries:
+            made.drop("without a profile", row.place)
+            continue
+        drawn = random.Random(f"{seed} {user}").sample(entries, len(entries))[:profile]
+        contexts = [_entry(entry, words, made) for entry in drawn]
+        record = {"contexts": contexts, "query": row.text("input"), "target": golds[user], "task": task}
+        made.add(record, f"{row.place} (id {user})")
+    if task in CLOSED:
+        closed_set(made, 20)
+    return made
+
+
+def _lamp_answers(questions: Path) -> tuple[str, dict[str, str]]:
+    """The task, and the answers by id, of the file beside the questions."""
+    beside = questions.with_name(questions.name.replace("questions", "outputs"))
+    if beside == questions:
+        raise UserError(f"{questions}: LaMP's questions are in a file like dev_questions.json, beside dev_outputs.json")
+    found = list(rows(beside))
+    if len(found) != 1:
+        raise UserError(f"{beside} must hold one object, with fields 'task' and 'golds'")
+    (outputs,) = found
+    return outputs.text("task"), {gold.said("id"): gold.said("output") for gold in outputs.inside("golds")}
+
+
+def _entry(entry: Fields, words: int, made: Converted) -> str:
+    """An entry of a profile, as a sentence."""
+    for names, form in ENTRIES.items():
+        if all(name in entry.content for name in names):
+            said = {name: kept_words(entry.said(name).strip(), words, made, "texts of profiles") for name in names}
+            return form.format(**said)
+    found = ", ".join(sorted(entry.content)) or "none"
+    raise UserError(
+        f"{entry.place}: an entry of a profile has a text, an abstract or a description (this one: {found})"
+    )
+
+
+def metaicl(path: str) -> Converted:
+    """MetaICL (Min et al. 2022): an example of a task a line, ``{"task", "input", "output", "options"}``.
+
+    Args:
+      path: ``data/TASK/TASK_16_100_test.jsonl`` and the like; each file is a task.
+    """
+    made = Converted()
+    for row in rows(Path(path)):
+        record: dict[str, object] = {"text": row.text("input").strip(), "label": row.text("output").strip()}
+        # In the order of the file, each once.
+        options = dict.fromkeys(option.strip() for option in row.texts("options"))
+        if len(options) > 1:
+            record["choices"] = list(options)
+        made.add(record, row.place)
+    return made
 
 
 def gsm8k(path: str, demonstrations: str = "", shots: int = 8, seed: int = 0) -> Converted:

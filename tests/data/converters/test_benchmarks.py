@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from jax_ccm.data.config import OnlineConfig
+from jax_ccm.data.config import FewShotConfig, OnlineConfig
 from jax_ccm.data.questions import Evaluation
 from jax_ccm.data.sources import open_sources
 from jax_ccm.errors import UserError
-from tests.data.support import tokenizer, write
+from tests.data.support import text_of, tokenizer, write
 
 
 def records(source: str) -> list[dict]:
@@ -160,6 +161,72 @@ def test_gsm8k(tmp_path):
     assert made == records(f"gsm8k:{path}?shots=2") != records(f"gsm8k:{path}?shots=2&seed=1")
     with pytest.raises(UserError, match="has 5 problems, too few for 5"):
         records(f"gsm8k:{path}?shots=5")
+
+
+def lamp(tmp_path, task: str, rows: list[dict]) -> str:
+    """The two files of a split."""
+    asked = [{"id": f"{n}0", "input": row["input"], "profile": row["profile"]} for n, row in enumerate(rows)]
+    golds = [{"id": f"{n}0", "output": row["output"]} for n, row in enumerate(rows)]
+    (tmp_path / "dev_questions.json").write_text(json.dumps(asked))
+    (tmp_path / "dev_outputs.json").write_text(json.dumps({"task": task, "golds": golds}))
+    return f"lamp:{tmp_path / 'dev_questions.json'}"
+
+
+def test_lamp(tmp_path):
+    """What belongs to one profile is a context each; a smaller profile is a part of a larger one."""
+    entries = [{"id": str(n), "text": f"film number {n}", "score": str(n)} for n in range(5)]
+    rows = [{"input": "What is the score?", "profile": entries, "output": score} for score in ("4", "2")]
+    source = lamp(tmp_path, "LaMP_3", [*rows, {"input": "And now?", "profile": [], "output": "1"}])
+    first, second = records(f"{source}?profile=3&words=2")
+    assert first["query"] == "What is the score?" and (first["target"], second["target"]) == ("4", "2")
+    assert first["choices"] == ["2", "4"] and first["task"] == "LaMP_3"
+    assert all(re.fullmatch(r'\d is the score for "film number"', context) for context in first["contexts"])
+    assert first["contexts"] != second["contexts"]
+    assert records(f"{source}?profile=2&words=2")[0]["contexts"] == first["contexts"][:2]
+    assert records(f"{source}?profile=3&words=2&seed=1")[0]["contexts"] != first["contexts"]
+    (opened,) = open_sources([source], "online")
+    assert len(opened) == 2 and [reason for reason, _ in opened.dropped] == ["without a profile"]
+    for task, entry, said in (
+        ("LaMP_1", {"title": "T", "abstract": "A"}, '"T" is the title for "A"'),
+        ("LaMP_2", {"description": "D", "tag": "sci-fi"}, 'the tag for the movie: "D" is "sci-fi"'),
+        ("LaMP_2N", {"text": "X", "title": "T", "category": "art"}, 'the category for the article: "X" is "art"'),
+        ("LaMP_4", {"text": "X", "title": "T"}, '"T" is the title for "X"'),
+        ("LaMP_7", {"text": "X"}, '"X"'),
+    ):
+        source = lamp(tmp_path, task, [{"input": "?", "profile": [entry], "output": out} for out in ("a", "b")])
+        first, _ = records(source)
+        assert first["contexts"] == [said] and ("choices" in first) == (task in ("LaMP_1", "LaMP_2", "LaMP_2N"))
+    with pytest.raises(UserError, match=r"profile\[0\]: an entry of a profile has a text, .* \(this one: id\)"):
+        records(lamp(tmp_path, "LaMP_7", [{"input": "?", "profile": [{"id": 1}], "output": "a"}]))
+    (tmp_path / "dev_outputs.json").write_text(json.dumps({"task": "LaMP_7", "golds": [{"id": "1", "output": "a"}]}))
+    with pytest.raises(UserError, match="the outputs have no answer to '00'; both files must be of one split"):
+        records(source)
+    with pytest.raises(UserError, match="LaMP's questions are in a file like dev_questions.json"):
+        records(f"lamp:{tmp_path / 'dev_outputs.json'}")
+
+
+METAICL = [
+    {"task": "t", "input": "a film ", "output": "good", "options": ["bad", "good", "good "]},
+    {"task": "t", "input": "a book", "output": "fine", "options": ["fine", "dull", "odd"]},
+    {"task": "t", "input": "free", "output": "anything", "options": []},
+]
+
+
+def test_metaicl(tmp_path):
+    """The options of a row are its answers; without any the labels of the task are."""
+    path = write(tmp_path / "t_16_100_test.jsonl", METAICL)
+    (task,) = open_sources([f"metaicl:{path}"], "fewshot")
+    assert task[0] == {"text": "a film", "label": "good", "choices": ["bad", "good"]} and "choices" not in task[2]
+    source = f"metaicl:{path}"
+    evaluation = Evaluation.open(FewShotConfig(test=(source,), demonstrations=(source,)), tokenizer())
+    found = evaluation.choices(2)
+    answer = lambda example: text_of(example.segments[-1].tokens).split(" Output:")[1].removesuffix("</s>")
+    said = [[answer(example) for example in choice.examples] for choice in found]
+    assert said[0] == [" bad", " good"] and said[1] == [" fine", " dull", " odd"] and len(said[2]) == 3
+    assert [choice.answer for choice in found[:2]] == [1, 0]
+    write(tmp_path / "t_16_100_test.jsonl", [METAICL[0] | {"output": "great"}])
+    with pytest.raises(UserError, match="t_16_100_test.jsonl:1: the label 'great' is not among the choices"):
+        open_sources([source], "fewshot")
 
 
 def test_they_can_be_asked(tmp_path):
