@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jax_ccm.data import chats, conversations, recall, suite
+from jax_ccm.data import chats, conversations, haystack, recall, ruler, suite, worlds
 from jax_ccm.errors import UserError, unknown
 
 SPLITS = ("train", "validation", "test")
@@ -56,6 +56,15 @@ class Given:
                 "different ones: 1,4,8"
             )
         return tuple(map(int, parts))
+
+    def tasks(self, known: Iterable[str]) -> tuple[str, ...]:
+        """Names of tasks with commas between; all for "any"."""
+        text, names = self._options["task"], tuple(known)
+        given = names if text == ANY else tuple(text.split(","))
+        for name in given:
+            if name not in names:
+                raise unknown(f"task in {self.source!r}:", name, names)
+        return given
 
 
 # Of `chats.Making`, in its order.
@@ -129,6 +138,26 @@ def _suite(name: str) -> Callable[[Given], Make]:
     return make
 
 
+def _books(given: Given) -> str:
+    """The file or folder of books, which is read once, when the source is opened."""
+    books = given.text("books")
+    haystack.noise(books, "test")
+    return books
+
+
+def _worlds(given: Given) -> Make:
+    making = worlds.Making(
+        given.tasks(worlds.TASKS), given.number("facts", 4), given.number("words", 0), given.number("chunk", 4),
+        _books(given),
+    )  # fmt: skip
+    return lambda split, seed, index: worlds.question(split, seed, index, making)
+
+
+def _ruler(given: Given) -> Make:
+    making = ruler.Making(given.tasks(ruler.TASKS), given.number("words", 1), given.number("chunk", 4), _books(given))
+    return lambda split, seed, index: ruler.question(split, seed, index, making)
+
+
 _CHATS = {"turns": "4-16", "age": ANY} | dict.fromkeys(SHARES, "0")
 
 GENERATED = {
@@ -149,6 +178,14 @@ GENERATED = {
         name: Generator("online", about, {"turns": "8-16", "age": ANY}, _suite(name))
         for name, (*_, about) in suite.TASKS.items()
     },
+    "babi": Generator(
+        "online", "people who walk, carry and give things, between sentences of books: BABILong's tasks qa1 to qa5",
+        {"task": ANY, "facts": "8", "words": "400", "chunk": "64", "books": ""}, _worlds,
+    ),
+    "ruler": Generator(
+        "online", "needles, chains of variables and counts of words, at any length: tasks of RULER",
+        {"task": ANY, "words": "400", "chunk": "64", "books": ""}, _ruler,
+    ),
     "recall": Generator(
         "recall", "facts of two tokens, all asked for; needs no tokenizer",
         {"facts": "8", "names": "50", "things": "50"}, _recall,

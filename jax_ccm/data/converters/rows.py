@@ -198,6 +198,11 @@ def kept_words(text: str, words: int, made: Converted, what: str) -> str:
     return " ".join(text.split()[:words])
 
 
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, each on one line."""
+    return [said for part in _SENTENCE.split(text.strip()) if (said := " ".join(part.split()))]
+
+
 def pieces(text: str, words: int) -> list[str]:
     """A text in pieces of up to so many words, which end with a sentence where one ends within them."""
     found: list[list[str]] = []
