@@ -71,7 +71,7 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
 
 def _evaluate(experiment: Experiment, options: Options, command: str, start: float) -> dict[str, Any]:
     from jax_ccm.data.questions import Evaluation
-    from jax_ccm.evals import card, perplexity, recall, report, streaming
+    from jax_ccm.evals import attended, card, perplexity, recall, report, streaming
     from jax_ccm.evals.replies import Asking
     from jax_ccm.evals.scoring import Store
     from jax_ccm.evals.systems import DEFAULT, ask, fingerprint, make_system, measure
@@ -114,6 +114,9 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     results["steps"] = perplexity.to_json(perplexity.summarise(questions, measured, slot_bytes, pooled=budget is None))
     if said.by == "age" and (cells := recall.grid(questions, measured, slot_bytes)):
         results["recall"] = cells
+    if said.attention:
+        asked = questions[-1:] if said.by == "step" else questions
+        results["attention"] = attended.of(asked, model, method, most=said.attention, rows=said.batch_size)
     results["seconds"] = round(time.perf_counter() - start, 1)
     save_config(config, options.workdir / "config.yaml")
     report.write(options.workdir, results, asking and perplexity.reply_lines(questions, measured, asking))

@@ -259,12 +259,19 @@ class EvalConfig:
     """Examples for each time step, or windows of text; 0 for all."""
     reply_tokens: int = 0
     """Most tokens of a reply that each system makes to each question, to be compared with the answer; 0 for none."""
+    attention: int = 0
+    """Questions (by step: of the last step) whose attention to sink, slots and text is measured, layer by layer; 0 for
+    none."""
     methods: tuple[str, ...] = ()
     """What stands side by side: "none" and "full" context, "memory" (the config's method), and "uncompressed" (full
     context, the adapter on all text). Empty: by step or age none, full, memory; by text full, uncompressed, memory."""
 
     def __post_init__(self):
-        require_least(self, "eval.", batch_size=1, window=1, max_examples=0, reply_tokens=0)
+        require_least(self, "eval.", batch_size=1, window=1, max_examples=0, reply_tokens=0, attention=0)
+        if self.attention and self.by in ("text", "stream"):
+            raise UserError(
+                f"eval.attention={self.attention} is for questions, and eval.by is {self.by!r}; set it to 0"
+            )
         steps = self.steps
         # What takes every record as a whole has no steps.
         if self.by not in ("task", "text") and (not steps or min(steps) < 1 or len(set(steps)) < len(steps)):

@@ -1,4 +1,4 @@
-"""Grids of `jax_ccm.evals.recall` in colour."""
+"""Grids of `jax_ccm.evals.recall`, and attention of `jax_ccm.evals.attended`, in colour."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ SHOWN = {
     "contains": "share of replies that contain the answer",
     "accuracy": "accuracy by likelihood of the choices (mean over tokens)",
 }
+
+# What the attention of a layer is paid to, in the order in which it is drawn.
+PARTS = {"sink": "sink", "memory": "memory", "text": "question and other text"}
 
 
 def kind_of(cells: Sequence[Mapping[str, Any]]) -> str | None:
@@ -83,3 +86,33 @@ def figure_of(cells: Sequence[Mapping[str, Any]]) -> Any:
 def plot(cells: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draws the grids as PNG."""
     paths.save_figure(figure_of(cells), path, dpi=150)
+
+
+def attention_of(found: Mapping[str, Any]) -> Any:
+    """A figure of matplotlib: shares by layer, and the slots of memory in colour.
+
+    Args:
+      found: of `attended.shares`.
+    """
+    from matplotlib.figure import Figure
+
+    slots = np.asarray(found["slots"], np.float64)
+    layers = np.arange(len(slots))
+    figure = Figure(figsize=(9, 0.1 * len(layers) + 2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+    before = np.zeros(len(layers))
+    for (name, label), colour in zip(PARTS.items(), ("tab:gray", "tab:blue", "tab:orange"), strict=True):
+        share = np.asarray(found[name], np.float64)
+        left.barh(layers, share, left=before, color=colour, label=label, height=0.9)
+        before += share
+    left.set(xlim=(0, 1), ylim=(len(layers) - 0.5, -0.5), xlabel="share of attention", ylabel="layer")
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8)
+    if slots.shape[1]:
+        # Oldest on the left, as a conversation is read.
+        picture = right.imshow(slots[:, ::-1], aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+        count = slots.shape[1]
+        ticks = np.unique(np.linspace(0, count - 1, min(count, 9)).round().astype(int))
+        right.set_xticks(ticks, [str(count - tick) for tick in ticks])
+        figure.colorbar(picture, ax=right, label="share of attention")
+    right.set(xlabel="slot of memory, counted from the newest", yticks=left.get_yticks()[:0])
+    return figure

@@ -98,14 +98,8 @@ def read(
             f"a chunk of {length} tokens does not fit the region of {raw_capacity(cache)} raw tokens; split it, "
             "or make the cache with a larger raw_capacity"
         )
-    # Padding may stand on either side; the number of a token is its rank among the valid ones.
-    rank = jnp.cumsum(chunk.valid, axis=1) - 1
-    count = jnp.sum(chunk.valid, axis=1)
+    rank, count = _ranks(chunk)
     slots, misplaced = _text(cache, chunk, rank, Kind.QUERY if query else Kind.TEXT, method)
-    positions = None
-    if method.rope == "cache":
-        # Places in the cache: behind what is live.
-        positions = jnp.sum(cache.slots.live, axis=1, keepdims=True) + rank
     decay = None if method.eviction is None else method.eviction.decay
     # A token is followed by count - 1 - rank others, each of which multiplies what it gave; 0 ** 0 is 1, so that with a
     # decay of 0 the last token alone counts.
@@ -116,7 +110,7 @@ def read(
         gate(method, slots, (Kind.TEXT, Kind.QUERY, Kind.SINK)),
         rule=method.rule,
         memory=cache,
-        positions=positions,
+        positions=_positions(cache, rank, method),
         observe=observe,
     )
     # Padding may give anything; it is never stored.
@@ -138,6 +132,44 @@ def read(
         spoiled=cache.spoiled | ~finite | misplaced,
     )
     return cache, model.logits(hidden)
+
+
+def attention_shares(model: Transformer, cache: MemoryCache, chunk: Chunk, *, method: Method):
+    """Where a question that is read next looks: shares of its attention, of which nothing is kept.
+
+    Args:
+      model, cache, method: as of `read`.
+      chunk: the question, and the answer to it; rows without a valid token get zeros.
+
+    Returns:
+      The shares of the text itself ``float32 [L, B]`` and of each entry of the cache ``[L, B, S]``, means over the
+      heads and the tokens of a row: together 1.
+    """
+    rank, count = _ranks(chunk)
+    slots, _ = _text(cache, chunk, rank, Kind.QUERY, method)
+    _, _, attention = model(
+        chunk.tokens,
+        slots,
+        gate(method, slots, (Kind.TEXT, Kind.QUERY, Kind.SINK)),
+        rule=method.rule,
+        memory=cache,
+        positions=_positions(cache, rank, method),
+        observe=chunk.valid.astype(jnp.float32),
+    )
+    assert attention is not None
+    own, past = attention
+    all_of_it = jnp.maximum(count, 1) * model.config.num_heads
+    return jnp.sum(own, axis=(2, 3)) / all_of_it, jnp.sum(past, axis=3) / all_of_it[:, None]
+
+
+def _ranks(chunk: Chunk):
+    """The number of each token among the valid ones of its row, and how many these are; padding may stand anywhere."""
+    return jnp.cumsum(chunk.valid, axis=1) - 1, jnp.sum(chunk.valid, axis=1)
+
+
+def _positions(cache: MemoryCache, rank, method: Method):
+    """Indices of text in the cache, behind what is live, where RoPE goes by them; else None."""
+    return jnp.sum(cache.slots.live, axis=1, keepdims=True) + rank if method.rope == "cache" else None
 
 
 def _text(cache: MemoryCache, chunk: Chunk, rank, text: Kind, method: Method):

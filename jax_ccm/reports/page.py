@@ -116,6 +116,7 @@ def make(found: Sequence[Found], folder: Path, *, title: str, command: str, vers
     page.section("Quality", _each(of("evaluation"), _quality, page))
     page.section("Quality against bytes", _bytes(of("evaluation"), of("comparison"), page))
     page.section("Recall by age and length", _each(of("evaluation"), _recall, page))
+    page.section("Where questions look", _each(of("evaluation"), _attention, page))
     page.section("What was said", _each(of("evaluation"), _replies, page))
     page.section("Training", _all(of("training"), page))
     page.section("Speed and memory", _each(of("speed"), _speed, page))
@@ -184,6 +185,13 @@ def _recall(one: Found, page: Page) -> Iterator[str]:
     if heatmap.kind_of(cells):
         caption = "n: questions. †: full context does no better behind the right context than behind a wrong one."
         yield page.picture(f"recall-{one.name}", f"Recall, {one.name}", lambda: heatmap.figure_of(cells), caption)
+
+
+def _attention(one: Found, page: Page) -> Iterator[str]:
+    if found := one.content.get("attention"):
+        caption = f"Of the question and its answer: means over heads, tokens and {found['examples']} questions."
+        title = f"Attention by layer and slot, {one.name}"
+        yield page.picture(f"attention-{one.name}", title, lambda: heatmap.attention_of(found), caption)
 
 
 def _replies(one: Found, page: Page) -> Iterator[str]:
