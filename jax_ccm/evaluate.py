@@ -111,7 +111,8 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     results["data"] |= {"report": str(evaluation.report), "steps_without_records": missing}
     results["kv_bytes_per_slot"] = slot_bytes = experiment.model_config.kv_bytes_per_slot(model.dtype.itemsize)
     # A longer stream holds the shorter one.
-    results["steps"] = perplexity.to_json(perplexity.summarise(questions, measured, slot_bytes, pooled=budget is None))
+    rows = perplexity.summarise(questions, measured, slot_bytes, pooled=budget is None)
+    results["steps"] = perplexity.to_json(streaming.compared(rows, measured) if budget else rows)
     if said.by == "age" and (cells := recall.grid(questions, measured, slot_bytes)):
         results["recall"] = cells
     if said.attention:

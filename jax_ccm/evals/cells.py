@@ -116,12 +116,12 @@ def cell_share(value: Mapping[str, Any] | None) -> str:
     return f"{value['value'] * 100:.0f}{error} %"
 
 
-def interval(value: Mapping[str, Any] | None) -> str:
+def interval(value: Mapping[str, Any] | None, digits: int = 2) -> str:
     """A difference with its 95 % interval, for a cell of a table."""
     if value is None or value["value"] is None:
         return "-"
     low, high = value["ci95"]
-    return f"{value['value']:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
+    return f"{value['value']:+.{digits}f}" + ("" if low is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]")
 
 
 def unit_of(largest: float) -> tuple[int, str]:

@@ -66,6 +66,8 @@ def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name, column in SHARES.items():
         if any(name in row for row in steps):
             columns[column] = [cell_share(row.get(name)) for row in steps]
+    for name in cells("memory")[0].get("minus", {}) if "memory" in names else ():
+        columns[f"- {STYLE[name][1]}"] = [interval(cell["minus"][name], digits=3) for cell in cells("memory")]
     if "memory" in names and "repetition" in cells("memory")[0]:
         said = [cell["repetition"] for cell in cells("memory")]
         columns["repeated"] = [f"{cell_share(cell['token'])}, {cell_share(cell['exact'])}" for cell in said]
@@ -163,6 +165,10 @@ def legend(results: Mapping[str, Any]) -> list[str]:
     if results["config"]["eval"].get("by") == "stream":
         held = "holds at most"
         lines.append("length: text tokens read; perplexity is that of all of them so far")
+    if any("minus" in row["systems"].get("memory", {}) for row in results["steps"]):
+        lines.append(
+            "- …: nats a token that the memory loses more, on the same tokens; 95 % interval over blocks of text"
+        )
     if any(_mark(row, kind) for row in results["steps"]):
         why = "full context does no better behind the right context than behind a wrong one"
         lines.append(f"†: cannot tell memories apart: {why} (the 95 % interval of the difference reaches 0)")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax_ccm.evals import texts
 from jax_ccm.evals.perplexity import Measured, Stage, System
 from jax_ccm.evals.recurrent import filled, losses_and_hits
 from jax_ccm.evals.scoring import Scores, Store, once
+from jax_ccm.evals.statistics import Estimate, Resamples, estimate
 from jax_ccm.memory.cache import check, init_cache
 from jax_ccm.memory.steps import compress, read
 from jax_ccm.methods.baselines import RAW
@@ -31,6 +32,9 @@ from jax_ccm.nn.positions import warn_beyond
 from jax_ccm.rules.examples import Example, concat
 from jax_ccm.rules.types import Chunk, Method
 from jax_ccm.rules.visibility import is_in
+
+# Tokens of a stream that are drawn together.
+BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +170,38 @@ def measure(
         )
         for end in lengths
     ]  # fmt: skip
+
+
+def compared(rows: Sequence[dict[str, Any]], measured: Mapping[str, Sequence[Measured]]) -> Sequence[dict[str, Any]]:
+    """The rows, each with how much the memory's loss is above or below that of the baselines, on the same tokens.
+
+    Few streams are many dependent tokens, so that whole blocks of `BLOCK` tokens are drawn, as a block bootstrap does
+    (Künsch 1989).
+
+    Args:
+      rows: of `perplexity.summarise`, one for each length; the cell of the memory gets ``minus``: for each baseline an
+        `Estimate` in nats a token.
+      measured: of each system.
+    """
+    others = {name: steps for name, steps in measured.items() if name != "memory"}
+    if own := measured.get("memory"):
+        for row, mine, *theirs in zip(rows, own, *others.values(), strict=True):
+            row["systems"]["memory"]["minus"] = {
+                name: _difference(mine, other) for name, other in zip(others, theirs, strict=True)
+            }
+    return rows
+
+
+def _difference(own: Measured, other: Measured) -> Estimate:
+    """The mean of what one loses more than the other on the same token."""
+    totals, counts = [], []
+    for (mine,), (theirs,) in zip(own.right, other.right, strict=True):
+        for first in range(0, len(mine.nll), BLOCK):
+            piece = (mine.nll - theirs.nll)[first : first + BLOCK]
+            totals.append(piece.sum())
+            counts.append(len(piece))
+    draws = Resamples(range(len(totals)))
+    return estimate(draws.mean(np.array(totals), np.array(counts, np.float64)))
 
 
 def score_streams(

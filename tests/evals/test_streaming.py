@@ -12,8 +12,8 @@ from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entr
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals import report, streaming
-from jax_ccm.evals.perplexity import System
-from jax_ccm.evals.scoring import Store
+from jax_ccm.evals.perplexity import Measured, System
+from jax_ccm.evals.scoring import Scores, Store
 from jax_ccm.evals.streaming import Budget
 from jax_ccm.evals.systems import SINKS
 from jax_ccm.memory.cache import init_cache
@@ -117,6 +117,29 @@ def test_lengths_are_of_the_same_texts_and_scores_are_kept(tmp_path):
         streaming.stages(Texts(), (100, 200))
 
 
+def test_differences_are_of_pairs():
+    """Of the same tokens: streams that are hard for both do not widen the interval."""
+    rng = np.random.default_rng(0)
+    hard, better = rng.normal(3, 2, (2, 2000)), rng.normal(0.1, 0.05, (2, 2000))
+
+    def measured(nll, end):
+        scores = [(Scores(row[:end], row[:end] < 1),) for row in nll]
+        return Measured(scores, None, np.ones(2), {})
+
+    lengths = (300, 2000)
+    found = {
+        name: [measured(nll, end) for end in lengths] for name, nll in (("window", hard), ("memory", hard - better))
+    }
+    rows = [{"systems": {"window": {}, "memory": {}}} for _ in lengths]
+    for row, end in zip(streaming.compared(rows, found), lengths, strict=True):
+        difference = row["systems"]["memory"]["minus"]["window"]
+        np.testing.assert_allclose(difference.value, -better[:, :end].mean(), rtol=1e-6)
+        assert difference.low < difference.value < difference.high and difference.error < 0.01
+        assert "minus" not in row["systems"]["window"]
+    alone = [{"systems": {"window": {}}} for _ in lengths]
+    assert streaming.compared(alone, {"window": found["window"]}) == [{"systems": {"window": {}}}] * 2
+
+
 @pytest.mark.parametrize(
     "method, change, message",
     [
@@ -150,6 +173,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         assert {cell["kv_slots"] for cell in systems.values()} == {min(row["step"], WINDOW + 1)}
         assert row["tokens"] == row["examples"] * (row["step"] - 1)
     assert len({cell["nll"]["value"] for cell in results["steps"][1]["systems"].values()}) == 3
+    text = (out / "table.md").read_text()
+    assert "| - window | - StreamingLLM |" in text and "nats a token that the memory loses more" in text
+    minus = results["steps"][1]["systems"]["memory"]["minus"]["window"]
+    pair = [results["steps"][1]["systems"][name]["nll"]["value"] for name in ("memory", "window")]
+    np.testing.assert_allclose(minus["value"], pair[0] - pair[1], atol=2e-6)
+    assert minus["ci95"][0] <= minus["value"] <= minus["ci95"][1]
     # As long as the window has room, all see all.
     short = [cell["nll"]["value"] for cell in results["steps"][0]["systems"].values()]
     np.testing.assert_allclose(short, short[0], rtol=1e-5)
