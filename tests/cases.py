@@ -46,6 +46,8 @@ CCM = {
     "n1_groups_recent": dict(comp_tokens=1, recent=1, groups=2),
     # Chunks of 1 to 7 tokens have one, two and three slots.
     "n3_ratio": dict(comp_tokens=3, sink=True, ratio=2),
+    # The same, each where its share of the text ends, and blind to what follows.
+    "n3_stride": dict(comp_tokens=3, ratio=2, positions="stride", sight="share"),
 }
 
 # Every method of the library that has a parallel form, with the options that change its computation.
@@ -74,6 +76,7 @@ METHODS: dict[str, Method] = {
                 "n2_recent",
                 "n1_recent2",
                 "n3_ratio",
+                "n3_stride",
             ),
             "merge": ("n1", "n2_sink", "n2_independent_sink", "n2_repeat", "n2_recent", "n2_groups_sink"),
             "ema": ("n1", "n3_independent", "n2_all", "n2_repeat", "n1_recent2", "n1_groups_recent"),

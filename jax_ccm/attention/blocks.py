@@ -139,6 +139,8 @@ def _meet(clause: Clause, both_ways: tuple[Kind, ...], q: Bounds, k: Bounds) -> 
         hit &= q.low.position - k.high.position < clause.window
     if clause.hidden is not None:
         hit &= k.high.position >= first_seen(q.low.position, clause.hidden)
+    if clause.behind:
+        hit &= k.low.position <= q.high.position
     return hit
 
 

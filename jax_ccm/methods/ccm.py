@@ -40,6 +40,8 @@ def concat(
     min_comp_tokens: int | None = None,
     recent: int = 0,
     ratio: int = 0,
+    positions: Literal["sequential", "stride"] = "sequential",
+    sight: Literal["chunk", "share"] = "chunk",
 ) -> Method:
     """CCM-concat: memory grows by ``comp_tokens`` slots a chunk (section 3.1).
 
@@ -63,6 +65,9 @@ def concat(
         in no paper. An adapter that was trained without serves any number.
       ratio: if not 0, a compression token for every so many text tokens of a chunk, and for the rest, up to
         ``comp_tokens``: long chunks get more slots than short ones; in no paper.
+      positions: the k-th compression token stands k places behind the chunk, not counted ("sequential"), or, with
+        ``ratio``, at the end of its share of the text ("stride", as LoMA's memory tokens); the latter in no paper.
+      sight: with "stride", it sees the whole "chunk", or only what stands up to the end of its "share".
     """
     if ratio < 0:
         raise UserError(
@@ -77,12 +82,14 @@ def concat(
             f"recent is {recent}; it must be at least 0, and 0 with independent, whose chunks see no others, and with "
             "streaming, whose text is compressed by its index in the cache"
         )
+    stride = _checked_stride(positions, sight, ratio, streaming)
     check_repetition(repeat, repeat_by, repeat_share, repeat_gated)
-    clauses = [
-        # A chunk is read by ordinary causal attention; each compression token sees the ones before it in its group.
-        see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0),
-        see(COMP, COMP, 0, 0),
-    ]
+    # A chunk is read by ordinary causal attention; each compression token sees the ones before it in its group.
+    if sight == "chunk":
+        clauses = [see((TEXT, QUERY, COMP), (TEXT, QUERY), 0, 0)]
+    else:
+        clauses = [see((TEXT, QUERY), (TEXT, QUERY), 0, 0), see(COMP, (TEXT, QUERY), 0, 0, behind=True)]
+    clauses.append(see(COMP, COMP, 0, 0))
     if recent:
         # Text sees the memory of what it does not see itself.
         clauses += [see((TEXT, QUERY), (TEXT, QUERY), 1, recent), see((TEXT, QUERY), MEMORY, 1 + recent, INF)]
@@ -104,7 +111,10 @@ def concat(
         name="ccm_concat",
         rule=Rule(tuple(clauses)),
         # Compression tokens are not counted: they share positions with the text that follows.
-        closes=tuple(Token(COMP, embedding_index=k, offset=k) for k in range(comp_tokens)),
+        closes=tuple(
+            Token(COMP, embedding_index=k, offset=ratio * (k + 1) - 1 if stride else k, from_begin=stride)
+            for k in range(comp_tokens)
+        ),
         gate=gate,
         sink=sink,
         recent=recent,
@@ -116,6 +126,23 @@ def concat(
         min_comp_tokens=min_comp_tokens,
         ratio=ratio or None,
     )
+
+
+def _checked_stride(positions: str, sight: str, ratio: int, streaming: bool) -> bool:
+    """Whether compression tokens stand at the ends of their shares of the text."""
+    for name, value, allowed in (
+        ("positions", positions, ("sequential", "stride")), ("sight", sight, ("chunk", "share")),
+    ):  # fmt: skip
+        if value not in allowed:
+            raise UserError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    if positions == "stride" and (not ratio or streaming):
+        raise UserError(
+            "positions is 'stride', which needs a ratio that says how long the share of a token is, and no streaming, "
+            "where positions are indices in the cache"
+        )
+    if sight == "share" and positions != "stride":
+        raise UserError("sight is 'share', but only tokens at positions 'stride' have one; set positions: stride")
+    return positions == "stride"
 
 
 def merge(

@@ -22,6 +22,7 @@ def describe_method(method: Method) -> dict[str, Any]:
         limit = f" within {clause.window}" * (clause.window is not None)
         if clause.hidden is not None:
             limit += f" but the oldest {clause.hidden[0]}/{clause.hidden[1]}"
+        limit += " up to its position" * clause.behind
         for query in clause.query:
             for key in clause.key:
                 found.setdefault(f"{query.name} sees {key.name}{limit}", []).append([clause.nearest, clause.farthest])

@@ -88,6 +88,7 @@ class Clause:
         window of 1 over kinds whose positions differ is "itself".
       hidden: if set, a fraction ``(a, b)`` of what stands before the query, oldest first, that is not seen:
         ``key.position >= floor(query.position * a / b)``.
+      behind: whether only keys at positions up to the query's own are seen.
     """
 
     query: tuple[Kind, ...]
@@ -96,6 +97,7 @@ class Clause:
     farthest: int
     window: int | None = None
     hidden: tuple[int, int] | None = None
+    behind: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

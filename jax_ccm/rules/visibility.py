@@ -56,6 +56,8 @@ def sees(rule: Rule, q: Slots, k: Slots) -> Array:
             hit = hit & (q.position - k.position < clause.window)
         if clause.hidden is not None:
             hit = hit & (k.position >= first_seen(q.position, clause.hidden))
+        if clause.behind:
+            hit = hit & (k.position <= q.position)
         seen = hit if seen is None else seen | hit
     return seen
 

@@ -84,6 +84,11 @@ def test_slots_by_the_length_of_a_chunk():
     for name, options, message in (
         ("ccm_concat", {"ratio": -1}, "ratio is -1; it must be at least 1"),
         ("ccm_merge", {"ratio": 2}, "unknown option of method 'ccm_merge'"),
+        ("ccm_concat", {"positions": "spread"}, "positions is 'spread'; allowed: sequential, stride"),
+        ("ccm_concat", {"positions": "stride"}, "which needs a ratio"),
+        ("ccm_concat", {"positions": "stride", "ratio": 2, "streaming": True}, "and no streaming"),
+        ("ccm_concat", {"ratio": 2, "sight": "share"}, "only tokens at positions 'stride' have one"),
+        ("ccm_concat", {"ratio": 2, "sight": "all"}, "sight is 'all'; allowed: chunk, share"),
     ):
         with pytest.raises(UserError, match=message):
             build(name, **options)
