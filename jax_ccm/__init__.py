@@ -15,12 +15,12 @@ from jax_ccm.memory.generation import Sampling as Sampling
 from jax_ccm.memory.generation import for_decoding as for_decoding
 from jax_ccm.memory.generation import generate as generate
 from jax_ccm.memory.losses import mean_loss as mean_loss
+from jax_ccm.memory.repetition import repeat as repeat
 from jax_ccm.memory.steps import compress as compress
 from jax_ccm.memory.steps import compress_scan as compress_scan
 from jax_ccm.memory.steps import compress_step as compress_step
 from jax_ccm.memory.steps import parallel_forward as parallel_forward
 from jax_ccm.memory.steps import read as read
-from jax_ccm.memory.steps import repeat as repeat
 from jax_ccm.memory.steps import stream_step as stream_step
 from jax_ccm.methods import METHODS as METHODS
 from jax_ccm.methods import build as build

@@ -48,6 +48,9 @@ CCM = {
     "n3_ratio": dict(comp_tokens=3, sink=True, ratio=2),
     # The same, each where its share of the text ends, and blind to what follows.
     "n3_stride": dict(comp_tokens=3, ratio=2, positions="stride", sight="share"),
+    # The same, each begun as the mean of its share; and of a whole chunk, whose text stays for a while.
+    "n3_start": dict(comp_tokens=3, ratio=2, positions="stride", sight="share", start="mean", sink=True),
+    "n2_start_recent": dict(comp_tokens=2, start="mean", recent=1),
 }
 
 # Every method of the library that has a parallel form, with the options that change its computation.
@@ -77,6 +80,8 @@ METHODS: dict[str, Method] = {
                 "n1_recent2",
                 "n3_ratio",
                 "n3_stride",
+                "n3_start",
+                "n2_start_recent",
             ),
             "merge": ("n1", "n2_sink", "n2_independent_sink", "n2_repeat", "n2_recent", "n2_groups_sink"),
             "ema": ("n1", "n3_independent", "n2_all", "n2_repeat", "n1_recent2", "n1_groups_recent"),

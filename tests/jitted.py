@@ -6,13 +6,13 @@ import functools
 
 import jax
 
-from jax_ccm.memory import losses, steps
+from jax_ccm.memory import losses, repetition, steps
 
 read = jax.jit(steps.read, static_argnames=("method", "query"))
 compress = jax.jit(steps.compress, static_argnames="method")
 compress_step = jax.jit(steps.compress_step, static_argnames="method")
 compress_scan = jax.jit(steps.compress_scan, static_argnames="method")
-repeat = jax.jit(steps.repeat, static_argnames=("method", "length", "back"))
+repeat = jax.jit(repetition.repeat, static_argnames=("method", "length", "back"))
 
 
 @functools.partial(jax.jit, static_argnames="method")

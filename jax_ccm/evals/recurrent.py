@@ -17,7 +17,8 @@ from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entr
 
 from jax_ccm.errors import UserError
 from jax_ccm.memory.cache import check, init_cache, select
-from jax_ccm.memory.steps import compress, compress_step, read, repeat
+from jax_ccm.memory.repetition import repeat
+from jax_ccm.memory.steps import compress, compress_step, read
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.examples import Example, Segment, concat
 from jax_ccm.rules.rows import WITH_SINK, Sizes, arrange, chunk, closed, measure

@@ -80,6 +80,7 @@ def init_cache(
             tokens=zeros(batch),
             chunks=zeros(batch),
             logits=jnp.zeros((batch, config.vocab_size), jnp.float32),
+            ids=None if method.starts_from is None else zeros(batch, size),
             accumulated_attention=jnp.zeros(shape[:-1], jnp.float32)
             if method.eviction and method.eviction.decay is not None
             else None,
@@ -100,13 +101,14 @@ def raw_capacity(cache: MemoryCache) -> int:
     return cache.k.shape[2] - cache.memory_capacity
 
 
-def append(cache: MemoryCache, k, v, slots: Slots, attention=None) -> MemoryCache:
+def append(cache: MemoryCache, k, v, slots: Slots, ids=None, attention=None) -> MemoryCache:
     """Appends entries behind the live ones.
 
     Args:
       cache: the state.
       k, v: ``[L, B, C, K, H]``.
       slots: `Slots` of ``[B, C]``; those of kind PAD are left out.
+      ids: ``int32 [B, C]`` for `MemoryCache.ids`.
       attention: ``float32 [L, B, C, K]`` for `MemoryCache.accumulated_attention`.
 
     Returns:
@@ -135,6 +137,7 @@ def append(cache: MemoryCache, k, v, slots: Slots, attention=None) -> MemoryCach
         k=put_layers(cache.k, k),
         v=put_layers(cache.v, v),
         slots=Slots(*(put(old, new) for old, new in zip(fields(cache.slots), fields(slots), strict=True))),
+        ids=None if cache.ids is None else put(cache.ids, ids),
         accumulated_attention=None
         if cache.accumulated_attention is None
         else put_layers(cache.accumulated_attention, attention),
@@ -154,6 +157,7 @@ def with_room(cache: MemoryCache, count: int) -> MemoryCache:
         k=behind(cache.k, 2),
         v=behind(cache.v, 2),
         slots=cache.slots.map(lambda x: behind(x, 1)),
+        ids=None if cache.ids is None else behind(cache.ids, 1),
         accumulated_attention=None if attention is None else behind(attention, 2),
     )
 
@@ -275,6 +279,7 @@ def remove(cache: MemoryCache, gone) -> MemoryCache:
         k=entries(cache.k),
         v=entries(cache.v),
         slots=Slots(*map(place, fields(slots))),
+        ids=None if cache.ids is None else place(cache.ids),
         accumulated_attention=None if cache.accumulated_attention is None else entries(cache.accumulated_attention),
     )
 

@@ -6,6 +6,7 @@ in any cache that has room for them::
 
     k, v             [L, N, K, H]           keys as the cache holds them, N live slots of all sessions
     kind, segment, index, position  int32 [N]
+    ids              int32 [N]              `MemoryCache.ids`, for methods that ask for it
     received         float32 [L, N, K]      `MemoryCache.accumulated_attention`, for methods that ask for it
     live             int32 [B]              how many of the slots are those of each session
     tokens, chunks   int32 [B]
@@ -228,6 +229,8 @@ def _packed(cache: MemoryCache) -> dict[str, np.ndarray]:
     found = {"k": take(cache.k), "v": take(cache.v), "live": count}
     found |= {name: np.asarray(getattr(cache.slots, name))[live] for name in SLOTS}
     found |= {name: np.asarray(getattr(cache, name)) for name in ("tokens", "chunks", "logits")}
+    if cache.ids is not None:
+        found["ids"] = np.asarray(cache.ids)[live]
     if cache.accumulated_attention is not None:
         found["received"] = take(cache.accumulated_attention)
     if cache.mixed_k is not None and cache.mixed_v is not None:
@@ -246,6 +249,8 @@ def _unpacked(arrays: Mapping[str, np.ndarray], size: int, expected: MemoryCache
         return jnp.asarray(whole)
 
     found: dict[str, Any] = {name: spread(arrays[name], 1) for name in ("k", "v")}
+    if "ids" in arrays:
+        found["ids"] = spread(arrays["ids"], 0)
     if "received" in arrays:
         found["accumulated_attention"] = spread(arrays["received"], 1)
     found["slots"] = Slots(*(spread(arrays[name], 0) for name in SLOTS))
@@ -295,13 +300,16 @@ def _require_same(path, arrays: Mapping[str, np.ndarray], expected: MemoryCache)
     count = len(arrays["kind"])
     here = {name: (expected.k.dtype, [layers, count, heads, width]) for name in ("k", "v")}
     here["logits"] = expected.logits.dtype, list(expected.logits.shape)
+    if (x := expected.ids) is not None:
+        here["ids"] = x.dtype, [count]
     if (x := expected.accumulated_attention) is not None:
         here["received"] = x.dtype, [layers, count, heads]
     for name in ("mixed_k", "mixed_v"):
         if (x := getattr(expected, name)) is not None:
             here[name] = x.dtype, list(x.shape)
     # Beside what is wanted here, what only some methods have: it must not be there for another.
-    there = {name: (x.dtype, list(x.shape)) for name, x in arrays.items() if name in (*here, "received", "mixed_k")}
+    also = (*here, "ids", "received", "mixed_k")
+    there = {name: (x.dtype, list(x.shape)) for name, x in arrays.items() if name in also}
 
     def show(x):
         return "nothing" if x is None else f"{x[0]} {x[1]}"

@@ -82,6 +82,8 @@ def check_shapes(path, header: dict[str, Any], given: Mapping[str, tuple[tuple[i
     expected |= {name: ((count,), "int32") for name in SLOTS}
     expected |= {name: ((batch,), "int32") for name in ("live", "tokens", "chunks")}
     expected["logits"] = (batch, vocabulary), "float32"
+    if "ids" in given:
+        expected["ids"] = (count,), "int32"
     if "received" in given:
         expected["received"] = (layers, count, heads), "float32"
     if method.get("mix"):
@@ -105,6 +107,8 @@ def check_slots(held: Held) -> None:
     a = held.arrays
     wrong = int(a["live"].sum()) != len(a["kind"]) or (a["live"] < 0).any() or (a["tokens"] < 0).any()
     wrong = wrong or not np.isin(a["kind"], [kind for kind in Kind if kind != Kind.PAD]).all()
+    if "ids" in a:
+        wrong = wrong or (a["ids"] < 0).any() or (a["ids"] >= held.header["model"]["vocab_size"]).any()
     wrong = wrong or (a["chunks"] < 0).any() or any((a[name] < 0).any() for name in ("segment", "position"))
     # Indices may repeat: all slots of a chunk have that of its last token, and mixed ones that of the newest chunk.
     wrong = wrong or any((np.diff(a["index"][held.of(n)]) < 0).any() for n in range(len(a["live"])))

@@ -27,12 +27,8 @@ def closing_tokens(cache: MemoryCache, selected, rows, method: Method) -> tuple[
     # Positions and order of what is written follow the chunk's last token.
     # -1 in a row without any, whose tokens are not run.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
-    begins = selected
-    if any(token.from_begin for token in method.closes) and method.kept_kind is Kind.SINK:
-        # A system message is no part of what is compressed; a sink begins its chunk.
-        sinks = jnp.sum(selected & (slots.kind == Kind.SINK), axis=1, keepdims=True)
-        begins = selected & ((slots.kind != Kind.SINK) | (sinks <= method.sink))
-    begin = jnp.min(jnp.where(begins, slots.index, last), axis=1, keepdims=True)
+    # A sink, or a system message, is no part of what is compressed.
+    begin = jnp.min(jnp.where(selected & (slots.kind != Kind.SINK), slots.index, last), axis=1, keepdims=True)
     from_begin = _row([token.from_begin for token in method.closes]) > 0
     # Index serves as position here, since for raw text they are the same (`_text`).
     position = jnp.where(from_begin, begin, last + 1) + _row([token.offset for token in method.closes])

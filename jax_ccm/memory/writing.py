@@ -161,6 +161,8 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
         *(jnp.where(live, take(x), 0) for x in (both.segment, both.index, both.position)),
     )
 
+    # What is written is no text.
+    ids = None if cache.ids is None else jnp.where(live, take(join(cache.ids, jnp.zeros_like(slots.kind))), 0)
     # Whole on the devices that share a row: otherwise they exchange masks of the shape of a layer.
     order, live, enters = (sharding.constrain(x, "rows") for x in (order, live, order >= size))
     stays = whole and method.forgets_text and cache.overflow == "error"
@@ -185,7 +187,7 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
         return (*map(place, own, new), *mixed)
 
     lost = cache.lost + (excess if cache.overflow == "error" else jnp.zeros_like(excess))
-    return dataclasses.replace(cache, slots=placed, chunks=cache.chunks + closing, lost=lost), store
+    return dataclasses.replace(cache, slots=placed, ids=ids, chunks=cache.chunks + closing, lost=lost), store
 
 
 def _blending(cache: MemoryCache, method: Method, count: int, closing):

@@ -42,6 +42,7 @@ def concat(
     ratio: int = 0,
     positions: Literal["sequential", "stride"] = "sequential",
     sight: Literal["chunk", "share"] = "chunk",
+    start: Literal["learned", "mean"] = "learned",
 ) -> Method:
     """CCM-concat: memory grows by ``comp_tokens`` slots a chunk (section 3.1).
 
@@ -66,8 +67,11 @@ def concat(
       ratio: if not 0, a compression token for every so many text tokens of a chunk, and for the rest, up to
         ``comp_tokens``: long chunks get more slots than short ones; in no paper.
       positions: the k-th compression token stands k places behind the chunk, not counted ("sequential"), or, with
-        ``ratio``, at the end of its share of the text ("stride", as LoMA's memory tokens); the latter in no paper.
+        ``ratio``, at the end of its share of the text, and all are one token ("stride", as LoMA's memory tokens); the
+        latter in no paper.
       sight: with "stride", it sees the whole "chunk", or only what stands up to the end of its "share".
+      start: a compression token starts from its "learned" embedding alone, or from that and the "mean" embedding of
+        its share of the text, or of the whole chunk without "stride"; the latter in no paper.
     """
     if ratio < 0:
         raise UserError(
@@ -83,6 +87,7 @@ def concat(
             "streaming, whose text is compressed by its index in the cache"
         )
     stride = _checked_stride(positions, sight, ratio, streaming)
+    one_of("start", start, ("learned", "mean"))
     check_repetition(repeat, repeat_by, repeat_share, repeat_gated)
     # A chunk is read by ordinary causal attention; each compression token sees the ones before it in its group.
     if sight == "chunk":
@@ -112,15 +117,21 @@ def concat(
         rule=Rule(tuple(clauses)),
         # Compression tokens are not counted: they share positions with the text that follows.
         closes=tuple(
-            Token(COMP, embedding_index=k, offset=ratio * (k + 1) - 1 if stride else k, from_begin=stride)
+            # Alike but for their positions, where these say what they stand for: any number of them is one function.
+            Token(COMP, embedding_index=0, offset=ratio * (k + 1) - 1, from_begin=True)
+            if stride
+            else Token(COMP, embedding_index=k, offset=k)
             for k in range(comp_tokens)
         ),
+        starts_from=see(COMP, (TEXT, QUERY), 0, 0, window=ratio if stride else None, behind=stride)
+        if start == "mean"
+        else None,
         gate=gate,
         sink=sink,
         recent=recent,
         # The reference's streaming class, which rotates keys by their index in the cache at every forward pass.
         rope="cache" if streaming else "running",
-        repeat=Token(REPEAT, embedding_index=comp_tokens) if repeat else None,
+        repeat=Token(REPEAT, embedding_index=1 if stride else comp_tokens) if repeat else None,
         repeat_by=repeat_by,
         repeat_share=repeat_share,
         min_comp_tokens=min_comp_tokens,
@@ -130,11 +141,8 @@ def concat(
 
 def _checked_stride(positions: str, sight: str, ratio: int, streaming: bool) -> bool:
     """Whether compression tokens stand at the ends of their shares of the text."""
-    for name, value, allowed in (
-        ("positions", positions, ("sequential", "stride")), ("sight", sight, ("chunk", "share")),
-    ):  # fmt: skip
-        if value not in allowed:
-            raise UserError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    one_of("positions", positions, ("sequential", "stride"))
+    one_of("sight", sight, ("chunk", "share"))
     if positions == "stride" and (not ratio or streaming):
         raise UserError(
             "positions is 'stride', which needs a ratio that says how long the share of a token is, and no streaming, "
@@ -208,6 +216,13 @@ def _grouped(appending: Method, mix: Mix, groups: int) -> Method:
     return appending.mixing(mix, groups)
 
 
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """The value of an option, or `UserError` that says which are allowed."""
+    if value not in allowed:
+        raise UserError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    return value
+
+
 def check_repetition(repeat: bool, repeat_by: str, repeat_share: float, repeat_gated: bool = True) -> None:
     """Refuses options of a repetition that is not asked for, and shares that are none."""
     if not repeat and (repeat_by, repeat_share, repeat_gated) != ("placeholders", 1.0, True):
@@ -215,8 +230,7 @@ def check_repetition(repeat: bool, repeat_by: str, repeat_share: float, repeat_g
             f"repeat_by is {repeat_by!r}, repeat_share {repeat_share} and repeat_gated {repeat_gated}, but repeat is "
             "false; set repeat: true, or leave them out"
         )
-    if repeat_by not in ("placeholders", "text"):
-        raise UserError(f"repeat_by is {repeat_by!r}; allowed: placeholders, text")
+    one_of("repeat_by", repeat_by, ("placeholders", "text"))
     if not 0 < repeat_share <= 1:
         raise UserError(f"repeat_share is {repeat_share}; it must lie in (0, 1]; for no repetition set repeat: false")
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Literal
 
 from jax_ccm.errors import UserError
-from jax_ccm.methods.ccm import check_repetition
+from jax_ccm.methods.ccm import check_repetition, one_of
 from jax_ccm.rules.clauses import see
 from jax_ccm.rules.mixtures import Ema, Mean
 from jax_ccm.rules.types import INF, Clause, Kind, Method, Rule, Token
@@ -80,8 +80,8 @@ def loma(
         raise UserError(f"repeat_weight is {repeat_weight}; it must be at least 0, the weight of a loss")
     if memory != "ema" and decay != 0.5:
         raise UserError(f"decay is {decay}, but memory is {memory!r}; only memory 'ema' has one")
-    mix = {"append": None, "mean": Mean(), "ema": Ema(decay)}[_one_of("memory", memory, ("append", "mean", "ema"))]
-    farthest = {"all": INF, "last": 1}[_one_of("scope", scope, ("all", "last"))]
+    mix = {"append": None, "mean": Mean(), "ema": Ema(decay)}[one_of("memory", memory, ("append", "mean", "ema"))]
+    farthest = {"all": INF, "last": 1}[one_of("scope", scope, ("all", "last"))]
     # Earlier memory is seen by memory tokens, too, as by any token of a plain forward on the live cache.
     readers = (TEXT, QUERY, COMP) if history else (TEXT, QUERY)
     alone = repeats_see == "self" and repeat_by == "placeholders"
@@ -98,8 +98,8 @@ def loma(
     if sink:
         clauses.append(see((TEXT, QUERY, COMP, SINK), SINK, 0, INF))
     both = ((COMP,) if bidirectional else ()) + ((REPEAT,) if repeats_see == "both" else ())
-    _one_of("repeats_see", repeats_see, ("self", "causal", "both"))
-    stride = _one_of("positions", positions, ("stride", "sequential")) == "stride"
+    one_of("repeats_see", repeats_see, ("self", "causal", "both"))
+    stride = one_of("positions", positions, ("stride", "sequential")) == "stride"
     size = ratio * memory_tokens
 
     def place(k):
@@ -121,9 +121,3 @@ def loma(
         repeat_share=repeat_share,
     )
     return appending.mixing(mix)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise UserError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-    return value

@@ -41,8 +41,8 @@ class Embedding(nnx.Module):
         rows = adapter.tokens if adapter is not None else 0
         self.comp = nnx.LoRAParam(initial_comp_embeddings(table, rows)) if rows else None
 
-    def __call__(self, tokens):
-        """``[B, T, D]`` for ids ``int32 [B, T]``."""
+    def __call__(self, tokens, starts=None):
+        """``[B, T, D]`` for ids ``int32 [B, T]``; to those of compression tokens ``starts`` of this shape are added."""
         table = self.embedding[...]
         vocab = table.shape[0]
         # Ids of compression tokens are beyond the table: they read any row of it, which is replaced below.
@@ -50,8 +50,9 @@ class Embedding(nnx.Module):
         if self.comp is None:
             return x
         comp = self.comp[...]
-        extra = comp[jnp.clip(tokens - vocab, 0, comp.shape[0] - 1)].astype(x.dtype)
-        return jnp.where((tokens >= vocab)[..., None], extra, x)
+        extra = comp[jnp.clip(tokens - vocab, 0, comp.shape[0] - 1)]
+        extra = extra if starts is None else extra + starts
+        return jnp.where((tokens >= vocab)[..., None], extra.astype(x.dtype), x)
 
 
 def initial_comp_embeddings(table, rows: int):
@@ -99,6 +100,7 @@ class Transformer(nnx.Module):
         rule: Rule,
         memory: Packed | MemoryCache | None = None,
         positions=None,
+        starts=None,
         dropout_key=None,
         remat: Remat = "none",
         output_hidden_states: bool = False,
@@ -116,6 +118,7 @@ class Transformer(nnx.Module):
           positions: ``int32 [B, T]`` or None. If given, RoPE goes by the index in the cache and not by
             `Slots.position`: the tokens take these, the entries of a `MemoryCache` their index, and keys are returned
             unrotated.
+          starts: ``float32 [B, T, D]`` or None, added to the embeddings of compression tokens.
           dropout_key: PRNG key, or None to run without dropout.
           remat: what the backward pass recomputes of each layer: "none" of it; all but the products with weights
             ("dots"), which are most of the work; or "all" of it, which keeps one activation a layer.
@@ -161,7 +164,7 @@ class Transformer(nnx.Module):
             # Products with weights have no batch dimensions; those of attention, with rows and heads in front, have.
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        x = constrain(self.embed_tokens(tokens), "rows", "tokens")
+        x = constrain(self.embed_tokens(tokens, starts), "rows", "tokens")
         # The root is rounded to the type of the activations first, as Gemma's code does.
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)

@@ -54,12 +54,13 @@ def occupancy(
     parts = [text]
     # The newest chunks still stand as text (`Method.recent`).
     older = max(closed - method.recent, 0)
-    # Sinks and what is kept are not compressed.
+    # Sinks and what is kept are not compressed, and stand in front.
+    first = begins + np.clip(sinks - begins, 0, sizes)
     counts = method.num_closing(np.bincount(segment[kind == Kind.TEXT], minlength=closed)[:older])
     for rank, token in enumerate(method.closes):
         if token.kind in method.writes:
             # Placed as by `steps._closing_tokens`: by index it takes the place of the chunk's last token.
-            position = np.maximum((begins if token.from_begin else ends) + token.offset, 0)
+            position = np.maximum((first if token.from_begin else ends) + token.offset, 0)
             has = np.flatnonzero(counts > rank)
             parts.append(memory(has, ends[has] - 1, position[has]))
     if method.pool:

@@ -343,9 +343,9 @@ def _segment(
     if closing is not None:
         fed = _repeating(method, piece.tokens, vocab)
     closing = closing or ()
-    # What a closing compresses begins behind the text that is kept, if that is more than a sink.
-    apart = 0 if method.kept_kind is Kind.SINK and kept.sum() <= method.sink else int(kept.sum())
-    span = begin + apart
+    # What a closing compresses begins behind the text that is kept, and behind sinks.
+    sinks = min(max(method.sink - begin, 0), count) if method.kept_kind is Kind.SINK else 0
+    span = begin + max(int(kept.sum()), sinks)
     # Compression tokens take positions relative to the text that follows or to the begin of the span, and are not
     # counted: the next segment begins where the text ends (CCM, "skip" positions of its code; Sentinel; LoMA).
     place = [(span if token.from_begin else begin + count) + token.offset for token in closing]

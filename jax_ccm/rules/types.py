@@ -121,7 +121,7 @@ class Token:
       kind: a `Kind`.
       embedding_index: its embedding, in the adapter's own table. It has no row in the head.
       offset: its position, relative to that of the text token that will follow the chunk.
-      from_begin: the offset counts from the chunk's first text token instead. No position is below 0.
+      from_begin: the offset counts from the chunk's first text token that is no sink instead. No position is below 0.
     """
 
     kind: Kind
@@ -145,6 +145,8 @@ class Method:
         blends them slot by slot into a memory of constant size.
       groups: of a `mix`, how many mixtures there are side by side, each of `slots_per_chunk` slots: chunks enter them
         in turn, so that few chunks share one. Until each has its second chunk, nothing is mixed.
+      starts_from: of tokens that write memory, the text whose mean embedding is added to their own: what this clause
+        shows them; None for none.
       gate: kinds on which the adapter's LoRA acts.
       sink: how many of a session's first tokens are of kind `Kind.SINK`, which the rule lets everybody see.
       context: what training and evaluation feed before the tail: its "chunks", each closed by itself;
@@ -175,6 +177,7 @@ class Method:
     pool: int | None = None
     mix: Mix | None = None
     groups: int = 1
+    starts_from: Clause | None = None
     gate: tuple[Kind, ...] = ()
     sink: int = 0
     context: Literal["chunks", "joined", "dropped"] = "chunks"
@@ -210,6 +213,8 @@ class Method:
                 f"method {self.name!r}: repeat_by={self.repeat_by!r} must be 'placeholders' or 'text', and "
                 f"repeat_share={self.repeat_share} lie in (0, 1]"
             )
+        if self.starts_from is not None and not self.closes:
+            raise ValueError(f"method {self.name!r}: without closing tokens nothing starts from text (starts_from)")
         unwritten = any(token.kind not in self.writes for token in self.closes)
         if self.ratio is not None and (self.ratio < 1 or not self.closes or unwritten or self.mix is not None):
             raise ValueError(
@@ -398,6 +403,8 @@ class MemoryCache:
       tokens: ``int32 [B]``, text tokens read so far: the next one's position and index.
       chunks: ``int32 [B]``, chunks closed so far: the segment of text that is read next.
       logits: ``float32 [B, V]``, pending: they predict the token after the last text token.
+      ids: ``int32 [B, S]``, the tokens of raw text, 0 elsewhere, for methods whose closing tokens start from its
+        embeddings (`Method.starts_from`); None for others.
       accumulated_attention: ``float32 [L, B, S, K]``, attention that each entry has received, summed over the query
         heads of a group (`EvictionPolicy.decay`); None for methods that do not ask for it.
       mixed_k, mixed_v: ``float32 [L, B, M, K, H]``, the memory of a method that mixes, of which `k` and `v` hold the
@@ -416,6 +423,7 @@ class MemoryCache:
     tokens: Array
     chunks: Array
     logits: Array
+    ids: Array | None
     accumulated_attention: Array | None
     mixed_k: Array | None
     mixed_v: Array | None

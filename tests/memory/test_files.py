@@ -80,6 +80,27 @@ def test_files(tmp_path, dtype, method):
     )  # fmt: skip
 
 
+def test_open_text_is_closed_alike_after_a_file(tmp_path):
+    """What closing starts from (`MemoryCache.ids`) goes on from a file, too, and is not believed either."""
+    method = build("ccm_concat", comp_tokens=2, start="mean")
+    read, compress = (jax.jit(fn, static_argnames="method") for fn in (steps.read, steps.compress))
+    text = Chunk(np.arange(20, 26, dtype=np.int32).reshape(2, 3), np.array([[True] * 3, [True, False, False]]))
+    state, _ = read(MODEL, sessions(method=method), text, method=method)
+    names = NAMES | {"method": method}
+    files.save(state, tmp_path / "m", MODEL, **names)
+    loaded = files.load(tmp_path / "m", MODEL, **names)
+    here, there = (compress(MODEL, each, method=method) for each in (state, loaded))
+    chex.assert_trees_all_equal(alive(here), alive(there))
+    held = files.read(tmp_path / "m").arrays["ids"]
+    assert sorted(held[held > 0].tolist()) == [20, 21, 22, 23]
+    change(tmp_path / "m", dict(ids=np.full_like(held, cases.VOCAB)))
+    with pytest.raises(UserError, match="slots are none"):
+        files.load(tmp_path / "m", MODEL, **names)
+    change(tmp_path / "m", dict(ids=None))
+    with pytest.raises(UserError, match="nothing as 'ids'; this model and method have int32"):
+        files.load(tmp_path / "m", MODEL, **names)
+
+
 def test_bytes_are_those_of_live_slots(state, path):
     """A cache of a hundred times the capacity makes the same file, and a session goes on in any that has room."""
     size = path.stat().st_size

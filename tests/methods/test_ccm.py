@@ -12,16 +12,19 @@ from jax_ccm.data.batches import prepare
 from jax_ccm.data.config import DialogueConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity
+from jax_ccm.memory.cache import init_cache
+from jax_ccm.memory.labels import closing_tokens
+from jax_ccm.memory.starts import starts_of_row, starts_of_session
 from jax_ccm.methods import build
 from jax_ccm.nn import Transformer
 from jax_ccm.rules import rows
 from jax_ccm.rules.describe import describe_method
 from jax_ccm.rules.mixtures import Mean
-from jax_ccm.rules.types import Kind
+from jax_ccm.rules.types import Chunk, Kind
 from jax_ccm.rules.visibility import gate
 from jax_ccm.weights.adapters import Adapter, load_adapter
 from jax_ccm.weights.identity import check_method
-from tests import cases
+from tests import cases, jitted
 from tests.data.support import VOCAB, dialogues, tokenizer, write
 
 
@@ -95,6 +98,44 @@ def test_slots_by_the_length_of_a_chunk():
     for fields in ({"mix": Mean()}, {"ratio": 0}, {"closes": ()}, {"writes": (Kind.OPEN,)}):
         with pytest.raises(ValueError, match="must be at least 1, and goes with"):
             dataclasses.replace(method, **fields)
+
+
+@pytest.mark.parametrize(
+    "options, shares",
+    [
+        (dict(comp_tokens=3, ratio=2, positions="stride"), [(0, 2), (2, 4), (4, 5)]),
+        # The sink is nobody's text.
+        (dict(comp_tokens=3, ratio=2, positions="stride", sink=True), [(1, 3), (3, 5)]),
+        (dict(comp_tokens=2), [(0, 5), (0, 5)]),
+    ],
+)
+def test_slots_start_from_the_mean_of_their_text(options, shares):
+    """By both roads a compression token begins as its own embedding and the mean of those of its share."""
+    method, (session,) = build("ccm_concat", start="mean", **options), cases.sessions(((5, 3),), start=0, separator=0)
+    model = cases.model(tokens=method.num_embeddings)
+    pieces = rows.arrange(method, session)
+    words = np.asarray(model.embed_tokens.embedding[...])[pieces[0].tokens]
+    expected = np.stack([words[a:b].mean(axis=0) for a, b in shares])
+    made = rows.batch(method, [session], rows.measure(method, session), cases.VOCAB)
+    found = np.asarray(starts_of_row(model, made, method))[0]
+    comp = np.asarray(made.slots.kind)[0] == Kind.COMP
+    np.testing.assert_allclose(found[comp], expected, atol=1e-6)
+    assert not found[~comp].any()
+    embedded = np.asarray(model.embed_tokens(made.tokens, found[None]))[0, comp]
+    np.testing.assert_allclose(embedded, expected + model.embed_tokens.comp[...], atol=1e-6)
+    # Closed with text of the next chunk behind it, which nothing starts from.
+    text = Chunk(np.concatenate([piece.tokens for piece in pieces])[None].astype(np.int32), np.ones((1, 8), bool))
+    cache = init_cache(model, method, 1, memory_capacity=6, raw_capacity=9)
+    cache, _ = jitted.read(model, cache, text, method=method)
+    chosen = np.arange(cache.slots.kind.shape[1])[None] < 5
+    assert np.asarray(cache.ids)[0, :8].tolist() == text.tokens[0].tolist()
+    closing, _ = closing_tokens(cache, chosen, np.ones(1, bool), method)
+    closed_alone = np.asarray(starts_of_session(model, cache, closing, chosen, method))
+    np.testing.assert_allclose(closed_alone[0, : len(shares)], expected, atol=1e-6)
+    with pytest.raises(UserError, match="start is 'zero'; allowed: learned, mean"):
+        build("ccm_concat", start="zero")
+    with pytest.raises(ValueError, match="nothing starts from text"):
+        dataclasses.replace(method, closes=(), ratio=None)
 
 
 def test_an_adapter_for_any_number_serves_any_ratio():

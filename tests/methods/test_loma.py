@@ -14,7 +14,7 @@ from jax_ccm.data.batches import prepare
 from jax_ccm.data.config import TextConfig
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity, recurrent
-from jax_ccm.memory import losses, steps
+from jax_ccm.memory import losses, repetition, steps
 from jax_ccm.memory.cache import init_cache, select
 from jax_ccm.memory.closing import prefill
 from jax_ccm.memory.generation import generate
@@ -301,7 +301,7 @@ def test_methods_without_repetition_say_so():
     method = build("ccm_concat")
     cache = recurrent.cache_for(MODEL, method, cases.sessions())
     with pytest.raises(UserError, match="no repetition token"):
-        steps.repeat(MODEL, cache, 4, method=method)
+        repetition.repeat(MODEL, cache, 4, method=method)
 
 
 def test_memory_is_bidirectional():
