@@ -25,6 +25,7 @@ from jax_ccm.memory.closing import close_due, policy, prefill
 from jax_ccm.memory.generation import pays_unstacked
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.numerics import Precision, einsum
+from jax_ccm.rules.positions import closing_positions
 from jax_ccm.rules.types import Chunk, Kind, MemoryCache, Method, Slots
 from jax_ccm.rules.visibility import visible
 
@@ -217,13 +218,13 @@ def seen_pairs(method: Method, *, turns: int, turn: int, capacity: int, text: in
     before, total = slots_after(method, turns, turn, capacity), turns * turn
     place = np.arange(text) + total
     parts = [Slots(np.full(text, int(kind)), np.full(text, turns), place, place)]
+    position = closing_positions(method, np.array(total), np.array(total + text))
     for number, token in enumerate(method.closes if closing else ()):
 
         def one(x):
             return np.array([x])
 
-        position = (total if token.from_begin else total + text) + token.offset
-        parts.append(Slots(one(int(token.kind)), one(turns), one(total + text + number), one(position)))
+        parts.append(Slots(one(int(token.kind)), one(turns), one(total + text + number), one(position[number])))
     queries = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     keys = jax.tree.map(lambda *x: np.concatenate(x), before, queries)
     return int(visible(method.rule, queries, keys).sum())

@@ -1,6 +1,6 @@
 """Needles, chains of variables and counts of words at any length: tasks of RULER (Hsieh et al. 2024), generated.
 
-Of its thirteen, the two that ask about paragraphs of SQuAD and HotpotQA are not made here; ``kvpress:`` reads all.
+Its two tasks about paragraphs are converters, `jax_ccm.data.converters.paragraphs`; ``kvpress:`` reads all of them.
 Replies are scored by the answers that they hold. Words differ between the splits.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jax_ccm.rules.positions import closing_positions
 from jax_ccm.rules.types import Kind, MemoryCache, Method, Slots
 
 
@@ -20,22 +21,21 @@ def closing_tokens(cache: MemoryCache, selected, rows, method: Method) -> tuple[
       `Slots` of ``[B, n]``, and of ``[B, m]`` for the m of these tokens that write; PAD where a token is not run.
     """
     slots, n = cache.slots, len(method.closes)
+    # A sink, or a system message, is no part of what is compressed.
+    text = selected & (slots.kind != Kind.SINK)
     runs = rows[:, None]  # [B, 1], or [B, n] where chunks differ
     if method.ratio is not None:
-        text = selected & (slots.kind != Kind.SINK)
         runs = runs & (_row(range(n)) < method.num_closing(jnp.sum(text, axis=1, keepdims=True)))
     # Positions and order of what is written follow the chunk's last token.
     # -1 in a row without any, whose tokens are not run.
     last = jnp.max(jnp.where(selected, slots.index, -1), axis=1, keepdims=True)
-    # A sink, or a system message, is no part of what is compressed.
-    begin = jnp.min(jnp.where(selected & (slots.kind != Kind.SINK), slots.index, last), axis=1, keepdims=True)
-    from_begin = _row([token.from_begin for token in method.closes]) > 0
+    begin = jnp.min(jnp.where(text, slots.index, last), axis=1, keepdims=True)
     # Index serves as position here, since for raw text they are the same (`_text`).
-    position = jnp.where(from_begin, begin, last + 1) + _row([token.offset for token in method.closes])
+    position = closing_positions(method, begin[:, 0], last[:, 0] + 1)
     kind = jnp.where(runs, _row([token.kind for token in method.closes]), Kind.PAD)
     segment = jnp.broadcast_to(cache.chunks[:, None] - method.recent, kind.shape)
     # The tokens themselves come after everything raw; the segment hides what is not selected.
-    comp = Slots(kind, segment, cache.tokens[:, None] + _row(range(n)), jnp.maximum(position, 0))
+    comp = Slots(kind, segment, cache.tokens[:, None] + _row(range(n)), position)
     # Where chunks differ in how many tokens close them, all of these are written.
     entries = jnp.where(runs, jnp.full((1, method.slots_per_chunk), Kind.MEMORY), Kind.PAD)
     # What is written takes the chunk's place in the order.

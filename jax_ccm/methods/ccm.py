@@ -68,7 +68,7 @@ def concat(
         ``comp_tokens``: long chunks get more slots than short ones; in no paper.
       positions: the k-th compression token stands k places behind the chunk, not counted ("sequential"), or, with
         ``ratio``, at the end of its share of the text, and all are one token ("stride", as LoMA's memory tokens); the
-        latter in no paper.
+        last stands at the end of a chunk that is longer; in no paper.
       sight: with "stride", it sees the whole "chunk", or only what stands up to the end of its "share".
       start: a compression token starts from its "learned" embedding alone, or from that and the "mean" embedding of
         its share of the text, or of the whole chunk without "stride"; the latter in no paper.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from jax_ccm.rules.positions import closing_positions
 from jax_ccm.rules.types import Kind, Method, Slots
 from jax_ccm.rules.visibility import reachable
 
@@ -57,12 +58,12 @@ def occupancy(
     # Sinks and what is kept are not compressed, and stand in front.
     first = begins + np.clip(sinks - begins, 0, sizes)
     counts = method.num_closing(np.bincount(segment[kind == Kind.TEXT], minlength=closed)[:older])
+    position = closing_positions(method, first, ends)
     for rank, token in enumerate(method.closes):
         if token.kind in method.writes:
             # Placed as by `steps._closing_tokens`: by index it takes the place of the chunk's last token.
-            position = np.maximum((first if token.from_begin else ends) + token.offset, 0)
             has = np.flatnonzero(counts > rank)
-            parts.append(memory(has, ends[has] - 1, position[has]))
+            parts.append(memory(has, ends[has] - 1, position[has, rank]))
     if method.pool:
         hidden = place[(kind != Kind.SINK) & ~seen(text)]
         chunk = segment[hidden]

@@ -23,6 +23,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.rules import shares
 from jax_ccm.rules.batch import Batch, Packed
 from jax_ccm.rules.examples import Example, Segment, concat, cut, join, with_prefix
+from jax_ccm.rules.positions import closing_positions
 from jax_ccm.rules.types import TEXT, Chunk, Kind, Method, Slots, Token
 
 # What to do for a method that keeps no text.
@@ -348,7 +349,7 @@ def _segment(
     span = begin + max(int(kept.sum()), sinks)
     # Compression tokens take positions relative to the text that follows or to the begin of the span, and are not
     # counted: the next segment begins where the text ends (CCM, "skip" positions of its code; Sentinel; LoMA).
-    place = [(span if token.from_begin else begin + count) + token.offset for token in closing]
+    place = closing_positions(method, np.array(span), np.array(begin + count))[: len(closing)]
     again, whole = len(fed), count + len(closing) + len(fed)
     text = np.where(kept, method.kept_kind or Kind.QUERY, Kind.QUERY if tail else Kind.TEXT)
 
@@ -360,7 +361,7 @@ def _segment(
         row(text, [token.kind for token in closing], np.full(again, Kind.REPEAT)),
         np.full(whole, number),
         # A repeated token has the position of the token that it repeats (LoMA).
-        row(begin + np.arange(count), np.maximum(place, 0), begin + np.arange(again)),
+        row(begin + np.arange(count), place, begin + np.arange(again)),
         np.concatenate([piece.scored, np.zeros(whole - count, bool)]),
         row(np.full(whole - again, -1), piece.tokens[:again]),
     )

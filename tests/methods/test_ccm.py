@@ -106,6 +106,8 @@ def test_slots_by_the_length_of_a_chunk():
         (dict(comp_tokens=3, ratio=2, positions="stride"), [(0, 2), (2, 4), (4, 5)]),
         # The sink is nobody's text.
         (dict(comp_tokens=3, ratio=2, positions="stride", sink=True), [(1, 3), (3, 5)]),
+        # The last stands at the end of a chunk that is longer than all shares.
+        (dict(comp_tokens=2, ratio=2, positions="stride"), [(0, 2), (3, 5)]),
         (dict(comp_tokens=2), [(0, 5), (0, 5)]),
     ],
 )

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
-from jax_ccm.data.converters import corpora, dialogues, long_memory, messages, tasks
+from jax_ccm.data.converters import corpora, dialogues, long_memory, messages, paragraphs, tasks
 from jax_ccm.data.converters.rows import Converted
 
 
@@ -111,6 +111,22 @@ CONVERTERS = {
         "that of each benchmark",
         "that of each benchmark, and Devoto et al. 2025",
         "reported only",
+    ),
+    "squad": Converter(
+        paragraphs.squad,
+        "online",
+        "a question, its paragraph among those of the same article: RULER's qa_1 (SQuAD)",
+        "CC BY-SA 4.0",
+        "Rajpurkar et al. 2018, arXiv 1806.03822; Hsieh et al. 2024",
+        "the official train; dev is reported",
+    ),
+    "hotpotqa": Converter(
+        paragraphs.hotpotqa,
+        "online",
+        "a question that two paragraphs answer together, among others: RULER's qa_2 (HotpotQA)",
+        "CC BY-SA 4.0",
+        "Yang et al. 2018, arXiv 1809.09600; Hsieh et al. 2024",
+        "the official train; dev is reported",
     ),
     "movielens": Converter(
         tasks.movielens,

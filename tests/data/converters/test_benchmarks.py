@@ -234,3 +234,81 @@ def test_they_can_be_asked(tmp_path):
     config = OnlineConfig(test=(f"babilong:{path}?words=8",))
     evaluation = Evaluation.open(config, tokenizer())
     assert [len(choice.examples) for choice in evaluation.choices(1)] == [2, 2]
+
+
+def squad(**changes) -> dict:
+    """Two articles, of three paragraphs and of one."""
+
+    def asked(id, text, *answers, **more):
+        found = [{"text": answer, "answer_start": 0} for answer in answers]
+        return {"id": id, "question": text, "answers": found} | more
+
+    def paragraph(text, *questions):
+        return {"context": text, "qas": list(questions)}
+
+    sailed = asked("a", "When did the Ark sail?", "May", "in May", "May")
+    where = asked("d", "Where is Faro?", "by the sea", is_impossible=False)
+    ships = [
+        paragraph("The Ark sailed in May. It was slow.", sailed),
+        paragraph("The Bee is small.", asked("b", "Who built the Bee?", is_impossible=True)),
+        paragraph("The Cod sank\nnear Faro."),
+    ]
+    towns = [paragraph("Faro lies by the sea.", where)]
+    data = [{"title": "Ships", "paragraphs": ships}, {"title": "Towns", "paragraphs": towns}]
+    return {"version": "v2.0", "data": data} | changes
+
+
+def test_squad(tmp_path):
+    path = tmp_path / "dev-v2.0.json"
+    path.write_text(json.dumps(squad()))
+    first, last = records(f"squad:{path}?words=14")
+    assert (
+        first["query"] == "When did the Ark sail?"
+        and first["target"] == "May"
+        and first["answers"] == ["May", "in May"]
+    )
+    # Those of its own article come first, numbered as they stand, and whole.
+    said = " ".join(first["contexts"])
+    assert [int(n) for n in re.findall(r"Document (\d+):", said)] == [1, 2, 3]
+    assert "Faro lies" not in said and "The Cod sank near Faro." in said
+    # Of the one that has nothing near, others of the file.
+    assert len(re.findall("Document", " ".join(last["contexts"]))) >= 3 and last["task"] == "squad"
+    # Short contexts: the paragraph begins so many contexts before the question.
+    for record in records(f"squad:{path}?words=40&chunk=5"):
+        begins = " ".join(record["contexts"][-record["age"] :])
+        assert max(len(text.split()) for text in record["contexts"]) <= 5
+        assert record["answers"][-1].split()[-1] in begins.replace(".", " ").split()
+    # All paragraphs, when more are asked for than there are; nothing changes from one opening to the next.
+    every = records(f"squad:{path}?words=9000")
+    assert all(len(re.findall("Document", " ".join(record["contexts"]))) == 4 for record in every)
+    assert every == records(f"squad:{path}?words=9000") != records(f"squad:{path}?words=9000&seed=1")
+    assert records(f"squad:{path}?words=1")[1]["contexts"] == ["Document 1: Faro lies by the sea."]
+    path.write_text(json.dumps(squad(data=[{"title": "x", "paragraphs": [{"context": 3, "qas": []}]}])))
+    with pytest.raises(UserError, match=r"data\[0\]: paragraphs\[0\]: field 'context' must be a string"):
+        records(f"squad:{path}")
+
+
+def hotpot(**changes) -> dict:
+    ark = ["Ark", ["The Ark is a ship.", " It sailed to Faro."]]
+    row = {"_id": "h", "question": "To which country did the Ark sail?", "answer": "Portugal"}
+    row |= {"context": [ark, ["Bee", ["The Bee is small."]], ["Faro", ["Faro is in Portugal."]]]}
+    return row | {"supporting_facts": [["Ark", 1], ["Faro", 0]]} | changes
+
+
+def test_hotpotqa(tmp_path):
+    path = tmp_path / "hotpot.json"
+    other = hotpot(_id="i", supporting_facts=[["Dog", 0]])
+    path.write_text(json.dumps([hotpot(), other, hotpot(_id="j", answer="")]))
+    (record,) = records(f"hotpotqa:{path}?words=12")
+    said = " ".join(record["contexts"])
+    assert "Ark The Ark is a ship. It sailed to Faro." in said and "Faro Faro is in Portugal." in said
+    assert "Bee" not in said and record["target"] == "Portugal" and record["task"] == "hotpotqa"
+    assert "Bee" in " ".join(records(f"hotpotqa:{path}?words=16")[0]["contexts"])
+    for changes, message in (
+        (dict(context=["Ark"]), "field 'context' must be a list of pairs"),
+        (dict(context=[["Ark", "text"]]), "must be a title and a list of sentences"),
+        (dict(supporting_facts=3), "field 'supporting_facts' must be a list of pairs"),
+    ):
+        path.write_text(json.dumps([hotpot(**changes)]))
+        with pytest.raises(UserError, match=message):
+            records(f"hotpotqa:{path}")
