@@ -15,7 +15,7 @@ from jax_ccm.config.schema import load_config
 from jax_ccm.data.questions import Evaluation
 from jax_ccm.evals.slots import held_slots
 from jax_ccm.evals.systems import DEFAULT
-from jax_ccm.memory import steps
+from jax_ccm.memory import repetition, steps
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.methods import build
 from jax_ccm.rules.rows import arrange, chunk, closed
@@ -83,7 +83,7 @@ def test_slots_that_are_held(tmp_path, method, fields, share):
 
 @pytest.mark.parametrize("by", ["placeholders", "text"])
 def test_what_is_repeated(tmp_path, monkeypatch, capsys, by):
-    """Token and exact accuracy of the command are those of `steps.repeat` on the recurrence."""
+    """Token and exact accuracy of the command are those of `repeat` on the recurrence."""
     method = {"name": "loma", "ratio": 2, "memory_tokens": 2, "repeat_by": by}
     config = text_config(tmp_path, method=method)
     experiment = load_experiment(load_config(config))
@@ -98,7 +98,7 @@ def test_what_is_repeated(tmp_path, monkeypatch, capsys, by):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["steps"] == first
     said = json.loads((tmp_path / "out" / "results.json").read_text())["steps"][0]["systems"]["memory"]["repetition"]
     read = jax.jit(steps.compress_step, static_argnames="method")
-    repeat = jax.jit(steps.repeat, static_argnames=("method", "length", "back"))
+    repeat = jax.jit(repetition.repeat, static_argnames=("method", "length", "back"))
     right, exact, tokens, chunks = 0, 0, 0, 0
     for example in Evaluation.open(load_config(config).data, experiment.tokenizer).texts():
         cache = init_cache(model, experiment.method, 1, memory_capacity=64, raw_capacity=4)

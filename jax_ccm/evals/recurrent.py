@@ -296,7 +296,7 @@ def caps_for(method: Method, examples: Sequence[Example]) -> Sizes:
 def repeat_recurrently(
     model: Transformer, method: Method, examples: Sequence[Example], *, rows: int
 ) -> list[list[np.ndarray]]:
-    """Has each chunk said again as soon as its text is gone (`steps.repeat`).
+    """Has each chunk said again as soon as its text is gone (`repeat`).
 
     Args:
       model: the decoder with its adapter.

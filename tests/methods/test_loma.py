@@ -116,7 +116,7 @@ def test_chunk_boundaries():
 
 @pytest.mark.parametrize("repeats_see", ["self", "causal", "both"])
 def test_repeating_from_the_cache(repeats_see):
-    """`steps.repeat` reads a closed chunk back, its text being gone, as the training row does (L15)."""
+    """`repeat` reads a closed chunk back, its text being gone, as the training row does (L15)."""
     method = build("loma", ratio=2, memory_tokens=2, repeats_see=repeats_see)
     example = text(13)
     made = laid_out([example], method)
@@ -193,7 +193,7 @@ def test_a_chunk_is_said_again_token_after_token(name):
     "name", ["merge_n2_repeat", "loma", "loma_say_sink", "concat_n2_say", "concat_n2_repeat_recent"]
 )
 def test_repeating_whole_texts(name):
-    """`repeat_recurrently` hears of every closed chunk what `steps.repeat` says of it, whatever the others' lengths."""
+    """`repeat_recurrently` hears of every closed chunk what `repeat` says of it, whatever the others' lengths."""
     recent = name.endswith("_recent")
     method = cases.METHODS[name.removesuffix("_recent").removesuffix("_sink")]
     method = build("ccm_concat", comp_tokens=2, sink=True, repeat=True, recent=1) if recent else method
