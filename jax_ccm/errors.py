@@ -39,3 +39,10 @@ def require_least(given: Any, prefix: str, **least: float) -> None:
         # Not ``value < smallest``: NaN is refused, too.
         if not value >= smallest:
             raise UserError(f"{prefix}{name} is {value}; it must be at least {smallest}")
+
+
+def require_probability(given: Any, prefix: str, *names: str) -> None:
+    """Refuses values that are no probabilities; arguments and errors are those of `require_least`."""
+    for name in names:
+        if not 0.0 <= getattr(given, name) <= 1.0:
+            raise UserError(f"{prefix}{name} is {getattr(given, name)}; it is a probability, from 0 to 1")

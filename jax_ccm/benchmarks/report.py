@@ -13,7 +13,7 @@ import jax
 
 from jax_ccm.distributed import sharding
 from jax_ccm.numerics.precision import processor_flags
-from jax_ccm.records import output, paths
+from jax_ccm.records import figures, output
 
 COLOURS = {
     "full": "#2f6db3",
@@ -155,7 +155,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
 
 def plot(results: Mapping[str, Any], path: str | Path) -> None:
     """Draws time and memory of a turn as PNG."""
-    paths.save_figure(figure_of(results), path, dpi=150)
+    figures.save(figure_of(results), path, dpi=150)
 
 
 def figure_of(results: Mapping[str, Any]) -> Any:
@@ -188,8 +188,8 @@ def figure_of(results: Mapping[str, Any]) -> Any:
         axes.grid(axis="y", alpha=0.25)
     handles, labels = left.get_legend_handles_labels()
     labels = [f"{name} ({_notes(results)[name]})" for name in labels]
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
+    figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left", wrap=True)
+    figures.legend_below(figure, most=3, handles=handles, labels=labels, fontsize=9)
     return figure
 
 

@@ -24,7 +24,7 @@ from jax_ccm.config.loading import Experiment, base_source, open_experiment
 from jax_ccm.config.schema import Config, to_mapping
 from jax_ccm.errors import UserError, require_least
 from jax_ccm.memory.cache import init_cache
-from jax_ccm.records import output, paths
+from jax_ccm.records import figures, output, paths
 from jax_ccm.records.paths import Folder
 from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import NOTHING, Answering
@@ -119,7 +119,7 @@ def benchmark(config: Config, options: Options, *, command: str = "") -> dict[st
         ]
     output.write_json(options.workdir / "serving.json", results)
     (options.workdir / "serving.md").write_text(table(results), encoding="utf-8")
-    paths.save_figure(figure_of(results), options.workdir / "plot.png", dpi=150)
+    figures.save(figure_of(results), options.workdir / "plot.png", dpi=150)
     print(table(results))
     return results
 
@@ -360,8 +360,8 @@ def figure_of(results: Mapping[str, Any]) -> Any:
     panels[0].set_ylabel("turns a second, all sessions together")
     handles, labels = panels[0].get_legend_handles_labels()
     labels = [f"{name} ({results['baselines'][name]})" for name in labels]
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
+    figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left", wrap=True)
+    figures.legend_below(figure, most=2, handles=handles, labels=labels, fontsize=9)
     return figure
 
 

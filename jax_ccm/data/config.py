@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jax_ccm.errors import UserError, require_least, unknown
+from jax_ccm.errors import UserError, require_least, require_probability, unknown
 from jax_ccm.rules.types import Method
 
 Format = Literal["dialogue", "online", "fewshot", "text", "recall"]
@@ -110,9 +110,7 @@ class DataConfig:
                 f"data.buckets={list(self.buckets)} must all lie between 0 and data.tokens={self.tokens}, which is the "
                 "last bucket"
             )
-        for name in ("join", "uncompressed"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UserError(f"data.{name} is {getattr(self, name)}; it is a probability, from 0 to 1")
+        require_probability(self, "data.", "join", "uncompressed")
         # grain takes seeds of 32 bits.
         if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**32:
             raise UserError(f"data.shuffle_seed is {self.shuffle_seed}; it must lie in 0..{2**32 - 1}")
@@ -308,12 +306,15 @@ class FewShotConfig(LimitedConfig):
     """Text between query and target."""
     shots: int = 16
     """Demonstrations drawn for a training example."""
+    symbols: float = 0.0
+    """Share of the training examples whose labels are any words instead, so that the demonstrations alone tell them."""
     demonstrations: tuple[str, ...] = ()
     """In evaluation: the sources of the demonstrations, one for each evaluated source, in order."""
 
     def _check_own(self) -> None:
         super()._check_own()
         require_least(self, "data.", shots=1)
+        require_probability(self, "data.", "symbols")
 
     @property
     def mixes_records(self) -> bool:

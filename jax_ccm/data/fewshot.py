@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jax_ccm.data.chats import words
 from jax_ccm.data.config import FewShotConfig
 from jax_ccm.data.counts import Report
 from jax_ccm.data.formats import segment, used
@@ -43,6 +44,9 @@ class FewShot:
     ``Input: text Output: label`` for each of up to ``shots`` demonstrations, then ``Input: text Output:``.
     Demonstrations are other examples of the task, drawn without repetition; they are added up to the first that would
     exceed ``max_tokens``, none is skipped. Compression tokens do not count towards the limit.
+
+    In a share ``symbols`` of the training examples each label is another word, drawn anew, so that nothing but the
+    demonstrations tells what to answer (symbol tuning, Wei et al. 2023, arXiv 2305.08298).
     """
 
     tokenized = True
@@ -52,6 +56,8 @@ class FewShot:
         self.config, self.template = config, template
         self._tasks: dict[str, list[Shot]] = {}
         self._longest_label: dict[str, int] = {}
+        # What labels are exchanged for: words, as targets.
+        self._symbols = template.target(words("train")) if config.symbols else []
         # Of an evaluation: the demonstrations of each task, and the tokens of its labels in their order.
         self._shown: dict[str, list[Shot]] = {}
         self._labels: dict[str, dict[str, np.ndarray]] = {}
@@ -72,7 +78,8 @@ class FewShot:
                     f"{shots + 1}. Lower data.shots or leave the task out"
                 )
             self._tasks[source.name] = task
-            self._longest_label[source.name] = max(len(unit.pieces[1]) for unit in task)
+            said = [unit.pieces[1] for unit in task]
+            self._longest_label[source.name] = max(map(len, [*said, *self._symbols]))
             units += task
         return units, report
 
@@ -139,8 +146,17 @@ class FewShot:
         task = self._tasks[unit.task]
         # An offset of 1..n-1 behind the query, modulo n, never hits the query itself.
         offsets = 1 + rng.permutation(len(task) - 1)[: self.config.shots]
-        demonstrations = [task[(unit.place + offset) % len(task)] for offset in offsets]
-        return self.build(unit, demonstrations, unit.pieces[1], self.config.max_tokens, self.config.loss == "every")
+        shots = [unit, *(task[(unit.place + offset) % len(task)] for offset in offsets)]
+        if self.config.symbols and rng.random() < self.config.symbols:
+            shots = self._renamed(shots, rng)
+        return self.build(shots[0], shots[1:], shots[0].pieces[1], self.config.max_tokens, self.config.loss == "every")
+
+    def _renamed(self, shots: Sequence[Shot], rng: np.random.Generator) -> list[Shot]:
+        """The examples with a word for each of their labels."""
+        labels = sorted({shot.label for shot in shots})
+        drawn = rng.choice(len(self._symbols), len(labels), replace=False)
+        symbols = {label: self._symbols[number] for label, number in zip(labels, drawn, strict=True)}
+        return [dataclasses.replace(shot, pieces=(shot.pieces[0], symbols[shot.label])) for shot in shots]
 
     def build(
         self,
@@ -173,7 +189,9 @@ class FewShot:
     def needs(self, unit: Unit, method: Method) -> Sizes:
         assert isinstance(unit, Shot)
         shots = {"chunks": self.config.shots, "joined": 1, "dropped": 0}[method.context]
-        alone = measure(method, self.build(unit, (), unit.pieces[1], 0, every=False))
+        # The query's label may be exchanged for the longest word.
+        target = max([unit.pieces[1], *self._symbols], key=len)
+        alone = measure(method, self.build(unit, (), target, 0, every=False))
         if not shots:
             return alone
         scored = alone.scored

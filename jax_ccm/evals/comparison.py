@@ -10,7 +10,7 @@ from jax_ccm.errors import UserError
 from jax_ccm.evals import stored
 from jax_ccm.evals.cells import SHARES, STYLE, cell_share
 from jax_ccm.evals.report import tradeoff
-from jax_ccm.records import output, paths
+from jax_ccm.records import figures, output, paths
 
 # What all share, taken from the first evaluation; and their names.
 SHARED = {"none": "no context", "full": "full context", "full_lora": "full context, LoRA"}
@@ -137,7 +137,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
 
 def plot(comparison: Mapping[str, Any], path: str | Path) -> None:
     """Draws `figure_of` as PNG."""
-    paths.save_figure(figure_of(comparison), path, dpi=150)
+    figures.save(figure_of(comparison), path, dpi=150)
 
 
 def figure_of(comparison: Mapping[str, Any]) -> Any:

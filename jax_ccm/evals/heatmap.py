@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.evals.cells import STYLE, discriminates, value
-from jax_ccm.records import paths
+from jax_ccm.records import figures
 
 # What is drawn, the first that was measured: where a cell has it, and what it is called.
 SHOWN = {
@@ -85,7 +85,7 @@ def figure_of(cells: Sequence[Mapping[str, Any]]) -> Any:
 
 def plot(cells: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draws the grids as PNG."""
-    paths.save_figure(figure_of(cells), path, dpi=150)
+    figures.save(figure_of(cells), path, dpi=150)
 
 
 def attention_of(found: Mapping[str, Any]) -> Any:
@@ -106,7 +106,6 @@ def attention_of(found: Mapping[str, Any]) -> Any:
         left.barh(layers, share, left=before, color=colour, label=label, height=0.9)
         before += share
     left.set(xlim=(0, 1), ylim=(len(layers) - 0.5, -0.5), xlabel="share of attention", ylabel="layer")
-    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8)
     if slots.shape[1]:
         # Oldest on the left, as a conversation is read.
         picture = right.imshow(slots[:, ::-1], aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
@@ -115,4 +114,5 @@ def attention_of(found: Mapping[str, Any]) -> Any:
         right.set_xticks(ticks, [str(count - tick) for tick in ticks])
         figure.colorbar(picture, ax=right, label="share of attention")
     right.set(xlabel="slot of memory, counted from the newest", yticks=left.get_yticks()[:0])
+    figures.legend_below(figure, most=3, loc="outside lower left", fontsize=8)
     return figure

@@ -25,7 +25,7 @@ from jax_ccm.evals.cells import (
     unit_of,
     value,
 )
-from jax_ccm.records import output, paths
+from jax_ccm.records import figures, output
 
 # Those that numbers depend on.
 PACKAGES = ("jax_ccm", "jax", "jaxlib", "flax", "numpy", "transformers")
@@ -191,7 +191,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def plot(results: Mapping[str, Any], path: str | Path) -> None:
     """Draws quality and memory by time step as PNG."""
-    paths.save_figure(figure_of(results), path, dpi=150)
+    figures.save(figure_of(results), path, dpi=150)
 
 
 def figure_of(results: Mapping[str, Any]) -> Any:
@@ -235,8 +235,8 @@ def figure_of(results: Mapping[str, Any]) -> Any:
         handles.append(Line2D([], [], color="#555555", linestyle=DASHES, **CONTROL, label=dashed))
     if any(axes.collections for axes in figure.axes):
         handles.append(Line2D([], [], color="#555555", linewidth=1, alpha=0.45, label="95 % interval"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left")
+    figure.suptitle(results["title"], fontsize=11, x=0.01, ha="left", wrap=True)
+    figures.legend_below(figure, most=len(handles), handles=handles, fontsize=9)
     return figure
 
 
@@ -271,8 +271,8 @@ def tradeoff(points: Sequence[tuple[str, str, Sequence]], *, title: str) -> Any:
     axes.grid(alpha=0.25)
     axes.margins(0.08)
     note = "open circles: after the context of another conversation" if controlled else None
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, title=note, title_fontsize=8)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left", wrap=True)
+    figures.legend_below(figure, most=3, fontsize=8, title=note, title_fontsize=8)
     return figure
 
 

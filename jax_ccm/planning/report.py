@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
-from jax_ccm.records import output, paths
+from jax_ccm.records import figures, output
 from jax_ccm.records.parsing import parse_json
 
 GIB = 2**30
@@ -179,7 +179,7 @@ def plot(plan: dict[str, Any], path: Path) -> None:
         right.set_yscale("log")
         right.legend(fontsize=8)
     figure.suptitle(f"{plan['model']} on {plan['topology']}: compiled, not run")
-    paths.save_figure(figure, path, dpi=120)
+    figures.save(figure, path, dpi=120)
 
 
 def say(line: str) -> None:

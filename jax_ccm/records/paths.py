@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import functools
 import importlib.util
-import io
 import os
 import posixpath
 import re
@@ -181,14 +180,6 @@ def usable(path: str | os.PathLike, option: str = "--workdir") -> Path:
     except OSError as e:
         raise UserError(f"{option} {path} cannot be used: {e}") from e
     return folder
-
-
-def save_figure(figure: Any, path: str | os.PathLike, **options: Any) -> None:
-    """Writes a figure of matplotlib as PNG."""
-    # By way of memory, since matplotlib opens no URL of a bucket.
-    data = io.BytesIO()
-    figure.savefig(data, format="png", **options)
-    of(path).write_bytes(data.getvalue())
 
 
 if TYPE_CHECKING:

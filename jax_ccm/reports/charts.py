@@ -11,7 +11,7 @@ from typing import Any
 from jax_ccm.evals import report
 from jax_ccm.evals.cells import STYLE
 from jax_ccm.evals.comparison import COLOURS, SHARED
-from jax_ccm.records import paths
+from jax_ccm.records import figures
 from jax_ccm.reports.folders import Found
 
 # Stands for the colour of the page's text until it is known.
@@ -39,7 +39,7 @@ def drawn(make: Callable[[], Any], name: str, title: str, folder: Path) -> str:
     # The salt of ids: the same figure gives the same file each time.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = make()
-        paths.save_figure(figure, folder / f"{name}.png", dpi=150)
+        figures.save(figure, folder / f"{name}.png", dpi=150)
         held = io.StringIO()
         # No dates in the file, for the same reason.
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -84,7 +84,7 @@ def training(runs: Sequence[Found]) -> Any:
     axes.set_ylabel("loss, nats a scored token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.2)
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figures.legend_below(figure, most=4, handles=handles, fontsize=9)
     return figure
 
 

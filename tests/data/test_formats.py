@@ -162,6 +162,27 @@ def test_fewshot_never_shows_the_query():
         assert query == " text 2" and sorted(shown) == [f" text {i}" for i in (0, 1, 3, 4, 5)]
 
 
+def test_labels_exchanged_for_words():
+    """In about the share asked for, one word for each label, another in each example; texts are what they were."""
+    format, units, _ = load(TASK, format="fewshot", shots=5, symbols=0.5)
+    renamed, said = 0, set()
+    for seed in range(200):
+        pieces = [text_of(s.tokens).removesuffix("</s>") for s in format.draw(units[2], rng(seed)).segments]
+        pairs = [piece.removeprefix("Input:").strip().split(" Output: ") for piece in pieces]
+        exchanged = {TASK[int(text.split()[-1])]["label"]: label for text, label in pairs}
+        assert sorted(text for text, _ in pairs) == sorted(record["text"] for record in TASK)
+        for text, label in pairs:
+            assert label == exchanged[TASK[int(text.split()[-1])]["label"]], "one word for each label"
+        assert exchanged["yes"] != exchanged["no"]
+        if set(exchanged.values()) != {"yes", "no"}:
+            renamed += 1
+            said |= set(exchanged.values())
+    assert 70 < renamed < 130  # 4 standard deviations
+    assert len(said) > renamed, "other words each time"
+    plain, units, _ = load(TASK, format="fewshot", shots=5)
+    assert all("yes" in text_of(plain.draw(units[1], rng(seed)).segments[-1].tokens) for seed in range(20))
+
+
 def test_fewshot_budget_stops_at_the_first_overflow():
     """Trap 20: no demonstration is skipped to fit a later one, and compression tokens do not count."""
     lengths = [10, 10, 60, 10, 10]
@@ -219,6 +240,7 @@ def test_no_draw_needs_more_than_announced(method, loss):
         ({"unit_of_memory": "exchange"}, dialogues(3, 9, 6)),
         ({"format": "online"}, [{"contexts": ["a"] * n, "query": "b" * 9, "target": "c"} for n in range(5)]),
         ({"format": "fewshot", "shots": 3, "max_tokens": 60}, TASK),
+        ({"format": "fewshot", "shots": 3, "max_tokens": 90, "symbols": 0.5}, TASK),
         ({"format": "text", "chunk": 3, "max_chunks": 2, "tokens": 20}, [{"text": "abcdefghijklm"}]),
     ]
     for fields, records in cases:
