@@ -87,7 +87,7 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     base, adapter = describe_base(model, experiment.base_name), options.adapter or config.adapter.load
     systems = {
         name: make_system(
-            name, model, method, base=base, source=base_source(config), adapter=adapter,
+            name, model, method, base=base, source=base_source(config), adapter=adapter, capacity=config.cache.newest,
             full_adapter=options.full_adapter, accept_quantised_base=config.adapter.accept_quantised_base,
         )
         for name in [*(said.methods or DEFAULT[said.by]), *(["full_lora"] if options.full_adapter else [])]
@@ -117,7 +117,8 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
         results["recall"] = cells
     if said.attention:
         asked = questions[-1:] if said.by == "step" else questions
-        results["attention"] = attended.of(asked, model, method, most=said.attention, rows=said.batch_size)
+        work = {"most": said.attention, "rows": said.batch_size, "capacity": config.cache.newest}
+        results["attention"] = attended.of(asked, model, method, **work)
     results["seconds"] = round(time.perf_counter() - start, 1)
     save_config(config, options.workdir / "config.yaml")
     report.write(options.workdir, results, asking and perplexity.reply_lines(questions, measured, asking))

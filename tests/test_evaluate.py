@@ -112,6 +112,29 @@ def test_everything_is_written(tmp_path, monkeypatch, capsys):
         assert same == (name != "memory")
 
 
+def test_a_memory_of_constant_size(tmp_path, monkeypatch, capsys):
+    """What is measured is what is served: with room for two slots the oldest of three are forgotten."""
+    write(tmp_path / "c.yaml", cache={"memory_capacity": 2, "overflow": "evict"})
+    write(tmp_path / "growing.yaml")
+    found = {}
+    for file in ("c", "growing"):
+        code, printed, err = run(monkeypatch, capsys, tmp_path / f"{file}.yaml", "--workdir", tmp_path / file,
+                                 "--eval.max_examples", 4, "--store", tmp_path / "store")  # fmt: skip
+        assert code == 0, err
+        found[file] = json.loads((tmp_path / file / "results.json").read_text())
+    constant, growing = (
+        [row["systems"]["memory"] for row in found[file]["steps"] if row["step"] != "all"] for file in ("c", "growing")
+    )
+    assert [cell["kv_slots"] for cell in constant] == [1, 2] and [cell["kv_slots"] for cell in growing] == [1, 3]
+    losses = [[cell["nll"]["value"] for cell in cells] for cells in (constant, growing)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5) and abs(losses[0][1] - losses[1][1]) > 1e-4
+    assert "the newest 2 slots of memory" in found["c"]["systems"]["memory"]
+    assert "newest" not in found["growing"]["systems"]["memory"]
+    # The baselines have no such room.
+    for name in ("none", "full"):
+        assert found["c"]["steps"][1]["systems"][name] == found["growing"]["steps"][1]["systems"][name]
+
+
 def test_choices(tmp_path, monkeypatch, capsys):
     data.tokenizer().save_pretrained(tmp_path / "tokenizer")
     words = ["one", "two", "six"]

@@ -287,10 +287,15 @@ class CacheConfig:
     raw_capacity: int = 512
     """Most raw text tokens of a session."""
     overflow: Literal["error", "evict"] = "error"
-    """When memory is full: refuse, or drop the oldest."""
+    """When memory is full: refuse, or drop the oldest, in conversations and in evaluations alike."""
 
     def __post_init__(self):
         require_least(self, "cache.", memory_capacity=0, raw_capacity=1)
+
+    @property
+    def newest(self) -> int | None:
+        """How many memory slots of a session there may be, older ones being forgotten; None where that is refused."""
+        return self.memory_capacity if self.overflow == "evict" else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,17 @@ from jax_ccm.rules.examples import Example
 from jax_ccm.rules.types import RAW, Kind, Method
 
 
-def of(stages: Sequence[Stage], model: Transformer, method: Method, *, most: int, rows: int) -> dict[str, Any]:
+def of(
+    stages: Sequence[Stage], model: Transformer, method: Method, *, most: int, rows: int, capacity: int | None = None
+) -> dict[str, Any]:
     """`shares` of the first questions of some stages, with the right answers."""
     asked = [choice.examples[choice.answer] for stage in stages for choice in stage.right]
-    return shares(model, method, asked[:most], rows=rows)
+    return shares(model, method, asked[:most], rows=rows, capacity=capacity)
 
 
-def shares(model: Transformer, method: Method, examples: Sequence[Example], *, rows: int) -> dict[str, Any]:
+def shares(
+    model: Transformer, method: Method, examples: Sequence[Example], *, rows: int, capacity: int | None = None
+) -> dict[str, Any]:
     """Shares of the attention that questions pay behind their contexts, as JSON.
 
     Args:
@@ -32,6 +36,7 @@ def shares(model: Transformer, method: Method, examples: Sequence[Example], *, r
       method: what the examples are run with.
       examples: sessions of any lengths, each with a question and its answer as tail.
       rows: rows of a batch.
+      capacity: memory slots of a session beyond which the oldest are forgotten; None for any number.
 
     Returns:
       ``sink``, ``memory`` and ``text``, ``[L]`` each, which add up to 1: means over examples, over the heads of a layer
@@ -40,7 +45,7 @@ def shares(model: Transformer, method: Method, examples: Sequence[Example], *, r
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in PARTS}
     slots: list[np.ndarray] = []
-    for behind in behind_contexts(model, method, examples, rows=rows):
+    for behind in behind_contexts(model, method, examples, rows=rows, capacity=capacity):
         own, past = map(np.asarray, _shares(model, behind.cache, *fit(behind.sessions.tail), method=method))
         kinds, index = np.asarray(behind.cache.slots.kind), np.asarray(behind.cache.slots.index)
         for row in range(len(behind.numbers)):

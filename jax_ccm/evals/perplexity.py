@@ -41,6 +41,7 @@ class System:
       method: what it runs.
       description: for people.
       identity: of the weights that decide its scores, for a `Store`.
+      capacity: memory slots of a session beyond which the oldest are forgotten; None for any number.
     """
 
     name: str
@@ -48,6 +49,7 @@ class System:
     method: Method
     description: str
     identity: str = ""
+    capacity: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,7 +146,7 @@ def measure(
     *,
     rows: int,
     answer: np.ndarray | None = None,
-    carried: Callable[[Method, Example], int] = context_slots,
+    carried: Callable[[Method, Example, int | None], int] = context_slots,
     store: Store | None = None,
     log: Callable[[str], None] | None = None,
 ) -> list[Measured]:
@@ -171,8 +173,9 @@ def measure(
     alone = {} if answer is None else tasks.unconditional(questions[0].right[0].examples[0], asked, answer)
     asked += alone.values()
     made = score(
-        system.model, system.method, asked, rows=rows, store=store, identity=system.identity, log=log, name=system.name
-    )
+        system.model, system.method, asked, rows=rows, capacity=system.capacity, store=store,
+        identity=system.identity, log=log, name=system.name,
+    )  # fmt: skip
     # In the order in which they were asked: the sides of all time steps, then the answers alone.
     scores = iter(made)
     taken: dict[int | str | None, list[list[tuple[Scores, ...]]]] = {stage.step: [] for stage in questions}
@@ -183,7 +186,7 @@ def measure(
         Measured(
             taken[stage.step][0],
             taken[stage.step][1] if len(taken[stage.step]) > 1 else None,
-            np.array([carried(system.method, q.examples[q.answer]) for q in stage.right], float),
+            np.array([carried(system.method, q.examples[q.answer], system.capacity) for q in stage.right], float),
             unconditional,
             system.method.mixed_slots * system.model.config.kv_bytes_per_slot(4),
         )
@@ -208,8 +211,11 @@ def answered(
     asked = [question for pair in sides for side in pair for question in side or ()]
     name = f"{system.name}, replies"
     made = iter(
-        replies.answer(system.model, system.method, asked, asking, identity=system.identity, name=name, **options)
-    )
+        replies.answer(
+            system.model, system.method, asked, asking, capacity=system.capacity, identity=system.identity, name=name,
+            **options,
+        )
+    )  # fmt: skip
 
     def take(side):
         return None if side is None else [next(made) for _ in side]

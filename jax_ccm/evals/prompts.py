@@ -219,7 +219,7 @@ def likelihoods(system: System, examples: Sequence[Example], *, rows: int) -> li
       examples: sessions of `Cutting.session`; a context that several share is read once where that pays.
       rows: rows of a batch.
     """
-    found = score(system.model, system.method, examples, rows=rows)
+    found = score(system.model, system.method, examples, rows=rows, capacity=system.capacity)
     return [(-float(scores.nll.sum()), bool(scores.hit.all())) for scores in found]
 
 
@@ -285,13 +285,13 @@ def rolling(
         lengths = [len(x.start) + sum(len(segment.tokens) for segment in x.segments) for x in examples]
         warn_beyond(system.model.config, method, tokens=max(lengths))
     # Never in parallel: the logits of a whole text at once may be larger than the model.
-    scores = score_recurrently(system.model, method, examples, rows=rows)
+    scores = score_recurrently(system.model, method, examples, rows=rows, capacity=system.capacity)
     for number, (losses, _) in zip(owners, scores, strict=True):
         totals[number] -= float(losses.sum())
     return totals
 
 
-def carried(method: Method, examples: Sequence[Example]) -> tuple[int, int]:
+def carried(system: System, examples: Sequence[Example]) -> tuple[int, int]:
     """Tokens of the contexts of sessions, and the key/value slots that are held of them when their tails are read."""
     tokens = sum(len(x.start) + sum(len(segment.tokens) for segment in x.segments[:-1]) for x in examples)
-    return tokens, sum(context_slots(method, example) for example in examples)
+    return tokens, sum(context_slots(system.method, example, system.capacity) for example in examples)

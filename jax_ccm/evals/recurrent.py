@@ -70,7 +70,13 @@ class Behind:
 
 
 def behind_contexts(
-    model: Transformer, method: Method, examples: Sequence[Example], *, rows: int, room: int = 0
+    model: Transformer,
+    method: Method,
+    examples: Sequence[Example],
+    *,
+    rows: int,
+    room: int = 0,
+    capacity: int | None = None,
 ) -> Iterator[Behind]:
     """Reads the contexts of examples chunk by chunk, one that several share once for all their tails.
 
@@ -80,6 +86,7 @@ def behind_contexts(
       examples: sessions of any lengths.
       rows: rows of a batch.
       room: tokens for which there is to be room behind each tail.
+      capacity: memory slots of a session beyond which the oldest are forgotten; None for any number.
 
     Yields:
       All examples, batch after batch, in an order in which neighbours are of about the same lengths.
@@ -91,9 +98,11 @@ def behind_contexts(
     # One shape of cache for all. Shapes alone: a cache of all examples together is not allocated.
     roomy = jax.eval_shape(lambda: cache_for(model, method, [_longer(example, room) for example in examples]))
     raw = _padded(roomy.k.shape[2] - roomy.memory_capacity, method.chunk or 1)
+    slots = roomy.memory_capacity if capacity is None else min(roomy.memory_capacity, capacity)
+    overflow = "error" if capacity is None else "evict"
     for first in range(0, len(order), rows):
         groups = order[first : first + rows]
-        cache = init_cache(model, method, rows, memory_capacity=roomy.memory_capacity, raw_capacity=raw)
+        cache = init_cache(model, method, rows, memory_capacity=slots, raw_capacity=raw, overflow=overflow)
         contexts = filled([those[0] for those in groups], rows)
         cache, scored = _read_contexts(model, method, cache, stream(method, [examples[i] for i in contexts]))
         # One for each tail: the row that holds its context, and the number of the example.
@@ -113,6 +122,7 @@ def score_recurrently(
     examples: Sequence[Example],
     *,
     rows: int,
+    capacity: int | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Scores examples chunk by chunk. A context that several of them share is read once, for all their tails.
 
@@ -121,13 +131,14 @@ def score_recurrently(
       method: what the examples are run with.
       examples: sessions of any lengths.
       rows: rows of a batch.
+      capacity: memory slots of a session beyond which the oldest are forgotten; None for any number.
 
     Returns:
       For each example, in the order given, ``float64 [q]`` negative log-likelihoods in nats and ``bool [q]`` whether
       the token is the most likely one, of its scored tokens.
     """
     found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(examples)
-    for behind in behind_contexts(model, method, examples, rows=rows):
+    for behind in behind_contexts(model, method, examples, rows=rows, capacity=capacity):
         answers = _score_tails(model, method, behind.cache, behind.sessions)
         # Idle rows repeat the first, and stand behind all others: `zip` ends before them.
         for number, before, answer in zip(behind.numbers, behind.scored, answers, strict=False):

@@ -182,6 +182,7 @@ def answer(
     asking: Asking,
     *,
     rows: int,
+    capacity: int | None = None,
     store: Store | None = None,
     identity: str = "",
     log: Callable[[str], None] | None = None,
@@ -195,6 +196,7 @@ def answer(
       questions: what is asked.
       asking: how.
       rows: rows of a batch.
+      capacity: memory slots of a session beyond which the oldest are forgotten; None for any number.
       store: where replies are kept, or None.
       identity: of the weights and the precision, for the store.
       log: takes a line on the work done.
@@ -206,13 +208,13 @@ def answer(
     log = log or (lambda line: None)
     asked = [prompt(question.examples[question.answer]) for question in questions]
     # Whatever else decides a reply is part of its file's name in the store.
-    what = f"replies of {asking.max_tokens} below {asking.vocabulary} until {asking.stops}"
+    what = f"replies of {asking.max_tokens} below {asking.vocabulary} until {asking.stops} of {capacity} slots"
 
     def compute() -> dict[str, np.ndarray]:
         start = time.perf_counter()
         made = continued(
             model, method, asked, max_tokens=asking.max_tokens, stops=asking.stops, vocabulary=asking.vocabulary,
-            rows=rows,
+            rows=rows, capacity=capacity,
         )  # fmt: skip
         log(f"{name}: {len(made):,} replies, {sum(map(len, made)):,} tokens, {time.perf_counter() - start:.0f} s")
         return {"lengths": np.array([len(x) for x in made]), "tokens": np.concatenate(made)}
@@ -240,6 +242,7 @@ def continued(
     stops: Sequence[int],
     vocabulary: int,
     rows: int,
+    capacity: int | None = None,
     ended: Callable[[np.ndarray], bool] | None = None,
     sampling: Sampling = Sampling(),
     seed: int = 0,
@@ -254,6 +257,7 @@ def continued(
       stops: ids of the tokens that end one, and are no part of it.
       vocabulary: ids from this on are never drawn.
       rows: rows of a batch.
+      capacity: memory slots of a session beyond which the oldest are forgotten; None for any number.
       ended: says of the ``int32 [n]`` tokens so far whether they are enough; it is asked every `AT_A_TIME` tokens, and
         more than what it needs may come back. None makes all of them at once.
       sampling: how tokens are drawn.
@@ -266,7 +270,8 @@ def continued(
     piece = max_tokens if ended is None else min(AT_A_TIME, max_tokens)
     decoder = None
     # One more: what reading the last token closes.
-    for behind in behind_contexts(model, method, prompts, rows=rows, room=-(-max_tokens // piece) * piece + 1):
+    room = -(-max_tokens // piece) * piece + 1
+    for behind in behind_contexts(model, method, prompts, rows=rows, room=room, capacity=capacity):
         (tail,) = fit(behind.sessions.tail)
         cache = _read(model, behind.cache, tail, method=method)
         decoder = decoder or for_decoding(model, cache)

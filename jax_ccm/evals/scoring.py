@@ -16,6 +16,7 @@ import numpy as np
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals.recurrent import filled, losses_and_hits, same_context, score_recurrently
+from jax_ccm.evals.slots import context_slots
 from jax_ccm.memory.losses import scored_logits
 from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.nn.positions import warn_beyond
@@ -47,7 +48,7 @@ class Scores:
 # What scores are computed by: parts of the library, and packages.
 PARTS = (
     "attention", "distributed", "errors.py", "evals/recurrent.py", "evals/replies.py", "evals/scoring.py",
-    "evals/streaming.py", "memory", "methods", "nn", "numerics", "records", "rules", "weights",
+    "evals/slots.py", "evals/streaming.py", "memory", "methods", "nn", "numerics", "records", "rules", "weights",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "gguf")
 # Of a file of scores.
@@ -210,6 +211,7 @@ def score(
     *,
     rows: int = 4,
     repeats: bool = False,
+    capacity: int | None = None,
     store: Store | None = None,
     identity: str = "",
     log: Callable[[str], None] | None = None,
@@ -217,8 +219,9 @@ def score(
 ) -> list[Scores]:
     """Scores examples by the parallel forward, or by the recurrence, which equals it (`jax_ccm.evals.parity`).
 
-    The recurrence serves methods that have no parallel form, and questions that share contexts (several answers to
-    choose from, or a session that is also another's wrong memory) if it then reads less than half as much.
+    The recurrence serves methods that have no parallel form, sessions that would hold more memory than they may, and
+    questions that share contexts (several answers to choose from, or a session that is also another's wrong memory) if
+    it then reads less than half as much.
 
     Args:
       model: the decoder with its adapter.
@@ -226,6 +229,7 @@ def score(
       examples: sessions of any lengths.
       rows: rows of a batch.
       repeats: score the repetition of closed chunks, too, behind the text's own (`Method.repeat`).
+      capacity: memory slots of a session beyond which the oldest are forgotten; None for any number.
       store: where scores are kept; None to compute them in any case.
       identity: of the weights and the precision, for the store.
       log: takes a line on the work done.
@@ -241,11 +245,14 @@ def score(
     if not examples:
         return []
     warn_beyond(model.config, method, tokens=max(map(_text_tokens, examples)))
+    if not forgets(method, examples, capacity):
+        capacity = None
 
     def compute() -> dict[str, np.ndarray]:
-        if method.recurrent_only or _shares(method, examples):
+        if capacity is not None or method.recurrent_only or _shares(method, examples):
             start = time.perf_counter()
-            scores = [Scores(*pair) for pair in score_recurrently(model, method, examples, rows=rows)]
+            found = score_recurrently(model, method, examples, rows=rows, capacity=capacity)
+            scores = [Scores(*pair) for pair in found]
             log(f"{name}: {len(examples):,} examples, chunk by chunk, {time.perf_counter() - start:.0f} s")
         else:
             scores = _in_parallel(model, method, examples, rows, lambda line: log(f"{name}: {line}"))
@@ -254,9 +261,17 @@ def score(
         return {"lengths": np.array([len(x.nll) for x in scores]), "nll": nll, "hit": hit}
 
     about = f"{name}: {len(examples):,} examples, scored"
-    found = once(store, identity, method, examples, ARRAYS, compute, log=log, about=about)
+    what = "" if capacity is None else f"of {capacity} slots"
+    found = once(store, identity, method, examples, ARRAYS, compute, what=what, log=log, about=about)
     nll, hit = (np.split(found[key], np.cumsum(found["lengths"])[:-1]) for key in ("nll", "hit"))
     return [Scores(*pair) for pair in zip(nll, hit, strict=True)]
+
+
+def forgets(method: Method, examples: Sequence[Example], capacity: int | None) -> bool:
+    """Whether any of the sessions comes to hold more memory slots than there is room for."""
+    return capacity is not None and any(
+        context_slots(method, example) > context_slots(method, example, capacity) for example in examples
+    )
 
 
 def _in_parallel(

@@ -14,24 +14,32 @@ from jax_ccm.rules.rows import arrange
 from jax_ccm.rules.types import Method
 
 
-def context_slots(method: Method, example: Example) -> int:
-    """Key/value slots that a session holds once its context is closed and before its tail is read."""
+def context_slots(method: Method, example: Example, capacity: int | None = None) -> int:
+    """Key/value slots that a session holds once its context is closed and before its tail is read.
+
+    Args:
+      method: the compression method.
+      example: the session.
+      capacity: memory slots that there is room for, of which the oldest are gone; None for any number.
+    """
     *context, _ = arrange(method, example)
-    return _held(method, context)
+    return _held(method, context, capacity)
 
 
-def held_slots(method: Method, example: Example) -> int:
-    """Key/value slots that a session holds when all of its text is read, the tail raw."""
+def held_slots(method: Method, example: Example, capacity: int | None = None) -> int:
+    """Key/value slots that a session holds when all of its text is read, the tail raw; arguments of `context_slots`."""
     *context, tail = arrange(method, example)
     if method.remembers:
-        return _held(method, context) + len(tail.tokens)
-    return _held(method, [*context, dataclasses.replace(tail, kept=np.ones(len(tail.tokens), bool))])
+        return _held(method, context, capacity) + len(tail.tokens)
+    return _held(method, [*context, dataclasses.replace(tail, kept=np.ones(len(tail.tokens), bool))], capacity)
 
 
-def _held(method: Method, chunks: Sequence[Segment]) -> int:
+def _held(method: Method, chunks: Sequence[Segment], capacity: int | None = None) -> int:
     """Live slots after closed chunks."""
     kept = [np.zeros(len(s.tokens), bool) if s.kept is None else s.kept for s in chunks]
-    found = occupancy(method, [len(s.tokens) for s in chunks], np.concatenate(kept) if kept else None)
+    found = occupancy(
+        method, [len(s.tokens) for s in chunks], np.concatenate(kept) if kept else None, capacity=capacity
+    )
     return len(found.kind)
 
 

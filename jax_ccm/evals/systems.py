@@ -44,6 +44,7 @@ def make_system(
     full_adapter: str | Path | None,
     source: str,
     accept_quantised_base: bool = False,
+    capacity: int | None = None,
 ) -> System:
     """One of the systems.
 
@@ -56,6 +57,7 @@ def make_system(
       full_adapter: folder of the plain LoRA of "full_lora".
       source: where the base comes from.
       accept_quantised_base: it may have been trained on a base that differs by quantisation.
+      capacity: memory slots of a session beyond which the oldest are forgotten; None for any number.
     """
     identity = f"{base['name']}|{base['fingerprint']}|{model.precision}|{jax.default_backend()}"
     # A gate of nothing: the base itself, whatever adapter was loaded.
@@ -82,15 +84,15 @@ def make_system(
         )
         text = f"{base['name']}, full context through the LoRA of {full_adapter}"
         return System(name, model, build("full"), text, f"{identity}|{fingerprint(model)}")
+    about = f"{base['name']} with {label(describe_method(method))}"
+    about += "" if capacity is None else f", the newest {capacity} slots of memory"
     if method.eviction is not None:
-        text = f"{base['name']} with {label(describe_method(method))}, nothing trained"
         # Eviction is training-free: there is no adapter in it.
-        return System(name, model.with_adapter(None), method, text, identity)
+        return System(name, model.with_adapter(None), method, f"{about}, nothing trained", identity, capacity)
     if not adapter:
         print("note: no --adapter and no adapter.load: the memory is that of an untrained adapter")
     trained = f"the adapter of {adapter}" if adapter else "an untrained adapter"
-    text = f"{base['name']} with {label(describe_method(method))}, {trained}"
-    return System(name, model, method, text, f"{identity}|{fingerprint(model)}")
+    return System(name, model, method, f"{about}, {trained}", f"{identity}|{fingerprint(model)}", capacity)
 
 
 def measure(

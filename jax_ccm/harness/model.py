@@ -84,6 +84,7 @@ class HarnessModel(TemplateLM):
             base=describe_base(experiment.model, experiment.base_name),
             adapter=None if experiment.loaded is None else config.adapter.load, full_adapter=None,
             source=base_source(config), accept_quantised_base=config.adapter.accept_quantised_base,
+            capacity=config.cache.newest,
         )  # fmt: skip
         self.tokenizer = experiment.tokenizer
         self.cutting = settings.cutting(config.data, experiment.method, _head(self.tokenizer))
@@ -269,7 +270,8 @@ class HarnessModel(TemplateLM):
             made = continued(
                 self.system.model, self.system.method, self._read(examples), max_tokens=most, stops=stops,
                 vocabulary=len(self.tokenizer), rows=self.settings.batch_size, sampling=sampling,
-                seed=self.settings.seed, ended=lambda tokens: any(text in decode(tokens) for text in until),
+                capacity=self.system.capacity, seed=self.settings.seed,
+                ended=lambda tokens: any(text in decode(tokens) for text in until),
             )  # fmt: skip
         return [postprocess_generated_text(decode(tokens), until, None) for tokens in made]
 
@@ -277,7 +279,7 @@ class HarnessModel(TemplateLM):
         """The sessions that are run, and counted."""
         if self.name == "wrong":
             examples = with_contexts_of_others(examples)
-        tokens, slots = carried(self.system.method, examples)
+        tokens, slots = carried(self.system, examples)
         self.requests, self.tokens, self.slots = self.requests + len(examples), self.tokens + tokens, self.slots + slots
         return examples
 

@@ -11,6 +11,7 @@ import pytest
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals import parity, recurrent, scoring
+from jax_ccm.evals.slots import context_slots
 from jax_ccm.methods import build
 from jax_ccm.nn import RopeScaling, positions
 from jax_ccm.rules.examples import Example, Segment
@@ -129,6 +130,28 @@ def test_a_context_is_read_once_for_all_its_questions(method, monkeypatch):
         (alone,) = scoring.score(model, method, [example])
         np.testing.assert_allclose(found.nll, alone.nll, atol=1e-5)
         np.testing.assert_array_equal(found.hit, alone.hit)
+
+
+def test_sessions_of_which_the_oldest_is_forgotten(tmp_path):
+    """What is left of six chunks in room for three is a memory that has heard of three; and the store knows which."""
+    model = cases.model(tokens=2, config=SMALL)
+    concat, ring = build("ccm_concat", comp_tokens=2), build("ccm_ema", comp_tokens=2, decay=1.0, groups=3)
+    examples = [*random_sessions(2, 6), *random_sessions(2, 2, seed=1)]
+    store = scoring.Store(tmp_path)
+    run = lambda method, **options: scoring.score(model, method, examples, rows=2, store=store, **options)
+    growing, constant, replaced = run(concat), run(concat, capacity=6), run(ring)
+    for a, b, c, example in zip(growing, constant, replaced, examples, strict=True):
+        np.testing.assert_allclose(b.nll, c.nll, atol=1e-5)
+        if len(example.segments) == 3:
+            np.testing.assert_allclose(a.nll, b.nll, atol=1e-5)
+        else:
+            assert np.abs(a.nll - b.nll).max() > 1e-3
+    assert [context_slots(concat, example, 6) for example in examples] == [6, 6, 4, 4]
+    # As much room as is needed is no room at all to forget in: the same scores, kept once.
+    roomy, files = run(concat, capacity=12), len(list(tmp_path.iterdir()))
+    for a, b in zip(growing, roomy, strict=True):
+        np.testing.assert_array_equal(a.nll, b.nll)
+    assert files == 3 and not scoring.forgets(concat, examples, 12)
 
 
 def test_a_changed_library_scores_anew(tmp_path, monkeypatch):
