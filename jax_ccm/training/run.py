@@ -218,9 +218,9 @@ class Run:
         pending: tuple[int, Any] | None = None
         vote = processes.Vote(lambda: self._stop.name is not None)
         if progress.unvalidated:
-            self._validate(metrics)
+            self._validate(metrics, vote)
         began = time.perf_counter()
-        while progress.step < train.steps:
+        while progress.step < train.steps and not progress.unvalidated:
             batch = next(groups)
             # [A, B, ...]: micro-batches in front of the rows, which are spread.
             batch = sharding.place(self.experiment.mesh, batch, leading=1)
@@ -258,12 +258,8 @@ class Run:
             # Before the checkpoint, which then holds the record and the validation: a resumed run repeats neither.
             if log:
                 self._record(metrics)
-            if validate and stopping and not final:
-                progress.unvalidated = True  # It may take longer than the grace; the resumed run begins with it.
-            elif validate:
-                self._validate(metrics)
-                # A stop that came during validation waits for no further step.
-                stopping = vote.ask()()
+            if validate:
+                stopping = self._validate(metrics, vote, final)
             if save or stopping:
                 self._save(metrics)
             if stopping and not final:
@@ -310,13 +306,18 @@ class Run:
         remaining = (last - progress.step) * progress.seconds / progress.step
         metrics.report(progress.step, last, values, remaining)
 
-    def _validate(self, metrics: Metrics) -> None:
-        progress = self.progress
+    def _validate(self, metrics: Metrics, vote: processes.Vote, final: bool = False) -> bool:
+        """Validates, and says whether a stop is asked for; unless ``final``, the resumed run then begins with it."""
+        progress, stop = self.progress, lambda: vote.ask()()
         progress.unvalidated = False
         if not self.validation:
-            return
+            return stop()
         batches = (sharding.place(self.experiment.mesh, batch) for batch in self.validation)
-        loss = self._validation_loss(self.state["params"], self.frozen, batches)
+        # It may take longer than the grace.
+        loss = self._validation_loss(self.state["params"], self.frozen, batches, (lambda: False) if final else stop)
+        if loss is None:
+            progress.unvalidated = True
+            return True
         progress.validation_loss = loss
         metrics.write(progress.step, {"validation_loss": loss})
         better = math.isfinite(loss) and (progress.best is None or loss < progress.best)
@@ -325,6 +326,7 @@ class Run:
             progress.best, progress.best_step = loss, progress.step
             # The loss is the same number in all processes, so that all of them take part in the export.
             self._export(metrics, "_best")
+        return stop()
 
     def _last_good(self) -> str:
         # Also asked by the thread that watches for signals (`StopRequest`).
@@ -402,10 +404,8 @@ class Run:
         )
 
     def _count(self, params: Any) -> None:
-        def count(tree):
-            return sum(x.size for x in jax.tree.leaves(tree))
-
-        self.parameters = {"trained": count(params), "frozen": count(self.frozen)}
+        trees = {"trained": params, "frozen": self.frozen}
+        self.parameters = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trees.items()}
         print(f"parameters: {self.parameters['trained']:,} trained, {self.parameters['frozen']:,} frozen")
 
     def _announce_changes(self, changes: dict[str, tuple[Any, Any]]) -> None:

@@ -145,8 +145,11 @@ def make_step(
 
 def make_validation(
     graphdef: nnx.GraphDef, method: Method, train: TrainConfig
-) -> Callable[[Tree, Tree, Iterable[Batch]], float]:
-    """The validation loss ``(params, frozen, batches) -> nats per scored text token``, averaged over all."""
+) -> Callable[[Tree, Tree, Iterable[Batch], Callable[[], bool]], float | None]:
+    """The validation loss ``(params, frozen, batches, stop) -> nats per scored text token``, averaged over all.
+
+    ``stop`` is asked before each batch; once it says yes, the loss is None.
+    """
 
     @jax.jit
     def sums(params, frozen, batch):
@@ -156,9 +159,14 @@ def make_validation(
         text = batch.weights * ~repeated(batch)
         return jnp.sum(scored_losses(model, hidden, batch) * text), jnp.sum(text)
 
-    def validation_loss(params, frozen, batches):
-        # All batches are dispatched before the first result is waited for.
-        found = [sums(params, frozen, batch) for batch in batches]
+    def validation_loss(params, frozen, batches, stop):
+        found = []
+        for batch in batches:
+            if stop():
+                return None
+            found.append(sums(params, frozen, batch))
+            # The devices are one batch ahead, not all of them: a stop waits for no more than two.
+            jax.block_until_ready(found[-2:-1])
         return sum(float(loss) for loss, _ in found) / max(sum(float(count) for _, count in found), 1.0)
 
     return validation_loss

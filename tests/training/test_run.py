@@ -270,7 +270,9 @@ def test_the_objective_of_the_config_is_minimised(objective):
 
     one = jax.tree.map(lambda x: x[0], first)
     expected, plain = (loss(state["params"], one, each) for each in (config.objective, Objective()))
-    held_out = training_step.make_validation(graphdef, method, config.train)(state["params"], frozen, [one])
+    held_out = training_step.make_validation(graphdef, method, config.train)(
+        state["params"], frozen, [one], lambda: False
+    )
     _, found = step(state, frozen, first, key)
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(held_out, plain, rtol=1e-5)
@@ -330,7 +332,7 @@ def test_attention_of_the_config_is_used(attention, monkeypatch):
     )
     monkeypatch.setattr(training_step, "parallel_forward", forward)
     loss = training_step.make_validation(graphdef, load_experiment(config).method, config.train)
-    loss(state["params"], frozen, [jax.tree.map(lambda x: x[0], batches)])
+    loss(state["params"], frozen, [jax.tree.map(lambda x: x[0], batches)], lambda: False)
     assert asked == [attention]
 
 

@@ -131,9 +131,33 @@ def test_validation_waits_when_the_run_has_to_stop(tmp_path, monkeypatch):
     Run(config, tmp_path / "whole").train()
     with monkeypatch.context() as patch:
         signalled(patch, signal.SIGTERM, 2)
-        patch.setattr(Run, "_validate", lambda *_: pytest.fail("validated within the grace"))
+        patch.setattr(jax, "block_until_ready", lambda *_: pytest.fail("validated within the grace"))
         Run(config, tmp_path / "stopped").train()
     Run(config, tmp_path / "stopped").train()
+    equal(tmp_path / "whole", tmp_path / "stopped", 6)
+
+
+class Interrupted(list):
+    """Sends this process a signal between its first and its second."""
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+
+@pytest.mark.parametrize("stops", [1, 2])
+def test_validation_is_given_up_when_the_run_has_to_stop(tmp_path, stops):
+    """A signal that comes during a validation, and again during that with which the resumed run begins."""
+    config = tiny(train={**SHORT, "eval_every": 3})
+    Run(config, tmp_path / "whole").train()
+    for _ in range(stops):
+        run = Run(config, tmp_path / "stopped")
+        run.validation = Interrupted(run.validation * 3)
+        assert run.train()["status"] == "interrupted"
+        assert run.progress.step == 3 and run.progress.unvalidated
+    assert Run(config, tmp_path / "stopped").train()["status"] == "finished"
     equal(tmp_path / "whole", tmp_path / "stopped", 6)
 
 
