@@ -22,7 +22,7 @@ def closing_positions(method: Method, begin: Array, end: Array) -> Array:
     """
     begin, end = begin[..., None], end[..., None]
     from_begin = np.array([token.from_begin for token in method.closes], int)
-    position = begin * from_begin + end * (1 - from_begin) + np.array([token.offset for token in method.closes])
+    position = begin * from_begin + end * (1 - from_begin) + np.array([token.offset for token in method.closes], int)
     if method.ratio is not None:
         is_last = np.arange(len(method.closes)) == len(method.closes) - 1
         missing = (end - 1 - position) * (from_begin * is_last)

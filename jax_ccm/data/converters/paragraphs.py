@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jax_ccm.data import haystack
-from jax_ccm.data.converters.rows import Converted, Fields, at_least, rows
+from jax_ccm.data.converters.rows import Converted, at_least, rows
 from jax_ccm.errors import UserError
 
 # Draws of a random paragraph before a search for one that is not there yet ends: nearly all of them are there.
@@ -76,7 +76,7 @@ def _of_hotpotqa(path: Path, texts: list[str], made: Converted) -> Iterator[_Que
     places: dict[str, int] = {}
     for row in rows(path):
         titles, numbers = [], []
-        for title, said in _pairs(row, "context"):
+        for title, said in row.pairs("context"):
             if not isinstance(title, str) or not isinstance(said, list) or not all(isinstance(x, str) for x in said):
                 raise UserError(f"{row.place}: each entry of field 'context' must be a title and a list of sentences")
             text = f"{title}\n{''.join(said).strip()}"
@@ -86,7 +86,7 @@ def _of_hotpotqa(path: Path, texts: list[str], made: Converted) -> Iterator[_Que
                 texts.append(text)
             titles.append(title)
             numbers.append(places[text])
-        needed = {title for title, _ in _pairs(row, "supporting_facts")}
+        needed = {title for title, _ in row.pairs("supporting_facts")}
         if missing := sorted(map(str, needed - set(titles))):
             made.drop("whose paragraphs are not there", f"{row.place} ({missing[0]})")
             continue
@@ -94,14 +94,6 @@ def _of_hotpotqa(path: Path, texts: list[str], made: Converted) -> Iterator[_Que
         found = [number for title, number in given.items() if title in needed]
         near = [number for title, number in given.items() if title not in needed]
         yield _Question(row.place, row.said("_id"), row.text("question"), [row.text("answer").strip()], found, near)
-
-
-def _pairs(row: Fields, name: str) -> Iterator[tuple[object, object]]:
-    """The entries of a field that is a list of pairs."""
-    value = row.get(name)
-    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        raise UserError(f"{row.place}: field {name!r} must be a list of pairs")
-    yield from ((first, second) for first, second in value)
 
 
 def _converted(

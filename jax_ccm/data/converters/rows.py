@@ -95,6 +95,15 @@ class Fields:
             found.append([Fields.of(item, f"{place}[{at}]") for at, item in enumerate(inner)])
         return found
 
+    def pairs(self, name: str) -> list[tuple[Any, Any]]:
+        """A list of lists of two."""
+        found = []
+        for number, pair in enumerate(self._list(name)):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise UserError(f"{self.place}: {name}[{number}] must be a list of two, it is {reprlib.repr(pair)}")
+            found.append((pair[0], pair[1]))
+        return found
+
     def _list(self, name: str) -> list[Any]:
         value = self.get(name)
         if not isinstance(value, list):

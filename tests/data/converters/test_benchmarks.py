@@ -305,9 +305,9 @@ def test_hotpotqa(tmp_path):
     assert "Bee" not in said and record["target"] == "Portugal" and record["task"] == "hotpotqa"
     assert "Bee" in " ".join(records(f"hotpotqa:{path}?words=16")[0]["contexts"])
     for changes, message in (
-        (dict(context=["Ark"]), "field 'context' must be a list of pairs"),
+        (dict(context=["Ark"]), r"context\[0\] must be a list of two, it is 'Ark'"),
         (dict(context=[["Ark", "text"]]), "must be a title and a list of sentences"),
-        (dict(supporting_facts=3), "field 'supporting_facts' must be a list of pairs"),
+        (dict(supporting_facts=3), "field 'supporting_facts' must be a list, it is 3"),
     ):
         path.write_text(json.dumps([hotpot(**changes)]))
         with pytest.raises(UserError, match=message):
