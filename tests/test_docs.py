@@ -328,7 +328,7 @@ def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
     folder = ROOT / "results" / "recipe" / "handwritten"
     systems = {
         name: json.loads((folder / name / "results.json").read_text())["steps"][-1]["systems"]
-        for name in ("chat_wide", "chat_varied")
+        for name in ("chat_spread", "chat_wide")
     }
 
     def row(cell) -> list[str]:
@@ -336,8 +336,8 @@ def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
         own = [f"{cell['accuracy']['mean']['value']:.2f}", f"{cell['perplexity']['value']:.1f}"]
         return own + [f"{value:.2f}" for value in said]
 
-    now = systems["chat_wide"]
-    wanted = [row(now["none"]), row(now["full"]), row(systems["chat_varied"]["memory"]), row(now["memory"])]
+    now = systems["chat_spread"]
+    wanted = [row(now["none"]), row(now["full"]), row(systems["chat_wide"]["memory"]), row(now["memory"])]
     wanted[-1][-1] += f" (wrong memory {now['memory']['wrong']['replies']['contains']['value']:.2f})"
     page = (ROOT / "docs" / "results.md").read_text()
     table = re.search(r"\| \| choices right \|.*\n\|.*\n((?:\|.*\n)+)", page)[1].replace("*", "")
