@@ -323,6 +323,29 @@ def test_what_is_said_of_256_sessions():
     assert said.groups() == tuple(f"{systems[turns]['merge']['turns_per_second']:.1f}" for turns in (1000, 10))
 
 
+def test_what_is_said_of_the_adapter_that_ships():
+    folder = ROOT / "results" / "recipe"
+
+    def right(name: str, questions: int) -> dict[str, str]:
+        systems = json.loads((folder / name).read_text())["steps"][-1]["systems"]
+        return {x: f"{questions * systems[x]['accuracy']['mean']['value']:.0f}" for x in ("memory", "full")}
+
+    now, before = right("chat_spread/results.json", 96), right("chat_wide/results.json", 96)
+    said = re.search(r"finds (\d+) of 96 facts .*? where full context finds (\d+)", README.read_text())
+    assert said.groups() == (now["memory"], now["full"])
+    said = re.search(r"gives the right one away in\s(\d+) of 96", (ROOT / "docs" / "serving.md").read_text())
+    assert said[1] == now["memory"]
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    said = re.search(r"in (\d+) of 96 questions, where full context does in (\d+), .*? before it had (\d+) right", page)
+    assert said.groups() == (now["memory"], now["full"], before["memory"])
+    said = re.search(r"and (\d+) choices right instead of (\d+) \(full context: (\d+)\)\. Validation loss", page)
+    chosen, old = (right(f"validation_varied/{name}.json", 72) for name in ("chat_spread", "chat_wide"))
+    assert said.groups() == (chosen["memory"], old["memory"], chosen["full"])
+    runs = json.loads((ROOT / "adapters" / "smollm2-135m-concat" / "adapter.json").read_text())["extra"]["runs"]
+    tokens, scored = (sum(run[key] for run in runs) for key in ("tokens", "scored_tokens"))
+    assert f"{tokens:,} tokens, {scored:,} of them scored, in two pieces" in page
+
+
 def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
     """Of two evaluations, which no command puts beside each other."""
     folder = ROOT / "results" / "recipe" / "handwritten"

@@ -307,7 +307,7 @@ class FewShotConfig(LimitedConfig):
     shots: int = 16
     """Demonstrations drawn for a training example."""
     symbols: float = 0.0
-    """Share of the training examples whose labels are any words instead, so that the demonstrations alone tell them."""
+    """Share of the examples of training and its validation whose labels are any words, told by demonstrations alone."""
     demonstrations: tuple[str, ...] = ()
     """In evaluation: the sources of the demonstrations, one for each evaluated source, in order."""
 

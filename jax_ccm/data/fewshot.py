@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -61,6 +62,7 @@ class FewShot:
         # Of an evaluation: the demonstrations of each task, and the tokens of its labels in their order.
         self._shown: dict[str, list[Shot]] = {}
         self._labels: dict[str, dict[str, np.ndarray]] = {}
+        self._names: dict[str, str] = {}
 
     def load(
         self, sources: Sequence[Source], evaluation: bool = False, demonstrations: Sequence[Source] = ()
@@ -95,6 +97,9 @@ class FewShot:
             known = {shot.label: shot.pieces[1] for shot in (*self._shown[source.name], *task)}
             self._labels[source.name] = dict(sorted(known.items()))
             units += task
+        # A task is named by its file, without folder and ending unless two then have one name.
+        stems = {name: Path(name).stem if Path(name).is_file() else name for name in self._shown}
+        self._names = stems if len(set(stems.values())) == len(stems) else {name: name for name in stems}
         return units
 
     def read(self, source: Source, report: Report) -> list[Shot]:
@@ -139,7 +144,7 @@ class FewShot:
         return None
 
     def task(self, unit: Unit) -> str:
-        return unit.task
+        return self._names[unit.task]
 
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         assert isinstance(unit, Shot)

@@ -171,11 +171,15 @@ def legend(results: Mapping[str, Any]) -> list[str]:
         )
     if any(_mark(row, kind) for row in results["steps"]):
         why = "full context does no better behind the right context than behind a wrong one"
+        why += ", or than none where there is no control" * any("note" in row for row in results["steps"])
         lines.append(f"†: cannot tell memories apart: {why} (the 95 % interval of the difference reaches 0)")
     lines.append(f"KiB, MiB, bytes: keys and values that a session {held}")
+    missing: dict[str, list[str]] = {}
     for row in results["steps"]:
         if "note" in row and row["step"] != "all":
-            lines.append(f"no control at {name_of_steps(results)[0]} {row['step']}: {row['note']}")
+            missing.setdefault(row["note"], []).append(str(row["step"]))
+    for note, steps in missing.items():
+        lines.append(f"no control at {name_of_steps(results)[0]} {', '.join(steps)}: {note}")
     return lines
 
 

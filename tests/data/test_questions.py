@@ -118,6 +118,18 @@ def test_demonstrations_are_a_prefix(tmp_path):
     assert evaluation.examples(2)[0].id.endswith("first_test.jsonl:1")
 
 
+def test_tasks_are_named_by_their_files(tmp_path):
+    """Without folder and ending, unless two then have one name."""
+    assert list(fewshot(tmp_path).by_task(choices=True)) == ["first_test", "second_test"]
+    records = [{"text": f"t {i}", "label": "ab"[i % 2]} for i in range(4)]
+    same = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        same.append(write(tmp_path / folder / "t.jsonl", records))
+    config = FewShotConfig(test=tuple(same), demonstrations=tuple(same))
+    assert list(Evaluation.open(config, tokenizer()).by_task(choices=True)) == same
+
+
 def test_fewshot_needs_demonstrations(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"text": "a", "label": "b"}])
     with pytest.raises(UserError, match="has 1 tasks but 0 sources of demonstrations"):
