@@ -346,6 +346,27 @@ def test_what_is_said_of_the_adapter_that_ships():
     assert f"{tokens:,} tokens, {scored:,} of them scored, in two pieces" in page
 
 
+def test_what_is_said_of_labels_from_demonstrations():
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    steps = json.loads((ROOT / "results" / "icl" / "results.json").read_text())["steps"]
+    right = {row["step"]: [] for row in steps}
+    for row in steps:
+        for name in ("memory", "full", "none"):
+            accuracy = row["systems"][name]["accuracy"]["mean"]["value"]
+            right[row["step"]].append(f"{row['examples'] * accuracy:.0f}")
+    said = re.search(
+        r"the memory has (\d+) and (\d+) of 32 right, full context (\d+) and (\d+), no context (\d+) and (\d+):", page
+    )
+    pairs = zip(right["customer_review"], right["tweet_stance_abortion"], strict=True)
+    assert list(said.groups()) == [number for pair in pairs for number in pair]
+    said = re.search(r"(\d+) of 360 are right, full context has (\d+) and no context (\d+);", page)
+    assert list(said.groups()) == right["all"] and steps[-1]["examples"] == 360
+    lines = [json.loads(line) for line in (ROOT / "results" / "icl" / "train.jsonl").read_text().splitlines()]
+    losses = [f"{line['validation_loss']:.2f}" for line in lines if "validation_loss" in line]
+    assert "fell from {} after 60 steps to {} and {} after 120 and 180".format(*losses) in page
+    assert f"{lines[-2]['tokens']:,} tokens, {lines[-2]['scored_tokens']:,} of them scored, 40 minutes" in page
+
+
 def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
     """Of two evaluations, which no command puts beside each other."""
     folder = ROOT / "results" / "recipe" / "handwritten"
