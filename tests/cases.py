@@ -50,6 +50,7 @@ CCM = {
     "n3_stride": dict(comp_tokens=3, ratio=2, positions="stride", sight="share"),
     # The same, each begun as the mean of its share; and of a whole chunk, whose text stays for a while.
     "n3_start": dict(comp_tokens=3, ratio=2, positions="stride", sight="share", start="mean", sink=True),
+    "n2_start": dict(comp_tokens=2, start="mean"),
     "n2_start_recent": dict(comp_tokens=2, start="mean", recent=1),
 }
 
@@ -83,7 +84,7 @@ METHODS: dict[str, Method] = {
                 "n3_start",
                 "n2_start_recent",
             ),
-            "merge": ("n1", "n2_sink", "n2_independent_sink", "n2_repeat", "n2_recent", "n2_groups_sink"),
+            "merge": ("n1", "n2_sink", "n2_independent_sink", "n2_repeat", "n2_recent", "n2_groups_sink", "n2_start"),
             "ema": ("n1", "n3_independent", "n2_all", "n2_repeat", "n1_recent2", "n1_groups_recent"),
         }.items()
         for label in labels
@@ -93,9 +94,11 @@ METHODS: dict[str, Method] = {
     "loma_plain": build("loma", ratio=2, memory_tokens=2, history=False, positions="sequential", conditional=True),
     "loma_say": build("loma", ratio=2, memory_tokens=2, repeat_by="text", conditional=True),
     "loma_mean": build("loma", ratio=2, memory_tokens=2, memory="mean"),
+    "loma_start": build("loma", ratio=2, memory_tokens=2, start="mean"),
     "loma_ema_sink": build("loma", ratio=2, memory_tokens=2, memory="ema", decay=0.3, sink=True, conditional=True),
     "sentinel": build("sentinel"),
     "sentinel_history": build("sentinel", history=True, opener=False, conditional=True),
+    "sentinel_start": build("sentinel", start="mean"),
     "local": build("local", hidden=0.3),
     "scattered": build("scattered"),
 }

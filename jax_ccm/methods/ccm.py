@@ -21,7 +21,7 @@ from typing import Literal
 from jax_ccm.errors import UserError
 from jax_ccm.rules.clauses import see
 from jax_ccm.rules.mixtures import Ema, Mean, Mix
-from jax_ccm.rules.types import INF, Kind, Method, Rule, Token
+from jax_ccm.rules.types import INF, Clause, Kind, Method, Rule, Token
 
 TEXT, QUERY, COMP, REPEAT, SINK, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.REPEAT, Kind.SINK, Kind.MEMORY
 EVERY = (TEXT, QUERY, COMP, SINK)
@@ -87,7 +87,6 @@ def concat(
             "streaming, whose text is compressed by its index in the cache"
         )
     stride = _checked_stride(positions, sight, ratio, streaming)
-    one_of("start", start, ("learned", "mean"))
     check_repetition(repeat, repeat_by, repeat_share, repeat_gated)
     # A chunk is read by ordinary causal attention; each compression token sees the ones before it in its group.
     if sight == "chunk":
@@ -123,9 +122,7 @@ def concat(
             else Token(COMP, embedding_index=k, offset=k)
             for k in range(comp_tokens)
         ),
-        starts_from=see(COMP, (TEXT, QUERY), 0, 0, window=ratio if stride else None, behind=stride)
-        if start == "mean"
-        else None,
+        starts_from=text_to_start_from(start, share=ratio if stride else None),
         gate=gate,
         sink=sink,
         recent=recent,
@@ -166,18 +163,21 @@ def merge(
     min_comp_tokens: int | None = None,
     recent: int = 0,
     groups: int = 1,
+    start: Literal["learned", "mean"] = "learned",
 ) -> Method:
     """CCM-merge: the running mean of all chunks' states in ``comp_tokens`` slots.
 
     Args:
       comp_tokens, sink, independent, conditional, streaming, repeat, repeat_by, repeat_share, repeat_gated,
-        min_comp_tokens, recent: as for `concat`.
+        min_comp_tokens, recent, start: as for `concat`.
       groups: so many means of ``comp_tokens`` slots each, which chunks enter in turn: the memory is of constant size,
         and of up to this many chunks it holds each by itself, as `concat` does; in no paper. With 1 it is the paper's.
     """
     repeating = (repeat, repeat_by, repeat_share, repeat_gated)
     # What text sees, and what is run to close a chunk, is that of concat; only the update differs (equation 3).
-    appending = concat(comp_tokens, sink, independent, conditional, streaming, *repeating, min_comp_tokens, recent)
+    appending = concat(
+        comp_tokens, sink, independent, conditional, streaming, *repeating, min_comp_tokens, recent, start=start
+    )
     return dataclasses.replace(_grouped(appending, Mean(), groups), name="ccm_merge")
 
 
@@ -195,17 +195,20 @@ def ema(
     min_comp_tokens: int | None = None,
     recent: int = 0,
     groups: int = 1,
+    start: Literal["learned", "mean"] = "learned",
 ) -> Method:
     """CCM-merge by an exponential moving average (table 16).
 
     Args:
       comp_tokens, sink, independent, conditional, streaming, repeat, repeat_by, repeat_share, repeat_gated,
-        min_comp_tokens, recent: as for `concat`.
+        min_comp_tokens, recent, start: as for `concat`.
       decay: weight of the newest chunk.
       groups: as for `merge`.
     """
     repeating = (repeat, repeat_by, repeat_share, repeat_gated)
-    appending = concat(comp_tokens, sink, independent, conditional, streaming, *repeating, min_comp_tokens, recent)
+    appending = concat(
+        comp_tokens, sink, independent, conditional, streaming, *repeating, min_comp_tokens, recent, start=start
+    )
     return dataclasses.replace(_grouped(appending, Ema(decay), groups), name="ccm_ema")
 
 
@@ -214,6 +217,19 @@ def _grouped(appending: Method, mix: Mix, groups: int) -> Method:
     if groups < 1:
         raise UserError(f"groups is {groups}; there must be at least 1 that chunks enter")
     return appending.mixing(mix, groups)
+
+
+def text_to_start_from(start: str, share: int | None = None, text: tuple[Kind, ...] = (TEXT, QUERY)) -> Clause | None:
+    """What compression tokens start from (`Method.starts_from`).
+
+    Args:
+      start: "learned", nothing but their own embedding, or "mean", that of the text they stand for, too.
+      share: how many tokens that is, up to their own position; None for the whole chunk.
+      text: kinds of that text.
+    """
+    if one_of("start", start, ("learned", "mean")) == "learned":
+        return None
+    return see(COMP, text, 0, 0, window=share, behind=share is not None)
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -235,14 +251,20 @@ def check_repetition(repeat: bool, repeat_by: str, repeat_share: float, repeat_g
         raise UserError(f"repeat_share is {repeat_share}; it must lie in (0, 1]; for no repetition set repeat: false")
 
 
-def gist(comp_tokens: int = 1, sink: bool = False, conditional: bool = True, online: bool = False) -> Method:
+def gist(
+    comp_tokens: int = 1,
+    sink: bool = False,
+    conditional: bool = True,
+    online: bool = False,
+    start: Literal["learned", "mean"] = "learned",
+) -> Method:
     """Gisting (Mu et al. 2023): the whole context is one chunk, compressed once, which the tail sees.
 
     Args:
-      comp_tokens, sink, conditional: as for `concat`.
+      comp_tokens, sink, conditional, start: as for `concat`.
       online: gisting-online, CCM's baseline: each chunk is compressed alone as it comes, and the memories stand side by
         side. Adapters serve both: the paper trains on whole contexts.
     """
     # No chunk sees a memory: there is but one chunk, or each is compressed alone.
-    alone = concat(comp_tokens, sink, independent=True, conditional=conditional)
+    alone = concat(comp_tokens, sink, independent=True, conditional=conditional, start=start)
     return dataclasses.replace(alone, name="gist", context="chunks" if online else "joined")

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Literal
 
 from jax_ccm.errors import UserError
-from jax_ccm.methods.ccm import check_repetition, one_of
+from jax_ccm.methods.ccm import check_repetition, one_of, text_to_start_from
 from jax_ccm.rules.clauses import see
 from jax_ccm.rules.mixtures import Ema, Mean
 from jax_ccm.rules.types import INF, Clause, Kind, Method, Rule, Token
@@ -44,6 +44,7 @@ def loma(
     conditional: bool = False,
     memory: Literal["append", "mean", "ema"] = "append",
     decay: float = 0.5,
+    start: Literal["learned", "mean"] = "learned",
 ) -> Method:
     """LoMA.
 
@@ -67,6 +68,8 @@ def loma(
       memory: the states of a chunk are appended, or blended slot by slot into one memory of t slots, by CCM-merge's
         running "mean" or by an "ema"; text and repetitions then see the latest mixture; in no paper.
       decay: weight of the newest chunk in an "ema".
+      start: a memory token starts from its "learned" embedding alone, or from that and the "mean" embedding of its
+        share of the chunk, or of the whole chunk with "sequential" positions; the latter in no paper.
     """
     for name, value in (("ratio", ratio), ("memory_tokens", memory_tokens)):
         if value < 1:
@@ -111,6 +114,7 @@ def loma(
         rule=Rule(tuple(clauses), both_ways=both),
         # All memory tokens are one token, told apart by their positions; their embedding is the same row.
         closes=tuple(Token(COMP, embedding_index=0, offset=place(k)) for k in range(memory_tokens)),
+        starts_from=text_to_start_from(start, share=ratio if stride else None),
         # The paper fine-tunes the model; a LoRA in place of that acts on every token.
         gate=(COMP, REPEAT) if conditional else EVERY,
         sink=sink,

@@ -15,19 +15,29 @@ when the span closes: nothing but its own ``<CR>`` ever sees ``<CL>``. For ``a``
 
 from __future__ import annotations
 
+from typing import Literal
+
+from jax_ccm.methods.ccm import text_to_start_from
 from jax_ccm.rules.clauses import see
 from jax_ccm.rules.types import INF, Kind, Method, Rule, Token
 
 TEXT, QUERY, COMP, OPEN, MEMORY = Kind.TEXT, Kind.QUERY, Kind.COMP, Kind.OPEN, Kind.MEMORY
 
 
-def sentinel(history: bool = False, opener: bool = True, conditional: bool = False) -> Method:
+def sentinel(
+    history: bool = False,
+    opener: bool = True,
+    conditional: bool = False,
+    start: Literal["learned", "mean"] = "learned",
+) -> Method:
     """Sentinel compression. Text of kind QUERY is outside spans, text of kind TEXT inside.
 
     Args:
       history: ``<CR>`` also sees what its span sees, kept text and earlier memory; the paper's does not.
       opener: run ``<CL>``.
       conditional: the LoRA acts on the sentinels only, as in CCM; in no paper.
+      start: ``<CR>`` starts from its "learned" embedding alone, or from that and the "mean" embedding of its span; the
+        latter in no paper.
     """
     clauses = [
         # Kept text is seen for good, by all text.
@@ -48,4 +58,10 @@ def sentinel(history: bool = False, opener: bool = True, conditional: bool = Fal
     )
     # The released code's LoRA acts on every token.
     gate = (OPEN, COMP) if conditional else (TEXT, QUERY, OPEN, COMP)
-    return Method(name="sentinel", rule=Rule(tuple(clauses)), closes=closes, gate=gate)
+    return Method(
+        name="sentinel",
+        rule=Rule(tuple(clauses)),
+        closes=closes,
+        starts_from=text_to_start_from(start, text=(TEXT,)),
+        gate=gate,
+    )

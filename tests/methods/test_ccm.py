@@ -101,19 +101,26 @@ def test_slots_by_the_length_of_a_chunk():
 
 
 @pytest.mark.parametrize(
-    "options, shares",
+    "name, options, shares",
     [
-        (dict(comp_tokens=3, ratio=2, positions="stride"), [(0, 2), (2, 4), (4, 5)]),
+        ("ccm_concat", dict(comp_tokens=3, ratio=2, positions="stride"), [(0, 2), (2, 4), (4, 5)]),
         # The sink is nobody's text.
-        (dict(comp_tokens=3, ratio=2, positions="stride", sink=True), [(1, 3), (3, 5)]),
+        ("ccm_concat", dict(comp_tokens=3, ratio=2, positions="stride", sink=True), [(1, 3), (3, 5)]),
         # The last stands at the end of a chunk that is longer than all shares.
-        (dict(comp_tokens=2, ratio=2, positions="stride"), [(0, 2), (3, 5)]),
-        (dict(comp_tokens=2), [(0, 5), (0, 5)]),
+        ("ccm_concat", dict(comp_tokens=2, ratio=2, positions="stride"), [(0, 2), (3, 5)]),
+        ("ccm_concat", dict(comp_tokens=2), [(0, 5), (0, 5)]),
+        ("ccm_merge", dict(comp_tokens=2), [(0, 5), (0, 5)]),
+        ("ccm_ema", dict(comp_tokens=1), [(0, 5)]),
+        ("gist", dict(comp_tokens=1), [(0, 5)]),
+        ("loma", dict(ratio=2, memory_tokens=2, repeat=False), [(0, 2), (2, 4)]),
+        ("loma", dict(ratio=2, memory_tokens=2, repeat=False, positions="sequential"), [(0, 4), (0, 4)]),
+        ("sentinel", dict(opener=False), [(0, 5)]),
     ],
 )
-def test_slots_start_from_the_mean_of_their_text(options, shares):
+def test_slots_start_from_the_mean_of_their_text(name, options, shares):
     """By both roads a compression token begins as its own embedding and the mean of those of its share."""
-    method, (session,) = build("ccm_concat", start="mean", **options), cases.sessions(((5, 3),), start=0, separator=0)
+    method, size = build(name, start="mean", **options), max(end for _, end in shares)
+    (session,) = cases.sessions(((size, 3),), start=0, separator=0)
     model = cases.model(tokens=method.num_embeddings)
     pieces = rows.arrange(method, session)
     words = np.asarray(model.embed_tokens.embedding[...])[pieces[0].tokens]
@@ -126,16 +133,17 @@ def test_slots_start_from_the_mean_of_their_text(options, shares):
     embedded = np.asarray(model.embed_tokens(made.tokens, found[None]))[0, comp]
     np.testing.assert_allclose(embedded, expected + model.embed_tokens.comp[...], atol=1e-6)
     # Closed with text of the next chunk behind it, which nothing starts from.
-    text = Chunk(np.concatenate([piece.tokens for piece in pieces])[None].astype(np.int32), np.ones((1, 8), bool))
-    cache = init_cache(model, method, 1, memory_capacity=6, raw_capacity=9)
+    words = np.concatenate([piece.tokens for piece in pieces])[None].astype(np.int32)
+    text = Chunk(words, np.ones(words.shape, bool))
+    cache = init_cache(model, method, 1, memory_capacity=6, raw_capacity=12)
     cache, _ = jitted.read(model, cache, text, method=method)
-    chosen = np.arange(cache.slots.kind.shape[1])[None] < 5
-    assert np.asarray(cache.ids)[0, :8].tolist() == text.tokens[0].tolist()
+    chosen = np.arange(cache.slots.kind.shape[1])[None] < size
+    assert np.asarray(cache.ids)[0, : size + 3].tolist() == text.tokens[0].tolist()
     closing, _ = closing_tokens(cache, chosen, np.ones(1, bool), method)
     closed_alone = np.asarray(starts_of_session(model, cache, closing, chosen, method))
     np.testing.assert_allclose(closed_alone[0, : len(shares)], expected, atol=1e-6)
     with pytest.raises(UserError, match="start is 'zero'; allowed: learned, mean"):
-        build("ccm_concat", start="zero")
+        build(name, **options, start="zero")
     with pytest.raises(ValueError, match="nothing starts from text"):
         dataclasses.replace(method, closes=(), ratio=None)
 
