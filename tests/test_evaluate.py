@@ -133,6 +133,14 @@ def test_a_memory_of_constant_size(tmp_path, monkeypatch, capsys):
     # The baselines have no such room.
     for name in ("none", "full"):
         assert found["c"]["steps"][1]["systems"][name] == found["growing"]["steps"][1]["systems"][name]
+    # Room that holds no chunk is refused before anything is computed, and what writes no memory has none to forget.
+    code, printed, err = run(monkeypatch, capsys, tmp_path / "c.yaml", "--workdir", tmp_path / "small",
+                             "--method.comp_tokens", 3)  # fmt: skip
+    assert code == 2 and "memory_capacity is 2, but method 'ccm_concat' writes 3" in err and "examples" not in printed
+    code, printed, err = run(monkeypatch, capsys, tmp_path / "c.yaml", "--workdir", tmp_path / "window",
+                             "--method.name", "window", "--method.size", 8, "--method.comp_tokens", None,
+                             "--eval.max_examples", 4)  # fmt: skip
+    assert code == 0 and "newest" not in printed, err
 
 
 def test_choices(tmp_path, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from jax_ccm.evals.replies import MEASURES, Asking, Reply
 from jax_ccm.evals.scoring import Scores, Store, score
 from jax_ccm.evals.slots import context_slots
 from jax_ccm.evals.statistics import Estimate, Resamples, estimate, share, tree_to_json
+from jax_ccm.memory.cache import check_memory_capacity
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.examples import Example
 from jax_ccm.rules.types import Method
@@ -50,6 +51,11 @@ class System:
     description: str
     identity: str = ""
     capacity: int | None = None
+
+    def __post_init__(self):
+        # Here, before hours are spent on the systems beside it.
+        if self.capacity is not None:
+            check_memory_capacity(self.method, self.capacity)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -84,6 +84,8 @@ def make_system(
         )
         text = f"{base['name']}, full context through the LoRA of {full_adapter}"
         return System(name, model, build("full"), text, f"{identity}|{fingerprint(model)}")
+    # What writes no memory has nothing to forget.
+    capacity = capacity if method.memory_slots(1 + method.recent) else None
     about = f"{base['name']} with {label(describe_method(method))}"
     about += "" if capacity is None else f", the newest {capacity} slots of memory"
     if method.eviction is not None:

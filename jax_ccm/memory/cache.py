@@ -23,6 +23,15 @@ from jax_ccm.rules.types import Kind, MemoryCache, Method, Slots
 from jax_ccm.rules.visibility import is_in
 
 
+def check_memory_capacity(method: Method, memory_capacity: int) -> None:
+    """Refuses, by `UserError`, a capacity that does not hold what the method writes for one chunk."""
+    if memory_capacity < (least := method.memory_slots(1 + method.recent)):
+        raise UserError(
+            f"memory_capacity is {memory_capacity}, but method {method.name!r} writes {least} "
+            f"slots for a chunk; give at least that, times the number of chunks to remember"
+        )
+
+
 def init_cache(
     model: Transformer | ModelConfig,
     method: Method,
@@ -51,11 +60,7 @@ def init_cache(
     dtype = jnp.dtype(own if dtype is None else dtype)
     if overflow not in ("error", "evict"):
         raise UserError(f"overflow is {overflow!r}; allowed: 'error' (refuse) or 'evict' (drop the oldest memory)")
-    if memory_capacity < (least := method.memory_slots(1 + method.recent)):
-        raise UserError(
-            f"memory_capacity is {memory_capacity}, but method {method.name!r} writes {least} "
-            f"slots for a chunk; give at least that, times the number of chunks to remember"
-        )
+    check_memory_capacity(method, memory_capacity)
     if raw_capacity < 1:
         raise UserError(f"raw_capacity is {raw_capacity}; it must hold at least the longest chunk")
     if method.chunk is not None and raw_capacity % method.chunk:
