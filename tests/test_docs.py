@@ -391,7 +391,7 @@ def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
 def test_the_table_of_who_sees_what_is_made_of_the_numbers():
     """Of five evaluations; and what is said below it of the sixth."""
     folder = ROOT / "results" / "recipe" / "among_slots"
-    page = (ROOT / "docs" / "results.md").read_text()
+    page = (ROOT / "docs" / "history.md").read_text()
     cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
     steps = lambda name: json.loads((folder / name / "results.json").read_text())["steps"]
     # By age: content shares as the table has them.
@@ -424,7 +424,7 @@ def test_the_table_of_who_sees_what_is_made_of_the_numbers():
 
 def test_the_table_of_kinds_is_made_of_the_numbers():
     """Of four evaluations, which no command puts beside each other."""
-    folder, page = ROOT / "results" / "recipe", (ROOT / "docs" / "results.md").read_text()
+    folder, page = ROOT / "results" / "recipe", (ROOT / "docs" / "history.md").read_text()
     cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
 
     def measured(name: str, system: str) -> list[str]:
@@ -442,7 +442,7 @@ def test_the_table_of_kinds_is_made_of_the_numbers():
 
 
 def test_what_is_said_of_saying_exchanges_again():
-    page, folder = (ROOT / "docs" / "results.md").read_text(), ROOT / "results" / "recipe"
+    page, folder = (ROOT / "docs" / "history.md").read_text(), ROOT / "results" / "recipe"
     part = page.partition("**Saying closed exchanges again in training**")[2].partition("\n\n")[0].replace("\n", " ")
     run = json.loads((folder / "chat_repeat" / "train_summary.json").read_text())
     assert part.count(f"{run['tokens']:,} tokens") == 1
@@ -458,7 +458,7 @@ def test_what_is_said_of_saying_exchanges_again():
 
 
 def test_what_is_said_of_kinds_of_questions():
-    part = (ROOT / "docs" / "results.md").read_text().partition("**What long memories get wrong**")[2]
+    part = (ROOT / "docs" / "history.md").read_text().partition("**What long memories get wrong**")[2]
     steps = json.loads((ROOT / "results" / "recipe" / "chat_tasks" / "results.json").read_text())["steps"]
     right = {
         (row["step"], name): round(row["examples"] * row["systems"][name]["accuracy"]["mean"]["value"])
