@@ -25,9 +25,9 @@ class Options:
 
     Perplexity of the target, accuracy where the records have choices, replies (`--eval.reply_tokens 32`) and bytes of
     the cache; beside each the control with the memory of another conversation. No context and full context are the base
-    model with the adapter's LoRA off. Writes results.json, table.md, plot.png, recall.png, replies.jsonl,
-    metrics.jsonl, summary.json and config.yaml into the working directory, and of a trained adapter the model card,
-    README.md. Any key of the config can be overridden, as in `--eval.max_examples 100`.
+    model with the adapter's LoRA off. Writes results.json, table.md, plot.png, recall.png, replies.jsonl or
+    continuations.jsonl, metrics.jsonl, summary.json and config.yaml into the working directory, and of a trained
+    adapter the model card, README.md. Any key of the config can be overridden, as in `--eval.max_examples 100`.
     """
 
     workdir: Folder
@@ -71,7 +71,7 @@ def evaluate(config: Config, options: Options, *, command: str = "") -> dict[str
 
 def _evaluate(experiment: Experiment, options: Options, command: str, start: float) -> dict[str, Any]:
     from jax_ccm.data.questions import Evaluation
-    from jax_ccm.evals import attended, card, perplexity, recall, report, streaming
+    from jax_ccm.evals import attended, card, continuations, perplexity, recall, report, streaming
     from jax_ccm.evals.replies import Asking
     from jax_ccm.evals.scoring import Store
     from jax_ccm.evals.systems import DEFAULT, ask, fingerprint, make_system, measure
@@ -81,9 +81,8 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     evaluation = Evaluation.open(config.data, experiment.tokenizer, options.split)
     print(f"{options.split} data: {evaluation.report}")
     choices = said.by == "age" or (said.by in ("step", "task") and evaluation.has_choices)
-    questions, missing = ask(
-        evaluation, method, said.by, said.steps, most=said.max_examples, choices=choices, split=options.split
-    )
+    how = {"by": said.by, "most": said.max_examples, "choices": choices}
+    questions, missing = ask(evaluation, method, said.steps, split=options.split, tokens=said.reply_tokens, **how)
     base, adapter = describe_base(model, experiment.base_name), options.adapter or config.adapter.load
     systems = {
         name: make_system(
@@ -93,16 +92,15 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
         for name in [*(said.methods or DEFAULT[said.by]), *(["full_lora"] if options.full_adapter else [])]
     }  # fmt: skip
     asking = Asking.of(config.data, experiment.tokenizer, experiment.template, experiment.reply_ends, said.reply_tokens)
-    sizes = (said.window, getattr(config.data, "chunk", 0), config.cache.memory_capacity)
-    budget = streaming.Budget(*sizes, method) if said.by == "stream" else None
-    store = Store(options.store) if options.store else None
+    if said.by == "continuation" and asking is not None:
+        asking = continuations.Continuing.of(asking, said, model=model, tokenizer=experiment.tokenizer, base=base)
+    sizes = (said.window, getattr(config.data, "chunk", 0), config.cache.memory_capacity, method)
+    budget = streaming.Budget(*sizes) if said.by == "stream" else None
+    work = {"rows": said.batch_size, "store": Store(options.store) if options.store else None, "log": report.say}
     measured = {
-        name: measure(
-            system, evaluation, questions, by=said.by, most=said.max_examples, choices=choices, asking=asking,
-            rows=said.batch_size, store=store, log=report.say, budget=budget,
-        )
+        name: measure(system, evaluation, questions, asking=asking, budget=budget, **how, **work)
         for name, system in systems.items()
-    }  # fmt: skip
+    }
     results = report.about(
         to_mapping(config), command, base=base, memory=label(describe_method(method)), split=options.split,
         adapter={"path": str(adapter), "fingerprint": fingerprint(model)} if adapter else None,
@@ -115,18 +113,19 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     results["steps"] = perplexity.to_json(streaming.compared(rows, measured) if budget else rows)
     if said.by == "age" and (cells := recall.grid(questions, measured, slot_bytes)):
         results["recall"] = cells
+    if isinstance(asking, continuations.Continuing):
+        results["reference"] = continuations.reference(questions, asking, **work)
     if said.attention:
         asked = questions[-1:] if said.by == "step" else questions
-        work = {"most": said.attention, "rows": said.batch_size, "capacity": config.cache.newest}
-        results["attention"] = attended.of(asked, model, method, **work)
+        held = {"rows": said.batch_size, "capacity": config.cache.newest}
+        results["attention"] = attended.of(asked, model, method, most=said.attention, **held)
     results["seconds"] = round(time.perf_counter() - start, 1)
     save_config(config, options.workdir / "config.yaml")
-    report.write(options.workdir, results, asking and perplexity.reply_lines(questions, measured, asking))
+    report.write(options.workdir, results, asking and perplexity.reply_lines(questions, measured, asking.texts))
     if adapter and experiment.loaded is not None:
         trained = config_beside(adapter)
         recipe, told = (None, config.card) if trained is None else (chosen(trained), trained.card)
-        text = card.model_card(str(adapter), experiment.loaded, recipe=recipe, said=told, results=[results])
-        (options.workdir / card.FILE).write_text(text, encoding="utf-8")
+        card.write(options.workdir, str(adapter), experiment.loaded, recipe=recipe, said=told, results=[results])
     return results
 
 

@@ -82,7 +82,12 @@ def check(config: Config) -> None:
       UserError: naming the key, its value and what is allowed.
     """
     model, data, train = config.model, config.data, config.train
-    if config.eval.reply_tokens and data.format in ("text", "recall"):
+    continued = config.eval.by == "continuation"
+    if continued and data.format != "text":
+        raise UserError(
+            f"eval.by 'continuation' goes on with plain text: data.format is {data.format!r}; set it to 'text'"
+        )
+    if config.eval.reply_tokens and data.format in ("text", "recall") and not continued:
         raise UserError(
             f"eval.reply_tokens is {config.eval.reply_tokens}, and data.format {data.format!r} asks nothing "
             "that a reply could answer; set it to 0, or evaluate dialogues, online or few-shot records"

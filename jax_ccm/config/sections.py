@@ -242,11 +242,12 @@ class TrainConfig:
 class EvalConfig:
     """Quality by time step, or of whole texts."""
 
-    by: Literal["step", "age", "task", "text", "stream"] = "step"
+    by: Literal["step", "age", "task", "text", "continuation", "stream"] = "step"
     """Score a target behind so many chunks of context ("step"); questions by how long ago what they ask for was told
     ("age"; online records with a field of that name); every question behind its whole context, by the "task" that its
-    record names; every token of a plain "text"; or every token of a "stream" of text that is read with a fixed number
-    of slots, beside a window and StreamingLLM with as many."""
+    record names; every token of a plain "text"; texts that are continued from a compressed beginning
+    ("continuation"); or every token of a "stream" of text that is read with a fixed number of slots, beside a window
+    and StreamingLLM with as many."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 12)
     """By step: time steps (closed chunks before the target) to report. By age: the ages. By stream: lengths in text
     tokens, up to data.chunk times data.max_chunks + 1."""
@@ -258,7 +259,19 @@ class EvalConfig:
     max_examples: int = 0
     """Examples for each time step, or windows of text; 0 for all."""
     reply_tokens: int = 0
-    """Most tokens of a reply that each system makes to each question, to be compared with the answer; 0 for none."""
+    """Most tokens of a reply that each system makes to each question, to be compared with the answer; 0 for none. By
+    continuation: tokens of each, and how many at the end of a window are what really comes."""
+    samples: int = 4
+    """By continuation: how many are drawn for each prompt."""
+    top_p: float = 0.9
+    """By continuation: the share of the likeliest tokens that are drawn from (nucleus)."""
+    seed: int = 0
+    """By continuation: of the drawing."""
+    judge: str = ""
+    """By continuation: the model whose perplexity says how fluent they are (as `model.source`); empty: the evaluated
+    base, which then judges itself."""
+    embedder: str = ""
+    """By continuation: a model of sentence-transformers for their similarity to what really comes; empty: none."""
     attention: int = 0
     """Questions (by step: of the last step) whose attention to sink, slots and text is measured, layer by layer; 0 for
     none."""
@@ -267,14 +280,18 @@ class EvalConfig:
     context, the adapter on all text). Empty: by step or age none, full, memory; by text full, uncompressed, memory."""
 
     def __post_init__(self):
-        require_least(self, "eval.", batch_size=1, window=1, max_examples=0, reply_tokens=0, attention=0)
-        if self.attention and self.by in ("text", "stream"):
+        require_least(self, "eval.", batch_size=1, window=1, max_examples=0, reply_tokens=0, attention=0, samples=1)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"eval.top_p is {self.top_p}; it must lie in (0, 1]")
+        if self.by == "continuation" and not self.reply_tokens:
+            raise UserError("eval.by is 'continuation', and eval.reply_tokens 0; say how many tokens, such as 64")
+        if self.attention and self.by in ("text", "continuation", "stream"):
             raise UserError(
                 f"eval.attention={self.attention} is for questions, and eval.by is {self.by!r}; set it to 0"
             )
-        steps = self.steps
         # What takes every record as a whole has no steps.
-        if self.by not in ("task", "text") and (not steps or min(steps) < 1 or len(set(steps)) < len(steps)):
+        steps, whole = self.steps, self.by in ("task", "text", "continuation")
+        if not whole and (not steps or min(steps) < 1 or len(set(steps)) < len(steps)):
             raise UserError(f"eval.steps is {list(steps)}; give different numbers from 1, such as [1, 2, 4]")
 
 

@@ -32,6 +32,11 @@ def read_results(path: Path) -> dict[str, Any]:
     return found
 
 
+def write(folder: Path, name: str, adapter: Lora, **about: Any) -> None:
+    """Writes the `model_card` of an adapter into a folder; arguments as for it."""
+    (folder / FILE).write_text(model_card(name, adapter, **about), encoding="utf-8")
+
+
 def model_card(
     name: str,
     adapter: Lora,

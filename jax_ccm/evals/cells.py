@@ -30,6 +30,7 @@ ROWS = {
     "age": ("age", "age of what is asked for: exchanges since it was told", "age"),
     "task": ("task", "task, each question behind its whole context", "task"),
     "text": ("of", "", "text"),
+    "continuation": ("of", "", "prompt"),
     "stream": ("length", "text tokens read", "length"),
 }
 
@@ -41,7 +42,9 @@ def name_of_steps(results: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def name_of(row: Mapping[str, Any]) -> str:
     """What a row of ``results.json`` is of, as its first cell says."""
-    return "whole texts" if row["step"] is None else str(row["step"])
+    if row["step"] is not None:
+        return str(row["step"])
+    return "continued texts" if "continuations" in next(iter(row["systems"].values())) else "whole texts"
 
 
 def estimate_of(cell: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:

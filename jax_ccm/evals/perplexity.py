@@ -88,6 +88,8 @@ class Measured:
       beside: bytes that a session carries beside its slots: a mixture in float32.
       said: a reply to each question with the own context, and with another's or None; None if none were asked for.
       repeated: of `texts.repetition`; None where nothing is repeated.
+      continued: of `continuations.measure`: JSON values of all continuations, and each of them as a line for people;
+        None where none were made.
     """
 
     right: list[tuple[Scores, ...]]
@@ -97,6 +99,7 @@ class Measured:
     beside: int = 0
     said: tuple[list[Reply], list[Reply] | None] | None = None
     repeated: dict[str, Any] | None = None
+    continued: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
 
 
 def spread(found: Sequence[Any], most: int = 0) -> list[Any]:
@@ -255,16 +258,23 @@ def summarise(
 
 
 def reply_lines(
-    questions: Sequence[Stage], measured: dict[str, list[Measured]], asking: Asking
+    questions: Sequence[Stage], measured: dict[str, list[Measured]], texts: Callable[[Example], tuple[str, str]]
 ) -> Iterator[dict[str, Any]]:
-    """Every question with its reply, as plain values: for people to read."""
+    """Every question with its reply, and every continuation of a text, as plain values: for people to read.
+
+    Args:
+      questions: the time steps.
+      measured: of each system, by name.
+      texts: the question of a session, and the answer to it (`Asking.texts`).
+    """
     for number, stage in enumerate(questions):
         for name, steps in measured.items():
+            yield from ({"system": name} | line for line in (steps[number].continued or ((), ()))[1])
             # A system without context has no replies behind a wrong one.
             for context, said in zip(("right", "wrong"), steps[number].said or (), strict=False):
                 for question, reply in zip(stage.right, said or (), strict=False):
                     example = question.examples[question.answer]
-                    query, target = asking.texts(example)
+                    query, target = texts(example)
                     line = {"step": stage.step, "system": name, "context": context, "record": example.id}
                     line |= {"query": query, "target": target}
                     yield line | {"reply": reply.text} | {key: round(getattr(reply, key), 6) for key in MEASURES}
@@ -301,6 +311,8 @@ def _summary(
         row["tokens"] = cell.pop("tokens")
         if steps[0].repeated is not None:
             cell["repetition"] = steps[0].repeated
+        if steps[0].continued is not None:
+            cell["continuations"] = steps[0].continued[0]
         accuracy = tasks.accuracy(right, own, steps[0].unconditional, resamples)
         if accuracy:
             cell["accuracy"] = accuracy

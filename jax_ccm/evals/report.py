@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_ccm.evals import heatmap
+from jax_ccm.evals import heatmap, spoken
 from jax_ccm.evals.cells import (
     CONTROL,
     DASHES,
@@ -79,38 +79,6 @@ def table_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
-# What a table of replies calls the measures, and what else it tells of the last of them.
-REPLIES = {"exact": "exact", "f1": "F1", "contains": "contains"}
-DIFFERENCES = {"minus_wrong": "- wrong memory", "minus_none": "- none"}
-
-
-def reply_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of generated replies, a row for each time step and system; no rows without any."""
-    header = [name_of_steps(results)[0], "replies", *REPLIES.values()]
-    header += [f"contains {name}" for name in DIFFERENCES.values()] + ["tokens", "cut off"]
-    rows = []
-    for step in results["steps"]:
-        for name in STYLE:
-            cell = step["systems"].get(name, {})
-            if "replies" not in cell:
-                continue
-            said, wrong = cell["replies"], cell.get("wrong", {}).get("replies")
-
-            def control(key, wrong=wrong):
-                return f" ({wrong[key]['value']:.2f})" if wrong else ""
-
-            mark = " †" if discriminates(step, "contains") is False else ""
-            row = [
-                f"{step['step']}{mark}",
-                STYLE[name][1],
-                *(f"{said[key]['value']:.2f}{control(key)}" for key in REPLIES),
-            ]
-            found = cell.get("differences", {}).get("contains", {})
-            row += [interval(found.get(key)) for key in DIFFERENCES]
-            rows.append([*row, f"{said['tokens']:.1f}", f"{said['cut']:.0%}"])
-    return header, rows
-
-
 def print_table(results: Mapping[str, Any]) -> None:
     """Prints the tables, and what their columns mean."""
     from rich.console import Console
@@ -118,10 +86,11 @@ def print_table(results: Mapping[str, Any]) -> None:
 
     # A pipe has no width to respect, and a table that is cut off is of no use.
     console = Console(width=None if sys.stdout.isatty() else 200)
-    what = "whole texts" if _of_texts(results) else f"the target by {name_of_steps(results)[2]}"
+    what = name_of(results["steps"][0]) if _of_texts(results) else f"the target by {name_of_steps(results)[2]}"
     for title, (header, rows) in {
         f"Perplexity of {what}": table_rows(results),
-        f"Generated replies by {name_of_steps(results)[2]}": reply_rows(results),
+        f"Generated replies by {name_of_steps(results)[2]}": spoken.reply_rows(results),
+        "Continuations": spoken.continuation_rows(results),
     }.items():
         if not rows:
             continue
@@ -154,14 +123,14 @@ def legend(results: Mapping[str, Any]) -> list[str]:
         if kind == "token_accuracy":
             what = "target tokens that are the most likely"
         lines.append(f"right: share of {what}")
-    if any("replies" in cell for cell in results["steps"][0]["systems"].values()):
-        tokens = results["config"]["eval"]["reply_tokens"]
-        lines.append(f"exact, F1: greedy replies of up to {tokens} tokens beside the answer, compared as SQuAD does")
-        lines.append("contains: share of replies in which the (short) answer stands, word for word")
-        lines.append("contains - …: how much more than with a wrong memory or without context, paired, 95 % interval")
+    lines += spoken.legend(results)
     if results["steps"][-1]["step"] == "all":
         lines.append(f"all: every {name_of_steps(results)[2]} together")
-    held = "holds at the end of its text" if _of_texts(results) else "carries from its context to the next turn"
+    held = (
+        f"holds at the end of its {name_of_steps(results)[2]}"
+        if _of_texts(results)
+        else "carries from its context to the next turn"
+    )
     if results["config"]["eval"].get("by") == "stream":
         held = "holds at most"
         lines.append("length: text tokens read; perplexity is that of all of them so far")
@@ -187,9 +156,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The tables in Markdown."""
     header, rows = table_rows(results)
     body = output.table(header, rows, left=0)
-    header, rows = reply_rows(results)
-    if rows:
-        body += "\n\n" + output.table(header, rows, left=2)
+    for header, rows in (spoken.reply_rows(results), spoken.continuation_rows(results)):
+        if rows:
+            body += "\n\n" + output.table(header, rows, left=2)
     return "\n".join([body, "", *(f"- {text}" for text in legend(results)), "", f"`{results['command']}`", ""])
 
 
@@ -402,7 +371,7 @@ def write(workdir: Path, results: dict[str, Any], said: Iterable[Any] | None = N
     Args:
       workdir: the folder.
       results: the content of ``results.json``.
-      said: lines of ``replies.jsonl``; None if no replies were asked for.
+      said: lines of ``replies.jsonl``, or of ``continuations.jsonl``; None if none were asked for.
     """
     lines = []
     for row in results["steps"]:
@@ -414,9 +383,11 @@ def write(workdir: Path, results: dict[str, Any], said: Iterable[Any] | None = N
             lines.append(line)
     output.write_lines(workdir / "metrics.jsonl", lines)
     # Of an earlier evaluation in the same folder: it would be taken for this one's.
-    (workdir / "replies.jsonl").unlink(missing_ok=True)
+    files = {False: workdir / "replies.jsonl", True: workdir / "continuations.jsonl"}
+    for file in files.values():
+        file.unlink(missing_ok=True)
     if said is not None:
-        output.write_lines(workdir / "replies.jsonl", said)
+        output.write_lines(files["reference" in results], said)
     output.write_json(workdir / "results.json", results)
     (workdir / "table.md").write_text(markdown(results), encoding="utf-8")
     plot(results, workdir / "plot.png")

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jax_ccm.data.questions import Evaluation
-from jax_ccm.evals import perplexity, streaming, texts
+from jax_ccm.evals import continuations, perplexity, streaming, texts
+from jax_ccm.evals.continuations import Continuing
 from jax_ccm.evals.perplexity import Measured, Stage, System
 from jax_ccm.evals.replies import Asking
 from jax_ccm.evals.scoring import base_only
@@ -26,10 +27,10 @@ from jax_ccm.weights.hf import is_adapter, parameters
 SYSTEMS = {"step": ("none", "full", "uncompressed", "memory"), "text": ("full", "uncompressed", "memory")}
 DEFAULT = {"step": ("none", "full", "memory"), "text": ("full", "uncompressed", "memory")}
 for known in (SYSTEMS, DEFAULT):
-    known |= dict.fromkeys(("age", "task"), known["step"])
+    known |= dict.fromkeys(("age", "task", "continuation"), known["step"])
 SYSTEMS["stream"] = DEFAULT["stream"] = ("window", "streaming_llm", "memory")
 # What takes every record as a whole, and no ``steps``.
-WHOLE = ("task", "text")
+WHOLE = ("task", "text", "continuation")
 # First tokens that StreamingLLM keeps: its own choice. Without any it is a window.
 SINKS = {"streaming_llm": 4, "window": 0}
 
@@ -105,7 +106,7 @@ def measure(
     by: str,
     most: int,
     choices: bool,
-    asking: Asking | None,
+    asking: Asking | Continuing | None,
     budget: Budget | None = None,
     **work: Any,
 ) -> list[Measured]:
@@ -116,12 +117,14 @@ def measure(
       evaluation: the records.
       questions: of `ask`.
       by, most, choices: as for `ask`.
-      asking: how replies are made; None for no replies.
+      asking: how replies or continuations are made; None for none.
       budget: slots of streams; None for anything else.
       **work: rows of a batch, store and log, as for `perplexity.measure`.
     """
     if by == "text":
         return texts.measure(system, evaluation, most, **work)
+    if isinstance(asking, Continuing):
+        return continuations.measure(system, evaluation, most, asking, **work)
     if budget is not None:
         return streaming.measure(system, questions, budget, **work)
     answer = evaluation.answer if choices else None
@@ -139,22 +142,34 @@ def fingerprint(model: Transformer) -> str:
 
 
 def ask(
-    evaluation: Evaluation, method: Method, by: str, steps: Sequence[int], *, most: int, choices: bool, split: str
+    evaluation: Evaluation,
+    method: Method,
+    steps: Sequence[int],
+    *,
+    by: str,
+    most: int,
+    choices: bool,
+    split: str,
+    tokens: int = 0,
 ) -> tuple[list[Stage], list[int]]:
     """What is asked, told line by line, and the time steps for which no record is long enough.
 
     Args:
       evaluation: the records.
       method: the compression method.
-      by: "step", "age", "task", "text" or "stream".
       steps: chunks of context before the question, ages of what it asks for, or lengths of streams.
+      by: "step", "age", "task", "text", "continuation" or "stream".
       most: questions of a step, or windows; 0 for all.
       choices: whether candidates are scored, too.
       split: which records they are, for the lines.
+      tokens: of a continuation.
     """
     if by == "text":
         questions = texts.windows(evaluation, method, most)
         print(f"{len(questions[0].right):,} windows of {split}")
+    elif by == "continuation":
+        questions = [continuations.stage(evaluation, method, tokens, most)]
+        print(f"{len(questions[0].right):,} windows of {split}, of which the last {tokens:,} tokens are continued")
     elif by == "stream":
         questions = streaming.stages(evaluation, steps, most)
         print(f"{len(questions[0].right):,} streams of {split}, of {questions[-1].step:,} tokens")

@@ -22,7 +22,7 @@ class Found:
       name: what to call it.
       path: of its file.
       content: of the file; of a training run ``{"lines": [...], "summary": {...}}``.
-      replies: lines of ``replies.jsonl`` beside an evaluation.
+      replies, continuations: lines of ``replies.jsonl`` and ``continuations.jsonl`` beside an evaluation.
     """
 
     kind: str
@@ -30,6 +30,7 @@ class Found:
     path: Path
     content: Mapping[str, Any]
     replies: Sequence[Mapping[str, Any]] = ()
+    continuations: Sequence[Mapping[str, Any]] = ()
 
 
 # File -> its kind, the command that writes it, and keys that it has.
@@ -102,9 +103,9 @@ def _read(file: Path, name: str) -> Found:
         raise UserError(
             f"{file} lacks {', '.join(missing)}, which jax_ccm.{command} writes; run it again, or leave its folder out"
         )
-    said = file.parent / "replies.jsonl"
-    replies = _lines(said) if kind == "evaluation" and said.exists() else ()
-    return Found(kind, name, file, content, replies)
+    said = {name: file.parent / f"{name}.jsonl" for name in ("replies", "continuations")}
+    read = {name: _lines(path) for name, path in said.items() if kind == "evaluation" and path.exists()}
+    return Found(kind, name, file, content, **read)
 
 
 def _training(folder: Path, name: str) -> Found:

@@ -152,6 +152,10 @@ def _quality(one: Found, page: Page) -> Iterator[str]:
     results = one.content
     yield page.picture(f"quality-{one.name}", f"Quality by step, {one.name}", lambda: report.figure_of(results))
     yield table(tables.quality(results), by=(0,))
+    continued = tables.continuations(results)
+    if continued[1]:
+        yield "<p>Continuations:</p>"
+        yield table(continued)
     said = tables.replies(results)
     if said[1]:
         yield f"<p>Generated replies, of up to {results['config']['eval']['reply_tokens']} tokens:</p>"
@@ -195,6 +199,18 @@ def _attention(one: Found, page: Page) -> Iterator[str]:
 
 
 def _replies(one: Found, page: Page) -> Iterator[str]:
+    if one.continuations:
+        header, shown = (
+            ["prompt", "what really comes", "system", "continuation", "ROUGE-L"],
+            dict[str, list[list[str]]](),
+        )
+        for line in one.continuations:
+            made = [line["prompt"], line["target"], line["system"], line["reply"], f"{line['rougeL']:.2f}"]
+            shown.setdefault(line["system"], []).append(made)
+        rows = sorted((row for made in shown.values() for row in made[:REPLIES]), key=lambda row: row[0])
+        yield f"<details open><summary>The first {REPLIES} continuations of each system</summary>"
+        yield table((header, rows, 4), long=(0, 1, 3), by=(0, 1))
+        yield "</details>"
     if not one.replies:
         return
     rows, seen = [], dict[Any, int]()

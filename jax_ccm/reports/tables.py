@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jax_ccm.evals import report
+from jax_ccm.evals import report, spoken
 from jax_ccm.evals.cells import SHARES, STYLE, cell_share, discriminates, interval, name_of, name_of_steps, unit_of
 from jax_ccm.reports.folders import Found
 
@@ -57,17 +57,22 @@ def quality(results: Mapping[str, Any]) -> Table:
     return header, rows, 2
 
 
+def continuations(results: Mapping[str, Any]) -> Table:
+    """What is measured of continued texts; no rows where none were."""
+    return *spoken.continuation_rows(results), 1
+
+
 def replies(results: Mapping[str, Any]) -> Table:
     """The same of generated replies; no rows where none were asked for."""
     header, rows = [name_of_steps(results)[0], "system", "n"], []
-    header += [title for key in report.REPLIES.values() for title in (key, "wrong context")] + [
+    header += [title for key in spoken.REPLIES.values() for title in (key, "wrong context")] + [
         "contains: right - wrong"
     ]
     for row, name, cell in _cells(results):
         if "replies" not in cell:
             continue
         made = [f"{row['step']}{mark(row, 'contains')}", STYLE[name][1], f"{row['examples']:,}"]
-        for key in report.REPLIES:
+        for key in spoken.REPLIES:
             made += [_shown(_estimate(cell, key)), _shown(_estimate(cell.get("wrong", {}), key))]
         rows.append([*made, interval(cell.get("differences", {}).get("contains", {}).get("minus_wrong"))])
     return header, rows, 2
@@ -132,7 +137,7 @@ def mark(row: Mapping[str, Any], kind: str) -> str:
 def _estimate(cell: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
     if kind == "accuracy":
         return cell.get("accuracy", {}).get("mean")
-    return (cell.get("replies", {}) if kind in report.REPLIES else cell).get(kind)
+    return (cell.get("replies", {}) if kind in spoken.REPLIES else cell).get(kind)
 
 
 def _shown(estimate: Mapping[str, Any] | None) -> str:

@@ -188,6 +188,8 @@ def test_what_another_key_mends_is_refused_at_the_end(tmp_path):
     path = write(tmp_path, "model: {revision: v1}\neval: {by: stream}\n")
     with pytest.raises(UserError, match="eval.by 'stream' reads plain text: it needs data.format 'text'"):
         load_config(path)
+    with pytest.raises(UserError, match="eval.by 'continuation' goes on with plain text: data.format is 'dialogue'"):
+        load_config(path, ["--eval.by", "continuation", "--eval.reply_tokens", "8"])
     with pytest.raises(UserError, match="model.revision is 'v1', and model.source ''"):
         load_config(path, ["--data.format", "text"])
     found = load_config(path, ["--data.format", "text", "--model.source", "org/model"])
