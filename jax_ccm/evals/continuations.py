@@ -83,11 +83,14 @@ class Judge:
         """Summed negative log-likelihoods in nats of texts behind their prompts, and their tokens: ``float64 [n]``."""
         made, ids = [], {text: np.array(self.encode(text), np.int32) for text in {*prompts, *said}}
         for before, text in zip(prompts, said, strict=True):
-            # A prompt of no tokens would leave the first token of the text without anything that predicts it.
-            scored = np.arange(len(ids[before]) + len(ids[text])) >= max(len(ids[before]), 1)
-            both = np.concatenate([ids[before], ids[text]])
-            made.append(Example(both[:0], both[:0], (Segment(both, scored),), f"{name} {len(made)}"))
-        some = [number for number, example in enumerate(made) if example.segments[0].scored.any()]
+            # The last token of a prompt stands with the text, whose first it predicts; what is in front of it is read
+            # once for all texts behind it. Without a prompt nothing predicts the first token.
+            context, last = ids[before][:-1], ids[before][-1:]
+            tail = np.concatenate([last, ids[text]])
+            parts = [Segment(context, np.zeros(len(context), bool))] if len(context) else []
+            parts.append(Segment(tail, np.arange(len(tail)) >= 1))
+            made.append(Example(tail[:0], tail[:0], tuple(parts), f"{name} {len(made)}"))
+        some = [number for number, example in enumerate(made) if example.segments[-1].scored.any()]
         found = score(
             self.model, base_only(build("full")), [made[number] for number in some], rows=rows, store=store,
             identity=self.identity, log=log, name=f"{name}, judged",
