@@ -42,8 +42,9 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
     Streaming is no difference, an adapter that was trained with a random number of closing tokens
     (`Method.min_comp_tokens`) serves any of these numbers, and any `Method.ratio` where they begin at 1, one that was
     trained to repeat chunks also serves the method without it, and how many recent chunks stay as text changes nothing
-    in how one is compressed. Among methods that compress nothing only whether the LoRA acts counts: a plain LoRA serves
-    full context, a window and no context alike, and text that is pooled.
+    in how one is compressed. Where closing tokens are one token wherever they stand (CCM's ``positions: stride``), an
+    adapter serves any `Method.ratio` and any number of them. Among methods that compress nothing only whether the LoRA
+    acts counts: a plain LoRA serves full context, a window and no context alike, and text that is pooled.
 
     Raises:
       UserError: with both names and what differs.
@@ -57,6 +58,7 @@ def check_method(stored: dict[str, Any], method: Method, source: str) -> None:
         if method.repeat is None:
             there, here = _without_repetition(there), _without_repetition(here)
         there, here = _without_recent(there), _without_recent(here)
+        there, here = _at_any_ratio(there), _at_any_ratio(here)
         if there["min_comp_tokens"] == 1:
             there = there | {"ratio": here["ratio"]}  # a short chunk has one
         differ = [key for key in sorted(there | here) if there.get(key) != here.get(key) and key not in _IRRELEVANT]
@@ -105,6 +107,16 @@ def _without_recent(method: dict[str, Any]) -> dict[str, Any]:
             spans = [[nearest - recent, None if farthest is None else farthest - recent] for nearest, farthest in spans]
         sees[pair] = spans
     return method | {"recent": 0, "sees": sees}
+
+
+def _at_any_ratio(method: dict[str, Any]) -> dict[str, Any]:
+    """A described method as all are that differ only in how far its tokens, which are one token, stand apart."""
+    closes, starts = method["closes"], method["starts_from"]
+    alike = {(token["kind"], token["embedding_index"], token["from_begin"]) for token in closes}
+    if not method["ratio"] or len(alike) != 1 or not closes[0]["from_begin"]:
+        return method
+    starts = starts and starts | {"window": None}
+    return method | {"closes": [closes[0] | {"offset": 0}], "ratio": "any", "starts_from": starts}
 
 
 def describe_base(model: Transformer, name: str) -> dict[str, Any]:

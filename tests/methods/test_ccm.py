@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -157,6 +158,19 @@ def test_an_adapter_for_any_number_serves_any_ratio():
             check_method(
                 describe_method(build("ccm_concat", **trained)), build("ccm_concat", comp_tokens=3, ratio=4), "x"
             )
+
+
+def test_tokens_that_are_one_token_serve_any_ratio():
+    spread: dict[str, Any] = dict(positions="stride", sight="share", start="mean", sink=True)
+    stored = describe_method(build("ccm_concat", comp_tokens=24, ratio=6, **spread))
+    for comp_tokens, ratio in ((36, 4), (24, 12), (1, 1), (3, 6)):
+        check_method(stored, build("ccm_concat", comp_tokens=comp_tokens, ratio=ratio, **spread), "x")
+    for changed, differs in (
+        (dict(start="learned"), "starts_from"), (dict(sight="chunk"), "sees"), (dict(sink=False), "sink"),
+        (dict(positions="sequential", sight="chunk"), "closes"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=differs):
+            check_method(stored, build("ccm_concat", comp_tokens=36, ratio=4, **spread | changed), "x")
 
 
 @pytest.mark.parametrize("min_comp_tokens", [0, 3])
