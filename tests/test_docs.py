@@ -388,6 +388,28 @@ def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
     assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()] == wanted
 
 
+def test_the_table_of_ratios_is_made_of_the_numbers():
+    """Of three evaluations on validation."""
+    page = (ROOT / "docs" / "results.md").read_text()
+    cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
+    shown = re.search(r"\| tokens a slot \|.*\n\|.*\n((?:\|.*\n)+)", page)[1]
+    *ratios, full = map(cells, shown.splitlines())
+    for label, *said in ratios:
+        ratio, name = re.fullmatch(r"(\d+) \(`(\w+)\.json`\)", label).groups()
+        found = json.loads((ROOT / "results" / "recipe" / "validation_varied" / f"{name}.json").read_text())
+        row, share = found["steps"][-1], found["steps"][-1]["content_share"]
+        assert f"one for {ratio} of text" in found["memory"]
+
+        def measured(system, share, row=row):
+            cell, slots = row["systems"][system], row["systems"]["full"]["kv_slots"]
+            perplexities = f"{cell['perplexity']['value']:.1f} ({cell['wrong']['perplexity']['value']:.1f})"
+            right = f"{72 * cell['accuracy']['mean']['value']:.0f}"
+            return [f"{cell['kv_slots']:.0f}", f"{cell['kv_slots'] / slots:.0%}", perplexities, share, right]
+
+        assert said == measured("memory", f"{100 * share['value']:.0f} ± {100 * share['error']:.0f} %")
+        assert full[1:] == measured("full", "100 %")
+
+
 def test_the_table_of_who_sees_what_is_made_of_the_numbers():
     """Of five evaluations; and what is said below it of the sixth."""
     folder = ROOT / "results" / "recipe" / "among_slots"
