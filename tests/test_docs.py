@@ -346,6 +346,24 @@ def test_what_is_said_of_the_adapter_that_ships():
     assert f"{tokens:,} tokens, {scored:,} of them scored, in two pieces" in page
 
 
+def test_what_is_said_of_facts_told_a_hundred_turns_ago():
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    row = json.loads((ROOT / "results" / "recipe" / "chat_far" / "results.json").read_text())["steps"][-1]
+    cells = {name: row["systems"][name] for name in ("memory", "full", "none")}
+    right = {name: f"{200 * cell['accuracy']['mean']['value']:.0f}" for name, cell in cells.items()}
+    wrong = f"{200 * cells['memory']['wrong']['accuracy']['mean']['value']:.0f}"
+    number = r"(\d[\d,]*)"
+    said = re.search(
+        rf"{number} slots instead of {number}, chooses {number} of 200 right where full context chooses {number}; with "
+        rf"another conversation's memory {number} are right and without any context {number}",
+        page,
+    )
+    slots = [f"{cells[name]['kv_slots']:,.0f}" for name in ("memory", "full")]
+    assert [*said.groups()] == [*slots, right["memory"], right["full"], wrong, right["none"]] and row["examples"] == 200
+    said = re.search(r"and (\d+) of 200 told a hundred turns ago \((\d+);", README.read_text())
+    assert said.groups() == (right["memory"], right["full"])
+
+
 def test_what_is_said_of_labels_from_demonstrations():
     page = " ".join((ROOT / "docs" / "results.md").read_text().split())
     steps = json.loads((ROOT / "results" / "icl" / "results.json").read_text())["steps"]
