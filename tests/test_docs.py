@@ -352,7 +352,7 @@ def test_what_is_said_of_facts_told_a_hundred_turns_ago():
     cells = {name: row["systems"][name] for name in ("memory", "full", "none")}
     right = {name: f"{200 * cell['accuracy']['mean']['value']:.0f}" for name, cell in cells.items()}
     wrong = f"{200 * cells['memory']['wrong']['accuracy']['mean']['value']:.0f}"
-    number = r"(\d[\d,]*)"
+    number = r"(\d+(?:,\d+)*)"
     said = re.search(
         rf"{number} slots instead of {number}, chooses {number} of 200 right where full context chooses {number}; with "
         rf"another conversation's memory {number} are right and without any context {number}",
