@@ -426,6 +426,15 @@ def test_the_table_of_ratios_is_made_of_the_numbers():
 
         assert said == measured("memory", f"{100 * share['value']:.0f} ± {100 * share['error']:.0f} %")
         assert full[1:] == measured("full", "100 %")
+    steps = [
+        json.loads((ROOT / "results" / "recipe" / name / "results.json").read_text())["steps"][-1]["systems"]
+        for name in ("chat_spread_ratio4", "chat_spread", "handwritten/ratio4", "handwritten/chat_spread")
+    ]
+    right = [f"{96 * cell['accuracy']['mean']['value']:.0f}" for cell in (x["memory"] for x in steps[:2])]
+    full = f"{96 * steps[0]['full']['accuracy']['mean']['value']:.0f}"
+    assert "the memory has {} right at four tokens a slot ({} at six, full context {})".format(*right, full) in page
+    said = [f"{100 * cell['memory']['replies']['contains']['value']:.0f}" for cell in steps[2:]]
+    assert "answer in {} % ({} at six;".format(*said) in page
 
 
 def test_the_table_of_who_sees_what_is_made_of_the_numbers():
