@@ -111,12 +111,15 @@ def _without_recent(method: dict[str, Any]) -> dict[str, Any]:
 
 def _at_any_ratio(method: dict[str, Any]) -> dict[str, Any]:
     """A described method as all are that differ only in how far its tokens, which are one token, stand apart."""
+    # Of a file that was tampered with anything may stand here, which then differs as it is.
     closes, starts = method["closes"], method["starts_from"]
-    alike = {(token["kind"], token["embedding_index"], token["from_begin"]) for token in closes}
-    if not method["ratio"] or len(alike) != 1 or not closes[0]["from_begin"]:
+    if not (method["ratio"] and closes and isinstance(closes, list) and all(isinstance(x, dict) for x in closes)):
         return method
-    starts = starts and starts | {"window": None}
-    return method | {"closes": [closes[0] | {"offset": 0}], "ratio": "any", "starts_from": starts}
+    first, *others = ({key: value for key, value in token.items() if key != "offset"} for token in closes)
+    if not first.get("from_begin") or any(token != first for token in others):
+        return method
+    starts = starts | {"window": None} if isinstance(starts, dict) else starts
+    return method | {"closes": [first], "ratio": "any", "starts_from": starts}
 
 
 def describe_base(model: Transformer, name: str) -> dict[str, Any]:
