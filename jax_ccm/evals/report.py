@@ -156,9 +156,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The tables in Markdown."""
     header, rows = table_rows(results)
     body = output.table(header, rows, left=0)
-    for header, rows in (spoken.reply_rows(results), spoken.continuation_rows(results)):
+    for (header, rows), left in ((spoken.reply_rows(results), 2), (spoken.continuation_rows(results), 1)):
         if rows:
-            body += "\n\n" + output.table(header, rows, left=2)
+            body += "\n\n" + output.table(header, rows, left=left)
     return "\n".join([body, "", *(f"- {text}" for text in legend(results)), "", f"`{results['command']}`", ""])
 
 
