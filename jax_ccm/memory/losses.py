@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jax_ccm.distributed.sharding import constrain
+from jax_ccm.errors import UserError
 from jax_ccm.memory import teacher
-from jax_ccm.nn.transformer import Transformer, capped
+from jax_ccm.memory.steps import parallel_forward, parallel_forward_with_attention
+from jax_ccm.nn.transformer import Remat, Transformer, capped
 from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.objective import Objective
 from jax_ccm.rules.types import Kind, Method
@@ -219,7 +221,62 @@ def dependence(model: Transformer, batch: Batch, full=None):
     return jax.lax.stop_gradient(scored_losses(model, alone, batch) - scored_losses(model, full, batch))
 
 
-def mean_loss(model: Transformer, hidden, batch: Batch, method: Method, objective: Objective = Objective()):
+def misalignment(attended, taught, weights):
+    """How far what attention gives is from what it gives the teacher: 0 is equal, 1 as far as nothing at all.
+
+    Each head's squared distance over the square of the teacher's, both summed over tokens; the mean of all heads and
+    layers. After ReLMem (arXiv 2609.37587), which takes it behind one boundary of each example, where this takes it
+    behind all.
+
+    Args:
+      attended, taught: ``[L, B, Q, N, H]``.
+      weights: ``float32 [B, Q]`` of the tokens.
+
+    Returns:
+      A scalar, float32.
+    """
+    attended, taught = attended.astype(jnp.float32), taught.astype(jnp.float32)
+
+    def size(x):
+        return jnp.einsum("lbqnh,bq->ln", jnp.square(x), weights)
+
+    # Without any token both are 0.
+    return jnp.mean(size(attended - taught) / jnp.maximum(size(taught), 1e-6))
+
+
+def training_loss(
+    model: Transformer,
+    batch: Batch,
+    method: Method,
+    objective: Objective = Objective(),
+    *,
+    dropout_key=None,
+    remat: Remat = "none",
+):
+    """The forward pass of a training step and its `mean_loss`.
+
+    Args:
+      model: the decoder with its adapter.
+      batch: the rows.
+      method: static.
+      objective: static.
+      dropout_key, remat: as for `parallel_forward`.
+
+    Returns:
+      As `mean_loss`.
+    """
+    if not objective.alignment:
+        hidden = parallel_forward(model, batch, method=method, dropout_key=dropout_key, remat=remat)
+        return mean_loss(model, hidden, batch, method, objective)
+    hidden, attended = parallel_forward_with_attention(
+        model, batch, method=method, dropout_key=dropout_key, remat=remat
+    )
+    return mean_loss(model, hidden, batch, method, objective, attended)
+
+
+def mean_loss(
+    model: Transformer, hidden, batch: Batch, method: Method, objective: Objective = Objective(), attended=None
+):
     """The objective averaged over the scored text tokens of the batch, and their number.
 
     By default that is their cross-entropy (CCM, equation 4). With `Method.repeat` the mean cross-entropy of the
@@ -232,12 +289,23 @@ def mean_loss(model: Transformer, hidden, batch: Batch, method: Method, objectiv
       batch: the rows.
       method: static.
       objective: static.
+      attended: ``[L, B, Q, N, H]`` of `parallel_forward_with_attention`, which `Objective.alignment` compares.
 
     Returns:
       Two scalars, float32: the loss in nats, and how many text tokens it is of.
+
+    Raises:
+      UserError: for an alignment without ``attended``.
     """
-    text, total = batch.weights, 0.0
-    full = teacher.teach(model, batch, teacher.FULL) if objective.asks_teacher else None
+    text, total, full, taught = batch.weights, 0.0, None, None
+    if objective.alignment and attended is None:
+        raise UserError(
+            "objective.alignment compares attention outputs: give mean_loss those of parallel_forward_with_attention"
+        )
+    if objective.alignment:
+        full, taught = teacher.teach_attention(model, batch, teacher.FULL)
+    elif objective.asks_teacher:
+        full = teacher.teach(model, batch, teacher.FULL)
     losses = scored_losses(model, hidden, batch, full if objective.distillation else None, objective.distillation)
     if method.repeat is not None:
         again = batch.weights * repeated(batch)
@@ -245,6 +313,8 @@ def mean_loss(model: Transformer, hidden, batch: Batch, method: Method, objectiv
         # Where a token is repeated the teacher sees nothing: there the plain cross-entropy is taken.
         plain = scored_losses(model, hidden, batch) if objective.distillation else losses
         total = method.repeat_weight * jnp.sum(plain * again) / jnp.maximum(jnp.sum(again), 1.0)
+    if objective.alignment:
+        total = total + objective.alignment * misalignment(attended, taught, text)
     count = weight = jnp.sum(text)
     if objective.dependence:
         gain = dependence(model, batch, full)

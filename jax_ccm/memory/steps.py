@@ -49,12 +49,36 @@ def parallel_forward(
     Returns:
       Hidden states after the final norm, ``[B, T, D]``.
     """
+    return _parallel(model, batch, method, dropout_key, remat)[0]
+
+
+def parallel_forward_with_attention(
+    model: Transformer,
+    batch: Batch,
+    *,
+    method: Method,
+    dropout_key=None,
+    remat: Remat = "none",
+):
+    """`parallel_forward`, and what attention gives each scored token in each layer.
+
+    Args:
+      model, batch, method, dropout_key, remat: as for `parallel_forward`.
+
+    Returns:
+      Hidden states ``[B, T, D]``; and attention outputs ``[L, B, Q, N, H]`` of the tokens at `Batch.indices`, before
+      the output projection.
+    """
+    return _parallel(model, batch, method, dropout_key, remat, attended_at=batch.indices)
+
+
+def _parallel(model: Transformer, batch: Batch, method: Method, dropout_key, remat: Remat, attended_at=None):
     gated = gate(method, batch.slots)
     if gated is not None and batch.memory is not None and set(method.gate) <= set(method.writes):
         # Only tokens that write memory need the LoRA: it is run on them alone. Unused entries of the source point to
         # the first place of the row, which no such token can have.
         gated = Gate(jnp.take_along_axis(gated, batch.memory.source, axis=1), batch.memory.source)
-    hidden, _, _ = model(
+    hidden, _, attended = model(
         batch.tokens,
         batch.slots,
         gated,
@@ -63,8 +87,9 @@ def parallel_forward(
         starts=starts_of_row(model, batch, method),
         dropout_key=dropout_key,
         remat=remat,
+        attended_at=attended_at,
     )
-    return hidden
+    return hidden, attended
 
 
 def read(

@@ -16,7 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jax_ccm.memory.steps import parallel_forward
+from jax_ccm.memory.steps import parallel_forward, parallel_forward_with_attention
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.batch import Batch
 from jax_ccm.rules.clauses import see
@@ -40,9 +40,18 @@ def teach(model: Transformer, batch: Batch, method: Method):
     Returns:
       ``[B, T, D]`` after the final norm; of use at text only.
     """
+    return jax.lax.stop_gradient(parallel_forward(model, _plain(batch), method=method))
+
+
+def teach_attention(model: Transformer, batch: Batch, method: Method):
+    """`teach`, and what attention gives the base at each scored token, ``[L, B, Q, N, H]``."""
+    return jax.lax.stop_gradient(parallel_forward_with_attention(model, _plain(batch), method=method))
+
+
+def _plain(batch: Batch) -> Batch:
+    """The rows without a memory."""
     # As the text would be read without a method's tokens, which may take positions of their own.
     position = jnp.cumsum(is_in(batch.slots.kind, EVERY), axis=1) - 1
     slots = dataclasses.replace(batch.slots, position=jnp.maximum(position, 0))
     # Without memory, and with text alone in the rule, what else is still run is seen by nobody.
-    plain = dataclasses.replace(batch, slots=slots, memory=None)
-    return jax.lax.stop_gradient(parallel_forward(model, plain, method=method))
+    return dataclasses.replace(batch, slots=slots, memory=None)

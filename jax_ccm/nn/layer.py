@@ -36,6 +36,7 @@ class LayerInputs:
       gate: where the adapter's LoRA acts, as for `Transformer`.
       memory: what is seen besides the tokens.
       observe: how much each query counts in the attention that is measured, or None.
+      attended_at: places in the row whose attention outputs are wanted, or None.
       operands: dtype of queries, keys and values in attention.
       by_index: whether positions are indices in the cache, so that keys are kept unrotated.
     """
@@ -47,6 +48,7 @@ class LayerInputs:
     gate: Any
     memory: Packed | MemoryCache | None
     observe: Any
+    attended_at: Any
     operands: Any
     by_index: bool
 
@@ -62,6 +64,7 @@ class LayerInputs:
         *,
         by_index,
         observe,
+        attended_at,
         single: bool,
         implementation,
     ) -> LayerInputs:
@@ -70,7 +73,7 @@ class LayerInputs:
         Args:
           config: of the model.
           precision: of the model.
-          slots, gate, rule, memory, observe: as for `Transformer`.
+          slots, gate, rule, memory, observe, attended_at: as for `Transformer`.
           by_index: the tokens' positions in the cache, ``int32 [B, T]``, or None for those of the slots.
           single: whether there is a single token a row.
           implementation: of `memory_attention`.
@@ -94,8 +97,9 @@ class LayerInputs:
         attends = tuple(functools.partial(memory_attention, rule=rule, **seen) for rule in rules)
         # A single query waits for its keys to be read, not for arithmetic: they stay as they are.
         operands = precision.output if single else precision.compute
+        wanted = (observe, attended_at)
         return cls(
-            windowed, attends, angles, past_angles, gate, memory, observe, operands, by_index=by_index is not None
+            windowed, attends, angles, past_angles, gate, memory, *wanted, operands, by_index=by_index is not None
         )
 
     def layer(self, block: Block, x, past, number, key):
@@ -109,8 +113,8 @@ class LayerInputs:
           key: PRNG key of its dropout, or None.
 
         Returns:
-          ``[B, T, D]``; keys and values of the tokens, as a cache keeps them; attention received by the tokens and by
-          the memory where it is observed, else None.
+          ``[B, T, D]``; keys and values of the tokens, as a cache keeps them; and what was asked for, else None:
+          attention received by the tokens and by the memory, or attention outputs ``[B, Q, N, H]``.
         """
         # One for each projection: q, k, v, o, gate, up, down.
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
@@ -128,7 +132,7 @@ class LayerInputs:
         rotated = rope.rotate(k, cos, sin)
         # [B, M, K, H]: older chunks, out of this layer's own keys (`Packed`) or from the cache.
         mk, mv = self._remembered(rotated, v, past, pick)
-        q, attention = rope.rotate(q, cos, sin), None
+        q, wanted = rope.rotate(q, cos, sin), None
 
         def operand(each):
             return None if each is None else each.astype(self.operands)
@@ -138,13 +142,17 @@ class LayerInputs:
             y = attended(operand(v), operand(mk), operand(mv))
         else:
             # Keys are bound: the cotangent is pulled back to the values alone.
-            y, attention = accumulated_attention(
+            y, wanted = accumulated_attention(
                 lambda v, mv: attended(v, operand(mk), mv), operand(v), operand(mv), self.observe
             )
+        if self.attended_at is not None:
+            # Only these: those of whole rows, for all layers, would be as large as all that the backward pass keeps.
+            at = jnp.take_along_axis(y, self.attended_at[:, :, None, None], axis=1)
+            wanted = constrain(at, "rows", None, "heads")
         x = x + block.after_attention(block.self_attn.o_proj(y.reshape(*y.shape[:2], -1), self.gate, keys[3]))
         out = constrain(x + block.feed_forward(x, self.gate, keys[4:]), "rows", "tokens")
         # What a cache keeps: where positions are indices in the cache, they change later, so that keys stay unrotated.
-        return out, (k if self.by_index else rotated, v), attention
+        return out, (k if self.by_index else rotated, v), wanted
 
     def _remembered(self, k, v, past, pick):
         """Keys and values of the memory, given or packed out of the tokens' own; None where there is none."""

@@ -105,6 +105,7 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         output_hidden_states: bool = False,
         observe=None,
+        attended_at=None,
         store=None,
     ):
         """Runs the decoder over a row of tokens and a memory.
@@ -125,6 +126,8 @@ class Transformer(nnx.Module):
           output_hidden_states: also return the hidden state before each layer and after the final norm.
           observe: ``float32 [B, T]`` or None. If given, also return the attention that every key receives, each query
             counting so much. Needs a `MemoryCache`.
+          attended_at: ``int32 [B, Q]`` or None. If given, also return what attention gives the tokens at these indices
+            of their rows, before the output projection.
           store: ``(own, new) -> own`` or None. If given, it replaces what a `MemoryCache` keeps of a layer
             (`MemoryCache.stored`: keys and values ``[B, S, K, H]`` and what follows them) by means of the tokens' keys
             and values ``[B, T, K, H]``, layer by layer, in place, and the whole is returned instead of these, which are
@@ -132,14 +135,15 @@ class Transformer(nnx.Module):
 
         Returns:
           ``hidden [B, T, D]`` after the final norm; keys and values ``[L, B, T, K, H]`` of the tokens (with ``store``
-          what the cache keeps); and what was asked for, else None: ``[L + 1, B, T, D]`` hidden states, or
+          what the cache keeps); and the one that was asked for, else None: ``[L + 1, B, T, D]`` hidden states,
           attention received by the tokens themselves ``float32 [L, B, T, K]`` and by the entries of the cache
-          ``[L, B, S, K]``, summed over the heads of a group.
+          ``[L, B, S, K]``, summed over the heads of a group, or attention outputs ``[L, B, Q, N, H]``.
         """
         implementation = None if self.attention == "auto" else self.attention
         run = LayerInputs.of(
             self.config, self.precision, slots, gate, rule, memory,
-            by_index=positions, observe=observe, single=tokens.shape[1] == 1, implementation=implementation,
+            by_index=positions, observe=observe, attended_at=attended_at, single=tokens.shape[1] == 1,
+            implementation=implementation,
         )  # fmt: skip
 
         def body(carry, scanned):

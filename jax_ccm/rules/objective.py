@@ -7,6 +7,10 @@ import dataclasses
 from jax_ccm.errors import UserError
 from jax_ccm.rules.types import Method
 
+# The largest value of each setting, or None.
+_MOST = {"distillation": 1, "dependence": None, "dependence_floor": None, "alignment": None}
+_ASKING = "objective.distillation, objective.dependence and objective.alignment"
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -25,9 +29,12 @@ class Objective:
     that with its own segment alone, in nats, cut to between 0 and this. 0: all tokens weigh the same."""
     dependence_floor: float = 0.0
     """Added to each of these weights, so that tokens for which context is worth nothing still count."""
+    alignment: float = 0.0
+    """Weight, beside the rest of the loss, of how far attention is from what it gives the teacher with full context at
+    the scored tokens: the squared distance over the square of the teacher's, averaged over layers and heads."""
 
     def __post_init__(self):
-        for name, most in (("distillation", 1), ("dependence", None), ("dependence_floor", None)):
+        for name, most in _MOST.items():
             value = getattr(self, name)
             # Not ``value < 0``: NaN fails this, too.
             if not value >= 0 or (most is not None and value > most):
@@ -42,7 +49,7 @@ class Objective:
     @property
     def asks_teacher(self) -> bool:
         """Whether a step runs the base on its own."""
-        return bool(self.distillation or self.dependence)
+        return bool(self.distillation or self.dependence or self.alignment)
 
     def require(self, method: Method, *, trains_base: bool) -> None:
         """Refuses what has no teacher.
@@ -52,11 +59,11 @@ class Objective:
         """
         if self.asks_teacher and trains_base:
             raise UserError(
-                "objective.distillation and objective.dependence ask the frozen base, and train.trainable 'all' trains "
-                "it; set train.trainable: adapter, or both to 0"
+                f"{_ASKING} ask the frozen base, and train.trainable 'all' trains it; set train.trainable: adapter, or "
+                "all three to 0"
             )
         if self.asks_teacher and method.context == "dropped":
             raise UserError(
-                "objective.distillation and objective.dependence compare with full context, and method "
-                f"{method.name!r} is given none; set both to 0, or take another method"
+                f"{_ASKING} compare with full context, and method {method.name!r} is given none; set all three to 0, "
+                "or take another method"
             )

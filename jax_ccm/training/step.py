@@ -15,7 +15,7 @@ from flax import nnx
 from jax_ccm.config.sections import OptimizerConfig, TrainConfig
 from jax_ccm.data.config import DataConfig
 from jax_ccm.distributed import sharding
-from jax_ccm.memory.losses import mean_loss, repeated, scored_losses
+from jax_ccm.memory.losses import repeated, scored_losses, training_loss
 from jax_ccm.memory.steps import parallel_forward
 from jax_ccm.nn.transformer import Transformer
 from jax_ccm.rules.batch import Batch
@@ -107,14 +107,7 @@ def make_step(
     def loss_of(params, frozen, batch, key):
         model = nnx.merge(graphdef, params, frozen).with_attention(train.attention)
         key = key if dropout else None
-        hidden = parallel_forward(
-            model,
-            batch,
-            method=method,
-            dropout_key=key,
-            remat=train.remat,
-        )
-        return mean_loss(model, hidden, batch, method, objective)
+        return training_loss(model, batch, method, objective, dropout_key=key, remat=train.remat)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def step(state, frozen, batches, key):

@@ -24,15 +24,19 @@ import tests.conftest  # noqa: F401  (quick compilation)
 from jax_ccm.distributed import sharding
 from jax_ccm.evals import recurrent
 from jax_ccm.memory.cache import init_cache, raw_capacity
-from jax_ccm.memory.losses import mean_loss
-from jax_ccm.memory.steps import compress_scan, parallel_forward, read
+from jax_ccm.memory.losses import training_loss
+from jax_ccm.memory.steps import compress_scan, read
 from jax_ccm.nn import abstract_transformer
+from jax_ccm.rules.objective import Objective
 from jax_ccm.rules.rows import batch
 from jax_ccm.rules.types import Chunk, Method
 from jax_ccm.training.step import split
 from tests import cases
 
 ROWS = ((5, 3, 7, 4), (2, 6), (4, 1, 3, 3, 2), (6, 2, 2), (1, 4, 3), (3, 3, 3, 3), (7, 2), (2, 2, 5, 1))
+
+# With a teacher, whose rows and attention outputs are spread as well.
+OBJECTIVE = Objective(distillation=0.3, alignment=0.3)
 
 
 def program(method: Method):
@@ -41,7 +45,7 @@ def program(method: Method):
     def run(graphdef, params, frozen, made, cache, context, tail):
         def loss_of(params):
             model = nnx.merge(graphdef, params, frozen)
-            return mean_loss(model, parallel_forward(model, made, method=method, remat="all"), made, method)[0]
+            return training_loss(model, made, method, OBJECTIVE, remat="all")[0]
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         model = nnx.merge(graphdef, params, frozen)

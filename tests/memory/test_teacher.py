@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ from jax_ccm.errors import UserError
 from jax_ccm.evals import recurrent
 from jax_ccm.evals.scoring import base_only
 from jax_ccm.memory import losses, teacher
-from jax_ccm.memory.steps import parallel_forward
+from jax_ccm.memory.steps import parallel_forward, parallel_forward_with_attention
 from jax_ccm.methods import build
 from jax_ccm.rules import rows
 from jax_ccm.rules.objective import Objective
+from jax_ccm.rules.types import TEXT
+from jax_ccm.rules.visibility import gate
 from tests import cases
 
 NAMES = [name for name in cases.METHODS if cases.METHODS[name].context != "dropped"]
@@ -117,17 +120,94 @@ def test_distillation_takes_its_share(name):
     np.testing.assert_allclose(whole, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["concat_n2_sink", "merge_n2_recent"])
+def test_attention_outputs_are_what_layers_add(name):
+    """Where MLPs add nothing, a text token's hidden state changes by its attention output through the projection."""
+    method, model = cases.METHODS[name], cases.model(tokens=4)
+    made, mlp = laid_out(method), model.layers.mlp.down_proj
+    mlp.kernel[...] = jnp.zeros_like(mlp.kernel[...])
+    forward = functools.partial(parallel_forward_with_attention, method=method)
+    hidden, attended = jax.jit(forward)(model, made)
+    states = model(
+        made.tokens,
+        made.slots,
+        gate(method, made.slots),
+        rule=method.rule,
+        memory=made.memory,
+        output_hidden_states=True,
+    )[2]
+    np.testing.assert_allclose(hidden, states[-1], atol=1e-5)
+    # Before the last, which is taken behind the final norm; the LoRA acts on no text in these methods.
+    states = jnp.take_along_axis(states[:-1], made.indices[None, :, :, None], axis=2)
+    flat = attended.reshape(*attended.shape[:3], -1)[:-1]
+    added = jnp.einsum("lbqi,lio->lbqo", flat, model.layers.self_attn.o_proj.kernel[...][:-1])
+    is_text = np.isin(np.take_along_axis(made.slots.kind, made.indices, axis=1), TEXT) & (made.weights > 0)
+    assert is_text.sum() > 5
+    np.testing.assert_allclose((states[1:] - states[:-1])[:, is_text], added[:, is_text], atol=1e-5)
+
+
+def test_alignment_is_the_distance_of_attention():
+    method = cases.METHODS["concat_n2_sink"]
+    made = laid_out(method)
+    weights = np.asarray(made.weights)
+    own = lambda model: parallel_forward_with_attention(model, made, method=method)
+    _, taught = teacher.teach_attention(MODEL, made, teacher.FULL)
+
+    def formula(model):
+        hidden, attended = own(model)
+        plain = losses.mean_loss(model, hidden, made, method)[0]
+        each = weights[None, :, :, None, None] * jnp.stack([(attended - taught) ** 2, taught**2])
+        apart, size = jnp.sum(each, axis=(2, 3, 5))
+        return plain + 0.3 * jnp.mean(apart / size)
+
+    found = value_and_gradient(lambda model: losses.training_loss(model, made, method, Objective(alignment=0.3))[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, value_and_gradient(formula))
+    # Nothing is nearer than the teacher itself, and what attends to nothing is as far as the teacher is large.
+    assert losses.misalignment(taught, taught, weights) == 0
+    np.testing.assert_allclose(losses.misalignment(0 * taught, taught, weights), 1, rtol=1e-6)
+    assert losses.misalignment(taught, taught, 0 * weights) == 0
+
+
+def test_alignment_asks_what_text_reads_and_not_what_says_it_again():
+    """In the first segment nothing is missed, so that the distance is 0; a repetition has no teacher."""
+    examples = [dataclasses.replace(each, segments=each.segments[:1]) for each in EXAMPLES]
+    for name in ("concat_n2_sink", "merge_n2_sink"):
+        method = cases.METHODS[name]
+        made = laid_out(method, examples)
+        values = [losses.training_loss(MODEL, made, method, Objective(alignment=a))[0] for a in (0.0, 5.0)]
+        np.testing.assert_allclose(*values, rtol=1e-6)
+    method = cases.METHODS["concat_n2_repeat"]
+    made = laid_out(method)
+    again = made.weights * losses.repeated(made)
+    assert np.sum(again) > 0
+    distance = lambda made: jnp.diff(jnp.stack([
+        losses.training_loss(MODEL, made, method, Objective(alignment=a))[0] for a in (0.0, 1.0)]))  # fmt: skip
+    unsaid = dataclasses.replace(made, weights=made.weights - again)
+    np.testing.assert_allclose(distance(made), distance(unsaid), rtol=1e-4)
+
+
+def test_alignment_needs_attention_outputs():
+    method = cases.METHODS["concat_n2_sink"]
+    made = laid_out(method)
+    hidden = parallel_forward(MODEL, made, method=method)
+    with pytest.raises(UserError, match="parallel_forward_with_attention"):
+        losses.mean_loss(MODEL, hidden, made, method, Objective(alignment=0.1))
+
+
 def test_the_teacher_costs_nothing_where_it_is_not_asked():
     method = cases.METHODS["concat_n2_sink"]
     made = laid_out(method)
+    heads = cases.CONFIG.num_heads, cases.CONFIG.head_dim
+    attended = jnp.zeros((cases.CONFIG.num_layers, *made.indices.shape, *heads))
     program = lambda objective: str(
         jax.make_jaxpr(lambda model: losses.mean_loss(model, jnp.zeros((2, made.tokens.shape[1], 32)), made, method,
-                                                      objective))(MODEL)
+                                                      objective, attended))(MODEL)
     )  # fmt: skip
     runs = lambda objective: program(objective).count("scan[")
     assert runs(Objective()) == 0
     assert runs(Objective(distillation=0.5)) == 1
     assert runs(Objective(dependence=2.0)) == runs(Objective(distillation=0.5, dependence=2.0)) == 2
+    assert runs(Objective(alignment=0.1)) == runs(Objective(alignment=0.1, distillation=0.5)) == 1
 
 
 @pytest.mark.parametrize(
@@ -137,6 +217,7 @@ def test_the_teacher_costs_nothing_where_it_is_not_asked():
         (dict(dependence=-1.0), "dependence"),
         (dict(dependence_floor=0.1), "dependence_floor"),
         (dict(distillation=float("nan")), "distillation"),
+        (dict(alignment=-0.1), "alignment"),
     ],
 )
 def test_bad_objectives(options, key):

@@ -29,7 +29,7 @@ from jax_ccm.config.schema import from_mapping, load_config, save_config
 from jax_ccm.data.batches import prepare
 from jax_ccm.errors import RunError, UserError
 from jax_ccm.memory.cache import init_cache
-from jax_ccm.memory.losses import mean_loss
+from jax_ccm.memory.losses import mean_loss, training_loss
 from jax_ccm.memory.steps import compress_step, parallel_forward
 from jax_ccm.methods import build
 from jax_ccm.numerics import precision
@@ -86,7 +86,7 @@ def whole(tmp_path_factory):
     traced, seen = [], []
     with pytest.MonkeyPatch.context() as patch:
         settle = Run._settle
-        patch.setattr(training_step, "mean_loss", lambda *args: traced.append(1) or mean_loss(*args))
+        patch.setattr(training_step, "training_loss", lambda *a, **k: traced.append(1) or training_loss(*a, **k))
 
         def count(self, pending, metrics):
             if pending is not None:
@@ -255,9 +255,11 @@ def test_weights_are_arguments_of_the_step():
     assert sum(np.size(x) for x in consts) < 64
 
 
-@pytest.mark.parametrize("objective", [{"distillation": 0.5}, {"dependence": 3.0, "dependence_floor": 0.1}])
+@pytest.mark.parametrize(
+    "objective", [{"distillation": 0.5}, {"dependence": 3.0, "dependence_floor": 0.1}, {"alignment": 0.5}]
+)
 def test_the_objective_of_the_config_is_minimised(objective):
-    """The step's loss is that of `mean_loss` with it, and not the plain one; validation stays the plain one."""
+    """The step's loss is that of `training_loss` with it, and not the plain one; validation stays the plain one."""
     config = tiny(adapter={"dropout": 0.0}, optimizer={"accumulation": 1}, train={"trainable": "adapter"},
                   objective=objective)  # fmt: skip
     graphdef, step, (state, frozen, batches, key) = pieces(config)
@@ -266,7 +268,7 @@ def test_the_objective_of_the_config_is_minimised(objective):
     @functools.partial(jax.jit, static_argnames="objective")
     def loss(params, batch, objective):
         model = nnx.merge(graphdef, params, frozen)
-        return mean_loss(model, parallel_forward(model, batch, method=method), batch, method, objective)[0]
+        return training_loss(model, batch, method, objective)[0]
 
     one = jax.tree.map(lambda x: x[0], first)
     expected, plain = (loss(state["params"], one, each) for each in (config.objective, Objective()))
