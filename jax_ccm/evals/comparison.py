@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_ccm.errors import UserError
-from jax_ccm.evals import stored
+from jax_ccm.evals import spoken, stored
 from jax_ccm.evals.cells import SHARES, STYLE, cell_share
 from jax_ccm.evals.report import tradeoff
 from jax_ccm.records import figures, output, paths
@@ -57,6 +57,7 @@ def side_by_side(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "
             # Numbers of examples and tokens by step: other questions, or other ways to cut them, hardly give the same
             # ones.
             "questions": lambda r: [(row["step"], row["examples"], row["tokens"]) for row in r["steps"]],
+            "continuations": _continued,
         }.items():
             if key(run) != key(first):
                 raise UserError(
@@ -77,7 +78,19 @@ def side_by_side(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "
         "kv_bytes_per_slot": first["kv_bytes_per_slot"],
         "steps": [{key: row[key] for key in ("step", "examples", "tokens")} for row in first["steps"]],
         "systems": systems,
-    }
+    } | ({"reference": first["reference"], "continued": _continued(first)} if "reference" in first else {})
+
+
+# What continuations depend on beside what goes on; the judge is that of what really comes.
+CONTINUED = ("reply_tokens", "samples", "top_p", "seed", "embedder")
+
+
+def _continued(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How continuations were drawn and judged; None where there are none."""
+    if "reference" not in results:
+        return None
+    asked = results["config"]["eval"]
+    return {key: asked[key] for key in CONTINUED} | {"judge": results["reference"]["judge"]}
 
 
 def _cells(results: Mapping[str, Any], system: str) -> dict[str, Any]:
@@ -130,9 +143,12 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         notes.append("repeated: what memory still says right of closed chunks, tokens and whole chunks")
     if any("wrong" in cells[-1] for _, cells in every):
         notes.append("in brackets: the same turn after the context of another conversation (control)")
-    return "\n".join(
-        [output.table(header, body, left=1), "", *(f"- {note}" for note in notes), "", f"`{comparison['command']}`", ""]
-    )
+    tables = [output.table(header, body, left=1)]
+    said = [(name, cells[-1]["continuations"]) for name, cells in every if "continuations" in cells[-1]]
+    if said:
+        tables += ["", output.table(*spoken.continued_by(said, comparison["reference"]), left=1)]
+        notes += spoken.continuation_legend(comparison["continued"], comparison["reference"])
+    return "\n".join([*tables, "", *(f"- {note}" for note in notes), "", f"`{comparison['command']}`", ""])
 
 
 def plot(comparison: Mapping[str, Any], path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_ccm.evals.cells import STYLE, discriminates, interval, name_of_steps
@@ -48,10 +48,18 @@ CONTINUATIONS = {
 
 def continuation_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of continuations, a row for each system; no rows without any."""
-    said = {name: cell["continuations"] for name, cell in _systems(results) if "continuations" in cell}
-    if not said:
-        return [], []
-    shown = [key for key in CONTINUATIONS if all(key in found for found in said.values())]
+    said = [(STYLE[name][1], cell["continuations"]) for name, cell in _systems(results) if "continuations" in cell]
+    return continued_by(said, results["reference"]) if said else ([], [])
+
+
+def continued_by(said: Sequence[tuple[str, Mapping[str, Any]]], reference: Mapping[str, Any]):
+    """Header and rows of a table of continuations.
+
+    Args:
+      said: names of systems, and what was measured of their continuations; a name may stand more than once.
+      reference: the same of what really comes.
+    """
+    shown = [key for key in CONTINUATIONS if all(key in found for _, found in said)]
 
     def told(found, key):
         if key not in found:
@@ -59,8 +67,7 @@ def continuation_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[
         digits = 1 if key == "judge_perplexity" else 3
         return f"{found[key]['value']:.{digits}f} ± {found[key]['error'] or 0:.{digits}f}"
 
-    named = {STYLE[name][1]: found for name, found in said.items()} | {"what really comes": results["reference"]}
-    rows = [[name, *(told(found, key) for key in shown)] for name, found in named.items()]
+    rows = [[name, *(told(found, key) for key in shown)] for name, found in [*said, ("what really comes", reference)]]
     return ["continued by", *(CONTINUATIONS[key] for key in shown)], rows
 
 
@@ -73,16 +80,24 @@ def legend(results: Mapping[str, Any]) -> list[str]:
         lines.append("contains: share of replies in which the (short) answer stands, word for word")
         lines.append("contains - …: how much more than with a wrong memory or without context, paired, 95 % interval")
     if any("continuations" in cell for cell in cells):
-        lines.append(
-            f"continued: {asked['samples']} times each, up to {asked['reply_tokens']} tokens, nucleus of "
-            f"{asked['top_p']}; ± bootstrap error over texts"
-        )
-        lines.append(
-            f"judge perplexity: of the continuation behind its whole prompt, by {results['reference']['judge']}"
-        )
-        lines.append("ROUGE, BLEU, similarity: beside what really comes; distinct-2: different pairs of words")
-        lines.append("self-BLEU: beside the other continuations of the prompt")
+        lines += continuation_legend(asked, results["reference"])
     return lines
+
+
+def continuation_legend(asked: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
+    """What the columns of a table of continuations mean, a line each.
+
+    Args:
+      asked: the section ``eval`` of the config.
+      reference: as for `continued_by`.
+    """
+    return [
+        f"continued: {asked['samples']} times each, up to {asked['reply_tokens']} tokens, nucleus of "
+        f"{asked['top_p']}; ± bootstrap error over texts",
+        f"judge perplexity: of the continuation behind its whole prompt, by {reference['judge']}",
+        "ROUGE, BLEU, similarity: beside what really comes; distinct-2: different pairs of words",
+        "self-BLEU: beside the other continuations of the prompt",
+    ]
 
 
 def _systems(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -17,7 +17,7 @@ from jax_ccm.memory.generation import Sampling
 from jax_ccm.methods import build
 from jax_ccm.rules.examples import Example, Segment, concat
 from tests import cases
-from tests.test_compare import text_config
+from tests.test_compare import compared, text_config
 from tests.test_evaluate import run
 from tests.test_report import Read
 from tests.test_report import run as report
@@ -149,6 +149,25 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert code == 0, err
     page = Read((tmp_path / "page" / "report.html").read_text())
     assert {"self-BLEU", "what really comes", "continuation"} <= {cell for row in page.rows for cell in row}
+    # Beside another method and another drawing.
+    local = ("--method.name", "local", "--method.hidden", 0.5, "--data.ratio", "None", "--eval.methods", "memory")
+    for out, options in (("local", local), ("seed", ("--eval.seed", 5))):
+        code, _, err = run(monkeypatch, capsys, config, *asked, *options, "--workdir", tmp_path / out)
+        assert code == 0, err
+    both = (f"Sentinel={tmp_path / 'one'}", f"local={tmp_path / 'local'}", "--workdir", tmp_path / "both")
+    code, printed, err = compared(monkeypatch, capsys, *both)
+    assert code == 0, err
+    second = printed.split("| continued by |")[1]
+    order = [
+        second.index(f"| {name} |") for name in ("no context", "full context", "Sentinel", "local", "what really comes")
+    ]
+    assert order == sorted(order) and "nucleus of" in second
+    theirs = json.loads((tmp_path / "local" / "results.json").read_text())["steps"][0]["systems"]["memory"][
+        "continuations"
+    ]
+    assert f"| {theirs['distinct2']['value']:.3f} ± {theirs['distinct2']['error']:.3f} |" in second
+    code, _, err = compared(monkeypatch, capsys, both[0], f"other={tmp_path / 'seed'}", "--workdir", tmp_path / "bad")
+    assert code == 2 and "different continuations" in err, err
     for wrong, message in (
         (("--eval.reply_tokens", 0), "eval.by is 'continuation', and eval.reply_tokens 0"),
         (("--eval.reply_tokens", 40), "no window of text has 80 tokens"),
