@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals/", "config/"),
     ("sessions/", "harness/"),
     ("benchmarks/",),
-    ("evaluate", "verify", "compare", "convert", "inspect", "prepare", "lm_eval", "training/", "reports/"),
+    ("evaluate", "verify", "compare", "convert", "inspect", "prepare", "rollout", "lm_eval", "training/", "reports/"),
     ("report", "bench", "chat", "train", "planning/", "serving/"),
     ("plan", "serve", "devices/"),
     ("__init__",),
