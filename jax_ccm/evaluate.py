@@ -82,7 +82,8 @@ def _evaluate(experiment: Experiment, options: Options, command: str, start: flo
     print(f"{options.split} data: {evaluation.report}")
     choices = said.by == "age" or (said.by in ("step", "task") and evaluation.has_choices)
     how = {"by": said.by, "most": said.max_examples, "choices": choices}
-    questions, missing = ask(evaluation, method, said.steps, split=options.split, tokens=said.reply_tokens, **how)
+    shown = {"split": options.split, "tokens": said.reply_tokens, "control": said.control}
+    questions, missing = ask(evaluation, method, said.steps, **shown, **how)
     base, adapter = describe_base(model, experiment.base_name), options.adapter or config.adapter.load
     systems = {
         name: make_system(

@@ -14,6 +14,7 @@ from jax_ccm import evaluate
 from jax_ccm.config import cli
 from jax_ccm.config.loading import load_experiment
 from jax_ccm.config.schema import load_config
+from jax_ccm.data import exchanging
 from jax_ccm.data.sources import open_sources
 from jax_ccm.evals import report
 from jax_ccm.evaluate import Options
@@ -211,6 +212,43 @@ def test_questions_by_age(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out" / "replies.jsonl").exists(), "replies of another run stand beside these numbers"
     code, _, err = run(monkeypatch, capsys, config, "--workdir", str(tmp_path / "none"), "--eval.steps", "7")
     assert code == 2 and "no record is of an age among eval.steps [7]" in err
+
+
+def test_the_control_is_the_same_conversation_told_otherwise(tmp_path, monkeypatch, capsys):
+    """What stands in brackets is what a run on the exchanged conversations has in front of them."""
+    options = "split=test&size=6&turns=8&age=1"
+    (source,) = open_sources([f"generated:chat_questions?{options}"], "online")
+    records = [source[number] for number in range(6)]
+    # And one whose answer nobody said.
+    lost = records[0] | {"contexts": ["hello", "hi"], "age": 1}
+    told = [exchanging.exchanged(record) for record in records]
+    assert all(told)
+    otherwise = [record | {"contexts": contexts} for record, contexts in zip(records, told, strict=True)]
+    sizes = {"format": "online", "max_turn_tokens": 999, "max_tokens_evaluation": 9999}
+    data.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model = {"precision": "float32", "scratch": SCRATCH, "tokenizer": str(tmp_path / "tokenizer")}
+    found = {}
+    for name, given, control in (("a", [*records, lost], "exchanged"), ("b", otherwise, "another")):
+        source = sizes | {"test": [data.write(tmp_path / f"{name}.jsonl", given)]}
+        config = write(tmp_path / "c.yaml", model=model, data=source, eval={"by": "age", "steps": [1]})
+        code, out, err = run(monkeypatch, capsys, config, "--workdir", tmp_path / name, "--eval.control", control)
+        assert code == 0, err
+        found[name] = json.loads((tmp_path / name / "results.json").read_text())["steps"][0]
+        exchanged = control == "exchanged"
+        assert ("age 1: 6 of test, with their answers exchanged as control; 1 are not told" in out) == exchanged
+        assert ("its own context with what is asked for told otherwise" in out) == exchanged
+    for name in ("full", "memory"):
+        ours, theirs = found["a"]["systems"][name]["wrong"], found["b"]["systems"][name]
+        for key in ("nll", "accuracy"):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours[key], theirs[key])
+        assert ours["nll"] != found["a"]["systems"][name]["nll"]
+    for wrong, message in (
+        (("--data.test", data.write(tmp_path / "l.jsonl", [lost])), "no context says its answer word for word"),
+        (("--eval.by", "text"), "eval.control is 'exchanged', and eval.by 'text' asks no questions"),
+    ):
+        given = (config, "--workdir", tmp_path / "bad", "--eval.control", "exchanged", *wrong)
+        code, _, err = run(monkeypatch, capsys, *given)
+        assert code == 2 and message in err and "Traceback" not in err, err
 
 
 def test_questions_by_task(tmp_path, monkeypatch, capsys):

@@ -272,6 +272,9 @@ class EvalConfig:
     base, which then judges itself."""
     embedder: str = ""
     """By continuation: a model of sentence-transformers for their similarity to what really comes; empty: none."""
+    control: Literal["another", "exchanged"] = "another"
+    """What stands beside the right context of a question: that of "another" one; or, where the data have choices, the
+    own one with what is asked for "exchanged" for the words of another choice, wherever they were told."""
     attention: int = 0
     """Questions (by step: of the last step) whose attention to sink, slots and text is measured, layer by layer; 0 for
     none."""
@@ -285,6 +288,10 @@ class EvalConfig:
             raise UserError(f"eval.top_p is {self.top_p}; it must lie in (0, 1]")
         if self.by == "continuation" and not self.reply_tokens:
             raise UserError("eval.by is 'continuation', and eval.reply_tokens 0; say how many tokens, such as 64")
+        if self.control == "exchanged" and self.by in ("text", "continuation", "stream"):
+            raise UserError(
+                f"eval.control is 'exchanged', and eval.by {self.by!r} asks no questions; set eval.control: another"
+            )
         if self.attention and self.by in ("text", "continuation", "stream"):
             raise UserError(
                 f"eval.attention={self.attention} is for questions, and eval.by is {self.by!r}; set it to 0"

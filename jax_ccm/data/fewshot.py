@@ -146,6 +146,9 @@ class FewShot:
     def task(self, unit: Unit) -> str:
         return self._names[unit.task]
 
+    def exchanged(self, unit: Unit) -> Unit | None:
+        return None
+
     def draw(self, unit: Unit, rng: np.random.Generator) -> Example:
         assert isinstance(unit, Shot)
         task = self._tasks[unit.task]

@@ -6,6 +6,7 @@ keeps is read-only, and an example is put together anew at each draw.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import reprlib
@@ -14,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jax_ccm.data import exchanging
 from jax_ccm.data.chat_template import ROLES
 from jax_ccm.data.config import DialogueConfig, LimitedConfig, OnlineConfig, TurnsConfig
 from jax_ccm.data.counts import Report
@@ -109,6 +111,10 @@ class Askable(Format, Protocol):
         """The task that a question belongs to, where its record names one, or ""."""
         ...
 
+    def exchanged(self, unit: Unit) -> Unit | None:
+        """The same session with what is asked for told otherwise, where that can be told (`data.exchanging`)."""
+        ...
+
 
 class NoChoices:
     """Questions with one answer."""
@@ -127,6 +133,9 @@ class NoChoices:
 
     def task(self, unit: Unit) -> str:
         return ""
+
+    def exchanged(self, unit: Unit) -> Unit | None:
+        return None
 
 
 def segment(tokens: np.ndarray, scored: bool = False) -> Segment:
@@ -394,6 +403,12 @@ class Online:
 
     def task(self, unit: Unit) -> str:
         return self._records[unit.id].get("task", "")
+
+    def exchanged(self, unit: Unit) -> Unit | None:
+        if (told := exchanging.exchanged(self._records[unit.id])) is None:
+            return None
+        head, later = self.template.first(told[:1]), self.template.later(told[1:])
+        return dataclasses.replace(unit, pieces=(*head, *later, *unit.pieces[-2:]))
 
 
 def limited(

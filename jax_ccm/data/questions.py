@@ -176,6 +176,22 @@ class Evaluation:
             found.setdefault(self.format.task(unit) or "questions", []).append(made)
         return found
 
+    def exchanged(self, choice: Choice) -> Choice | None:
+        """The question behind its own context with what it asks for told otherwise: a control (`data.exchanging`).
+
+        Args:
+          choice: of `choices`, `choices_by_age` or `by_task`.
+
+        Returns:
+          The question with the same answers; None where its context does not tell the answer word for word.
+        """
+        first = choice.examples[0]
+        unit = next(unit for unit in self.units if unit.id == first.id)
+        if (otherwise := self.format.exchanged(unit)) is None:
+            return None
+        made = self._choice(otherwise, len(first.segments) - 1)
+        return dataclasses.replace(choice, examples=made.examples)
+
     def _check(self, step: int) -> None:
         if step < 1:
             raise UserError(f"time step {step}: evaluation starts at 1, the first chunk")

@@ -84,6 +84,18 @@ def draw_intervals(
     axes.autoscale_view()
 
 
+# What stands in brackets, behind "the same turn after".
+WRONG_CONTEXTS = {
+    "another": "the context of another conversation",
+    "exchanged": "its own context with what is asked for told otherwise",
+}
+
+
+def control_of(results: Mapping[str, Any]) -> str:
+    """What a wrong context is in an evaluation, in words; older ones knew one kind."""
+    return WRONG_CONTEXTS[results["config"]["eval"].get("control", "another")]
+
+
 def discriminates(row: Mapping[str, Any], kind: str) -> bool | None:
     """Whether a row can tell memories apart: whether full context does better behind the right context than not.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_ccm.errors import UserError
 from jax_ccm.evals import spoken, stored
-from jax_ccm.evals.cells import SHARES, STYLE, cell_share
+from jax_ccm.evals.cells import SHARES, STYLE, WRONG_CONTEXTS, cell_share, control_of
 from jax_ccm.evals.report import tradeoff
 from jax_ccm.records import figures, output, paths
 
@@ -57,6 +57,7 @@ def side_by_side(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "
             # Numbers of examples and tokens by step: other questions, or other ways to cut them, hardly give the same
             # ones.
             "questions": lambda r: [(row["step"], row["examples"], row["tokens"]) for row in r["steps"]],
+            "control": control_of,
             "continuations": _continued,
         }.items():
             if key(run) != key(first):
@@ -77,6 +78,7 @@ def side_by_side(named: Mapping[str, Sequence[dict[str, Any]]], command: str = "
         "data": {"split": first["data"]["split"], "sources": first["data"]["sources"]},
         "kv_bytes_per_slot": first["kv_bytes_per_slot"],
         "steps": [{key: row[key] for key in ("step", "examples", "tokens")} for row in first["steps"]],
+        "control": control_of(first),
         "systems": systems,
     } | ({"reference": first["reference"], "continued": _continued(first)} if "reference" in first else {})
 
@@ -142,7 +144,9 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     if repeats:
         notes.append("repeated: what memory still says right of closed chunks, tokens and whole chunks")
     if any("wrong" in cells[-1] for _, cells in every):
-        notes.append("in brackets: the same turn after the context of another conversation (control)")
+        notes.append(
+            f"in brackets: the same turn after {comparison.get('control', WRONG_CONTEXTS['another'])} (control)"
+        )
     tables = [output.table(header, body, left=1)]
     said = [(name, cells[-1]["continuations"]) for name, cells in every if "continuations" in cells[-1]]
     if said:

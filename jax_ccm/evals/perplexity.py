@@ -66,14 +66,17 @@ class Stage:
       step: the time step: context chunks before the tail; the age of what is asked for; the name of a task; or None
         for whole texts.
       right: sessions; one without choices is a question with one answer.
-      wrong: the same tails after the contexts of other sessions, or None where there are too few.
+      wrong: the same tails after wrong contexts, those of other sessions or their own ones with what is asked for told
+        otherwise; None where there are too few.
       note: why there are none, if so.
+      left_out: questions that have no such context, and are not asked.
     """
 
     step: int | str | None
     right: list[Choice]
     wrong: list[Choice] | None
     note: str = ""
+    left_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,7 +113,13 @@ def spread(found: Sequence[Any], most: int = 0) -> list[Any]:
 
 
 def stages(
-    evaluation: Evaluation, steps: Sequence[int], *, most: int = 0, choices: bool = False, by: str = "step"
+    evaluation: Evaluation,
+    steps: Sequence[int],
+    *,
+    most: int = 0,
+    choices: bool = False,
+    by: str = "step",
+    control: str = "another",
 ) -> list[Stage]:
     """The questions of each time step that has any.
 
@@ -120,10 +129,18 @@ def stages(
       most: questions of a time step, taken at equal distances from all; 0 for all.
       choices: whether the questions have several answers.
       by: "step"; "age"; or "task", which has all questions behind their whole contexts.
+      control: what a wrong context is, that of "another" question, or the own one with what is asked for "exchanged";
+        questions of which the latter cannot be told are left out.
 
     Raises:
-      UserError: if no record is of any of the ages, or long enough for any of the time steps.
+      UserError: if no record is of any of the ages, or long enough for any of the time steps, or for "exchanged" of
+        questions without choices.
     """
+    if control == "exchanged" and not choices:
+        raise UserError(
+            "eval.control 'exchanged' takes what is told instead from the choices of a question, and there are none; "
+            "set eval.control: another"
+        )
     if by == "task":
         groups: dict[Any, list[Choice]] = dict(evaluation.by_task(choices=choices))
     else:
@@ -131,6 +148,13 @@ def stages(
         groups = {step: (evaluation.choices_by_age if by == "age" else at_step)(step) for step in steps}
     found = []
     for step, right in groups.items():
+        if control == "exchanged":
+            told = [(question, other) for question in right if (other := evaluation.exchanged(question)) is not None]
+            pairs = spread(told, most)
+            if pairs:
+                own, otherwise = map(list, zip(*pairs, strict=True))
+                found.append(Stage(step, own, otherwise, left_out=len(right) - len(told)))
+            continue
         right = spread(right, most)
         if not right:
             continue
@@ -139,6 +163,11 @@ def stages(
             found.append(Stage(step, right, wrong_memory_choices(right)))
         except UserError as error:
             found.append(Stage(step, right, None, str(error)))
+    if not found and control == "exchanged" and any(groups.values()):
+        raise UserError(
+            "eval.control 'exchanged' replaces the words of an answer where they were told, and no context says its "
+            "answer word for word; set eval.control: another"
+        )
     if not found and by == "age":
         raise UserError(f"no record is of an age among eval.steps {list(steps)} ({evaluation.report})")
     if not found:

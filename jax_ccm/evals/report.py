@@ -16,6 +16,7 @@ from jax_ccm.evals.cells import (
     SHARES,
     STYLE,
     cell_share,
+    control_of,
     discriminates,
     draw_intervals,
     estimate_of,
@@ -110,7 +111,7 @@ def legend(results: Mapping[str, Any]) -> list[str]:
     systems = results["systems"]
     lines = [f"{STYLE[name][1]}: {systems[name]}" for name in STYLE if name in systems]
     if any("wrong" in cell for row in results["steps"] for cell in row["systems"].values()):
-        lines.append("in brackets: the same turn after the context of another conversation (control)")
+        lines.append(f"in brackets: the same turn after {control_of(results)} (control)")
     if any("gap_closed" in row for row in results["steps"]):
         lines.append("gap closed: (none - memory) / (none - full), nats a token; ± bootstrap error over dialogues")
     if any("content_share" in row for row in results["steps"]):

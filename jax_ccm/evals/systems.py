@@ -151,6 +151,7 @@ def ask(
     choices: bool,
     split: str,
     tokens: int = 0,
+    control: str = "another",
 ) -> tuple[list[Stage], list[int]]:
     """What is asked, told line by line, and the time steps for which no record is long enough.
 
@@ -163,6 +164,7 @@ def ask(
       choices: whether candidates are scored, too.
       split: which records they are, for the lines.
       tokens: of a continuation.
+      control: "another" context or the own one "exchanged", as for `perplexity.stages`.
     """
     if by == "text":
         questions = texts.windows(evaluation, method, most)
@@ -174,11 +176,14 @@ def ask(
         questions = streaming.stages(evaluation, steps, most)
         print(f"{len(questions[0].right):,} streams of {split}, of {questions[-1].step:,} tokens")
     else:
-        questions = perplexity.stages(evaluation, steps, most=most, choices=choices, by=by)
+        questions = perplexity.stages(evaluation, steps, most=most, choices=choices, by=by, control=control)
         for stage in questions:
-            control = f"no wrong-memory control ({stage.note})" if stage.note else "with wrong-memory control"
+            beside = f"no wrong-memory control ({stage.note})" if stage.note else "with wrong-memory control"
+            if control == "exchanged":
+                beside = "with their answers exchanged as control"
+                beside += f"; {stage.left_out:,} are not told word for word and left out" * bool(stage.left_out)
             name = {"age": "age ", "task": "task "}.get(by, "t=")
-            print(f"{name}{stage.step}: {len(stage.right):,} of {split}, {control}")
+            print(f"{name}{stage.step}: {len(stage.right):,} of {split}, {beside}")
     missing = [] if by in WHOLE else sorted(set(steps) - {stage.step for stage in questions})
     for step in missing:
         what = {"age": "is of age", "stream": "is as long as"}.get(by, "has so many chunks of context as time step")

@@ -12,6 +12,7 @@ from typing import Any
 from jax_ccm.benchmarks import report as speed
 from jax_ccm.errors import UserError
 from jax_ccm.evals import comparison, heatmap, report
+from jax_ccm.evals.cells import control_of
 from jax_ccm.reports import charts, tables
 from jax_ccm.reports.folders import Found
 from jax_ccm.reports.tables import Table
@@ -161,7 +162,8 @@ def _quality(one: Found, page: Page) -> Iterator[str]:
         yield f"<p>Generated replies, of up to {results['config']['eval']['reply_tokens']} tokens:</p>"
         yield table(said, by=(0,))
     told = [line for line in report.legend(results) if not line.startswith(("in brackets", "right:", "contains -"))]
-    yield legend([*told, "wrong context: of another conversation", "in brackets: 95 % bootstrap intervals"])
+    wrong = f"wrong context: the same turn after {control_of(results)}"
+    yield legend([*told, wrong, "in brackets: 95 % bootstrap intervals"])
 
 
 def _bytes(evaluations: Sequence[Found], comparisons: Sequence[Found], page: Page) -> Iterator[str]:
