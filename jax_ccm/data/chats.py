@@ -20,7 +20,7 @@ from jax_ccm.data.conversations import Fact, Talk, second_person, sentence, spli
 
 USER = 0
 # The longest conversations.
-MOST_TURNS = 400
+MOST_TURNS = 4_000
 # The most facts that are kept for last questions: each is of another kind.
 MOST_AGES = 32
 # Proper names, of which half are invented.

@@ -217,7 +217,7 @@ def test_as_a_source():
         "generated:chats?turns=4-8&age=4": "takes turns of at least 10",
         "generated:chats?turns=3": "takes turns of at least 4",
         "generated:chats?facts=3": "option of",
-        "generated:chats?turns=4-1000": "from 3 to 400",
+        "generated:chats?turns=4-5000": "from 3 to 4000",
         "generated:conversations?age=3": "option of",
     }.items():
         with pytest.raises(UserError, match=says):
