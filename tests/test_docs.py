@@ -330,20 +330,28 @@ def test_what_is_said_of_the_adapter_that_ships():
         systems = json.loads((folder / name).read_text())["steps"][-1]["systems"]
         return {x: f"{questions * systems[x]['accuracy']['mean']['value']:.0f}" for x in ("memory", "full")}
 
-    now, before = right("chat_spread/results.json", 96), right("chat_wide/results.json", 96)
+    names = ("chat_spread_more", "chat_spread", "chat_wide")
+    now, last, before = (right(f"{name}/results.json", 96) for name in names)
     said = re.search(r"finds (\d+) of 96 facts .*? where full context finds (\d+)", README.read_text())
     assert said.groups() == (now["memory"], now["full"])
     said = re.search(r"gives the right one away in\s(\d+) of 96", (ROOT / "docs" / "serving.md").read_text())
     assert said[1] == now["memory"]
     page = " ".join((ROOT / "docs" / "results.md").read_text().split())
-    said = re.search(r"in (\d+) of 96 questions, where full context does in (\d+), .*? before it had (\d+) right", page)
+    said = re.search(r"in (\d+) of 96 questions, where full context does in (\d+), .*? exchange had (\d+) right", page)
     assert said.groups() == (now["memory"], now["full"], before["memory"])
-    said = re.search(r"and (\d+) choices right instead of (\d+) \(full context: (\d+)\)\. Validation loss", page)
-    chosen, old = (right(f"validation_varied/{name}.json", 72) for name in ("chat_spread", "chat_wide"))
-    assert said.groups() == (chosen["memory"], old["memory"], chosen["full"])
+    assert f"on the test questions above {last['memory']} became {now['memory']}" in page
+    rows = []
+    for name in names[::-1]:
+        row = json.loads((folder / "validation_varied" / f"{name}.json").read_text())["steps"][-1]
+        share = "{:.0f} ± {:.0f} %".format(*(100 * row["content_share"][key] for key in ("value", "error")))
+        perplexity = row["systems"]["memory"]["perplexity"]["value"]
+        chosen = right(f"validation_varied/{name}.json", 72)
+        rows.append(f"(`{name}.json`) | {perplexity:.1f} | {share} | {chosen['memory']} |")
+    assert all(row in page.replace("**", "") for row in rows), rows
+    assert f"| 100 % | {chosen['full']} |" in page
     runs = json.loads((ROOT / "adapters" / "smollm2-135m-concat" / "adapter.json").read_text())["extra"]["runs"]
     tokens, scored = (sum(run[key] for run in runs) for key in ("tokens", "scored_tokens"))
-    assert f"{tokens:,} tokens, {scored:,} of them scored, in two pieces" in page
+    assert f"{tokens:,} tokens, {scored:,} of them scored, in three pieces" in page
 
 
 def test_what_is_said_of_facts_told_a_hundred_turns_ago():
@@ -360,7 +368,7 @@ def test_what_is_said_of_facts_told_a_hundred_turns_ago():
     )
     slots = [f"{cells[name]['kv_slots']:,.0f}" for name in ("memory", "full")]
     assert [*said.groups()] == [*slots, right["memory"], right["full"], wrong, right["none"]] and row["examples"] == 200
-    said = re.search(r"and (\d+) of 200 told a hundred turns ago \((\d+);", README.read_text())
+    said = re.search(r"earlier, (\d+) of 200 told a hundred turns ago \((\d+);", README.read_text())
     assert said.groups() == (right["memory"], right["full"])
 
 
@@ -386,11 +394,11 @@ def test_what_is_said_of_labels_from_demonstrations():
 
 
 def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
-    """Of two evaluations, which no command puts beside each other."""
+    """Of three evaluations, which no command puts beside each other."""
     folder = ROOT / "results" / "recipe" / "handwritten"
     systems = {
         name: json.loads((folder / name / "results.json").read_text())["steps"][-1]["systems"]
-        for name in ("chat_spread", "chat_wide")
+        for name in ("chat_spread_more", "chat_spread", "chat_wide")
     }
 
     def row(cell) -> list[str]:
@@ -398,8 +406,9 @@ def test_the_table_of_questions_by_hand_is_made_of_the_numbers():
         own = [f"{cell['accuracy']['mean']['value']:.2f}", f"{cell['perplexity']['value']:.1f}"]
         return own + [f"{value:.2f}" for value in said]
 
-    now = systems["chat_spread"]
-    wanted = [row(now["none"]), row(now["full"]), row(systems["chat_wide"]["memory"]), row(now["memory"])]
+    now = systems["chat_spread_more"]
+    before = [row(systems[name]["memory"]) for name in ("chat_wide", "chat_spread")]
+    wanted = [row(now["none"]), row(now["full"]), *before, row(now["memory"])]
     wanted[-1][-1] += f" (wrong memory {now['memory']['wrong']['replies']['contains']['value']:.2f})"
     page = (ROOT / "docs" / "results.md").read_text()
     table = re.search(r"\| \| choices right \|.*\n\|.*\n((?:\|.*\n)+)", page)[1].replace("*", "")
