@@ -138,12 +138,7 @@ def _check(config: Config, options: Options) -> None:
             raise unknown(f"entry of eval.methods (by {config.eval.by})", name, SYSTEMS[config.eval.by])
     if not getattr(config.data, options.split):
         raise UserError(f"data.{options.split} is empty; name at least one source to evaluate on")
-    if (options.workdir / "checkpoints").exists():
-        raise UserError(
-            f"--workdir {options.workdir} holds a training run, whose files would be overwritten; give another, such "
-            f"as {options.workdir / 'evaluation'}"
-        )
-    paths.usable(options.workdir)
+    paths.usable_beside_training(options.workdir)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def rollout(config: Config, options: Options, *, command: str = "") -> dict[str,
     Raises:
       UserError: for data of another format, a missing adapter, or a turn that cannot be answered.
     """
+    from jax_ccm.data.counts import NothingLeft, Report
+    from jax_ccm.data.formats import BLANKS, used
     from jax_ccm.data.sources import open_sources
 
     if config.data.format != "online":
@@ -69,8 +71,14 @@ def rollout(config: Config, options: Options, *, command: str = "") -> dict[str,
         )
     if not (named := getattr(config.data, options.split)):
         raise UserError(f"data.{options.split} is empty; name at least one source of records to hold")
-    records = [source[number] for source in open_sources(named, "online") for number in range(len(source))]
-    workdir = paths.usable(options.workdir)
+    # As evaluate reads them; before the model is loaded.
+    report = Report("records")
+    records = [record for _, record in used(open_sources(named, "online"), "online", report, BLANKS)]
+    report.kept = len(records)
+    print(f"{options.split} data: {report}")
+    if not records:
+        raise NothingLeft(options.split, report)
+    workdir = paths.usable_beside_training(options.workdir)
     with open_experiment(config, adapter=options.adapter) as experiment:
         summary = _hold(experiment, options, records, command)
     save_config(config, workdir / "config.yaml")
@@ -78,13 +86,10 @@ def rollout(config: Config, options: Options, *, command: str = "") -> dict[str,
 
 
 def _hold(experiment: Experiment, options: Options, records: list[dict[str, Any]], command: str) -> dict[str, Any]:
-    from jax_ccm.data.questions import Evaluation
     from jax_ccm.sessions.conversations import Conversations
     from jax_ccm.sessions.rollout import roll_out_records, with_full_context
 
-    start, data = time.perf_counter(), experiment.config.data
-    # Reads them as evaluate does, which refuses what is damaged with its place.
-    print(f"{options.split} data: {Evaluation.open(data, experiment.tokenizer, options.split).report}")
+    start = time.perf_counter()
     if options.full:
         experiment = with_full_context(experiment, records, options.max_tokens)
     talk = Conversations(experiment, rows=options.rows)

@@ -372,6 +372,87 @@ def test_what_is_said_of_facts_told_a_hundred_turns_ago():
     assert said.groups() == (right["memory"], right["full"])
 
 
+def systems_of(name: str, step: object = "all") -> tuple[dict, dict]:
+    """The row of a step of results, and its systems."""
+    rows = json.loads((ROOT / "results" / name / "results.json").read_text())["steps"]
+    (row,) = [row for row in rows if row["step"] == step]
+    return row, row["systems"]
+
+
+def right_of(cell: dict, questions: int) -> str:
+    return f"{questions * cell['accuracy']['mean']['value']:.0f}"
+
+
+def share_of(estimate: dict) -> str:
+    return f"{100 * estimate['value']:.0f} ± {100 * estimate['error']:.0f} %"
+
+
+def test_what_is_said_of_dialogues_with_slots_where_the_text_is():
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    rows = {step: systems_of("dialog/spread_more", step) for step in (2, 4, 8, 12, "all")}
+    assert all(found["memory"]["kv_bytes"] < found["full"]["kv_bytes"] / 5 for _, found in rows.values())
+    share = {step: share_of(row["content_share"]) for step, (row, _) in rows.items()}
+    said = f"the memory holds {share['all']} of what the base knows of a dialogue from its text"
+    assert said in page and f"{share[8]} at t = 8 and {share[12]} at t = 12; of all 166 dialogues" in page
+    assert rows[8][0]["examples"] + rows[12][0]["examples"] == 166
+    known = {}
+    for name in ("memory", "full"):
+        gains = [(row["tokens"], found[name]["wrong"]["nll"]["value"] - found[name]["nll"]["value"])
+                 for row, found in (rows[8], rows[12])]  # fmt: skip
+        known[name] = sum(tokens * gain for tokens, gain in gains)
+    assert f"of t = 8 and more together {100 * known['memory'] / known['full']:.0f} %." in page
+    closed = {step: share_of(rows[step][0]["gap_closed_to_full_lora"]) for step in (8, "all")}
+    assert f"knows it holds {share_of(rows['all'][0]['content_share_to_full_lora'])}, and of the gap" in page
+    assert f"it closes {closed['all']} at all t and {closed[8]} at t = 8" in page
+    assert f"holds [{share['all'].split()[0]} %]" in README.read_text()
+
+
+def test_what_is_said_of_conversations_beyond_the_positions():
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    row, found = systems_of("recipe/chat_endless")
+    memory = found["memory"]
+    said = f"{right_of(memory, 24)} of 24 are right (behind the memory of another conversation "
+    said += f"{right_of(memory['wrong'], 24)}), and the perplexity is {memory['perplexity']['value']:.0f},"
+    assert said in page and row["examples"] == 24
+    cells = [systems_of("recipe/chat_spread_constant", age)[1]["memory"] for age in (1, 4)]
+    assert f"has {sum(int(right_of(cell, 24)) for cell in cells)} of 48 right one and four exchanges after" in page
+
+
+def test_what_is_said_of_questions_told_otherwise_and_in_a_closed_loop():
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    row, found = systems_of("recipe/handwritten/chat_spread_more_exchanged")
+    told, otherwise = ([right_of(cell(found[name]), 65) for name in ("memory", "full")]
+                       for cell in (lambda x: x, lambda x: x["wrong"]))  # fmt: skip
+    assert f"prefers the right answer in {told[0]} of 65 questions; told otherwise, in none" in page
+    assert otherwise[0] == "0" and f"The base with all the text goes from {told[1]} to {otherwise[1]}." in page
+    other = systems_of("recipe/handwritten/chat_spread_more")[0]["content_share"]
+    said = f"(content share {share_of(row['content_share'])}; behind another conversation's memory {share_of(other)},"
+    assert said in page and row["examples"] == 65
+    held = {name: systems_of(f"recipe/handwritten/chat_spread_more{name}")[1]["memory"] for name in ("", "_closed")}
+    assert right_of(held[""], 65) == right_of(held["_closed"], 65)
+    perplexity = [f"{held[name]['perplexity']['value']:.2f}" for name in ("_closed", "")]
+    contains = [f"{100 * held[name]['replies']['contains']['value']:.0f}" for name in ("_closed", "")]
+    said = (
+        f"{right_of(held['_closed'], 65)} of 65 choices are right as before, perplexity is {perplexity[0]} instead of "
+    )
+    assert said + f"{perplexity[1]}, and {contains[0]} % of its replies hold the answer ({contains[1]})" in page
+    went = json.loads((ROOT / "results/recipe/handwritten/chat_spread_more_closed/rollout.json").read_text())
+    assert f"({went['replies']} of up to 32 tokens, {went['cut']} of them cut off there)" in page
+
+
+def test_what_is_said_of_memory_tokens_that_begin_as_means():
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    folder = ROOT / "results" / "text" / "loma"
+    cell = json.loads((folder / "c4_start_mean.json").read_text())["steps"][0]["systems"]["memory"]
+    systems = json.loads((folder / "comparison.json").read_text())["systems"]
+    before = systems["loma-4"][0]["steps"]["text"]
+    back = [f"{100 * each['repetition']['token']['value']:.0f}" for each in (cell, before)]
+    read = [f"{each['perplexity']['value']:.1f}" for each in (cell, before)]
+    assert f"say {back[0]} % back instead of {back[1]}, still no whole chunk" in page
+    assert cell["repetition"]["exact"]["value"] == 0
+    assert f"read a little worse ({read[0]} instead of {read[1]})" in page
+
+
 def test_what_is_said_of_labels_from_demonstrations():
     page = " ".join((ROOT / "docs" / "results.md").read_text().split())
     steps = json.loads((ROOT / "results" / "icl" / "results.json").read_text())["steps"]

@@ -214,7 +214,8 @@ def test_questions_by_age(tmp_path, monkeypatch, capsys):
     assert code == 2 and "no record is of an age among eval.steps [7]" in err
 
 
-def test_the_control_is_the_same_conversation_told_otherwise(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("unit", ["turn", "exchange"])
+def test_the_control_is_the_same_conversation_told_otherwise(tmp_path, monkeypatch, capsys, unit):
     """What stands in brackets is what a run on the exchanged conversations has in front of them."""
     options = "split=test&size=6&turns=8&age=1"
     (source,) = open_sources([f"generated:chat_questions?{options}"], "online")
@@ -224,7 +225,7 @@ def test_the_control_is_the_same_conversation_told_otherwise(tmp_path, monkeypat
     told = [exchanging.exchanged(record) for record in records]
     assert all(told)
     otherwise = [record | {"contexts": contexts} for record, contexts in zip(records, told, strict=True)]
-    sizes = {"format": "online", "max_turn_tokens": 999, "max_tokens_evaluation": 9999}
+    sizes = {"format": "online", "max_turn_tokens": 999, "max_tokens_evaluation": 9999, "unit_of_memory": unit}
     data.tokenizer().save_pretrained(tmp_path / "tokenizer")
     model = {"precision": "float32", "scratch": SCRATCH, "tokenizer": str(tmp_path / "tokenizer")}
     found = {}

@@ -27,6 +27,9 @@ from jax_ccm.rules.examples import Example, Segment, concat, with_prefix
 from jax_ccm.rules.rows import Sizes, measure
 from jax_ccm.rules.types import Method
 
+# Why a record of contexts, query and target is left out.
+BLANKS = "with one of their pieces empty"
+
 
 def used(sources: Sequence[Source], format: str, report: Report, blanks: str) -> Iterator[tuple[str, Record]]:
     """Name and content of each record, all of whose texts say something; the others are counted as ``blanks``.
@@ -354,7 +357,7 @@ class Online:
 
     def load(self, sources: Sequence[Source], evaluation: bool = False) -> tuple[list[Unit], Report]:
         report, ids, records = Report("records"), [], []
-        for where, record in used(sources, "online", report, "with one of their pieces empty"):
+        for where, record in used(sources, "online", report, BLANKS):
             ids.append(where)
             records.append(record)
             if evaluation:

@@ -9,6 +9,7 @@ target is scored, without the end-of-sequence token that follows it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
@@ -186,11 +187,14 @@ class Evaluation:
           The question with the same answers; None where its context does not tell the answer word for word.
         """
         first = choice.examples[0]
-        unit = next(unit for unit in self.units if unit.id == first.id)
-        if (otherwise := self.format.exchanged(unit)) is None:
+        if (otherwise := self.format.exchanged(self._by_id[first.id])) is None:
             return None
         made = self._choice(otherwise, len(first.segments) - 1)
         return dataclasses.replace(choice, examples=made.examples)
+
+    @functools.cached_property
+    def _by_id(self) -> dict[str, Unit]:
+        return {unit.id: unit for unit in self.units}
 
     def _check(self, step: int) -> None:
         if step < 1:

@@ -92,7 +92,7 @@ def _continued(results: Mapping[str, Any]) -> dict[str, Any] | None:
     if "reference" not in results:
         return None
     asked = results["config"]["eval"]
-    return {key: asked[key] for key in CONTINUED} | {"judge": results["reference"]["judge"]}
+    return {key: asked.get(key) for key in CONTINUED} | {"judge": results["reference"]["judge"]}
 
 
 def _cells(results: Mapping[str, Any], system: str) -> dict[str, Any]:
@@ -144,15 +144,18 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     if repeats:
         notes.append("repeated: what memory still says right of closed chunks, tokens and whole chunks")
     if any("wrong" in cells[-1] for _, cells in every):
-        notes.append(
-            f"in brackets: the same turn after {comparison.get('control', WRONG_CONTEXTS['another'])} (control)"
-        )
+        notes.append(f"in brackets: the same turn after {_control(comparison)} (control)")
     tables = [output.table(header, body, left=1)]
     said = [(name, cells[-1]["continuations"]) for name, cells in every if "continuations" in cells[-1]]
     if said:
         tables += ["", output.table(*spoken.continued_by(said, comparison["reference"]), left=1)]
         notes += spoken.continuation_legend(comparison["continued"], comparison["reference"])
     return "\n".join([*tables, "", *(f"- {note}" for note in notes), "", f"`{comparison['command']}`", ""])
+
+
+def _control(comparison: Mapping[str, Any]) -> str:
+    # Older comparisons knew one kind.
+    return comparison.get("control", WRONG_CONTEXTS["another"])
 
 
 def plot(comparison: Mapping[str, Any], path: str | Path) -> None:
@@ -174,4 +177,5 @@ def figure_of(comparison: Mapping[str, Any]) -> Any:
         for name, runs in comparison["systems"].items()
     ]
     where = {None: "whole texts", "all": "all time steps"}.get(last, f"t = {last}")
-    return tradeoff(points, title=f"Quality against the memory of a session, {where}")
+    title = f"Quality against the memory of a session, {where}"
+    return tradeoff(points, title=title, control=_control(comparison))

@@ -180,7 +180,7 @@ def figure_of(results: Mapping[str, Any]) -> Any:
     if _of_texts(results):
         compared = {name: results["steps"][0]["systems"][name] for name in STYLE if name in results["systems"]}
         points = [(_label(name, results), STYLE[name][0], [cell]) for name, cell in compared.items()]
-        return tradeoff(points, title=results["title"])
+        return tradeoff(points, title=results["title"], control=control_of(results))
     steps = [row for row in results["steps"] if row["step"] != "all"]
     names = [name for name in STYLE if name in steps[0]["systems"]]
     # Tasks have no order: they stand side by side, and no line joins them.
@@ -205,7 +205,7 @@ def figure_of(results: Mapping[str, Any]) -> Any:
         Line2D([], [], color=STYLE[name][0], label=_label(name, results), marker="o", markersize=4) for name in names
     ]
     if any("wrong" in row["systems"][name] for row in steps for name in names):
-        dashed = "the same turn after another conversation"
+        dashed = f"the same turn after {control_of(results)}"
         handles.append(Line2D([], [], color="#555555", linestyle=DASHES, **CONTROL, label=dashed))
     if any(axes.collections for axes in figure.axes):
         handles.append(Line2D([], [], color="#555555", linewidth=1, alpha=0.45, label="95 % interval"))
@@ -214,13 +214,14 @@ def figure_of(results: Mapping[str, Any]) -> Any:
     return figure
 
 
-def tradeoff(points: Sequence[tuple[str, str, Sequence]], *, title: str) -> Any:
+def tradeoff(points: Sequence[tuple[str, str, Sequence]], *, title: str, control: str) -> Any:
     """A figure of matplotlib with quality against the bytes of a session.
 
     Args:
       points: name, colour, and the cells ("perplexity", "kv_bytes", "wrong" if there is a control) of a system, in
         the order in which they are joined by a line.
       title: of the picture.
+      control: what a wrong context is, of `control_of`.
     """
     from matplotlib.figure import Figure
 
@@ -244,7 +245,7 @@ def tradeoff(points: Sequence[tuple[str, str, Sequence]], *, title: str) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.margins(0.08)
-    note = "open circles: after the context of another conversation" if controlled else None
+    note = f"open circles: after {control}" if controlled else None
     figure.suptitle(title, fontsize=11, x=0.01, ha="left", wrap=True)
     figures.legend_below(figure, most=3, fontsize=8, title=note, title_fontsize=8)
     return figure

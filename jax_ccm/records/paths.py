@@ -196,3 +196,17 @@ else:
             str_from_instance=lambda x: [str(x)],
         ),
     ]
+
+
+def usable_beside_training(folder: Path) -> Path:
+    """`usable` for what a command writes that is no training run.
+
+    Raises:
+      UserError: as `usable`, and for the folder of a training run, whose files would be overwritten.
+    """
+    if (folder / "checkpoints").exists():
+        raise UserError(
+            f"--workdir {folder} holds a training run, whose files would be overwritten; give another, such as "
+            f"{folder / 'evaluation'}"
+        )
+    return usable(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_ccm.evals import report
-from jax_ccm.evals.cells import STYLE
+from jax_ccm.evals.cells import STYLE, control_of
 from jax_ccm.evals.comparison import COLOURS, SHARED
 from jax_ccm.records import figures
 from jax_ccm.reports.folders import Found
@@ -102,11 +102,12 @@ def against_bytes(runs: Sequence[Found]) -> Any:
                 shared.setdefault(key, (SHARED.get(key, STYLE[key][1]), STYLE[key][0], [cell]))
     last = runs[0].content["steps"][-1]["step"]
     where = {None: "whole texts", "all": "all questions"}.get(last, f"step {last}")
-    return report.tradeoff([*shared.values(), *own], title=f"Quality against the memory of a conversation, {where}")
+    title = f"Quality against the memory of a conversation, {where}"
+    return report.tradeoff([*shared.values(), *own], title=title, control=control_of(runs[0].content))
 
 
 def alike(runs: Sequence[Found]) -> list[list[Found]]:
-    """Evaluations by what they asked: those of one base, data and questions together."""
+    """Evaluations by what they asked: those of one base, data, questions and control together."""
     groups: dict[str, list[Found]] = {}
     for run in runs:
         groups.setdefault(repr(_asked(run.content)), []).append(run)
@@ -115,4 +116,5 @@ def alike(runs: Sequence[Found]) -> list[list[Found]]:
 
 def _asked(results: Mapping[str, Any]) -> Any:
     rows = [(row["step"], row["examples"], row["tokens"]) for row in results["steps"]]
-    return results["base"].get("fingerprint"), results["data"]["split"], results["data"]["sources"], rows
+    data, control = results["data"], control_of(results)
+    return results["base"].get("fingerprint"), data["split"], data["sources"], rows, control

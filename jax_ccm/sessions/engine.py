@@ -11,9 +11,11 @@ from jax_ccm.config.loading import Experiment
 from jax_ccm.data.config import TurnsConfig
 from jax_ccm.data.formats import turns_a_chunk
 from jax_ccm.errors import UserError
+from jax_ccm.evals.scoring import base_only
 from jax_ccm.memory.cache import init_cache
 from jax_ccm.memory.closing import Closing, policy
 from jax_ccm.memory.generation import TOP, Sampling, for_decoding
+from jax_ccm.methods import build
 from jax_ccm.records.parsing import require_text
 from jax_ccm.rules.rows import WITH_SINK
 from jax_ccm.rules.types import Kind, MemoryCache
@@ -278,3 +280,11 @@ class Engine:
     @property
     def _tail(self) -> int:
         return len(self.template.tails["assistant"])
+
+
+def on_all_text(experiment: Experiment, tokens: int) -> Experiment:
+    """The base alone, which reads all that was said as text, and room for at least so many tokens of it."""
+    # A multiple of 256, so that sessions of like length mostly fit the same cache and compile nothing.
+    cache = dataclasses.replace(experiment.config.cache, raw_capacity=max(-(-tokens // 256), 1) * 256)
+    config = dataclasses.replace(experiment.config, cache=cache)
+    return dataclasses.replace(experiment, method=base_only(build("full")), config=config)

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from jax_ccm.config.loading import Experiment
 from jax_ccm.data.sources import Record
 from jax_ccm.errors import UserError
-from jax_ccm.methods import build
 from jax_ccm.sessions.conversations import Conversations
-from jax_ccm.sessions.engine import Engine
+from jax_ccm.sessions.engine import Engine, on_all_text
 
 # Beside its tokens an answer has those of the template; for the size of a cache of full context.
 AROUND = 16
@@ -121,14 +120,11 @@ def roll_out_records(
 
 def with_full_context(experiment: Experiment, records: Sequence[Record], max_tokens: int) -> Experiment:
     """The base with all that was said as text, and room for the longest of these conversations."""
-    base = dataclasses.replace(experiment, method=build("full"), model=experiment.model.with_adapter(None), loaded=None)
-    engine = Engine(base, 1)
+    engine = Engine(on_all_text(experiment, 0), 1)
 
-    def tokens(record: Record) -> int:
-        told = Recorded.of(record)
+    def tokens(told: Recorded) -> int:
         said = [engine.question(text, first=not at) for at, text in enumerate(told.turns[::2])]
         said += [engine.instruction(told.system)] if told.system else []
         return sum(map(len, said)) + (len(told.turns) + 1) // 2 * (max_tokens + AROUND)
 
-    cache = dataclasses.replace(experiment.config.cache, raw_capacity=max(map(tokens, records), default=0))
-    return dataclasses.replace(base, config=dataclasses.replace(experiment.config, cache=cache))
+    return on_all_text(experiment, max(map(tokens, set(map(Recorded.of, records)))))

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from jax_ccm.errors import UserError, unknown
-from jax_ccm.evals.scoring import base_only
 from jax_ccm.memory import files
-from jax_ccm.methods import build
 from jax_ccm.rules.types import Kind
 from jax_ccm.sessions.conversations import Conversations
+from jax_ccm.sessions.engine import on_all_text
 from jax_ccm.sessions.state import Session
 from jax_ccm.sessions.turns import Reply
 
@@ -256,14 +255,8 @@ class Terminal:
         needed = told.session.tokens + len(question) + self.max_tokens + 64
         full = self._full[0] if self._full is not None else None
         if full is None or full.engine.experiment.config.cache.raw_capacity < needed:
-            # A multiple of 256, so that the next texts mostly fit the same cache and compile nothing.
-            cache = dataclasses.replace(experiment.config.cache, raw_capacity=-(-needed // 256) * 256)
-            base = dataclasses.replace(
-                experiment,
-                method=base_only(build("full")),
-                config=dataclasses.replace(experiment.config, cache=cache),
-            )
             how = self.talk.how
+            base = on_all_text(experiment, needed)
             full = Conversations(base, sampling=how.sampling, seed=how.seed, stop=how.stop)
         elif self._full is not None and (self._full[1].past, self._full[1].system) == (told.past, told.system):
             # The same past as for the text before: it stands in the kept session, and need not be read again.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+from flax import nnx
 
 from jax_ccm import rollout as command
 from jax_ccm.config import cli
 from jax_ccm.errors import UserError
 from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.rollout import Recorded, roll_out, roll_out_records, with_full_context
+from tests import cases
 from tests.data import support as data
 from tests.test_chat import experiment
 from tests.test_evaluate import SCRATCH, run, write
@@ -49,12 +52,17 @@ def test_full_context_has_room_for_all_of_it():
     records = [{"contexts": list(recorded.turns), "query": "q", "target": "t"}]
     full = with_full_context(made, records, max_tokens=5)
     assert full.config.cache.raw_capacity > made.config.cache.raw_capacity
-    went = roll_out(Conversations(full), [recorded], max_tokens=5)
+    talk = Conversations(full)
+    went = roll_out(talk, [recorded], max_tokens=5)
     assert went.replies == 9 and went.conversations[0] != recorded.turns
-    _, slots, tokens = (lambda talk: (roll_out(talk, [recorded], max_tokens=5), *talk.memory_bytes()[::2]))(
-        Conversations(full)
-    )
-    assert slots * full.model_config.kv_bytes_per_slot(4) == tokens
+    slots, held, of_full_context = talk.memory_bytes()
+    assert slots > made.config.cache.raw_capacity and held == of_full_context
+    # Another LoRA answers the same.
+    other = dataclasses.replace(made, model=cases.model(tokens=2, seed=3, vocab_size=made.model_config.vocab_size))
+    base = nnx.split(made.model, nnx.LoRAParam, ...)[2]
+    other = dataclasses.replace(other, model=nnx.merge(*nnx.split(other.model, nnx.LoRAParam, ...)[:2], base))
+    assert roll_out(Conversations(with_full_context(other, records, 5)), [recorded], max_tokens=5) == went
+    assert roll_out(Conversations(other), HELD, max_tokens=5) != roll_out(Conversations(made), HELD, max_tokens=5)
 
 
 def test_an_empty_answer_leaves_the_recorded_one():
@@ -124,3 +132,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         code, _, err = rolled_out(monkeypatch, capsys, config, "--workdir", tmp_path / "bad", *wrong)
         assert code == 2 and message in err and "Traceback" not in err, err
     assert not (tmp_path / "bad" / "records.jsonl").exists()
+    # Nothing of a training run is overwritten, and a record without text is no conversation.
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    code, _, err = rolled_out(monkeypatch, capsys, config, "--workdir", tmp_path / "run")
+    assert code == 2 and "holds a training run" in err and not (tmp_path / "run" / "config.yaml").exists()
+    blank = data.write(tmp_path / "b.jsonl", [record(0) | {"contexts": ["the hen", " "]}, record(1)])
+    code, printed, err = rolled_out(monkeypatch, capsys, config, "--workdir", tmp_path / "blank", "--data.test", blank)
+    assert code == 0 and "dropped: 1 with one of their pieces empty" in printed and "1 records in" in printed, err
+    blank = data.write(tmp_path / "b.jsonl", [record(0) | {"contexts": [" "]}])
+    code, _, err = rolled_out(monkeypatch, capsys, config, "--workdir", tmp_path / "bad", "--data.test", blank)
+    assert code == 2 and "no test data is left" in err
