@@ -181,6 +181,7 @@ def test_spans_within_turns():
         Conversation(experiment(comp_tokens=2, independent=True), closing=Closing(4))
 
 
+@pytest.mark.once
 def test_gist_compresses_everything_anew():
     """The memory is that of the whole conversation as one chunk; online, each turn stays by itself."""
     made = experiment("gist", comp_tokens=2)
@@ -284,6 +285,7 @@ cli.run(lambda: chat._talk(experiment("ccm_concat", comp_tokens=2), options))
 """
 
 
+@pytest.mark.once
 def test_one_bad_turn_does_not_end_a_conversation(tmp_path):
     """Turns that are refused, and a real interrupt, in a process of its own that reads a pipe; all are recorded."""
     turns = [b"hello", b"interrupted", b"x" * 70, b"not UTF-8: \xff", "é <s>".encode()]
@@ -337,6 +339,7 @@ def test_the_record_grows_and_the_exit_code_tells(tmp_path, monkeypatch):
         transcript.Record(tmp_path / "file")
 
 
+@pytest.mark.once
 def test_the_example_is_held(tmp_path, monkeypatch, capsys):
     """Twelve turns become memory; what is asked does not, and each answer is recorded with its bytes."""
     said = typed.example()

@@ -142,6 +142,7 @@ def test_records_in_memory():
     assert batch.tokens.shape == (2, 64) and np.asarray(batch.weights).any()
 
 
+@pytest.mark.once
 def test_a_run_with_both(tmp_path, monkeypatch):
     """Trained, found again by the adapter's folder; an adapter from elsewhere runs no code that its config names."""
     pretrained.make_base(tmp_path / "base")

@@ -263,6 +263,7 @@ def test_damaged_needs_are_measured_again(tmp_path):
         assert file.read_bytes() == whole
 
 
+@pytest.mark.once
 def test_a_run_and_its_resumption_without_the_corpus(tmp_path):
     """The same losses as from the corpus; what is validated on is read from its own files."""
     pretrained.make_base(tmp_path / "base")

@@ -73,6 +73,7 @@ def token_by_token(model, method, examples, budget: Budget, length: int):
     return np.stack(losses, 1), found
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", STREAMS)
 def test_pieces_equal_token_by_token(name):
     """For every way to close, with and without a token at the start; and all hold the slots of the memory."""
@@ -157,6 +158,7 @@ def test_what_cannot_stream(method, change, message):
         Budget(**dict(window=WINDOW, closes=CLOSES, capacity=CAPACITY, memory=cases.METHODS[method]) | change)
 
 
+@pytest.mark.once
 def test_the_command(tmp_path, monkeypatch, capsys):
     stream = ("--eval.by", "stream", "--eval.steps", 9, 40, 500, "--eval.window", WINDOW)
     stream += ("--cache.memory_capacity", CAPACITY)

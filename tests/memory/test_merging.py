@@ -59,6 +59,7 @@ def test_room_is_that_of_a_session(tmp_path):
     assert both.header["memory_capacity"] == 16
 
 
+@pytest.mark.once
 def test_a_system_message_is_not_lost(tmp_path):
     method = build("ccm_concat", comp_tokens=2, sink=True)
 
@@ -78,6 +79,7 @@ def test_a_system_message_is_not_lost(tmp_path):
             merge(first, second)
 
 
+@pytest.mark.once
 def test_what_cannot_be_merged(tmp_path):
     concat = build("ccm_concat", comp_tokens=2)
     one = held(read(concat, (1,)), tmp_path / "one", concat)

@@ -45,6 +45,7 @@ def test_side_by_side_as_one_by_one(rows):
     assert went.replies == 5 and lines[-1].startswith("3 of 3") and len(lines) == -(-3 // rows)
 
 
+@pytest.mark.once
 def test_full_context_has_room_for_all_of_it():
     """More exchanges than the cache of the config has room for as text; the LoRA is of no account."""
     made = experiment(**METHOD)
@@ -79,6 +80,7 @@ def test_a_turn_that_cannot_be_answered():
         roll_out(talk, [Recorded(("a", "b")), Recorded(("a", "b", "x" * 400, "c"))], max_tokens=2)
 
 
+@pytest.mark.once
 def test_records_of_one_conversation_share_it():
     made = experiment(data={"chat_template": True}, **METHOD)
     questions = [dict(contexts=["hello", "a"], query=query, target="t", age=1) for query in ("one", "two")]
@@ -97,6 +99,7 @@ def rolled_out(monkeypatch, capsys, *argv):
     return stopped.value.code, *capsys.readouterr()
 
 
+@pytest.mark.once
 def test_the_command(tmp_path, monkeypatch, capsys):
     """What it writes is what `evaluate` reads; both systems answer each in their own way."""
     data.tokenizer().save_pretrained(tmp_path / "tokenizer")

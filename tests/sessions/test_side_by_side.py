@@ -166,6 +166,7 @@ class Machine(RuleBasedStateMachine):
         assert programs() == self.before
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["ccm_concat", "loma"])
 def test_any_order_is_as_good_as_one_by_one(name, tmp_path):
     made = experiment(name, "turn", {"max_turn_tokens": 64}, **LAID_OUT[name])
@@ -187,6 +188,7 @@ def test_any_order_is_as_good_as_one_by_one(name, tmp_path):
     run_state_machine_as_test(machine, settings=few)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("readers, between", [(2, 1), (12, 3)])
 def test_a_long_text_keeps_nobody_waiting(readers, between, monkeypatch):
     """Between two tokens of a row a piece of one that reads is read, of many a quarter; each is what it is alone."""

@@ -23,6 +23,7 @@ def terminal(made):
     return Terminal(Conversations(made), max_tokens=4)
 
 
+@pytest.mark.once
 def test_a_system_message_stays_when_the_memory_goes(capsys):
     made = experiment(
         "ccm_concat", "exchange", {"max_turn_tokens": 64, "chat_template": True}, comp_tokens=2, sink=True
@@ -138,6 +139,7 @@ def test_what_does_not_end_or_has_several_lines_is_seen_to(terminal, monkeypatch
     assert capsys.readouterr().out == "memory   one\n         two ...\n"
 
 
+@pytest.mark.once
 def test_a_mixture_shows_what_it_is(capsys):
     terminal = Terminal(Conversations(experiment("ccm_merge", comp_tokens=2)), max_tokens=2)
     terminal.say("hi", {})

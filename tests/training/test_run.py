@@ -362,6 +362,7 @@ def test_continue_from_an_adapter_of_other_sizes_is_refused(whole):
         load_experiment(tiny(adapter={"rank": 2, "targets": ["q_proj"], "load": str(whole[0] / "adapter")}))
 
 
+@pytest.mark.once
 def test_continue_from_an_adapter_on_fewer_projections(whole, tmp_path, capsys):
     source = str(whole[0] / "adapter")
     four = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -66,6 +66,7 @@ def outcome(folder) -> str:
     return ""
 
 
+@pytest.mark.once
 def test_our_own(whole, tmp_path):
     told = json.loads((whole["own"] / "adapter.json").read_text())
     assert outcome(whole["own"]) == ""
@@ -86,6 +87,7 @@ def test_our_own(whole, tmp_path):
     assert said[("method", "closes", 0, "kind"), "x"] and said[("method", "sees", "TEXT sees TEXT", 0), "[]"]
 
 
+@pytest.mark.once
 def test_pefts(whole, tmp_path):
     """Also in what we keep with the arrays, where PEFT has no field."""
     shutil.copytree(whole["peft"], tmp_path / "a")
