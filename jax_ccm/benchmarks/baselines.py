@@ -159,6 +159,7 @@ def fill(cache: MemoryCache, method: Method, *, turns: int, turn: int) -> Memory
         cache,
         slots=jax.tree.map(lambda old, x: like(old, np.pad(x, (0, size - len(x)))), cache.slots, live),
         tokens=like(cache.tokens, turns * turn),
+        rebased=like(cache.rebased, 0),
         chunks=like(cache.chunks, _chunks(method, turns, turn)[1]),
         lost=like(cache.lost, 0),
     )

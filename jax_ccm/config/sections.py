@@ -311,7 +311,8 @@ class CacheConfig:
     raw_capacity: int = 512
     """Most raw text tokens of a session."""
     overflow: Literal["error", "evict"] = "error"
-    """When memory is full: refuse, or drop the oldest, in conversations and in evaluations alike."""
+    """When memory is full: refuse, or drop the oldest, in conversations and in evaluations alike. Sessions that drop
+    it stay within the positions of the base for ever: the gap that it leaves behind the sink is closed in time."""
 
     def __post_init__(self):
         require_least(self, "cache.", memory_capacity=0, raw_capacity=1)

@@ -204,7 +204,8 @@ def stage(evaluation: Evaluation, method: Method, tokens: int, most: int = 0) ->
 def cut(example: Example, tokens: int, method: Method) -> Example:
     """The window with its last tokens as the answer.
 
-    Segments that end before these are closed; the last of the prompt is open, as it is while a text is written.
+    Segments that end before these are closed; the last of the prompt is open, as it is while a text is written. Where
+    the data hide tokens for good, the prompt is context but for its last token, since a tail is seen as a whole.
     """
     border = sum(len(segment.tokens) for segment in example.segments) - tokens
     ends = np.cumsum([len(segment.tokens) for segment in example.segments])
@@ -212,12 +213,19 @@ def cut(example: Example, tokens: int, method: Method) -> Example:
     closed = int(np.searchsorted(ends, border))
     tail = concat(*example.segments[closed:])
     scored = np.arange(len(tail.tokens)) >= len(tail.tokens) - tokens
-    kept = tail.kept
-    if kept is not None:
-        # A span that the border cuts is never closed; of text that methods hide for good, the prompt's stays hidden.
-        kept = np.ones(len(kept), bool) if method.closes else kept | scored
-    context = tuple(dataclasses.replace(s, scored=np.zeros(len(s.tokens), bool)) for s in example.segments[:closed])
-    return dataclasses.replace(example, segments=(*context, Segment(tail.tokens, scored, kept)))
+    context = example.segments[:closed]
+    if tail.kept is not None and method.closes:
+        # A span that the border cuts is never closed.
+        tail = Segment(tail.tokens, scored, np.ones(len(scored), bool))
+    elif tail.kept is not None:
+        # Something must predict the first token of the answer.
+        last = len(scored) - tokens - 1
+        context = (*context, Segment(tail.tokens[:last], scored[:last], tail.kept[:last]))
+        tail = Segment(tail.tokens[last:], scored[last:])
+    else:
+        tail = Segment(tail.tokens, scored)
+    context = tuple(dataclasses.replace(s, scored=np.zeros(len(s.tokens), bool)) for s in context)
+    return dataclasses.replace(example, segments=(*context, tail))
 
 
 def measure(

@@ -283,7 +283,7 @@ def rolling(
     # Positions that run on may go beyond those that the base was trained for; indices in a cache do not.
     if method.rope == "running":
         lengths = [len(x.start) + sum(len(segment.tokens) for segment in x.segments) for x in examples]
-        warn_beyond(system.model.config, method, tokens=max(lengths))
+        warn_beyond(system.model.config, method, tokens=max(lengths), forgets=system.capacity is not None)
     # Never in parallel: the logits of a whole text at once may be larger than the model.
     scores = score_recurrently(system.model, method, examples, rows=rows, capacity=system.capacity)
     for number, (losses, _) in zip(owners, scores, strict=True):

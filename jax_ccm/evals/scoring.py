@@ -244,9 +244,9 @@ def score(
     examples = [trimmed(example) for example in examples]
     if not examples:
         return []
-    warn_beyond(model.config, method, tokens=max(map(_text_tokens, examples)))
     if not forgets(method, examples, capacity):
         capacity = None
+    warn_beyond(model.config, method, tokens=max(map(_text_tokens, examples)), forgets=capacity is not None)
 
     def compute() -> dict[str, np.ndarray]:
         if capacity is not None or method.recurrent_only or _shares(method, examples):

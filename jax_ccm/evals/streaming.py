@@ -143,7 +143,7 @@ def measure(
 
     def compute() -> dict[str, np.ndarray]:
         start = time.perf_counter()
-        warn_beyond(system.model.config, system.method, tokens=length, slots=budget.window + 1)
+        warn_beyond(system.model.config, system.method, tokens=length, slots=budget.window + 1, forgets=True)
         nll, hit = (np.zeros((len(examples), length), dtype) for dtype in (np.float64, bool))
         for first in range(0, len(examples), rows):
             some = examples[first : first + rows]

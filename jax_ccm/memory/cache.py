@@ -83,6 +83,7 @@ def init_cache(
             v=jnp.zeros(shape, dtype),
             slots=Slots(*(zeros(batch, size) for _ in range(4))),
             tokens=zeros(batch),
+            rebased=zeros(batch),
             chunks=zeros(batch),
             logits=jnp.zeros((batch, config.vocab_size), jnp.float32),
             ids=None if method.starts_from is None else zeros(batch, size),

@@ -10,6 +10,7 @@ in any cache that has room for them::
     received         float32 [L, N, K]      `MemoryCache.accumulated_attention`, for methods that ask for it
     live             int32 [B]              how many of the slots are those of each session
     tokens, chunks   int32 [B]
+    rebased          int32 [B]              `MemoryCache.rebased`; left out where nothing was moved
     logits           float32 [B, V]         pending
     mixed_k, mixed_v float32 [L, B, M, K, H]  for methods that mix
 """
@@ -229,6 +230,8 @@ def _packed(cache: MemoryCache) -> dict[str, np.ndarray]:
     found = {"k": take(cache.k), "v": take(cache.v), "live": count}
     found |= {name: np.asarray(getattr(cache.slots, name))[live] for name in SLOTS}
     found |= {name: np.asarray(getattr(cache, name)) for name in ("tokens", "chunks", "logits")}
+    if np.any(cache.rebased):
+        found["rebased"] = np.asarray(cache.rebased)
     if cache.ids is not None:
         found["ids"] = np.asarray(cache.ids)[live]
     if cache.accumulated_attention is not None:
@@ -254,11 +257,11 @@ def _unpacked(arrays: Mapping[str, np.ndarray], size: int, expected: MemoryCache
     if "received" in arrays:
         found["accumulated_attention"] = spread(arrays["received"], 1)
     found["slots"] = Slots(*(spread(arrays[name], 0) for name in SLOTS))
-    rest = ("tokens", "chunks", "logits", "mixed_k", "mixed_v")
-    found |= {name: jnp.asarray(arrays[name]) for name in rest if name in arrays}
-    return found | {
-        name: jnp.zeros(x.shape, x.dtype) for name in ("lost", "spoiled") for x in [getattr(expected, name)]
+    rest = ("tokens", "rebased", "chunks", "logits", "mixed_k", "mixed_v")
+    zeros = {
+        name: jnp.zeros(x.shape, x.dtype) for name in ("rebased", "lost", "spoiled") for x in [getattr(expected, name)]
     }
+    return zeros | found | {name: jnp.asarray(arrays[name]) for name in rest if name in arrays}
 
 
 def _require_kinship(held: Held, fingerprints: Mapping[str, str], method: Method) -> None:

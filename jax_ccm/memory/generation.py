@@ -186,8 +186,8 @@ def generate(
         model, cache, draws, method=method, max_tokens=max_tokens, closing=closing, query=query, vocabulary=vocabulary
     )
     check(cache, rows)
-    read_so_far = int(np.max(np.asarray(cache.tokens)[rows], initial=0))
-    warn_beyond(model.config, method, tokens=read_so_far, slots=cache.slots.kind.shape[1])
+    reached = int(np.max(np.asarray(cache.next_position)[rows], initial=0))
+    warn_beyond(model.config, method, tokens=reached, slots=cache.slots.kind.shape[1])
     return cache, drawn.tokens, drawn.lengths
 
 

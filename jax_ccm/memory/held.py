@@ -35,6 +35,11 @@ class Held:
     arrays: dict[str, np.ndarray]
 
     @property
+    def next_positions(self) -> np.ndarray:
+        """``int [B]``, as `MemoryCache.next_position`."""
+        return self.arrays["tokens"] - self.arrays.get("rebased", 0)
+
+    @property
     def turns(self) -> tuple[tuple[int, int], ...]:
         """Where the turns of a conversation lie, ``(first, end)`` of their chunks, as far as the file says."""
         said = self.header["about"].get("turns", [])
@@ -82,6 +87,8 @@ def check_shapes(path, header: dict[str, Any], given: Mapping[str, tuple[tuple[i
     expected |= {name: ((count,), "int32") for name in SLOTS}
     expected |= {name: ((batch,), "int32") for name in ("live", "tokens", "chunks")}
     expected["logits"] = (batch, vocabulary), "float32"
+    if "rebased" in given:
+        expected["rebased"] = (batch,), "int32"
     if "ids" in given:
         expected["ids"] = (count,), "int32"
     if "received" in given:
@@ -107,6 +114,8 @@ def check_slots(held: Held) -> None:
     a = held.arrays
     wrong = int(a["live"].sum()) != len(a["kind"]) or (a["live"] < 0).any() or (a["tokens"] < 0).any()
     wrong = wrong or not np.isin(a["kind"], [kind for kind in Kind if kind != Kind.PAD]).all()
+    if "rebased" in a:
+        wrong = wrong or (a["rebased"] < 0).any() or (a["rebased"] > a["tokens"]).any()
     if "ids" in a:
         wrong = wrong or (a["ids"] < 0).any() or (a["ids"] >= held.header["model"]["vocab_size"]).any()
     wrong = wrong or (a["chunks"] < 0).any() or any((a[name] < 0).any() for name in ("segment", "position"))

@@ -35,7 +35,7 @@ def closing_tokens(cache: MemoryCache, selected, rows, method: Method) -> tuple[
     kind = jnp.where(runs, _row([token.kind for token in method.closes]), Kind.PAD)
     segment = jnp.broadcast_to(cache.chunks[:, None] - method.recent, kind.shape)
     # The tokens themselves come after everything raw; the segment hides what is not selected.
-    comp = Slots(kind, segment, cache.tokens[:, None] + _row(range(n)), position)
+    comp = Slots(kind, segment, cache.next_position[:, None] + _row(range(n)), position)
     # Where chunks differ in how many tokens close them, all of these are written.
     entries = jnp.where(runs, jnp.full((1, method.slots_per_chunk), Kind.MEMORY), Kind.PAD)
     # What is written takes the chunk's place in the order.

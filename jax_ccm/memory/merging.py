@@ -58,7 +58,9 @@ def merge(first: Held, second: Held) -> Held:
     a, b = first.arrays, second.arrays
     arrays = {name: np.concatenate([row[name] for row in rows], axis=1) for name in ("k", "v")}
     arrays |= {name: np.concatenate([row[name] for row in rows]) for name in ("kind", "segment", "index", "position")}
-    arrays |= {name: a[name] + b[name] for name in ("tokens", "chunks")}
+    counts = ("tokens", "chunks", *({"rebased"} & (a.keys() | b.keys())))
+    none = np.zeros_like(a["tokens"])
+    arrays |= {name: a.get(name, none) + b.get(name, none) for name in counts}
     arrays |= {"live": np.array([len(row["kind"]) for row in rows], np.int32), "logits": b["logits"]}
     if "mixed_k" in a:
         arrays |= {name: np.stack([row[name] for row in rows], axis=1) for name in ("mixed_k", "mixed_v")}
@@ -121,11 +123,11 @@ def _merged_row(first: Held, second: Held, row: int, turn) -> dict[str, np.ndarr
     here, there = first.of(row), second.of(row)
     there = np.arange(there.start, there.stop)[second.arrays["kind"][there] == Kind.MEMORY]  # one sink is enough
     a, b = first.arrays, second.arrays
-    tokens, chunks = (int(a[name][row]) for name in ("tokens", "chunks"))
-    # RoPE turns by sums: a key of position p, turned on by the tokens of the first, is one of position p + tokens.
-    k = turn(b["k"][:, there], tokens)
+    ended, chunks = int(first.next_positions[row]), int(a["chunks"][row])
+    # RoPE turns by sums: a key of position p, turned on by where the first ended, is one of position p + ended.
+    k = turn(b["k"][:, there], ended)
     # By how much the second is later: in segment by chunks, in index and position by text tokens.
-    shifted = {"kind": 0, "segment": chunks, "index": tokens, "position": tokens}
+    shifted = {"kind": 0, "segment": chunks, "index": ended, "position": ended}
     slots = {name: (b[name][there] + by).astype(np.int32) for name, by in shifted.items()}
     if "mixed_k" not in a:
         old = {name: a[name][here] for name in shifted}
@@ -143,7 +145,7 @@ def _merged_row(first: Held, second: Held, row: int, turn) -> dict[str, np.ndarr
     # of turned keys.
     share = b["chunks"][row] / (chunks + b["chunks"][row])
     mean = {
-        "mixed_k": (1 - share) * a["mixed_k"][:, row] + share * turn(b["mixed_k"][:, row], tokens),
+        "mixed_k": (1 - share) * a["mixed_k"][:, row] + share * turn(b["mixed_k"][:, row], ended),
         "mixed_v": (1 - share) * a["mixed_v"][:, row] + share * b["mixed_v"][:, row],
     }
     mean = {name: x.astype(np.float32) for name, x in mean.items()}

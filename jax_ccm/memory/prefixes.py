@@ -105,8 +105,8 @@ def read(path: str | Path) -> Held:
 
 
 def _distance(held: Held) -> int:
-    """By how many positions keys are rotated on: what follows has position N, and not the number of tokens read."""
-    return len(held.arrays["kind"]) - int(held.arrays["tokens"][0])
+    """By how many positions keys are rotated on: what follows has position N, and not that after the tokens read."""
+    return len(held.arrays["kind"]) - int(held.next_positions[0])
 
 
 def runs(held: Held) -> str:

@@ -47,7 +47,7 @@ def repeat(
     # The chunk ended before all that was read since, of equal lengths, and before what is still open.
     if begin is None:
         raw = open_raw(cache, method) & (cache.slots.kind != Kind.SINK)
-        begin = cache.tokens - jnp.sum(raw, axis=1) - length * back
+        begin = cache.next_position - jnp.sum(raw, axis=1) - length * back
     place = jnp.arange(length)[None]
     position = begin[:, None] + place
 
@@ -55,7 +55,8 @@ def repeat(
         return jnp.broadcast_to(jnp.asarray(value, jnp.int32), position.shape)
 
     # The segment of the closed chunk, whose memory is then at distance 0; index behind all of the cache.
-    slots = Slots(whole(Kind.REPEAT), whole((cache.chunks - back)[:, None]), cache.tokens[:, None] + place, position)
+    index = cache.next_position[:, None] + place
+    slots = Slots(whole(Kind.REPEAT), whole((cache.chunks - back)[:, None]), index, position)
     tokens = whole(model.config.vocab_size + method.repeat.embedding_index)
     if method.repeat_by == "text":
         return _say_again(model, with_room(cache, length), tokens[:, 0], slots, method)

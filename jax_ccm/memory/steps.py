@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax_ccm.errors import UserError
 from jax_ccm.memory import labels, writing
 from jax_ccm.memory.cache import append, open_raw, raw_capacity
+from jax_ccm.memory.rebasing import rebased
 from jax_ccm.memory.starts import starts_of_row, starts_of_session
 from jax_ccm.nn.linear import Gate
 from jax_ccm.nn.transformer import Remat, Transformer
@@ -210,8 +211,9 @@ def _text(cache: MemoryCache, chunk: Chunk, rank, text: Kind, method: Method):
     Returns:
       `Slots` of ``[B, C]``, and ``bool [B]``.
     """
-    # Index and position of raw text are one number: how many text tokens came before it in the session.
-    position = cache.tokens[:, None] + rank
+    # Index and position of raw text are one number: how many text tokens came before it since the session began, or
+    # since what is left of it would have begun.
+    position = cache.next_position[:, None] + rank
     misplaced = jnp.zeros(cache.tokens.shape, bool)
     kind = jnp.asarray(text)
     if chunk.kept is not None:
@@ -240,6 +242,7 @@ def compress(
     """Closes a chunk: one pass of the method's tokens over raw text, write, drop it, compact.
 
     With `Method.recent` the text of the chunk stays, and what is compressed is that of an older one, if there is one.
+    A session that forgets its oldest memory and comes near the base's last position is moved back (`rebased`).
 
     Args:
       model: the decoder with its adapter.
@@ -259,6 +262,11 @@ def compress(
             f"method {method.name!r} keeps the text of {method.recent} closed chunks, so that whole chunks are closed; "
             "give a bool for each row"
         )
+    return rebased(model.config, _closed(model, cache, which, method), method)
+
+
+def _closed(model: Transformer, cache: MemoryCache, which, method: Method) -> MemoryCache:
+    """`compress`, at positions that run on."""
     cache, selected, closing, rest = _opened(cache, which, method)
     whole = which is None or which.ndim == 1
     if method.eviction is not None:

@@ -138,7 +138,7 @@ def closed(cache: MemoryCache, method: Method, slots: Slots, closing, *, whole: 
 
     # The slots of the cache, and behind them what is written.
     both = Slots(*(join(a, b) for a, b in zip(fields(old), fields(slots), strict=True)))
-    kept = reachable(method.rule, both, cache.chunks + 1, cache.tokens) & both.live
+    kept = reachable(method.rule, both, cache.chunks + 1, cache.next_position) & both.live
     is_new = jnp.arange(both.kind.shape[1]) >= size
     # Rows that close nothing keep all of theirs and get nothing new.
     kept = jnp.where(closing[:, None], kept, both.live & ~is_new)
@@ -242,7 +242,7 @@ def pooled(cache: MemoryCache, method: Method, closing):
     # As many slots as all raw text could need, so that shapes do not depend on the text.
     width = -(-raw_capacity(cache) // size) if method.pool else 0
     slots = cache.slots
-    hidden = is_in(slots.kind, TEXT) & ~reachable(method.rule, slots, cache.chunks + 1, cache.tokens)
+    hidden = is_in(slots.kind, TEXT) & ~reachable(method.rule, slots, cache.chunks + 1, cache.next_position)
     hidden = hidden & closing[:, None]
     # Text that becomes hidden in front, in its order, and cut into shares of `size`.
     order = jnp.argsort(~hidden, axis=1, stable=True)

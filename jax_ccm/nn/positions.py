@@ -10,7 +10,7 @@ from jax_ccm.rules.types import Method
 _told: set[ModelConfig] = set()
 
 
-def warn_beyond(config: ModelConfig, method: Method, *, tokens: int, slots: int = 0) -> None:
+def warn_beyond(config: ModelConfig, method: Method, *, tokens: int, slots: int = 0, forgets: bool = False) -> None:
     """Warns, once for a model, of positions that it was not trained for (`ModelConfig.positions`).
 
     Args:
@@ -18,9 +18,10 @@ def warn_beyond(config: ModelConfig, method: Method, *, tokens: int, slots: int 
       method: says what a position is: how many text tokens were read before, or the index in the cache.
       tokens: text tokens of the longest session.
       slots: of a session in the cache, memory and raw text together.
+      forgets: whether sessions forget their oldest, and are moved back before positions run out (`memory.rebasing`).
     """
     most = config.positions
-    in_cache = method.rope == "cache"
+    in_cache = method.rope == "cache" or forgets
     reach = slots if in_cache else tokens
     if reach <= most or config in _told:
         return
@@ -31,8 +32,9 @@ def warn_beyond(config: ModelConfig, method: Method, *, tokens: int, slots: int 
     else:
         what = f"a session of {tokens:,} tokens"
         advice = (
-            "set method.streaming: true (where the method has it), which counts indices in the cache and not the "
-            "tokens read, or take a base of longer context"
+            "let memory forget its oldest (cache.memory_capacity with cache.overflow: evict), set method.streaming: "
+            "true (where the method has it), which counts indices in the cache and not the tokens read, or take a "
+            "base of longer context"
         )
     warnings.warn(
         f"{what} goes beyond the {most:,} positions that the base model was trained for; what it says there may be "

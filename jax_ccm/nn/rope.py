@@ -81,10 +81,33 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
 def angles(config: ModelConfig, position):
     """Cosine and sine for positions ``int32 [...]``, with the attention factor: two float32 arrays ``[..., R / 2]``."""
+    cos, sin = _turns(config, position)
+    factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+    return (cos, sin) if factor == 1.0 else (factor * cos, factor * sin)
+
+
+def _turns(config: ModelConfig, position):
     # Positions are exact in float32 up to 2**24.
     angle = position[..., None].astype(jnp.float32) * frequencies(config)
-    factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
-    return (jnp.cos(angle), jnp.sin(angle)) if factor == 1.0 else (factor * jnp.cos(angle), factor * jnp.sin(angle))
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def moved(config: ModelConfig, k, by):
+    """Keys of a cache, which are rotated already, at other positions.
+
+    Args:
+      config: of the model.
+      k: ``[L, B, S, K, H]``.
+      by: ``int32 [B, S]``, by how many positions further each entry is rotated; it may be negative.
+
+    Returns:
+      The keys, of their type; rounded once.
+    """
+    kinds = sorted(set(config.windowed))
+    # [kinds, B, S, R / 2]; the attention factor is in the keys.
+    cos, sin = (jnp.stack(x) for x in zip(*(_turns(config.as_seen(kind), by) for kind in kinds), strict=True))
+    which = jnp.asarray([kinds.index(kind) for kind in config.windowed])
+    return jax.vmap(lambda k, kind: _rotated(k, cos[kind], sin[kind]))(k, which)
 
 
 @jax.custom_vjp

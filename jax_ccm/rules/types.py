@@ -378,10 +378,9 @@ class Chunk:
 
     Attributes:
       tokens: ``int32 [B, C]``.
-      valid: ``bool [B, C]``; False on padding, which may stand on either side. A row with no valid
-        token takes no part: its session is left as it is.
-      kept: ``bool [B, C]``, text that is never compressed; None for none. Only methods that keep text know it, and
-        some only at the beginning of a session (`Method.kept_kind`).
+      valid: ``bool [B, C]``; False on padding, which may stand on either side. A row without a valid token stays.
+      kept: ``bool [B, C]``, text that is never compressed; None for none. Methods that keep text know it
+        (`Method.kept_kind`), some only at the beginning of a session.
     """
 
     tokens: Array
@@ -392,15 +391,13 @@ class Chunk:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MemoryCache:
-    """The state of B sessions, of fixed shape: the carry of the recurrence.
-
-    Live slots (kind other than PAD) stand in front, ordered by `Slots.index`.
+    """The state of B sessions, of fixed shape: the carry of the recurrence. Live slots stand in front, by index.
 
     Attributes:
-      k: ``[L, B, S, K, H]`` keys; rotated, unless the method's `rope` is "cache".
-      v: ``[L, B, S, K, H]`` values.
+      k, v: ``[L, B, S, K, H]`` keys, rotated unless the method's `rope` is "cache", and values.
       slots: `Slots` of ``[B, S]``.
-      tokens: ``int32 [B]``, text tokens read so far: the next one's position and index.
+      tokens: ``int32 [B]``, text tokens read so far.
+      rebased: ``int32 [B]``, by how many positions the session was moved back (`memory.rebasing`).
       chunks: ``int32 [B]``, chunks closed so far: the segment of text that is read next.
       logits: ``float32 [B, V]``, pending: they predict the token after the last text token.
       ids: ``int32 [B, S]``, the tokens of raw text, 0 elsewhere, for methods whose closing tokens start from its
@@ -409,8 +406,7 @@ class MemoryCache:
         heads of a group (`EvictionPolicy.decay`); None for methods that do not ask for it.
       mixed_k, mixed_v: ``float32 [L, B, M, K, H]``, the memory of a method that mixes, of which `k` and `v` hold the
         rounded values: each chunk is blended into these. None for other methods.
-      lost: ``int32 [B]``, slots for which there was no room. Not zero means that the session is
-        invalid; `cache.check` raises.
+      lost: ``int32 [B]``, slots for which there was no room. Not zero: the session is invalid; `cache.check` raises.
       spoiled: ``bool [B]``, whether reading or closing gave numbers that are not finite, or text was to be kept where
         the method cannot. The session is invalid for good; `cache.check` raises.
       memory_capacity: static, most memory slots of a session; sinks have places of their own.
@@ -421,6 +417,7 @@ class MemoryCache:
     v: Array
     slots: Slots
     tokens: Array
+    rebased: Array
     chunks: Array
     logits: Array
     ids: Array | None
@@ -431,6 +428,11 @@ class MemoryCache:
     spoiled: Array
     memory_capacity: int = dataclasses.field(metadata=dict(static=True))
     overflow: Literal["error", "evict"] = dataclasses.field(default="error", metadata=dict(static=True))
+
+    @property
+    def next_position(self) -> Array:
+        """``int32 [B]``, position and index of the text token that is read next."""
+        return self.tokens - self.rebased
 
     @property
     def stored(self) -> tuple[Array, ...]:

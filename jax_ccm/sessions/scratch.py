@@ -145,7 +145,7 @@ class Scratch:
             return np.asarray([value(want) for want in each], kind)
 
         closing, query = policy(method, engine.closing, query=True)
-        drawn, tokens = self._run(
+        drawn, reached = self._run(
             _make,
             engine.decoder,
             array(np.uint32, lambda want: want.how.seed % 2**32),  # any whole number is one
@@ -169,8 +169,8 @@ class Scratch:
             vocabulary=len(engine.experiment.tokenizer),
         )
         # One transfer for all of it.
-        drawn, tokens = jax.device_get((drawn, tokens))
-        most = int(tokens[list(wants)].max())
+        drawn, reached = jax.device_get((drawn, reached))
+        most = int(reached[list(wants)].max())
         warn_beyond(engine.experiment.model_config, method, tokens=most, slots=self.cache.slots.kind.shape[1])
         made = {}
         for row, want in wants.items():
@@ -240,7 +240,7 @@ def _make_rows(cache, model, seeds, numbers, draws, *, method, max_tokens, closi
     draws = dataclasses.replace(draws, keys=keys)
     static = dict(method=method, max_tokens=max_tokens, closing=closing, query=query, vocabulary=vocabulary)
     cache, drawn = proceed(model, cache, draws, **static)
-    return cache, (drawn, cache.tokens + 0)
+    return cache, (drawn, cache.next_position)
 
 
 @functools.cache

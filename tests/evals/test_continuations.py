@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import types
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from jax_ccm.evals.continuations import Continuing, Judge, compare, cut, distinct, sentence_embedder
-from jax_ccm.evals.replies import Asking, prompt
-from jax_ccm.evals.scoring import Store
+from jax_ccm.evals.replies import Asking, continued, prompt
+from jax_ccm.evals.scoring import Store, score
+from jax_ccm.evals.slots import held_slots
 from jax_ccm.memory.generation import Sampling
 from jax_ccm.methods import build
 from jax_ccm.rules.examples import Example, Segment, concat
@@ -57,8 +59,30 @@ def test_what_is_kept_of_a_window_that_is_cut():
     *context, last = cut(window(6, 4, 3, kept=True), 3, build("sentinel")).segments
     assert [np.asarray(s.kept).tolist() for s in context] == [[True, False] * 3] and np.asarray(last.kept).all()
     # Tokens that are hidden for good stay hidden, and nothing of what comes is.
-    (last,) = cut(window(8, kept=True), 3, build("scattered")).segments
-    assert np.asarray(last.kept).tolist() == [True, False, True, False, True, True, True, True]
+    hidden, last = cut(window(8, kept=True), 3, build("scattered")).segments
+    assert np.asarray(hidden.kept).tolist() == [True, False, True, False] and not hidden.scored.any()
+    assert last.scored.tolist() == [False, True, True, True] and last.kept is None
+
+
+def test_what_is_hidden_of_a_prompt_is_not_seen():
+    """A tail is seen as a whole, so that a prompt in it would be full context."""
+    method, model = build("scattered"), cases.model()
+    example = cut(window(12, kept=True), 3, method)
+    # What is hidden from the rest: every second token of the context.
+    tokens = example.segments[0].tokens.copy()
+    tokens[1::2] = 5
+    other = dataclasses.replace(
+        example, segments=(dataclasses.replace(example.segments[0], tokens=tokens), example.segments[1])
+    )
+    ours, theirs = score(model, method, [example, other])
+    assert np.allclose(ours.nll, theirs.nll, atol=1e-5)
+    assert held_slots(method, prompt(example)) == 1 + 4 + 1
+    prompts = [prompt(x) for x in (example, other)]
+    drawn = continued(model, method, prompts, max_tokens=4, stops=(), vocabulary=90, rows=2)
+    assert drawn[0].tolist() == drawn[1].tolist() and len(drawn[0]) == 4
+    # And what the data keep is seen.
+    tokens[0] = 5
+    assert not np.allclose(ours.nll, score(model, method, [other])[0].nll, atol=1e-3)
 
 
 def test_measures_are_those_of_their_packages():
