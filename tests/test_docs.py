@@ -440,6 +440,25 @@ def test_what_is_said_of_questions_told_otherwise_and_in_a_closed_loop():
     assert f"({went['replies']} of up to 32 tokens, {went['cut']} of them cut off there)" in page
 
 
+def test_what_is_said_of_continuations():
+    page = (ROOT / "docs" / "results.md").read_text()
+    folder = ROOT / "results" / "text" / "continued"
+    rows = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("|")]
+    assert "\n".join(rows[:6]) + "\n" in page and "\n".join(rows[6:]) + "\n" in page
+    found = json.loads((folder / "comparison.json").read_text())
+    cells = {name: runs[0]["steps"][-1] for name, runs in found["systems"].items()}
+    judged = {name: f"{cell['continuations']['judge_perplexity']['value']:.0f}" for name, cell in cells.items()}
+    page = " ".join(page.split())
+    assert f"perplexity of {judged['sentinel']}, those of local and scattered attention {judged['local']} and" in page
+    assert f"{judged['scattered']} (full context {judged['full context']}, what people wrote" in page
+    alike = [cells[name]["continuations"]["similarity"]["value"] for name in ("sentinel", "full context")]
+    assert f"(similarity {alike[0]:.2f} of {alike[1]:.2f})" in page
+    read = [f"{cells[name]['perplexity']['value']:.1f}" for name in ("sentinel", "full context")]
+    assert f"nearly full context's ({read[0]} of {read[1]})" in page
+    more = [cells["sentinel"]["kv_slots"] / cells[name]["kv_slots"] for name in ("local", "scattered")]
+    assert all(1.09 < each < 1.13 for each in more) and "hold a tenth more slots" in page
+
+
 def test_what_is_said_of_memory_tokens_that_begin_as_means():
     page = " ".join((ROOT / "docs" / "results.md").read_text().split())
     folder = ROOT / "results" / "text" / "loma"
