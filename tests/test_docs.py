@@ -411,11 +411,20 @@ def test_what_is_said_of_conversations_beyond_the_positions():
     page = " ".join((ROOT / "docs" / "results.md").read_text().split())
     row, found = systems_of("recipe/chat_endless")
     memory = found["memory"]
-    said = f"{right_of(memory, 24)} of 24 are right (behind the memory of another conversation "
-    said += f"{right_of(memory['wrong'], 24)}), and the perplexity is {memory['perplexity']['value']:.0f},"
-    assert said in page and row["examples"] == 24
+    near = [systems_of("recipe/chat_endless", age)[1]["memory"] for age in (2, 3, 4)]
+    said = f"{right_of(memory, 48)} of 48 are right (behind the memory of another conversation "
+    said += f"{right_of(memory['wrong'], 48)}); of what was told two to four exchanges (up to eight turns) before, "
+    assert row["examples"] == 48 and said + f"{sum(int(right_of(cell, 12)) for cell in near)} of 36." in page
+    short = systems_of("recipe/chat_endless_short")[1]["memory"]
+    near = [systems_of("recipe/chat_endless_short", age)[1]["memory"] for age in (2, 3, 4)]
+    said = f"it is {right_of(short, 48)} of 48, and {sum(int(right_of(cell, 12)) for cell in near)} of 36."
+    assert said in page
+    row, found = systems_of("recipe/chat_endless_before")
+    said = f"of the first 24 of these questions {right_of(found['memory'], 24)} were right, with a perplexity of "
+    assert said + f"{found['memory']['perplexity']['value']:.0f} (" in page and row["examples"] == 24
     cells = [systems_of("recipe/chat_spread_constant", age)[1]["memory"] for age in (1, 4)]
-    assert f"has {sum(int(right_of(cell, 24)) for cell in cells)} of 48 right one and four exchanges after" in page
+    said = f"knows as the growing memory does: {sum(int(right_of(cell, 24)) for cell in cells)} of 48 choices right"
+    assert said in page
 
 
 def test_what_is_said_of_questions_told_otherwise_and_in_a_closed_loop():
@@ -438,6 +447,22 @@ def test_what_is_said_of_questions_told_otherwise_and_in_a_closed_loop():
     assert said + f"{perplexity[1]}, and {contains[0]} % of its replies hold the answer ({contains[1]})" in page
     went = json.loads((ROOT / "results/recipe/handwritten/chat_spread_more_closed/rollout.json").read_text())
     assert f"({went['replies']} of up to 32 tokens, {went['cut']} of them cut off there)" in page
+
+
+def test_what_is_said_of_arms():
+    page = (ROOT / "docs" / "history.md").read_text()
+    folder = ROOT / "results" / "recipe" / "arms"
+    named = {
+        "one for every six (`": "one_for_six_tokens_mean",
+        "each seeing the whole exchange": "one_for_six_tokens_mean_whole_chunk",
+        "with attention drawn to what it gives": "one_for_six_tokens_mean_alignment",
+    }
+    for words, name in named.items():
+        records = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        (loss,) = [each["loss"] for each in records if each["step"] == 50 and "loss" in each]
+        (validation,) = [each["validation_loss"] for each in records if "validation_loss" in each]
+        (row,) = [line for line in page.splitlines() if line.startswith("|") and words in line]
+        assert [cell.split(",")[0].strip() for cell in row.split("|")[3:5]] == [f"{loss:.2f}", f"{validation:.2f}"]
 
 
 def test_what_is_said_of_continuations():

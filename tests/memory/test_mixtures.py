@@ -51,7 +51,8 @@ def test_two_thousand_chunks(chunks):
     two roundings of float32 to the mixture, of numbers up to the largest that is written; after all steps that is less
     than twice as many.
     """
-    model = cases.model(tokens=2, **SMALL, precision="bfloat16")
+    # As many positions as there are tokens: what forgets is moved back before they run out, and a mixture is not.
+    model = cases.model(tokens=2, **SMALL, precision="bfloat16", max_position=4 * COUNT)
     concat = build("ccm_concat", **OPTIONS)
     make = lambda method: init_cache(
         model, method, 1, memory_capacity=2, raw_capacity=3, overflow="evict" if method is concat else "error"
