@@ -19,6 +19,7 @@ from jax_ccm.sessions import conversations
 from jax_ccm.sessions.conversations import Conversations
 from jax_ccm.sessions.engine import Answering
 from jax_ccm.sessions.turns import Turn, Turns
+from tests import cases
 from tests.test_chat import LAID_OUT, experiment
 
 
@@ -348,3 +349,23 @@ def test_mistakes_change_nothing(tmp_path):
         with pytest.raises(UserError, match=message):
             act()
         assert talk.state is before
+
+
+@pytest.mark.filterwarnings("error:.*goes beyond the")
+def test_a_conversation_goes_on_beyond_the_positions_of_the_base(tmp_path):
+    """Nobody is warned, what was read is counted, and a file goes on as the conversation does."""
+    made = experiment()
+    cache = dataclasses.replace(made.config.cache, memory_capacity=8, overflow="evict")
+    model = cases.model(tokens=2, vocab_size=made.model_config.vocab_size, max_position=160)
+    talk = Conversations(
+        dataclasses.replace(made, model=model, config=dataclasses.replace(made.config, cache=cache)), rows=2
+    )
+    for turn in range(12):
+        talk.say({0: f"the hen {turn}", 1: "hi"} if turn % 2 else {0: "the dog sat"}, max_tokens=4)
+    cache = talk.state.cache
+    assert talk.state.tokens == tuple(np.asarray(cache.tokens)) and talk.state.tokens[0] > 160
+    assert int(cache.next_position.max()) < 160 < int(cache.rebased[0])
+    talk.save(0, tmp_path / "long.ccm")
+    talk.load(1, tmp_path / "long.ccm")
+    assert talk.state.tokens[0] == talk.state.tokens[1]
+    assert talk.say({0: "go on"}, max_tokens=6)[0] == talk.say({1: "go on"}, max_tokens=6)[1]
